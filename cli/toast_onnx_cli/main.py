@@ -1,0 +1,85 @@
+"""The `toast-onnx` command: imports only the subcommand that was asked for, and turns failures into exit statuses."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from typing import Any
+
+import click
+
+from toast_onnx import __version__
+from toast_onnx.errors import ToastError
+
+# Name -> line in --help. `toast_onnx_cli/<name>.py` (a dash becomes an underscore) holds it as `command`; the help
+# stands here so that listing the commands imports none of them, and ONNX Runtime with them.
+SUBCOMMANDS: dict[str, str] = {
+    "inspect": "Show a model's blocks: widths, MACs, what can be pruned and why not.",
+    "prune": "Remove dimensions and channels from a model, as a ratios file says.",
+}
+
+LOGGERS = ("toast_onnx", "toast_onnx_calibration", "toast_onnx_cli")
+
+# What a shell reports for a process that SIGINT (2) or SIGPIPE (13) ended: 128 + the signal's number.
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+logger = logging.getLogger(__name__)
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand's module when it runs, and maps expected failures to exit statuses."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of `SUBCOMMANDS`, which is the order of a user's work."""
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The subcommand of that name, imported now, or None where there is none."""
+        if cmd_name not in SUBCOMMANDS:
+            return None
+        module = importlib.import_module(f"toast_onnx_cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the subcommands from `SUBCOMMANDS` alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUBCOMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the subcommand: a `ToastError` ends in one `Error:` line and status 1, Ctrl-C in one line and 130."""
+        try:
+            return super().invoke(ctx)
+        except ToastError as error:
+            logger.debug("the error came from here", exc_info=True)
+            raise click.ClickException(" ".join(str(error).split())) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            # The reader (`| head`) has all it wants. Python flushes stdout once more at exit; let that go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(EXIT_BROKEN_PIPE)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="toast-onnx")
+@click.option("-v", "--verbose", count=True, help="Log what is done; twice for every detail.")
+def main(verbose: int) -> None:
+    """Make exported Vision Transformers smaller: an ONNX graph in, a smaller ONNX graph out."""
+    configure_logging(verbose)
+
+
+def configure_logging(verbose: int) -> None:
+    """Sends this project's log to stderr: warnings at 0, progress at 1, every detail at 2 or more."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(level)
+
+
+if __name__ == "__main__":
+    main()
