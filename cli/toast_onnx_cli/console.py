@@ -1,0 +1,144 @@
+"""What the commands share for talking to people and machines: progress on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+import click
+
+PLAIN_INTERVAL = 10.0  # seconds between two progress lines where stderr is a file or a pipe
+UNITS = ("", " K", " M", " G", " T", " P")
+
+
+class Advance(Protocol):
+    """Reports work done; what `progress` hands out."""
+
+    def __call__(self, steps: int = 1, note: str = "") -> None:
+        """Adds `steps` to what is done; `note` (a block, a file) is shown beside it."""
+
+
+@contextmanager
+def progress(label: str, total: int | None = None) -> Iterator[Advance]:
+    """Shows the progress of one piece of work on stderr.
+
+    A moving bar where stderr is a terminal; elsewhere a line at the start, one every ten seconds and one at the end, so that
+    a log stays readable. Nothing goes to stdout.
+
+    Args:
+        label: What is being done, for example "calibrating".
+        total: Number of steps, where known.
+
+    Yields:
+        A function to call after each step.
+    """
+    show = _bar if sys.stderr.isatty() else _lines
+    with show(label, total) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(label: str, total: int | None) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(escape(label), total=total, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            bar.update(task, advance=steps, note=note)
+
+        yield advance
+
+
+@contextmanager
+def _lines(label: str, total: int | None) -> Iterator[Advance]:
+    started = last = time.monotonic()
+    done = 0
+    of_total = "" if total is None else f"/{total}"
+    click.echo(f"{label} ...", err=True)
+
+    def advance(steps: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += steps
+        if time.monotonic() - last >= PLAIN_INTERVAL:
+            last = time.monotonic()
+            click.echo(f"{label}: {done}{of_total} {note}".rstrip(), err=True)
+
+    yield advance
+    click.echo(f"{label}: done in {time.monotonic() - started:.1f} s", err=True)
+
+
+def print_json(document: Any) -> None:
+    """Prints one JSON document to stdout, keys in the order given.
+
+    Raises:
+        ValueError: A number in it is NaN or infinite, which JSON has no spelling for.
+    """
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str | None = None,
+    align: Sequence[Literal["left", "right"]] | None = None,
+) -> None:
+    """Prints a table to stdout; cells are taken literally, and are never cut where stdout is a file or a pipe.
+
+    Args:
+        columns: The headings.
+        rows: The cells of each row, as many as there are headings.
+        title: A line above the table.
+        align: For each column, "left" or "right"; the first left and the others right by default.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=None if title is None else Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(columns):
+        justify = align[index] if align is not None else ("left" if index == 0 else "right")
+        table.add_column(Text(heading), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    # Off a terminal rich assumes 80 columns and would fold; a wide page keeps each row on one line for grep.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    click.echo("\n".join(lines))
+
+
+def format_count(value: float) -> str:
+    """A count in three digits with its unit: 1.25 G, 5.7 M, 588."""
+    return _scaled(value, 1000)
+
+
+def format_bytes(size: float) -> str:
+    """A file or memory size in powers of 1000, three digits: 21.9 MB, 512 B."""
+    number, _, unit = _scaled(size, 1000).partition(" ")
+    return f"{number} {unit}B"
+
+
+def _scaled(value: float, base: int) -> str:
+    scaled, unit = float(value), 0
+    # 999.5 and above would print as 1e+03: they belong to the next unit.
+    while abs(scaled) >= base - 0.5 and unit < len(UNITS) - 1:
+        scaled, unit = scaled / base, unit + 1
+    return f"{scaled:.3g}{UNITS[unit]}"
