@@ -1,0 +1,80 @@
+"""`toast-onnx presets`: the published schedules that `--ratios paper:MODEL@BUDGET` takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from toast_onnx.planning.presets import Preset, find_preset, list_presets
+from toast_onnx.planning.ratios import format_ratios
+
+_NOTE = """\
+GMACs: the dense model; the schedule as the paper counts it (channels selected at run time, all of fc1's outputs
+computed); the static graph that prune writes, where fc1 shrinks on both sides. Accuracy and speed-up are what the paper
+reports after fine-tuning (ImageNet-1k; H100, batch 128)."""
+
+
+@click.command("presets")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with every schedule's ratios.")
+def command(name: str | None, as_json: bool) -> None:
+    """List the paper's published schedules, or print the ratios file of one.
+
+    NAME is a preset such as paper:deit_small@2.7. Its file can be edited and given to prune.
+    """
+    presets = (find_preset(name),) if name else list_presets()
+    if as_json:
+        click.echo(json.dumps({"presets": [_document(preset) for preset in presets]}, indent=2))
+    elif name:
+        preset = presets[0]
+        comment = f"{preset.name}: {preset.model} from {preset.dense_gmacs:.3f} to {preset.static_gmacs:.3f} GMACs"
+        click.echo(format_ratios(preset.ratios(), comment), nl=False)
+    else:
+        header = ("preset", "model", "dense", "paper", "static", "dense top-1", "top-1", "speed-up")
+        click.echo(_table([header, *map(_row, presets)]))
+        click.echo(f"\n{_NOTE}")
+
+
+def _row(preset: Preset) -> tuple[str, ...]:
+    return (
+        preset.name,
+        preset.model,
+        f"{preset.dense_gmacs:.3f}",
+        f"{preset.gmacs:.3f}",
+        f"{preset.static_gmacs:.3f}",
+        f"{preset.dense_top1:.2f}",
+        f"{preset.top1:.2f}",
+        f"{preset.speedup:.2f}x",
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Lays rows out in columns, the first two flush left and the figures flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _document(preset: Preset) -> dict[str, Any]:
+    return {
+        "name": preset.name,
+        "model": preset.model,
+        "short": preset.short,
+        "aliases": list(preset.aliases),
+        "budget": preset.budget,
+        "gmacs": {
+            "dense": round(preset.dense_gmacs, 6),
+            "paper": round(preset.gmacs, 6),
+            "static": round(preset.static_gmacs, 6),
+        },
+        "reported": {"dense_top1": preset.dense_top1, "top1": preset.top1, "speedup": preset.speedup},
+        "ratios": preset.ratios().to_document(),
+    }
