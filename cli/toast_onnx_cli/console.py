@@ -26,8 +26,8 @@ class Advance(Protocol):
 def progress(label: str, total: int | None = None) -> Iterator[Advance]:
     """Shows the progress of one piece of work on stderr.
 
-    A moving bar where stderr is a terminal; elsewhere a line at the start, one every ten seconds and one at the end, so that
-    a log stays readable. Nothing goes to stdout.
+    A moving bar where stderr is a terminal; elsewhere a line at the start, one every ten seconds and one at the end,
+    so that a log stays readable. Nothing goes to stdout.
 
     Args:
         label: What is being done, for example "calibrating".
@@ -45,7 +45,14 @@ def progress(label: str, total: int | None = None) -> Iterator[Advance]:
 def _bar(label: str, total: int | None) -> Iterator[Advance]:
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -127,18 +134,18 @@ def print_table(
 
 def format_count(value: float) -> str:
     """A count in three digits with its unit: 1.25 G, 5.7 M, 588."""
-    return _scaled(value, 1000)
+    return _scaled(value)
 
 
 def format_bytes(size: float) -> str:
     """A file or memory size in powers of 1000, three digits: 21.9 MB, 512 B."""
-    number, _, unit = _scaled(size, 1000).partition(" ")
+    number, _, unit = _scaled(size).partition(" ")
     return f"{number} {unit}B"
 
 
-def _scaled(value: float, base: int) -> str:
+def _scaled(value: float) -> str:
     scaled, unit = float(value), 0
     # 999.5 and above would print as 1e+03: they belong to the next unit.
-    while abs(scaled) >= base - 0.5 and unit < len(UNITS) - 1:
-        scaled, unit = scaled / base, unit + 1
+    while abs(scaled) >= 999.5 and unit < len(UNITS) - 1:
+        scaled, unit = scaled / 1000, unit + 1
     return f"{scaled:.3g}{UNITS[unit]}"

@@ -1,0 +1,150 @@
+"""The command group: lazy loading, exit statuses, one-line errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from toast_onnx import __version__
+from toast_onnx.errors import ConfigError
+from toast_onnx_cli.main import SUBCOMMANDS, main
+
+HEAVY = ("onnxruntime", "onnx", "numpy", "rich", "torch")
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Adds a subcommand `trial` that runs the given function."""
+
+    def add(body: Callable[[], None]) -> None:
+        module = types.ModuleType("toast_onnx_cli.trial")
+        module.command = click.command("trial")(body)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(SUBCOMMANDS, "trial", "A command for the tests.")
+
+    return add
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_imports_no_heavy_library() -> None:
+    code = f"""
+import sys
+from toast_onnx_cli.main import main
+main(["--help"], standalone_mode=False)
+print("heavy:", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "heavy: []" in done.stdout
+    for name in SUBCOMMANDS:
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_registered_command_exists_and_has_help(name: str) -> None:
+    assert importlib.util.find_spec(f"toast_onnx_cli.{name.replace('-', '_')}") is not None
+    result = CliRunner().invoke(main, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    assert f"Usage: main {name}" in result.output
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+    assert result.output == f"toast-onnx, version {__version__}\n"
+
+
+def test_toast_error_is_one_line_and_status_1(register: Callable[[Callable[[], None]], None]) -> None:
+    def body() -> None:
+        raise ConfigError("ratio 1.5 is outside [0, 1):\n   give the fraction to remove")
+
+    register(body)
+    result = CliRunner().invoke(main, ["trial"])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "Error: ratio 1.5 is outside [0, 1): give the fraction to remove\n"
+
+
+def test_other_errors_keep_their_traceback(register: Callable[[Callable[[], None]], None]) -> None:
+    def body() -> None:
+        raise ZeroDivisionError
+
+    register(body)
+    assert isinstance(CliRunner().invoke(main, ["trial"]).exception, ZeroDivisionError)
+
+
+def test_interrupt_is_one_line_and_status_130(register: Callable[[Callable[[], None]], None]) -> None:
+    def body() -> None:
+        raise KeyboardInterrupt
+
+    register(body)
+    result = CliRunner().invoke(main, ["trial"])
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted.\n"
+
+
+@pytest.mark.parametrize("arguments", [["nosuchcommand"], ["--nosuchoption"], ["trial", "surplus"]])
+def test_wrong_usage_is_status_2(arguments: list[str], register: Callable[[Callable[[], None]], None]) -> None:
+    register(lambda: None)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end differently on Windows")
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_reader_that_leaves_early_is_quiet(lines: int) -> None:
+    code = f"""
+import sys, types, click
+from toast_onnx_cli import main as room
+module = sys.modules["toast_onnx_cli.trial"] = types.ModuleType("trial")
+def body():
+    sys.stdin.read()  # until the other end of stdout is closed
+    for _ in range({lines}):
+        click.echo("a line")
+module.command = click.command("trial")(body)
+room.SUBCOMMANDS["trial"] = "A command for the tests."
+room.main(["trial"])
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, stderr = process.communicate("", timeout=60)
+    assert stderr == ""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize(("flags", "shown"), [([], "w"), (["-v"], "iw"), (["-vv"], "diw")])
+def test_verbose_shows_more_of_our_log_and_none_of_others(flags: list[str], shown: str) -> None:
+    code = f"""
+import logging, sys, types, click
+from toast_onnx_cli import main as room
+module = sys.modules["toast_onnx_cli.trial"] = types.ModuleType("trial")
+def body():
+    for name in ("toast_onnx.surgery", "somebody.else"):
+        log = logging.getLogger(name)
+        log.debug("d"), log.info("i")
+    logging.getLogger("toast_onnx").warning("w")
+module.command = click.command("trial")(body)
+room.SUBCOMMANDS["trial"] = "A command for the tests."
+room.main([*{flags!r}, "trial"])
+"""
+    done = run_python(code)
+    assert done.stdout == ""
+    assert "".join(line[-1] for line in done.stderr.splitlines()) == shown
