@@ -1,0 +1,69 @@
+"""Names of activations, whatever operators spell them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView, attribute
+
+_SINGLE = {
+    "Relu": "relu",
+    "LeakyRelu": "leaky_relu",
+    "Elu": "elu",
+    "Selu": "selu",
+    "Celu": "celu",
+    "HardSwish": "hardswish",
+    "Mish": "mish",
+    "HardSigmoid": "hardsigmoid",
+    "Swish": "silu",
+    "ThresholdedRelu": "thresholded_relu",
+    "PRelu": "prelu",
+}
+_CONTRIB = {"BiasGelu": "gelu", "FastGelu": "gelu_tanh"}
+
+
+def is_activation(node: onnx.NodeProto) -> bool:
+    """Whether a node is a nonlinearity by itself."""
+    return node.op_type in _SINGLE or node.op_type in ("Gelu", "Sigmoid", "Tanh", "Erf", "Softplus")
+
+
+def activation_name(view: GraphView, facts: Facts, nodes: Sequence[int]) -> str | None:
+    """Name of the activation that a region of elementwise nodes computes; None when it has no nonlinearity."""
+    present = {view.nodes[i].op_type: view.nodes[i] for i in nodes}
+    for op, node in present.items():
+        if node.domain == "com.microsoft":
+            if op == "Gelu":
+                return "gelu"
+            if op == "QuickGelu":
+                alpha = float(attribute(node, "alpha", 1.702))  # type: ignore[arg-type]
+                return "silu" if alpha == 1.0 else "quick_gelu"
+            if op in _CONTRIB:
+                return _CONTRIB[op]
+        if op in _SINGLE:
+            return _SINGLE[op]
+    if "Gelu" in present:
+        return "gelu_tanh" if attribute(present["Gelu"], "approximate", b"none") == b"tanh" else "gelu"
+    if "Erf" in present:
+        return "gelu"
+    if "Softplus" in present:
+        return "mish" if "Tanh" in present else "softplus"
+    if "Tanh" in present:
+        return "gelu_tanh" if "Mul" in present else "tanh"
+    if "Sigmoid" in present:
+        return _sigmoid_name(facts, present["Sigmoid"], view)
+    return None
+
+
+def _sigmoid_name(facts: Facts, node: onnx.NodeProto, view: GraphView) -> str:
+    before = view.producer_of(node.input[0])
+    if before is not None and before.op_type == "Mul":
+        for name in before.input:
+            value = facts.value(name)
+            if value is not None and value.size == 1 and np.isclose(float(value.reshape(())), 1.702, atol=1e-2):
+                return "quick_gelu"
+    readers = [view.nodes[i].op_type for i in view.consumers.get(node.output[0], [])]
+    return "silu" if "Mul" in readers else "sigmoid"

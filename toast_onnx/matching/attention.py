@@ -1,0 +1,137 @@
+"""From an attention core to its linear layers: Q, K and V behind it, the output projection in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from toast_onnx.matching.blocks import Attention, Branch
+from toast_onnx.matching.cores import Core
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.layout import Layout, invert_labels, read_layout
+from toast_onnx.matching.linear import Linear
+from toast_onnx.matching.probe import Decline, Walk, check_readers, propagate, walk_back, walk_forward
+
+Outcome = tuple[Branch | None, str | None]
+
+
+def match_attention(
+    view: GraphView, facts: Facts, other: Facts, linears: Mapping[str, Linear], core: Core
+) -> Attention:
+    """Find the linear layers of an attention core.
+
+    Args:
+        view: the graph.
+        facts: facts at the probed shapes (two or more batch items and tokens).
+        other: facts at other input shapes; differences mark what is dynamic.
+        linears: the graph's linear layers by output.
+        core: the attention core.
+
+    Raises:
+        Decline: the operands' shapes are unknown.
+    """
+    q_shape, v_shape, k_shape = facts.shape(core.q), facts.shape(core.v), facts.shape(core.k)
+    if q_shape is None or v_shape is None or k_shape is None:
+        raise Decline("the shapes of the attention's operands cannot be inferred")
+    walks: dict[str, Walk] = {}
+    reasons: dict[str, str] = {}
+    for name, tensor in (("Q", core.q), ("K", core.k), ("V", core.v)):
+        try:
+            walks[name] = walk_back(view, facts, linears, tensor, name)
+            _same_scale(view, facts, other, linears, tensor, name, walks[name])
+        except Decline as e:
+            reasons[name] = str(e)
+    outcomes = {
+        name: _operand(view, facts, other, core, name, walks, reasons)
+        for name in ("Q", "K", "V")
+    }
+    proj, proj_reason = _projection(view, facts, other, core, linears)
+    (q, q_reason), (k, k_reason), (v, v_reason) = (outcomes[n] for n in "QKV")
+    qk_reason, vo_reason = q_reason or k_reason, v_reason or proj_reason
+    if q is not None and k is not None and q.layout.channels.shape != k.layout.channels.shape:
+        qk_reason = "Q and K have different numbers of heads or dimensions"
+    if v is not None and proj is not None and v.layout.channels.shape != proj.layout.channels.shape:
+        vo_reason = "V and the output projection have different numbers of heads or dimensions"
+    known = next((b.layout.num_heads for b in (q, k, v, proj) if b is not None), None)
+    heads = known or core.heads or (q_shape[-3] if len(q_shape) > 3 else 1)
+    divide = heads if core.heads else 1
+    return Attention(
+        core, q, k, v, proj, heads, q_shape[-1] // divide, v_shape[-1] // divide, qk_reason, vo_reason
+    )
+
+
+def _same_scale(
+    view: GraphView, facts: Facts, other: Facts, linears: Mapping[str, Linear], tensor: str, name: str, walk: Walk
+) -> None:
+    if walk.scale != walk_back(view, other, linears, tensor, name).scale:
+        raise Decline(f"the scale of {name} changes with the input's shape")
+
+
+def _operand(
+    view: GraphView,
+    facts: Facts,
+    other: Facts,
+    core: Core,
+    name: str,
+    walks: Mapping[str, Walk],
+    reasons: Mapping[str, str],
+) -> Outcome:
+    if name in reasons:
+        return None, reasons[name]
+    walk = walks[name]
+    dim_axis = core.k_dim_axis if name == "K" else -1
+    try:
+        layout = _layout(view, facts, other, walk, walk.linear.output, walk.target, dim_axis, core.heads, name)
+        # A packed layer feeds Q, K and V: readers on the way of any of them are expected.
+        shared = [w for w in walks.values() if w.linear.output == walk.linear.output]
+        labelled = propagate(view, facts, walk.nodes, walk.linear.output)
+        allowed = {i for w in shared for i in w.nodes} | set(core.nodes)
+        check_readers(view, labelled, allowed, name)
+    except Decline as e:
+        return None, str(e)
+    return Branch(walk, layout), None
+
+
+def _layout(
+    view: GraphView,
+    facts: Facts,
+    other: Facts,
+    walk: Walk,
+    source: str,
+    target: str,
+    dim_axis: int,
+    heads: int | None,
+    what: str,
+) -> Layout:
+    labels = propagate(view, facts, walk.nodes, source)
+    shape, other_shape, other_target = facts.shape(source), other.shape(source), other.shape(target)
+    if target not in labels or shape is None or other_shape is None or other_target is None:
+        raise Decline(f"the way of {what} from its linear layer cannot be followed")
+    axis = walk.linear.channel_axis % len(shape)
+    return read_layout(labels[target], shape, other_shape, other_target, axis, dim_axis, what, heads)
+
+
+def _projection(
+    view: GraphView, facts: Facts, other: Facts, core: Core, linears: Mapping[str, Linear]
+) -> Outcome:
+    what = "the attention's output"
+    by_input: dict[str, list[Linear]] = {}
+    for linear in linears.values():
+        by_input.setdefault(linear.input, []).append(linear)
+    try:
+        walk = walk_forward(view, facts, by_input, core.context, what)
+        labels = propagate(view, facts, walk.nodes, core.context)
+        context, arrived = facts.shape(core.context), facts.shape(walk.target)
+        other_context, other_arrived = other.shape(core.context), other.shape(walk.target)
+        if context is None or arrived is None or other_context is None or other_arrived is None:
+            raise Decline(f"the shape of {what} cannot be inferred")
+        if walk.target not in labels:
+            raise Decline(f"the way of {what} to its projection cannot be followed")
+        inverse = invert_labels(labels[walk.target], context, what)
+        axis = walk.linear.channel_axis % len(arrived)
+        layout = read_layout(inverse, arrived, other_arrived, other_context, axis, -1, what, core.heads)
+        tensors = [name for name in labels if name != walk.target] + [walk.target]
+        check_readers(view, tensors, [*walk.nodes, walk.linear.node], what)
+    except Decline as e:
+        return None, str(e)
+    return Branch(walk, layout), None

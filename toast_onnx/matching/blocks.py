@@ -1,0 +1,131 @@
+"""What is found in a graph: transformer blocks with their attention and feed-forward parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from toast_onnx.matching.cores import Core
+from toast_onnx.matching.layout import Layout
+from toast_onnx.matching.linear import Linear
+from toast_onnx.matching.probe import Walk
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of Q, K, V or the output projection of an attention.
+
+    Attributes:
+        walk: the way between the linear layer and the core.
+        layout: where the layer's channels lie in the core's operand. For the output projection the same description
+            runs from the layer's *input* to the core's output.
+    """
+
+    walk: Walk
+    layout: Layout
+
+    @property
+    def linear(self) -> Linear:
+        """The linear layer."""
+        return self.walk.linear
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A matched attention.
+
+    Attributes:
+        core: the scores, softmax and weighted sum.
+        q, k, v, proj: its linear layers; None where the walk to it was declined.
+        num_heads: number of heads.
+        qk_dim: dimensions of a head's queries and keys.
+        vo_dim: dimensions of a head's values.
+        qk_reason: why queries and keys cannot be pruned, None when they can.
+        vo_reason: why values and output projection cannot be pruned, None when they can.
+    """
+
+    core: Core
+    q: Branch | None
+    k: Branch | None
+    v: Branch | None
+    proj: Branch | None
+    num_heads: int
+    qk_dim: int
+    vo_dim: int
+    qk_reason: str | None
+    vo_reason: str | None
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """A matched feed-forward network: fc1 (one entry, or several when gated), nodes acting on each channel alone, fc2.
+
+    Attributes:
+        entries: the linear layers at the entrance (two for unpacked gated forms).
+        fc2: the linear layer at the exit.
+        nodes: positions of the nodes between them, in graph order.
+        units: for every entry (width, parts) its output channels that make up each hidden unit.
+        channel_axes: tensor name -> axis of the hidden channels, for the tensors between.
+        unit_of: tensor name -> (extent of that axis,) hidden unit each position belongs to.
+        activation: name of the activation.
+        fc1_reason: why fc1's inputs cannot be pruned, None when they can.
+        fc2_reason: why the hidden width cannot be pruned, None when it can.
+    """
+
+    entries: tuple[Linear, ...]
+    fc2: Linear
+    nodes: tuple[int, ...]
+    units: tuple[np.ndarray, ...]
+    channel_axes: dict[str, int]
+    unit_of: dict[str, np.ndarray]
+    activation: str
+    fc1_reason: str | None
+    fc2_reason: str | None
+
+    @property
+    def in_features(self) -> int:
+        """Number of fc1's inputs."""
+        return self.entries[0].in_features
+
+    @property
+    def width(self) -> int:
+        """Number of hidden units (fc2's inputs)."""
+        return self.fc2.in_features
+
+    @property
+    def gated(self) -> bool:
+        """Whether two channels of fc1 make one hidden unit."""
+        return sum(u.shape[1] for u in self.units) > 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: an attention, a feed-forward network, or both.
+
+    Attributes:
+        index: number of the block, from 0.
+        name: what its nodes' names have in common.
+        node_names: names of its nodes, for addressing it by pattern.
+        attention: its attention, None when it has none.
+        ffn: its feed-forward network, None when it has none.
+    """
+
+    index: int
+    name: str
+    node_names: tuple[str, ...]
+    attention: Attention | None
+    ffn: Ffn | None
+
+
+@dataclass(frozen=True)
+class Match:
+    """Everything found in a graph.
+
+    Attributes:
+        blocks: the blocks, in graph order.
+        declined: node label -> reason, for what looks like a block and is none.
+    """
+
+    blocks: tuple[Block, ...]
+    declined: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,60 @@
+"""Output shapes of ONNX Runtime's own operators (domain `com.microsoft`), which ONNX cannot infer.
+
+Specification: ONNX Runtime's contrib operator documentation. Only the operators its optimizer puts into transformer graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+
+from toast_onnx.matching.graph import attribute
+
+Shape = tuple[int, ...] | None
+
+#: Operators whose first output looks like their first input.
+SAME_SHAPE = frozenset(
+    {"Gelu", "FastGelu", "QuickGelu", "BiasGelu", "BiasAdd", "BiasSoftmax", "BiasDropout", "Trilu", "RotaryEmbedding"}
+)
+
+
+def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape] | None:
+    """Shapes of a contrib node's outputs; None when the operator is not known here."""
+    first = inputs[0] if inputs else None
+    if first is None:
+        return None
+    count = len(node.output)
+    if node.op_type in SAME_SHAPE:
+        return [first] + [None] * (count - 1)
+    if node.op_type in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"):
+        statistics = (*first[:-1], 1)
+        return [first, statistics, statistics, first][:count]
+    if node.op_type == "FusedMatMul":
+        return [_fused_matmul(node, first, inputs[1])] + [None] * (count - 1)
+    if node.op_type == "Attention" and inputs[1] is not None:
+        sizes = attribute(node, "qkv_hidden_sizes")
+        hidden = sizes[2] if sizes else inputs[1][-1] // 3  # type: ignore[index]
+        return [(*first[:-1], int(hidden))] + [None] * (count - 1)
+    if node.op_type == "MultiHeadAttention":
+        value = inputs[2] if len(inputs) > 2 else None
+        hidden = first[-1]
+        if value is not None:
+            hidden = value[-1] if len(value) == 3 else value[1] * value[-1]
+        return [(*first[:2], hidden)] + [None] * (count - 1)
+    if node.op_type == "FusedGemm" and inputs[1] is not None:
+        return [(first[0], inputs[1][0 if attribute(node, "transB", 0) else 1])]
+    return None
+
+
+def _fused_matmul(node: onnx.NodeProto, a: tuple[int, ...], b: Shape) -> Shape:
+    if b is None:
+        return None
+    if attribute(node, "transA", 0):
+        a = (*a[:-2], a[-1], a[-2])
+    if attribute(node, "transB", 0):
+        b = (*b[:-2], b[-1], b[-2])
+    if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
+        return None
+    return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])

@@ -1,0 +1,181 @@
+"""Attention cores: a Softmax between two activation-by-activation products, or one fused attention node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.probe import Decline
+
+#: Operators that may stand between the score product and Softmax: scale, mask, bias, soft cap, shape.
+_BETWEEN = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Cast", "Reshape", "Where", "Identity", "Clip", "Max", "Min", "Tanh", "Unsqueeze"}
+    | {"Squeeze", "Expand", "IsNaN", "Dropout", "IsInf", "Or", "Not", "And"}
+)
+
+
+@dataclass(frozen=True)
+class Core:
+    """Scores, softmax and weighted sum of one attention.
+
+    Attributes:
+        kind: `matmul` (separate nodes), `attention` (ONNX opset 23) or `mha` (com.microsoft MultiHeadAttention).
+        qk: position of the score product (the fused node itself when fused).
+        softmax: position of the Softmax (the fused node itself when fused).
+        av: position of the weighted sum (the fused node itself when fused).
+        q: tensor of the queries; k, v: keys and values; context: the weighted sum.
+        k_dim_axis: axis of the head's dimensions in `k` (-1, or -2 where the keys come transposed).
+        heads: number of heads where q, k, v hold heads and dimensions on one axis, else None.
+    """
+
+    kind: str
+    qk: int
+    softmax: int
+    av: int
+    q: str
+    k: str
+    v: str
+    context: str
+    k_dim_axis: int = -1
+    heads: int | None = None
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """Positions of the core's nodes."""
+        return tuple(dict.fromkeys((self.qk, self.softmax, self.av)))
+
+
+def find_cores(view: GraphView, facts: Facts) -> tuple[list[Core], dict[int, str]]:
+    """All attention cores of a graph, in graph order, and the nodes that look like one but are not (position: reason)."""
+    cores: list[Core] = []
+    declined: dict[int, str] = {}
+    for i, node in enumerate(view.nodes):
+        find = _finder(node.domain, node.op_type)
+        if find is None:
+            continue
+        try:
+            core = find(view, facts, i)
+        except Decline as e:
+            declined[i] = str(e)
+            continue
+        if core is not None:
+            cores.append(core)
+    return cores, declined
+
+
+def _finder(domain: str, op_type: str) -> Callable[[GraphView, Facts, int], Core | None] | None:
+    if domain in ("", "ai.onnx"):
+        return {"Softmax": _softmax_core, "Attention": _fused_core}.get(op_type)
+    if domain == "com.microsoft":
+        return {"MultiHeadAttention": _mha_core, "Attention": _packed_core}.get(op_type)
+    return None
+
+
+def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
+    node = view.nodes[i]
+    products = _products_before(view, facts, node.input[0])
+    sums = _products_after(view, facts, node.output[0])
+    if not products and not sums:
+        return None  # a classifier's softmax
+    if not products:
+        raise Decline("the scores before this Softmax are no product of two activations")
+    if not sums:
+        return None  # probabilities that are only an output
+    if len(products) > 1 or len(sums) > 1:
+        raise Decline("more than one activation product surrounds this Softmax")
+    shape = facts.shape(node.input[0])
+    scores = facts.shape(view.nodes[products[0]].output[0])
+    if shape is None or scores is None:
+        raise Decline("the shape of the attention scores cannot be inferred")
+    default = -1 if view.model.opset >= 13 else 1
+    axis = int(attribute(node, "axis", default))  # type: ignore[call-overload]
+    if axis % len(shape) != len(shape) - 1:
+        raise Decline(f"this Softmax runs over axis {axis}, not over the last")
+    if scores[-2:] != shape[-2:]:
+        raise Decline("the attention scores are transposed or regrouped before the Softmax")
+    qk, av = products[0], sums[0]
+    product, total = view.nodes[qk], view.nodes[av]
+    return Core("matmul", qk, i, av, product.input[0], product.input[1], total.input[1], total.output[0], k_dim_axis=-2)
+
+
+def _is_product(view: GraphView, facts: Facts, i: int) -> bool:
+    node = view.nodes[i]
+    return (
+        node.op_type == "MatMul"
+        and node.domain in ("", "ai.onnx")
+        and not any(facts.is_constant(name) for name in node.input)
+    )
+
+
+def _products_before(view: GraphView, facts: Facts, tensor: str) -> list[int]:
+    """Activation products reached backwards through scale, mask and shape nodes."""
+    found: list[int] = []
+    seen: set[int] = set()
+    pending = [tensor]
+    while pending:
+        i = view.producer.get(pending.pop())
+        if i is None or i in seen:
+            continue
+        seen.add(i)
+        if _is_product(view, facts, i):
+            found.append(i)
+        elif view.nodes[i].op_type in _BETWEEN:
+            pending.extend(name for name in view.nodes[i].input if name and not facts.is_constant(name))
+    return found
+
+
+def _products_after(view: GraphView, facts: Facts, tensor: str) -> list[int]:
+    """Activation products that read the probabilities as their first operand."""
+    found: list[int] = []
+    seen: set[int] = set()
+    pending = [tensor]
+    while pending:
+        name = pending.pop()
+        for i in view.consumers.get(name, []):
+            if i in seen:
+                continue
+            seen.add(i)
+            if _is_product(view, facts, i):
+                if view.nodes[i].input[0] == name:
+                    found.append(i)
+            elif view.nodes[i].op_type in _BETWEEN:
+                pending.extend(view.nodes[i].output)
+    return found
+
+
+def _fused_core(view: GraphView, facts: Facts, i: int) -> Core:
+    node = view.nodes[i]
+    if any(name for name in node.input[4:]):
+        raise Decline("this Attention node carries a key/value cache")
+    q = facts.shape(node.input[0])
+    heads = None
+    if q is None:
+        raise Decline("the shape of this Attention node's queries cannot be inferred")
+    if len(q) == 3:
+        heads = int(attribute(node, "q_num_heads", 0))  # type: ignore[call-overload]
+        if heads != attribute(node, "kv_num_heads", 0):
+            raise Decline("queries and keys have different numbers of heads (grouped-query attention)")
+    elif q[1] != (facts.shape(node.input[1]) or q)[1]:
+        raise Decline("queries and keys have different numbers of heads (grouped-query attention)")
+    return Core("attention", i, i, i, *node.input[:3], context=node.output[0], heads=heads)
+
+
+def _mha_core(view: GraphView, facts: Facts, i: int) -> Core:
+    node = view.nodes[i]
+    heads = int(attribute(node, "num_heads", 0))  # type: ignore[call-overload]
+    ranks = [len(facts.shape(name) or ()) for name in node.input[:3]]
+    if ranks != [3, 3, 3]:
+        raise Decline("this MultiHeadAttention node takes packed or transposed operands")
+    if any(name for name in node.input[6:8]):
+        raise Decline("this MultiHeadAttention node carries a key/value cache")
+    if len(node.input) > 3 and node.input[3]:
+        raise Decline("this MultiHeadAttention node adds its own bias to Q, K and V; optimize without bias fusion")
+    return Core("mha", i, i, i, *node.input[:3], context=node.output[0], heads=heads)
+
+
+def _packed_core(view: GraphView, facts: Facts, i: int) -> Core:
+    raise Decline(
+        "this com.microsoft Attention node holds its weights inside; prune the graph before ONNX Runtime's attention fusion"
+    )

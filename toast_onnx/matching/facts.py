@@ -1,0 +1,243 @@
+"""What is known of every tensor once the inputs have concrete shapes: its shape, and its value where that is small.
+
+Exporters spell shapes as arithmetic (Shape, Gather, Concat, ...). Instead of recognising spellings, the graph is walked
+once with concrete input shapes: shape inference (ONNX's own, node by node) gives shapes, and small integer or constant
+tensors are evaluated on the way. Weights are never touched here; constants of any size can be asked for later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx.defs
+import onnx.helper
+import onnx.numpy_helper
+import onnx.reference
+import onnx.shape_inference
+
+from toast_onnx.errors import ModelError
+from toast_onnx.matching.contrib import contrib_shapes
+from toast_onnx.matching.graph import GraphView, attribute
+
+log = logging.getLogger(__name__)
+
+#: Largest tensor (elements) that is evaluated while walking; larger constants are evaluated on request.
+SMALL = 4096
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Shape, element type and, where known, value of one tensor.
+
+    Attributes:
+        shape: concrete shape; None when it could not be inferred.
+        elem_type: ONNX element type; 0 when unknown.
+        value: the value at these input shapes, for small tensors that do not depend on the inputs' contents.
+        constant: whether the value depends on neither contents nor shapes of the inputs (weights and what is made of them).
+    """
+
+    shape: tuple[int, ...] | None
+    elem_type: int = 0
+    value: np.ndarray | None = None
+    constant: bool = False
+
+
+class Facts:
+    """Facts of all tensors of a graph at given input shapes."""
+
+    def __init__(self, view: GraphView, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Walk the graph.
+
+        Args:
+            view: the graph.
+            shapes: concrete shape of every graph input that is not an initializer.
+
+        Raises:
+            ModelError: the shapes contradict the graph.
+        """
+        self.view = view
+        self._opsets = {o.domain: o.version for o in view.model.proto.opset_import}
+        self._facts: dict[str, Fact] = {"": Fact(None)}
+        self._cache: dict[str, np.ndarray] = {}
+        for value in view.model.proto.graph.input:
+            if value.name in shapes:
+                self._facts[value.name] = Fact(tuple(shapes[value.name]), value.type.tensor_type.elem_type)
+        for name, tensor in view.initializers.items():
+            small = _volume(tensor.dims) <= SMALL
+            self._facts[name] = Fact(
+                tuple(tensor.dims), tensor.data_type, view.model.array(tensor) if small else None, True
+            )
+        for node in view.nodes:
+            self._walk(node)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Concrete shape of a tensor, None when unknown."""
+        return self._facts.get(name, Fact(None)).shape
+
+    def elem_type(self, name: str) -> int:
+        """ONNX element type of a tensor, 0 when unknown."""
+        return self._facts.get(name, Fact(None)).elem_type
+
+    def value(self, name: str) -> np.ndarray | None:
+        """Value of a small tensor known at these shapes, else None."""
+        return self._facts.get(name, Fact(None)).value
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a tensor is made of weights alone."""
+        return bool(name) and self._facts.get(name, Fact(None)).constant
+
+    def array(self, name: str) -> np.ndarray:
+        """Value of a constant of any size, computed now (not kept).
+
+        Raises:
+            ModelError: an operator on the way cannot be evaluated here.
+        """
+        fact = self._facts[name]
+        if fact.value is not None:
+            return fact.value
+        if name in self.view.initializers:
+            return self.view.model.array(self.view.initializers[name])
+        node = self.view.producer_of(name)
+        if node is None or not fact.constant:
+            raise ModelError(f"the tensor '{name}' is not a constant")
+        outputs = self.evaluate(node, [self.array(i) if i else None for i in node.input])
+        return outputs[list(node.output).index(name)]
+
+    def evaluate(self, node: onnx.NodeProto, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """Run one operator in numpy (`onnx.reference`).
+
+        Raises:
+            ModelError: the operator has no reference implementation or fails on these inputs.
+        """
+        if node.op_type == "Constant":
+            return [_constant_value(node)]
+        try:
+            return evaluate_node(node, inputs, self._opsets)
+        except Exception as e:  # the reference evaluator raises whatever numpy raises
+            raise ModelError(f"the node '{node.name or node.output[0]}' ({node.op_type}) cannot be evaluated: {e}") from e
+
+    def _walk(self, node: onnx.NodeProto) -> None:
+        facts = [self._facts.get(name, Fact(None)) for name in node.input]
+        constant = all(f.constant for f, name in zip(facts, node.input, strict=True) if name)
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            tensor = _constant_value(node)
+            elem = onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
+            keep = tensor if tensor.size <= SMALL else None
+            self._facts[node.output[0]] = Fact(tensor.shape, elem, keep, True)
+            return
+        if node.op_type == "Shape" and facts[0].shape is not None:
+            start = attribute(node, "start", 0)
+            end = attribute(node, "end", None)
+            dims = np.asarray(facts[0].shape, np.int64)[start:end]  # type: ignore[misc]
+            self._facts[node.output[0]] = Fact(dims.shape, onnx.TensorProto.INT64, dims)
+            return
+        shapes = self._infer(node, facts)
+        known = all(f.value is not None for f, name in zip(facts, node.input, strict=True) if name)
+        outputs: list[np.ndarray] | None = None
+        if known and node.domain in ("", "ai.onnx") and all(s is not None and _volume(s) <= SMALL for s, _ in shapes):
+            try:
+                outputs = self.evaluate(node, [f.value for f in facts])
+            except ModelError as e:
+                log.debug("%s", e)
+        for k, name in enumerate(node.output):
+            if not name:
+                continue
+            shape, elem = shapes[k]
+            value = None if outputs is None else np.asarray(outputs[k])
+            if value is not None:
+                shape = value.shape
+            self._facts[name] = Fact(shape, elem, value, constant and node.op_type not in _RANDOM)
+
+    def _infer(self, node: onnx.NodeProto, facts: Sequence[Fact]) -> list[tuple[tuple[int, ...] | None, int]]:
+        """Shape and element type of every output of a node."""
+        unknown: list[tuple[tuple[int, ...] | None, int]] = [(None, 0)] * len(node.output)
+        if node.domain not in ("", "ai.onnx"):
+            found = contrib_shapes(node, [f.shape for f in facts])
+            elem = facts[0].elem_type if facts else 0
+            return [(s, elem) for s in found] if found else unknown
+        if any(f.shape is None for f, name in zip(facts, node.input, strict=True) if name):
+            return unknown
+        types, data = {}, {}
+        for fact, name in zip(facts, node.input, strict=True):
+            if not name:
+                continue
+            types[name] = onnx.helper.make_tensor_type_proto(fact.elem_type, fact.shape)
+            if fact.value is not None and fact.value.dtype != object:
+                data[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(fact.value), name)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self._opsets[""] if "" in self._opsets else self._opsets["ai.onnx"])
+            inferred = onnx.shape_inference.infer_node_outputs(
+                schema,
+                node,
+                types,
+                data,
+                opset_imports=list(self.view.model.proto.opset_import),
+                ir_version=self.view.model.proto.ir_version,
+            )
+        except onnx.shape_inference.InferenceError as e:
+            reason = str(e).strip().splitlines()[-1]
+            raise ModelError(
+                f"{self.view.model.path}: the input shapes do not fit the graph at node "
+                f"'{node.name or node.output[0]}' ({node.op_type}): {reason}; give the shapes with --shape"
+            ) from e
+        except onnx.defs.SchemaError:
+            return unknown
+        return [_type_shape(inferred.get(name)) for name in node.output]
+
+
+_RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"})
+
+
+def evaluate_node(
+    node: onnx.NodeProto, inputs: Sequence[np.ndarray | None], opsets: Mapping[str, int]
+) -> list[np.ndarray]:
+    """Run one operator with `onnx.reference` on numpy arrays; None stands for an absent optional input."""
+    bare = onnx.NodeProto()
+    bare.CopyFrom(node)
+    del bare.input[:], bare.output[:]
+    bare.input.extend("" if v is None else f"i{k}" for k, v in enumerate(inputs))
+    bare.output.extend(f"o{k}" if name else "" for k, name in enumerate(node.output))
+    feeds = {f"i{k}": np.asarray(v) for k, v in enumerate(inputs) if v is not None}
+    graph = onnx.helper.make_graph(
+        [bare],
+        "one",
+        [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), None) for n, v in feeds.items()],
+        [onnx.helper.make_value_info(n, onnx.TypeProto()) for n in bare.output if n],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in opsets.items()])
+    results = iter(onnx.reference.ReferenceEvaluator(model).run(None, feeds))
+    return [np.asarray(next(results)) if name else np.empty(0) for name in bare.output]
+
+
+def _constant_value(node: onnx.NodeProto) -> np.ndarray:
+    for a in node.attribute:
+        if a.name == "value":
+            return onnx.numpy_helper.to_array(a.t)
+        if a.name == "value_float":
+            return np.asarray(a.f, np.float32)
+        if a.name == "value_int":
+            return np.asarray(a.i, np.int64)
+        if a.name == "value_floats":
+            return np.asarray(a.floats, np.float32)
+        if a.name == "value_ints":
+            return np.asarray(a.ints, np.int64)
+        if a.name in ("value_string", "value_strings"):
+            return np.asarray([a.s] if a.name == "value_string" else list(a.strings), object)
+    raise ModelError(f"the Constant node '{node.name or node.output[0]}' has no dense value")
+
+
+def _volume(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _type_shape(type_proto: onnx.TypeProto | None) -> tuple[tuple[int, ...] | None, int]:
+    if type_proto is None or not type_proto.HasField("tensor_type"):
+        return None, 0
+    tensor = type_proto.tensor_type
+    if not tensor.HasField("shape") or any(not d.HasField("dim_value") for d in tensor.shape.dim):
+        return None, tensor.elem_type
+    return tuple(d.dim_value for d in tensor.shape.dim), tensor.elem_type

@@ -1,0 +1,281 @@
+"""Feed-forward networks: linear layers joined by nodes that act on each channel alone, in a residual branch."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from toast_onnx.matching.activations import activation_name, is_activation
+from toast_onnx.matching.blocks import Ffn
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.linear import Linear
+from toast_onnx.matching.probe import MOVEMENT, PASSING, Decline, check_readers
+
+_BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu", "Where", "Greater", "Less"})
+_UNARY = frozenset({"Erf", "Tanh", "Exp", "Log", "Sqrt", "Abs", "Neg", "Reciprocal", "Clip", "Softplus", "Not"})
+_REDUCING = frozenset(
+    {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "ReduceMean", "ReduceL2", "ReduceSum"}
+    | {"Softmax", "InstanceNormalization", "GroupNormalization", "ReduceSumSquare", "LpNormalization"}
+)
+_CONTRIB_ACTIVATIONS = frozenset({"Gelu", "FastGelu", "BiasGelu", "QuickGelu"})
+
+
+@dataclass
+class _Region:
+    """Nodes between the entries and fc2, and the reason when the hidden width cannot be pruned."""
+
+    entries: dict[str, Linear] = field(default_factory=dict)
+    nodes: set[int] = field(default_factory=set)
+    reason: str | None = None
+
+
+def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2: Linear) -> Ffn | None:
+    """The feed-forward network that ends in `fc2`; None when nothing of the kind ends there.
+
+    Raises:
+        Decline: it looks like one, but its parts do not fit.
+    """
+    region = _walk_back(view, facts, linears, fc2)
+    if region is None or len({e.input for e in region.entries.values()}) != 1:
+        return None
+    nodes = tuple(sorted(region.nodes))
+    activation = activation_name(view, facts, nodes)
+    if activation is None:
+        return None
+    entries = tuple(sorted(region.entries.values(), key=lambda e: e.node))
+    where = view.label(fc2.node)
+    if not _returns_to_residual(view, facts, entries[0].input, fc2.output):
+        raise Decline(f"the layers before {where} are joined by {activation}, but their output joins no residual stream")
+    if any(e.quantized for e in (*entries, fc2)):
+        reason = "the weights are quantized; prune first, then quantize"
+        return Ffn(entries, fc2, nodes, (), {}, {}, activation, reason, reason)
+    labels = _label(view, facts, nodes, entries)
+    units, failure = _units(labels.get(fc2.input, []), entries, fc2)
+    reason = region.reason or failure
+    axes: dict[str, int] = {}
+    unit_of: dict[str, np.ndarray] = {}
+    if reason is None:
+        try:
+            axes, unit_of = _channel_axes(view, labels, units, entries, fc2)
+            check_readers(view, unit_of, [*nodes, fc2.node], "the hidden activation")
+            _check_operands(view, facts, nodes, axes)
+        except Decline as e:
+            reason = str(e)
+    fc1_reason = None if entries[0].channel_axis == -1 else "fc1 is a convolution: its inputs are not selected"
+    return Ffn(entries, fc2, nodes, units, axes, unit_of, activation, fc1_reason, reason)
+
+
+def _walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2: Linear) -> _Region | None:
+    region = _Region()
+    pending = [fc2.input]
+    while pending:
+        tensor = pending.pop()
+        if tensor in linears:
+            region.entries[tensor] = linears[tensor]
+            continue
+        i = view.producer.get(tensor)
+        if i is None:
+            return None
+        if i in region.nodes:
+            continue
+        node = view.nodes[i]
+        if not _acts_per_channel(view, facts, i):
+            if node.op_type not in _REDUCING:
+                return None
+            region.reason = f"the hidden width is normalised across channels by {view.label(i)}"
+        region.nodes.add(i)
+        pending.extend(name for name in node.input if name and facts.value(name) is None and not facts.is_constant(name))
+    return region if region.entries else None
+
+
+def _acts_per_channel(view: GraphView, facts: Facts, i: int) -> bool:
+    node = view.nodes[i]
+    if node.domain == "com.microsoft":
+        return node.op_type in _CONTRIB_ACTIVATIONS
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    if node.op_type == "Conv":
+        weight = facts.shape(node.input[1])
+        return bool(weight) and attribute(node, "group", 1) == weight[0] and weight[1] == 1  # type: ignore[index]
+    if node.op_type == "BatchNormalization":
+        return True
+    return is_activation(node) or node.op_type in _BINARY | _UNARY | MOVEMENT | PASSING
+
+
+def _label(
+    view: GraphView, facts: Facts, nodes: tuple[int, ...], entries: tuple[Linear, ...]
+) -> dict[str, list[np.ndarray]]:
+    """Run channel numbers through the region.
+
+    Returns:
+        Tensor name -> label arrays, one for each different channel that an element is made of. Labels are
+        1 + offset of the entry + channel; 0 is no channel.
+    """
+    labels: dict[str, list[np.ndarray]] = {}
+    offset = 1
+    for entry in entries:
+        shape = facts.shape(entry.output)
+        if shape is None:
+            raise Decline(f"the shape of the tensor '{entry.output}' cannot be inferred")
+        view_shape = [1] * len(shape)
+        view_shape[entry.channel_axis] = -1
+        numbers = np.arange(offset, offset + entry.out_features, dtype=np.int32).reshape(view_shape)
+        labels[entry.output] = [np.broadcast_to(numbers, shape)]
+        offset += entry.out_features
+    for i in nodes:
+        node = view.nodes[i]
+        if node.op_type in MOVEMENT and node.domain in ("", "ai.onnx"):
+            _move(view, facts, i, labels)
+        elif node.op_type not in _REDUCING or node.op_type.endswith("Normalization"):
+            parts = [array for name in node.input for array in labels.get(name, [])]
+            merged = _distinct([a for a in parts if a.size == max(p.size for p in parts)])
+            if merged:
+                labels[node.output[0]] = merged
+    return labels
+
+
+def _move(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
+    node = view.nodes[i]
+    if node.op_type == "Concat":
+        raise Decline(f"{view.label(i)} puts hidden channels together")
+    if node.input[0] not in labels:
+        return
+    operands = [facts.value(name) if name else None for name in node.input[1:]]
+    if any(v is None and name for v, name in zip(operands, node.input[1:], strict=True)):
+        raise Decline(f"an operand of {view.label(i)} depends on the input's contents")
+    results = [facts.evaluate(node, [array, *operands]) for array in labels[node.input[0]]]
+    for k, name in enumerate(node.output):
+        if name:
+            labels[name] = _distinct([r[k] for r in results])
+
+
+def _distinct(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    kept: list[np.ndarray] = []
+    for array in arrays:
+        if not any(a is array or (a.shape == array.shape and np.array_equal(a, array)) for a in kept):
+            kept.append(array)
+    return kept
+
+
+def _along(array: np.ndarray, axis: int) -> np.ndarray | None:
+    """Values along one axis, None when they differ anywhere else."""
+    moved = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+    return moved[0] if bool((moved == moved[:1]).all()) else None
+
+
+def _units(
+    arrived: list[np.ndarray], entries: tuple[Linear, ...], fc2: Linear
+) -> tuple[tuple[np.ndarray, ...], str | None]:
+    """For every entry (width, parts) its channels that make up each of fc2's inputs."""
+    columns = [_along(array, fc2.channel_axis) for array in arrived]
+    if not columns or any(c is None or (c == 0).any() for c in columns):
+        return (), "its hidden channels cannot be followed from fc1 to fc2"
+    table = np.stack([c for c in columns if c is not None], axis=1) - 1  # (width, parts)
+    total = sum(e.out_features for e in entries)
+    if np.unique(table).size != table.size or table.size != total:
+        return (), "its hidden channels are mixed between fc1 and fc2"
+    units, offset = [], 0
+    for entry in entries:
+        inside = (table >= offset) & (table < offset + entry.out_features)
+        if not (inside == inside[:1]).all():
+            return (), "its hidden channels are mixed between fc1 and fc2"
+        units.append(table[:, inside[0]] - offset)
+        offset += entry.out_features
+    return tuple(units), None
+
+
+def _channel_axes(
+    view: GraphView,
+    labels: Mapping[str, list[np.ndarray]],
+    units: tuple[np.ndarray, ...],
+    entries: tuple[Linear, ...],
+    fc2: Linear,
+) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """Axis of the hidden channels in every tensor between, and the unit at each position of it."""
+    owner = np.full(1 + sum(e.out_features for e in entries), -1, np.int64)
+    offset = 1
+    for entry, table in zip(entries, units, strict=True):
+        for part in range(table.shape[1]):
+            owner[offset + table[:, part]] = np.arange(table.shape[0])
+        offset += entry.out_features
+    axes: dict[str, int] = {}
+    unit_of: dict[str, np.ndarray] = {}
+    for name, arrays in labels.items():
+        for axis in range(arrays[0].ndim):
+            found = _along(arrays[0], axis)
+            if found is not None and found.size > 1 and (found != found[0]).any():
+                axes[name], unit_of[name] = axis, owner[found]
+                break
+        else:
+            producer = view.producer_of(name)
+            raise Decline(f"the hidden channels are spread over several axes by '{producer.name if producer else name}'")
+        if (unit_of[name] < 0).any():
+            raise Decline("its hidden channels cannot be followed from fc1 to fc2")
+    axes[fc2.input] = fc2.channel_axis % arrays_rank(labels[fc2.input])
+    return axes, unit_of
+
+
+def arrays_rank(arrays: list[np.ndarray]) -> int:
+    """Rank of the (equally shaped) label arrays of one tensor."""
+    return arrays[0].ndim
+
+
+def _check_operands(view: GraphView, facts: Facts, nodes: tuple[int, ...], axes: Mapping[str, int]) -> None:
+    """Whatever else enters the region must not depend on the channel, unless it is a constant that can be sliced."""
+    for i in nodes:
+        node = view.nodes[i]
+        if node.op_type in MOVEMENT or node.output[0] not in axes:
+            continue
+        rank = len(facts.shape(node.output[0]) or ())
+        from_right = rank - axes[node.output[0]]
+        for name in node.input:
+            if not name or name in axes or facts.is_constant(name):
+                continue
+            shape = facts.shape(name)
+            if shape is None or (len(shape) >= from_right and shape[-from_right] != 1):
+                raise Decline(f"{view.label(i)} joins the hidden channels with '{name}'")
+
+
+def _returns_to_residual(view: GraphView, facts: Facts, source: str, output: str) -> bool:
+    """Whether `output` is added to a tensor that `source` was made from."""
+    pending, seen = [output], set()
+    while pending:
+        name = pending.pop()
+        for i in view.consumers.get(name, []):
+            node = view.nodes[i]
+            if i in seen:
+                continue
+            seen.add(i)
+            others = [t for t in node.input if t and t != name and not facts.is_constant(t) and facts.value(t) is None]
+            if node.op_type in ("Add", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization") and others:
+                if _is_ancestor(view, others[0], source):
+                    return True
+            elif not others and _keeps_stream(node.op_type):
+                pending.extend(node.output)
+    return False
+
+
+def _keeps_stream(op_type: str) -> bool:
+    return op_type in MOVEMENT | PASSING or op_type in ("Mul", "Add", "Div") or "Normalization" in op_type
+
+
+def _is_ancestor(view: GraphView, ancestor: str, tensor: str) -> bool:
+    """Whether `tensor` is `ancestor` or computed from it."""
+    floor = view.producer.get(ancestor, -1)
+    heap, seen = [], set()
+    names = {tensor}
+    while True:
+        if ancestor in names:
+            return True
+        for name in names:
+            i = view.producer.get(name)
+            if i is not None and i > floor and i not in seen:
+                seen.add(i)
+                heapq.heappush(heap, -i)
+        if not heap:
+            return False
+        names = set(view.nodes[-heapq.heappop(heap)].input)

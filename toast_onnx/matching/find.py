@@ -1,0 +1,145 @@
+"""Finding all transformer blocks of a model."""
+
+from __future__ import annotations
+
+import ast
+import os.path
+from collections.abc import Mapping, Sequence
+
+from toast_onnx.errors import ModelError
+from toast_onnx.matching.attention import match_attention
+from toast_onnx.matching.blocks import Attention, Block, Ffn, Match
+from toast_onnx.matching.cores import find_cores
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.ffn import match_ffn
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.linear import find_linears
+from toast_onnx.matching.probe import Decline
+
+#: Metadata key under which PyTorch's exporter stores the module path of a node.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def find_blocks(view: GraphView, facts: Facts, other: Facts) -> Match:
+    """Find attention and feed-forward blocks.
+
+    Args:
+        view: the graph.
+        facts: facts at probing shapes.
+        other: facts at other shapes of the dynamic axes (the same object when nothing is dynamic).
+    """
+    linears = find_linears(view, facts)
+    declined: dict[str, str] = {}
+    cores, no_cores = find_cores(view, facts)
+    declined.update({view.label(i): reason for i, reason in no_cores.items()})
+    parts: list[tuple[int, Attention | Ffn]] = []
+    for core in cores:
+        try:
+            parts.append((core.softmax, match_attention(view, facts, other, linears, core)))
+        except Decline as e:
+            declined[view.label(core.softmax)] = str(e)
+    for fc2 in linears.values():
+        try:
+            ffn = match_ffn(view, facts, linears, fc2)
+        except (Decline, ModelError) as e:
+            declined[view.label(fc2.node)] = str(e)
+            continue
+        if ffn is not None:
+            parts.append((fc2.node, ffn))
+    parts.sort(key=lambda p: p[0])
+    return Match(tuple(_group(view, [p for _, p in parts])), declined)
+
+
+def _group(view: GraphView, parts: Sequence[Attention | Ffn]) -> list[Block]:
+    """Pair every attention with the feed-forward network that follows it."""
+    pairs: list[tuple[Attention | None, Ffn | None]] = []
+    for part in parts:
+        if isinstance(part, Attention):
+            pairs.append((part, None))
+        elif pairs and pairs[-1][1] is None:
+            pairs[-1] = (pairs[-1][0], part)
+        else:
+            pairs.append((None, part))
+    blocks = []
+    for index, (attention, ffn) in enumerate(pairs):
+        nodes = [*_attention_nodes(attention), *_ffn_nodes(ffn)]
+        names = tuple(name for i in nodes if (name := view.nodes[i].name))
+        blocks.append(Block(index, _block_name(view, nodes, index), names, attention, ffn))
+    return blocks
+
+
+def _attention_nodes(attention: Attention | None) -> list[int]:
+    if attention is None:
+        return []
+    branches = [b for b in (attention.q, attention.k, attention.v, attention.proj) if b is not None]
+    return sorted({*attention.core.nodes, *(i for b in branches for i in b.linear.nodes)})
+
+
+def _ffn_nodes(ffn: Ffn | None) -> list[int]:
+    return [] if ffn is None else [i for linear in (*ffn.entries, ffn.fc2) for i in linear.nodes]
+
+
+def _block_name(view: GraphView, nodes: Sequence[int], index: int) -> str:
+    """The module path that the nodes share, from exporter metadata or from node names."""
+    scopes = [_scopes(view.nodes[i].metadata_props) for i in nodes]
+    if all(scopes):
+        shared = [s for s in scopes[0] if s and all(s in other for other in scopes)]
+        if shared:
+            return max(shared, key=len)
+    paths = [view.nodes[i].name for i in nodes if "/" in view.nodes[i].name]
+    if paths:
+        common = os.path.commonpath(paths) if all(p.startswith("/") == paths[0].startswith("/") for p in paths) else ""
+        if common.strip("/"):
+            return common.strip("/")
+    return f"block.{index}"
+
+
+def _scopes(metadata: Sequence[object]) -> list[str]:
+    for entry in metadata:
+        if entry.key == _SCOPES:  # type: ignore[attr-defined]
+            try:
+                found = ast.literal_eval(entry.value)  # type: ignore[attr-defined]
+            except (ValueError, SyntaxError):
+                return []
+            return [str(s) for s in found]
+    return []
+
+
+def probe_shapes(view: GraphView, given: Mapping[str, Sequence[int]], batch: int) -> dict[str, tuple[int, ...]]:
+    """Concrete input shapes for probing: what the graph declares, `given` where it is symbolic, `batch` elsewhere.
+
+    Symbolic axes: the first is the batch; further ones of an image-like (rank 4) input default to 224, others to 16.
+    Axes that share a symbolic name get the same size.
+
+    Raises:
+        ModelError: `given` names an unknown input, has another rank, or contradicts a fixed axis.
+    """
+    inputs = {i.name: i.type.tensor_type.shape.dim for i in view.model.proto.graph.input if i.name not in view.initializers}
+    for name in given:
+        if name not in inputs:
+            raise ModelError(f"--shape names the input '{name}', but the model's inputs are {', '.join(inputs)}")
+    named: dict[str, int] = {}
+    for name, sizes in given.items():
+        if len(sizes) != len(inputs[name]):
+            raise ModelError(f"--shape gives {len(sizes)} axes for '{name}', which has {len(inputs[name])}")
+        for dim, size in zip(inputs[name], sizes, strict=True):
+            if dim.HasField("dim_value") and dim.dim_value != size:
+                raise ModelError(f"--shape gives {size} for an axis of '{name}' that the model fixes at {dim.dim_value}")
+            if dim.dim_param:
+                named[dim.dim_param] = size
+    shapes = {}
+    for name, dims in inputs.items():
+        sizes = []
+        for axis, dim in enumerate(dims):
+            if dim.HasField("dim_value"):
+                sizes.append(dim.dim_value)
+            elif axis == 0:
+                sizes.append(batch)
+            elif name in given:
+                sizes.append(given[name][axis])
+            elif dim.dim_param in named:
+                sizes.append(named[dim.dim_param])
+            else:
+                sizes.append(224 if len(dims) == 4 else 16)
+        shapes[name] = tuple(sizes)
+    return shapes

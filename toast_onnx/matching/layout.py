@@ -1,0 +1,246 @@
+"""How a linear layer's output lies in an attention operand, read off arrived labels as mixed-radix factors.
+
+Every axis of the operand is a product of factors, outermost first: (parts of) leading axes of the layer's output, the
+heads, or the dimensions of a head. From this description the same movement can be written in one canonical spelling
+(Reshape, Transpose, Reshape) for any head_dim, with dynamic axes kept dynamic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from toast_onnx.matching.probe import Decline
+
+HEAD = -1
+DIM = -2
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of an axis.
+
+    Attributes:
+        source: leading axis of the layer's output it walks along, or HEAD or DIM.
+        stride: step along that axis.
+        size: number of steps at the probed shapes.
+        dynamic: whether the size changes with the graph's input shapes.
+    """
+
+    source: int
+    stride: int
+    size: int
+    dynamic: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every channel of a linear layer lies in an operand.
+
+    Attributes:
+        axes: factors of every axis of the operand, outermost first; an axis of extent 1 may have none.
+        sizes: extents of the layer's output at the probed shapes, channel axis included.
+        dynamic: which of those change with the graph's input shapes.
+        channel_axis: position of the channels in the layer's output (not negative).
+        channels: (num_heads, head_dim) channel of the layer that becomes dimension e of head h.
+    """
+
+    axes: tuple[tuple[Factor, ...], ...]
+    sizes: tuple[int, ...]
+    dynamic: tuple[bool, ...]
+    channel_axis: int
+    channels: np.ndarray
+
+    @property
+    def num_heads(self) -> int:
+        """Number of heads."""
+        return int(self.channels.shape[0])
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of one head."""
+        return int(self.channels.shape[1])
+
+
+def read_layout(
+    labels: np.ndarray,
+    sizes: tuple[int, ...],
+    other_sizes: tuple[int, ...],
+    other_shape: tuple[int, ...],
+    channel_axis: int,
+    dim_axis: int,
+    what: str,
+    heads: int | None = None,
+) -> Layout:
+    """Describe an operand whose elements are labelled 1 + (flat index in the layer's output).
+
+    Args:
+        labels: labels, in the operand's shape.
+        sizes: shape of the layer's output.
+        other_sizes: the same at other input shapes; differences mark dynamic axes.
+        other_shape: the operand's shape at those other input shapes.
+        channel_axis: axis of the channels in the layer's output.
+        dim_axis: axis of the head's dimensions in the operand.
+        what: name of the operand in messages.
+        heads: number of heads when `dim_axis` holds heads and dimensions together.
+
+    Raises:
+        Decline: the labels are incomplete, mixed, or follow no such pattern.
+    """
+    if (labels == 0).any():
+        raise Decline(f"{what} contains values that do not come from its linear layer")
+    rank = labels.ndim
+    dim_axis %= rank
+    channel_axis %= len(sizes)
+    coordinates = np.stack(np.unravel_index(labels - 1, sizes))  # (len(sizes), *labels.shape)
+    axes: list[list[Factor]] = []
+    for axis in range(rank):
+        index: list[int | slice] = [0] * rank
+        index[axis] = slice(None)
+        profile = coordinates[(slice(None), *index)]  # (len(sizes), extent)
+        if axis == dim_axis:
+            axes.append(_dim_factors(profile, channel_axis, heads, what))
+        else:
+            axes.append(_factors(profile, channel_axis, what))
+    head_factors = [f for factors in axes for f in factors if f.source == HEAD]
+    if len(head_factors) > 1:
+        raise Decline(f"{what}: heads lie along more than one axis")
+    _check_tiling(axes, sizes, channel_axis, what)
+    channels = _channel_table(coordinates[channel_axis], axes, what)
+    _check_reconstruction(coordinates, axes, channels, channel_axis, what)
+    dynamic = tuple(a != b for a, b in zip(sizes, other_sizes, strict=True))
+    moving = [a != b for a, b in zip(labels.shape, other_shape, strict=True)]
+    marked = tuple(
+        tuple(_mark(f, len(factors), moving[axis], sizes, dynamic, what) for f in factors)
+        for axis, factors in enumerate(axes)
+    )
+    return Layout(marked, sizes, dynamic, channel_axis, channels)
+
+
+def invert_labels(labels: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """Turn labels of a source found in a destination into labels of the destination found in the source.
+
+    Raises:
+        Decline: the movement is not one to one.
+    """
+    flat = labels.reshape(-1)
+    inverse = np.zeros(int(np.prod(shape)) + 1, np.int64)
+    inverse[flat] = np.arange(1, flat.size + 1)
+    if flat.size != inverse.size - 1 or (inverse[1:] == 0).any():
+        raise Decline(f"{what} does not reach its projection one to one")
+    return inverse[1:].reshape(shape)
+
+
+def _factors(profile: np.ndarray, channel_axis: int, what: str) -> list[Factor]:
+    """Factors of one axis from the coordinates along it; innermost last."""
+    extent = profile.shape[1]
+    if extent == 1:
+        return []
+    changed = np.flatnonzero(profile[:, 1] != profile[:, 0])
+    if changed.size != 1:
+        raise Decline(f"{what}: one of its axes mixes channels and positions in a way that is not understood")
+    k = int(changed[0])
+    others = np.delete(profile, k, axis=0)
+    same = (others == others[:, :1]).all(axis=0)
+    if k == channel_axis:
+        stride, source = 0, HEAD
+        steps = same
+    else:
+        stride, source = int(profile[k, 1] - profile[k, 0]), k
+        steps = same & (profile[k] == profile[k, 0] + stride * np.arange(extent))
+    size = int(np.argmin(steps)) if not steps.all() else extent
+    if extent % size or size < 2:
+        raise Decline(f"{what}: one of its axes follows no regular pattern")
+    return [*_factors(profile[:, ::size], channel_axis, what), Factor(source, stride, size)]
+
+
+def _dim_factors(profile: np.ndarray, channel_axis: int, heads: int | None, what: str) -> list[Factor]:
+    if (np.delete(profile, channel_axis, axis=0) != np.delete(profile, channel_axis, axis=0)[:, :1]).any():
+        raise Decline(f"{what}: the dimensions of a head come from different positions")
+    extent = profile.shape[1]
+    if heads is None:
+        return [Factor(DIM, 0, extent)]
+    if extent % heads:
+        raise Decline(f"{what}: {extent} channels do not divide into {heads} heads")
+    return [Factor(HEAD, 0, heads), Factor(DIM, 0, extent // heads)]
+
+
+def _check_tiling(axes: list[list[Factor]], sizes: tuple[int, ...], channel_axis: int, what: str) -> None:
+    for source, extent in enumerate(sizes):
+        if source == channel_axis:
+            continue
+        stride = 1
+        for factor in sorted((f for a in axes for f in a if f.source == source), key=lambda f: f.stride):
+            if factor.stride != stride:
+                raise Decline(f"{what}: positions are repeated, skipped or reordered on the way")
+            stride *= factor.size
+        if stride != extent:
+            raise Decline(f"{what}: only part of the positions arrives")
+
+
+def _channel_table(channel: np.ndarray, axes: list[list[Factor]], what: str) -> np.ndarray:
+    """(num_heads, head_dim) channel numbers, read where all positions are zero."""
+    index: list[int | slice] = []
+    order = []
+    for factors in axes:
+        inner = [f.source for f in factors]
+        if inner == [DIM]:
+            index.append(slice(None))
+            order.append(DIM)
+        elif HEAD in inner and DIM in inner:
+            size = next(f.size for f in factors if f.source == HEAD)
+            return channel[(0,) * (channel.ndim - 1)].reshape(size, -1).copy()
+        elif HEAD in inner:
+            at = inner.index(HEAD)
+            step = int(np.prod([f.size for f in factors[at + 1 :]], dtype=np.int64))
+            index.append(slice(0, step * factors[at].size, step))
+            order.append(HEAD)
+        else:
+            index.append(0)
+    table = channel[tuple(index)]
+    if order == [DIM]:
+        return table[None].copy()
+    return (table if order == [HEAD, DIM] else table.T).copy()
+
+
+def _check_reconstruction(
+    coordinates: np.ndarray, axes: list[list[Factor]], channels: np.ndarray, channel_axis: int, what: str
+) -> None:
+    """Rebuild every label from the factors; any difference means that the description is wrong."""
+    shape = coordinates.shape[1:]
+    expected = np.zeros_like(coordinates)
+    head, dim = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for axis, factors in enumerate(axes):
+        view = [1] * len(shape)
+        view[axis] = -1
+        position = np.arange(shape[axis]).reshape(view)
+        for factor in reversed(factors):
+            step, position = position % factor.size, position // factor.size
+            if factor.source == HEAD:
+                head = head + step
+            elif factor.source == DIM:
+                dim = dim + step
+            else:
+                expected[factor.source] += factor.stride * step
+    expected[channel_axis] = channels[head, dim]
+    if not np.array_equal(expected, coordinates):
+        raise Decline(f"{what}: channels and positions are mixed on the way")
+    if np.unique(channels).size != channels.size:
+        raise Decline(f"{what}: one channel is used twice")
+
+
+def _mark(
+    factor: Factor, parts: int, axis_moves: bool, sizes: tuple[int, ...], dynamic: tuple[bool, ...], what: str
+) -> Factor:
+    if factor.source in (HEAD, DIM):
+        return factor
+    if factor.size == sizes[factor.source]:
+        moves = dynamic[factor.source]
+    elif parts == 1:
+        moves = axis_moves
+    elif not axis_moves and not dynamic[factor.source]:
+        moves = False
+    else:
+        raise Decline(f"{what}: a dynamic axis is split and merged at once")
+    return Factor(factor.source, factor.stride, factor.size, moves)

@@ -1,0 +1,214 @@
+"""Which channel goes where: label a tensor's elements with their own numbers and run the nodes that only move data.
+
+Whatever an exporter writes between a linear layer and the attention core (Reshape, Transpose, Split, Slice, Gather,
+...), the labels that arrive say exactly where every channel went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.linear import Linear
+
+#: Operators that move elements and compute nothing. Their first input is the data (all inputs for Concat).
+MOVEMENT = frozenset(
+    {"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Concat", "Flatten", "Expand"}
+    | {"DepthToSpace", "SpaceToDepth", "Tile", "Pad", "ReverseSequence", "GatherND", "GatherElements", "Reverse"}
+)
+#: Operators that leave every element where it is and what it is, up to precision.
+PASSING = frozenset({"Identity", "Cast", "Dropout"})
+
+
+class Decline(Exception):
+    """A part of the graph is not what it would have to be; the message is the reason shown to the user."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The way between a linear layer and one operand of an attention core.
+
+    Attributes:
+        linear: the layer at the far end.
+        target: the operand's tensor name.
+        nodes: positions of the nodes on the way, in graph order.
+        scale: product of the constant factors on the way.
+    """
+
+    linear: Linear
+    target: str
+    nodes: tuple[int, ...]
+    scale: float
+
+
+def data_inputs(view: GraphView, i: int) -> list[str]:
+    """The inputs of a movement or passing node that carry data."""
+    node = view.nodes[i]
+    return list(node.input) if node.op_type == "Concat" else [node.input[0]]
+
+
+def is_plain(view: GraphView, i: int) -> bool:
+    """Whether a node only moves or passes its data on."""
+    node = view.nodes[i]
+    return node.domain in ("", "ai.onnx") and (node.op_type in MOVEMENT or node.op_type in PASSING)
+
+
+def scalar_factor(view: GraphView, facts: Facts, i: int) -> tuple[str, float] | None:
+    """(data tensor, factor) when a node multiplies or divides its data by one known number."""
+    node = view.nodes[i]
+    if node.op_type not in ("Mul", "Div") or node.domain not in ("", "ai.onnx"):
+        return None
+    for k in (1, 0) if node.op_type == "Mul" else (1,):
+        value = facts.value(node.input[k])
+        if value is not None and value.size == 1 and facts.value(node.input[1 - k]) is None:
+            factor = float(value.reshape(()))
+            return node.input[1 - k], factor if node.op_type == "Mul" else 1.0 / factor
+    return None
+
+
+def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], target: str, what: str) -> Walk:
+    """Follow data movement from a core's operand back to the one linear layer it comes from.
+
+    Raises:
+        Decline: there is no such layer, there are several, or a node on the way computes something.
+    """
+    found: dict[str, Linear] = {}
+    nodes: set[int] = set()
+    scales: dict[int, float] = {}
+    pending = [target]
+    while pending:
+        tensor = pending.pop()
+        if tensor in linears:
+            found[tensor] = linears[tensor]
+            continue
+        i = view.producer.get(tensor)
+        if i is None or facts.is_constant(tensor):
+            source = "a constant" if facts.is_constant(tensor) else f"the graph input '{tensor}'"
+            raise Decline(f"{what} comes from {source}, not from a linear layer")
+        if i in nodes:
+            continue
+        if is_plain(view, i):
+            pending.extend(data_inputs(view, i))
+        elif (scaled := scalar_factor(view, facts, i)) is not None:
+            pending.append(scaled[0])
+            scales[i] = scaled[1]
+        else:
+            raise Decline(f"{what} passes through {view.label(i)}, which computes on it{_hint(view, i)}")
+        nodes.add(i)
+    if len(found) != 1:
+        raise Decline(f"{what} comes from {len(found)} linear layers")
+    if len(scales) > 1 and len(nodes) > 1 and any(view.nodes[i].op_type == "Concat" for i in nodes):
+        raise Decline(f"{what} is put together from differently scaled parts")
+    (linear,) = found.values()
+    if linear.quantized:
+        raise Decline(f"the weights of {what} are quantized; prune first, then quantize")
+    return Walk(linear, target, tuple(sorted(nodes)), float(np.prod(list(scales.values()))) if scales else 1.0)
+
+
+def _hint(view: GraphView, i: int) -> str:
+    node = view.nodes[i]
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        return "; prune first, then quantize"
+    if "Normalization" in node.op_type:
+        return " across the channels of a head (q/k norm)"
+    return ""
+
+
+def walk_forward(
+    view: GraphView, facts: Facts, linears_by_input: Mapping[str, list[Linear]], start: str, what: str
+) -> Walk:
+    """Follow data movement from an attention core's output to the one linear layer that reads it.
+
+    Raises:
+        Decline: something else reads it, or a node on the way computes something.
+    """
+    nodes: set[int] = set()
+    found: dict[int, Linear] = {}
+    pending = [start]
+    while pending:
+        tensor = pending.pop()
+        if tensor in view.outputs:
+            raise Decline(f"{what} is also an output of the graph ('{tensor}')")
+        readers = {linear.node: linear for linear in linears_by_input.get(tensor, ())}
+        for i in view.consumers.get(tensor, []):
+            if i in readers:
+                found[i] = readers[i]
+            elif view.nodes[i].op_type in ("Shape", "Size"):
+                continue
+            elif is_plain(view, i):
+                if i not in nodes:
+                    nodes.add(i)
+                    pending.extend(name for name in view.nodes[i].output if name)
+            else:
+                raise Decline(f"{what} is read by {view.label(i)} before the output projection{_hint(view, i)}")
+    if len(found) != 1:
+        raise Decline(f"{what} goes to {len(found)} linear layers")
+    (linear,) = found.values()
+    if linear.quantized:
+        raise Decline(f"the weights behind {what} are quantized; prune first, then quantize")
+    return Walk(linear, linear.input, tuple(sorted(nodes)), 1.0)
+
+
+def check_readers(view: GraphView, tensors: Iterable[str], allowed: Iterable[int], what: str) -> None:
+    """Make sure that nothing but `allowed` nodes (and shape arithmetic) reads the given tensors.
+
+    Raises:
+        Decline: something else does.
+    """
+    permitted = set(allowed)
+    for tensor in tensors:
+        if tensor in view.outputs:
+            raise Decline(f"{what} is also an output of the graph ('{tensor}')")
+        for i in view.consumers.get(tensor, []):
+            if i not in permitted and view.nodes[i].op_type not in ("Shape", "Size"):
+                raise Decline(f"{what} is also read by {view.label(i)}")
+
+
+def propagate(view: GraphView, facts: Facts, nodes: Iterable[int], seed: str) -> dict[str, np.ndarray]:
+    """Label the tensor `seed` with 1, 2, 3, ... and run the given movement nodes on the labels.
+
+    Returns:
+        Tensor name -> labels (int64, shape of the tensor); 0 marks elements that do not come from the seed.
+
+    Raises:
+        Decline: a shape or an operand is unknown.
+    """
+    shape = facts.shape(seed)
+    if shape is None:
+        raise Decline(f"the shape of the tensor '{seed}' cannot be inferred")
+    labels = {seed: np.arange(1, int(np.prod(shape)) + 1, dtype=np.int64).reshape(shape)}
+    for i in sorted(nodes):
+        node = view.nodes[i]
+        data = data_inputs(view, i)
+        if (scaled := scalar_factor(view, facts, i)) is not None:
+            data = [scaled[0]]
+        if not any(name in labels for name in data):
+            continue
+        if node.op_type not in MOVEMENT:
+            labels[node.output[0]] = labels[data[0]]
+            continue
+        operands = [labels[name] if name in labels else _operand(view, facts, i, name) for name in node.input]
+        for name, value in zip(node.output, facts.evaluate(node, operands), strict=True):
+            if name:
+                labels[name] = value.astype(np.int64)
+    return labels
+
+
+def _operand(view: GraphView, facts: Facts, i: int, name: str) -> np.ndarray | None:
+    """Shape or index operand of a movement node; data that does not come from the seed counts as zeros."""
+    if not name:
+        return None
+    value = facts.value(name)
+    if view.nodes[i].op_type == "Concat":
+        shape = facts.shape(name)
+        if shape is not None:
+            return np.zeros(shape, np.int64)
+    if value is None and facts.is_constant(name):
+        value = facts.array(name)
+    if value is None:
+        raise Decline(f"an operand of {view.label(i)} ('{name}') depends on the input's contents")
+    return value

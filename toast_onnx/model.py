@@ -1,0 +1,252 @@
+"""Loading and saving ONNX models: lazy weights, external data, atomic writes, errors that name the file.
+
+A `Model` keeps the protobuf without its external data; weights are read one at a time when asked for, so that a 2.5 GB
+file costs its graph and not its weights. Saving writes to temporary names beside the target and renames at the end: a
+file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import google.protobuf.message
+import numpy as np
+import onnx
+import onnx.checker
+import onnx.external_data_helper as external
+import onnx.inliner
+import onnx.numpy_helper
+import onnx.shape_inference
+
+from toast_onnx.errors import ModelError
+
+#: Protobuf cannot serialise more than 2 GiB; above this, weights go to a file beside the graph.
+INLINE_LIMIT = 1_900_000_000
+#: Offset alignment of large tensors in a data file: lets runtimes map them into memory.
+ALIGNMENT = 4096
+
+
+@dataclass
+class Model:
+    """An ONNX model whose external weights stay on disk until they are read.
+
+    Attributes:
+        proto: the model; external initializers are references into files under `base_dir`.
+        path: the file it came from.
+        arrays: values that replace initializers of the same name (not yet part of `proto`'s bytes).
+    """
+
+    proto: onnx.ModelProto
+    path: Path
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def base_dir(self) -> Path:
+        """Folder that external data is relative to."""
+        return self.path.parent
+
+    @property
+    def opset(self) -> int:
+        """Version of the default ONNX operator set."""
+        return opset_of(self.proto)
+
+    @property
+    def has_external_data(self) -> bool:
+        """Whether any initializer lies in a file of its own."""
+        return any(external.uses_external_data(t) for t in self.proto.graph.initializer)
+
+    def array(self, tensor: onnx.TensorProto) -> np.ndarray:
+        """Value of an initializer; read from disk when it is external.
+
+        Raises:
+            ModelError: the data file is missing or short.
+        """
+        if tensor.name in self.arrays:
+            return self.arrays[tensor.name]
+        try:
+            return onnx.numpy_helper.to_array(tensor, str(self.base_dir))
+        except (OSError, ValueError, onnx.checker.ValidationError) as e:
+            raise ModelError(f"{self.path}: cannot read the weight '{tensor.name}': {e}") from e
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """Version of the default operator set a model imports (1 when it names none)."""
+    return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
+
+
+def load_model(path: str | os.PathLike[str]) -> Model:
+    """Read an ONNX file, leave external weights on disk, inline local functions.
+
+    Raises:
+        ModelError: the file is missing, not ONNX, truncated, empty, or its external data is missing or short.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder; give the .onnx file inside it")
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError as e:
+        raise ModelError(f"{path} does not exist; check the path of the model") from e
+    except OSError as e:
+        raise ModelError(f"{path} cannot be read: {e.strerror or e}") from e
+    except google.protobuf.message.DecodeError as e:
+        raise ModelError(f"{path} is not an ONNX file or is truncated; export or copy it again") from e
+    if not proto.graph.node or not proto.opset_import:
+        raise ModelError(f"{path} holds no ONNX graph; export or copy it again")
+    _check_external_files(proto, path)
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    return Model(proto, path)
+
+
+def _check_external_files(proto: onnx.ModelProto, path: Path) -> None:
+    for tensor in proto.graph.initializer:
+        if not external.uses_external_data(tensor):
+            continue
+        info = external.ExternalDataInfo(tensor)
+        file = path.parent / info.location
+        if not file.is_file():
+            raise ModelError(f"{path}: external data file '{info.location}' is missing; put it beside the model")
+        needed = (info.offset or 0) + (info.length or 0)
+        if file.stat().st_size < needed:
+            raise ModelError(
+                f"{path}: external data file '{info.location}' is too short for the weight '{tensor.name}' "
+                f"({file.stat().st_size} bytes of {needed}); copy it again"
+            )
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a model: its graph file, then its external data files in the order of their names."""
+    digest = hashlib.sha256()
+    proto = onnx.load(str(path), load_external_data=False)
+    names = {external.ExternalDataInfo(t).location for t in proto.graph.initializer if external.uses_external_data(t)}
+    for file in [path, *(path.parent / name for name in sorted(names))]:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def stored_bytes(path: Path) -> int:
+    """Size in bytes of a model on disk, external data included."""
+    proto = onnx.load(str(path), load_external_data=False)
+    names = {external.ExternalDataInfo(t).location for t in proto.graph.initializer if external.uses_external_data(t)}
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in names)
+
+
+@contextlib.contextmanager
+def drafts(path: Path) -> Iterator[Path]:
+    """Give a private folder beside `path` to write drafts of outputs in; it is removed at the end.
+
+    Raises:
+        ModelError: writing there failed (no permission, full disk).
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            yield Path(folder)
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            raise ModelError(f"{path} was not written: the disk is full; free space or choose another place") from e
+        raise ModelError(f"{path} cannot be written: {e.strerror or e}; choose another place") from e
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    with drafts(path) as folder:
+        _write_synced(folder / path.name, data)
+        os.replace(folder / path.name, path)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def save_model(model: Model, path: Path, *, check: bool = True) -> None:
+    """Write a model atomically; weights go to `<path>.data` when they were external or are too large to inline.
+
+    Args:
+        model: the model; `model.arrays` replaces initializers of the same name.
+        path: target file.
+        check: run `onnx.checker` with full shape inference on what was written, before it gets its name.
+
+    Raises:
+        ModelError: the target cannot be written, or the checker refuses the result.
+    """
+    data_path = path.with_name(path.name + ".data")
+    with drafts(path) as folder:
+        draft = write_draft(model, folder, path.name)
+        if check:
+            _check(draft, path)
+        data_draft = folder / data_path.name
+        if data_draft.exists():
+            # An old graph must never meet new weights: it goes first, the new graph comes last.
+            path.unlink(missing_ok=True)
+            os.replace(data_draft, data_path)
+        os.replace(draft, path)
+
+
+def write_draft(model: Model, folder: Path, name: str) -> Path:
+    """Write `name` (and `name.data` where weights go outside) into `folder`; no atomicity, no check."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    total = sum(_tensor_bytes(model, t) for t in proto.graph.initializer)
+    if model.has_external_data or total >= INLINE_LIMIT:
+        _stream_weights(model, proto, folder / f"{name}.data")
+    else:
+        for tensor in proto.graph.initializer:
+            if tensor.name in model.arrays:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(model.arrays[tensor.name], tensor.name))
+    _write_synced(folder / name, proto.SerializeToString(deterministic=True))
+    return folder / name
+
+
+def _tensor_bytes(model: Model, tensor: onnx.TensorProto) -> int:
+    if tensor.name in model.arrays:
+        return model.arrays[tensor.name].nbytes
+    if external.uses_external_data(tensor):
+        return external.ExternalDataInfo(tensor).length or 0
+    return tensor.ByteSize()
+
+
+def _stream_weights(model: Model, proto: onnx.ModelProto, data_path: Path) -> None:
+    """Move weights of 1 KiB and more into `data_path`, one at a time, and point `proto`'s initializers there."""
+    with data_path.open("wb") as stream:
+        for tensor in proto.graph.initializer:
+            if _tensor_bytes(model, tensor) < 1024 and not external.uses_external_data(tensor):
+                if tensor.name in model.arrays:
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(model.arrays[tensor.name], tensor.name))
+                continue
+            moved = onnx.numpy_helper.from_array(model.array(tensor), tensor.name)
+            stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
+            offset, length = stream.tell(), len(moved.raw_data)
+            if not length:
+                tensor.CopyFrom(moved)  # strings have no raw form
+                continue
+            stream.write(moved.raw_data)
+            tensor.CopyFrom(onnx.TensorProto(name=tensor.name, data_type=moved.data_type, dims=moved.dims))
+            tensor.raw_data = b" "  # set_external_data asks for raw data to replace
+            external.set_external_data(tensor, data_path.name, offset, length)
+            tensor.ClearField("raw_data")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _check(draft: Path, path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(draft), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        raise ModelError(f"{path} was not written: the checker refuses the new graph: {str(e).strip()}") from e
