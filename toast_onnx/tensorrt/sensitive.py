@@ -1,0 +1,89 @@
+"""Nodes that stay in float32 when a graph goes to 16 bits: normalisations, Softmax, operators without such a type."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import onnx
+from onnx import NodeProto
+
+#: Operators whose sums, squares or exponentials leave float16's range or lose its 11 bits.
+SENSITIVE_OPS = frozenset(
+    {
+        "BatchNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "LogSoftmax",
+        "LpNormalization",
+        "MeanVarianceNormalization",
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+        "Softmax",
+    }
+)
+_REDUCTIONS = frozenset({"ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare"})
+#: What lies between a reduction and the division it is for.
+_STEPS = frozenset({"Add", "Clip", "Expand", "Max", "Pow", "Sqrt", "Sub"})
+_ENDS = frozenset({"Div", "Reciprocal"})
+
+
+def ops_without(proto: onnx.ModelProto, type_name: str) -> set[str]:
+    """Operators of a graph whose definition at its opset takes float32 but not another type.
+
+    Conv, for one, takes bfloat16 from opset 22 on.
+
+    Args:
+        proto: the model.
+        type_name: the type as ONNX schemas spell it, such as `tensor(bfloat16)`.
+    """
+    versions = {o.domain or "ai.onnx": o.version for o in proto.opset_import}
+    found = set()
+    for op_type, domain in {(n.op_type, n.domain) for n in proto.graph.node} - {("Cast", "")}:
+        try:
+            schema = onnx.defs.get_schema(op_type, versions.get(domain or "ai.onnx", 1), domain)
+        except onnx.defs.SchemaError:
+            continue
+        taken = (set(c.allowed_type_strs) for c in schema.type_constraints)
+        if any("tensor(float)" in types and type_name not in types for types in taken):
+            found.add(op_type)
+    return found
+
+
+def spelled_out_norms(graph: onnx.GraphProto) -> set[str]:
+    """Names of the nodes that make up normalisations written node by node, as exports up to opset 16 write LayerNorm.
+
+    The anchor is a reduction whose result reaches a division through nothing but differences, squares, roots and an
+    epsilon. That covers LayerNorm, RMSNorm and the L2 norm of cosine attention, and leaves mean pooling alone.
+    """
+    producers = {name: n for n in graph.node for name in n.output}
+    constants = {t.name for t in graph.initializer}
+    consumers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            consumers[name].append(node)
+    found: set[str] = set()
+    for reduction in (n for n in graph.node if n.op_type in _REDUCTIONS):
+        below = list(_steps_below(reduction, consumers, constants))
+        if any(n.op_type in _ENDS for n in below):
+            above = producers.get(reduction.input[0])
+            squares = [above] if above is not None and _is_square(above) else []
+            found.update(n.name for n in (reduction, *below, *squares))
+    return found
+
+
+def _is_square(node: NodeProto) -> bool:
+    return node.op_type == "Pow" or (node.op_type == "Mul" and node.input[0] == node.input[1])
+
+
+def _steps_below(node: NodeProto, consumers: dict[str, list[NodeProto]], constants: set[str]) -> Iterator[NodeProto]:
+    """Nodes below a reduction up to and with the division; an Add counts only where it adds a constant."""
+    for reader in (r for name in node.output for r in consumers[name]):
+        if reader.op_type in _ENDS:
+            yield reader
+        elif reader.op_type in _STEPS and (reader.op_type != "Add" or not constants.isdisjoint(reader.input)):
+            yield reader
+            yield from _steps_below(reader, consumers, constants)
