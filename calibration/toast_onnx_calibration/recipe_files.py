@@ -1,0 +1,204 @@
+"""Finding the recipe a model came with: YAML, Hugging Face's preprocessor_config.json, timm's config.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toast_onnx.errors import ConfigError
+from toast_onnx_calibration.recipes import NAMED, Dim, Recipe, adapt, parse_recipe
+
+# Pillow's numbers for its filters, which Hugging Face stores as `resample`.
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+# Old configs write `size` as one number. These families mean the shorter side by it, the others a square.
+_SHORTER_SIDE_FAMILIES = ("CLIP", "ChineseCLIP", "Bit", "ConvNext", "Levit", "PoolFormer", "MobileNet")
+
+
+@dataclass(frozen=True)
+class RecipeChoice:
+    """A recipe, where it came from (a name or a path), and what the user should know about the choice."""
+
+    recipe: Recipe
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+def recipe_for(
+    model_path: str | Path | None, option: str | None, input_shape: Sequence[Dim] | None = None
+) -> RecipeChoice:
+    """Chooses the preprocessing of a model, adapted to its input.
+
+    `option` wins: a name of `NAMED`, or a YAML recipe, a `preprocessor_config.json` or a timm config. Else a
+    `preprocessor_config.json` or a timm `config.json` in the model's folder. Else `imagenet`, with a note that says so.
+
+    Args:
+        model_path: The ONNX file, or None where there is none.
+        option: What the user asked for, or None.
+        input_shape: The image input's shape, (B, C, H, W) or (B, H, W, C); any other leaves the recipe unadapted.
+
+    Raises:
+        ConfigError: An unknown name, or a file that is no recipe or asks for what no recipe can do.
+    """
+    choice = _choose(Path(model_path) if model_path is not None else None, option)
+    if input_shape is None or len(input_shape) != 4:
+        return choice
+    return RecipeChoice(adapt(choice.recipe, input_shape), choice.source, choice.notes)
+
+
+def load_recipe(path: str | Path) -> RecipeChoice:
+    """Reads a recipe file: YAML, or JSON as Hugging Face or timm write it.
+
+    Raises:
+        ConfigError: The file cannot be read or is none of these.
+    """
+    path = Path(path)
+    try:
+        # A leading byte order mark would otherwise become part of the first key.
+        text = path.read_text(encoding="utf-8-sig")
+        data = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML or JSON ({' '.join(str(error).split())})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a recipe ({error})") from error
+    if _is_timm(data):
+        return RecipeChoice(from_timm(data, str(path)), str(path))
+    if _is_hugging_face(data):
+        recipe, notes = from_hugging_face(data, str(path))
+        return RecipeChoice(recipe, str(path), notes)
+    return RecipeChoice(parse_recipe(data, str(path)), str(path))
+
+
+def from_hugging_face(config: dict[str, Any], where: str) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe of a Hugging Face image processor's configuration, and notes on what it leaves out.
+
+    Raises:
+        ConfigError: A key is missing or has a value that a recipe cannot express.
+    """
+    config = config.get("image_processor", config)  # processor_config.json holds it one level down
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    fields: dict[str, Any] = {"crop_offset": "floor", "channels": "rgb"}
+    notes = []
+    if config.get("do_resize", "size" in config):
+        fields |= _hugging_face_resize(config, kind, where)
+    if config.get("do_center_crop", "crop_size" in config):
+        fields["crop"] = _hugging_face_side(config.get("crop_size"), "crop_size", where)
+    if config.get("crop_pct") is not None and isinstance(fields.get("resize"), int):
+        fields |= _convnext_sizes(fields["resize"], float(config["crop_pct"]))
+    fields["scale"] = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
+    if config.get("do_normalize", "image_mean" in config):
+        for field, key in (("mean", "image_mean"), ("std", "image_std")):
+            if key not in config:
+                raise ConfigError(f"{where}: do_normalize without {key}; write a YAML recipe instead")
+            fields[field] = config[key]
+    if config.get("do_flip_channel_order"):
+        fields["channels"] = "bgr"
+    if config.get("rescale_offset"):
+        raise ConfigError(f"{where}: rescale_offset is not supported; write a YAML recipe with mean and std instead")
+    if config.get("do_pad"):
+        notes.append(f"{where} pads images to a common size; here they are resized to the model's input size")
+    return parse_recipe(fields, where), tuple(notes)
+
+
+def from_timm(config: dict[str, Any], where: str) -> Recipe:
+    """The recipe of a timm configuration: `pretrained_cfg` with input_size, crop_pct, crop_mode, mean and std.
+
+    Raises:
+        ConfigError: A key is missing, or `crop_mode` is `border`.
+    """
+    config = config.get("pretrained_cfg") or config
+    try:
+        channels, height, width = config["input_size"]
+        mean, std = config["mean"], config["std"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: a timm config needs input_size (three numbers), mean and std") from error
+    ratio = config.get("crop_pct") or 0.875
+    mode = config.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        raise ConfigError(f"{where}: crop_mode '{mode}' is not supported; write a YAML recipe instead")
+    resize = (math.floor(height / ratio), math.floor(width / ratio))
+    square = resize[0] == resize[1]
+    return parse_recipe(
+        {
+            "resize": resize[0] if square and mode == "center" else resize,
+            "keep_ratio": mode == "center" and not square,
+            "interpolation": _timm_interpolation(config.get("interpolation", "bilinear")),
+            "crop": (height, width),
+            "mean": mean,
+            "std": std,
+            "channels": "gray" if channels == 1 else "rgb",
+        },
+        where,
+    )
+
+
+def _choose(model_path: Path | None, option: str | None) -> RecipeChoice:
+    if option is not None:
+        if option in NAMED:
+            return RecipeChoice(NAMED[option], option)
+        if Path(option).is_file():
+            return load_recipe(option)
+        raise ConfigError(f"no recipe '{option}': give one of {', '.join(NAMED)}, or the path of a YAML or JSON file")
+    if model_path is not None:
+        for name, ours in (("preprocessor_config.json", _is_hugging_face), ("config.json", _is_timm)):
+            beside = model_path.parent / name
+            if beside.is_file() and ours(_json_or_none(beside)):
+                found = load_recipe(beside)
+                note = f"preprocessing from {beside}: {found.recipe.describe()}"
+                return RecipeChoice(found.recipe, found.source, (note, *found.notes))
+    standard = NAMED["imagenet"]
+    note = f"no preprocessing was given and no config lies beside the model: using imagenet ({standard.describe()})"
+    return RecipeChoice(standard, "imagenet", (note,))
+
+
+def _is_timm(data: Any) -> bool:
+    return isinstance(data, dict) and ("pretrained_cfg" in data or {"input_size", "mean", "std"} <= data.keys())
+
+
+def _is_hugging_face(data: Any) -> bool:
+    marks = {"image_processor_type", "feature_extractor_type", "image_mean", "do_resize", "image_processor"}
+    return isinstance(data, dict) and bool(marks & data.keys())
+
+
+def _json_or_none(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # somebody else's file that merely has the name
+
+
+def _hugging_face_resize(config: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    size = config.get("size")
+    resample = config.get("resample", 3 if kind.startswith(("CLIP", "Bit", "DeiT", "ConvNext")) else 2)
+    if resample not in _RESAMPLE:
+        raise ConfigError(f"{where}: resample {resample!r} is none of Pillow's filters 0..5")
+    fields: dict[str, Any] = {"interpolation": _RESAMPLE[resample]}
+    if isinstance(size, int):
+        fields["resize"] = size if kind.startswith(_SHORTER_SIDE_FAMILIES) else (size, size)
+    elif isinstance(size, dict) and "shortest_edge" in size:
+        fields["resize"] = size["shortest_edge"]
+    else:
+        fields["resize"] = _hugging_face_side(size, "size", where)
+    return fields
+
+
+def _hugging_face_side(size: Any, key: str, where: str) -> int | tuple[int, int]:
+    if isinstance(size, int):
+        return size
+    if isinstance(size, dict) and {"height", "width"} <= size.keys():
+        return size["height"], size["width"]
+    raise ConfigError(f"{where}: {key} {size!r} is neither a number nor height and width; write a YAML recipe instead")
+
+
+def _convnext_sizes(side: int, ratio: float) -> dict[str, Any]:
+    """ConvNeXT's rule: below 384 a crop of `side` from side / ratio, from 384 on stretched without a crop."""
+    return {"resize": int(side / ratio), "crop": side} if side < 384 else {"resize": (side, side)}
+
+
+def _timm_interpolation(name: str) -> str:
+    return "bicubic" if name == "random" else str(name).removesuffix("-exact")

@@ -1,0 +1,172 @@
+"""ONNX Runtime sessions: the provider that was asked for or an error, never another one in silence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toast_onnx.errors import BackendError, DataError, ModelError
+from toast_onnx_calibration.recipes import Dim
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+logger = logging.getLogger(__name__)
+
+PROVIDERS: dict[str, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+# The later ones take the nodes that the asked-for one cannot run.
+_CHAINS = {"cpu": ("cpu",), "cuda": ("cuda", "cpu"), "tensorrt": ("tensorrt", "cuda", "cpu")}
+
+_NUMPY_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One input a model needs: its name, shape (batch first, free dimensions by name or None) and numpy type."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: np.dtype[Any]
+
+
+def make_session(
+    model: str | Path | bytes,
+    provider: str = "cpu",
+    *,
+    threads: int | None = None,
+    optimize: bool = True,
+    external_data: str | Path | None = None,
+    memory_arena: bool = True,
+) -> ort.InferenceSession:
+    """Opens a model in ONNX Runtime.
+
+    Args:
+        model: An ONNX file, or a serialized model (kept in memory as long as the session).
+        provider: `cpu`, `cuda` or `tensorrt`.
+        threads: Threads inside one operator; None is one a core.
+        optimize: Whether ONNX Runtime may fuse and fold; without it the nodes run as they are written.
+        external_data: Folder of the external data of a serialized model.
+        memory_arena: Whether the CPU keeps freed buffers for reuse: faster, but the largest peak stays allocated.
+
+    Raises:
+        BackendError: ONNX Runtime is missing or cannot use the provider.
+        ModelError: The model cannot be loaded.
+    """
+    ort = _onnxruntime()
+    if provider not in PROVIDERS:
+        raise BackendError(f"unknown provider '{provider}': choose {', '.join(PROVIDERS)}")
+    available = ort.get_available_providers()
+    wanted = PROVIDERS[provider]
+    if wanted not in available:
+        raise BackendError(f"this ONNX Runtime lacks {wanted}, it has {', '.join(available)}: install one with it")
+    name = "the model" if isinstance(model, bytes) else str(model)
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise ModelError(f"{name}: no such file")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors: what it warns about (unused initializers, node placement) is no user's
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = memory_arena
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if external_data is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_data))
+    chain = [PROVIDERS[p] for p in _CHAINS[provider] if PROVIDERS[p] in available]
+    # A build for GPUs lists providers whose driver or libraries this machine lacks, and then runs on the CPU: it only
+    # logs why. Its constructor would also retry on its own and print that to stdout, hence `enable_fallback`.
+    unusable = (
+        f"ONNX Runtime could not start {wanted} (no such device, or its libraries are missing; its log at level DEBUG "
+        "says which): install the driver and the libraries, or choose another provider"
+    )
+    with _quiet(ort):
+        try:
+            source = model if isinstance(model, bytes) else str(model)
+            session = ort.InferenceSession(source, options, providers=chain, enable_fallback=0)
+        except Exception as error:  # its exceptions share no base class
+            if provider != "cpu" and ("TensorRT libraries" in str(error) or "CUDA failure" in str(error)):
+                raise BackendError(unusable) from error
+            raise ModelError(f"{name}: ONNX Runtime cannot load it: {one_line(error)}") from error
+    if wanted not in session.get_providers():
+        raise BackendError(unusable)
+    return session
+
+
+def model_inputs(session: ort.InferenceSession) -> list[ModelInput]:
+    """The inputs a session needs, in the model's order.
+
+    Raises:
+        DataError: An input is no tensor of a type that numpy knows (a sequence, bfloat16, a string).
+    """
+    inputs = []
+    for value in session.get_inputs():
+        if value.type not in _NUMPY_TYPES:
+            raise DataError(f"the model's input '{value.name}' is a {value.type}, which cannot be fed from data files")
+        inputs.append(ModelInput(value.name, tuple(value.shape), np.dtype(_NUMPY_TYPES[value.type])))
+    return inputs
+
+
+def run(
+    session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Runs a session; returns its outputs, or those asked for, by name.
+
+    Raises:
+        BackendError: ONNX Runtime failed, with the shapes that were fed.
+    """
+    names = list(outputs) if outputs is not None else [value.name for value in session.get_outputs()]
+    try:
+        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    except Exception as error:  # its exceptions share no base class
+        shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feeds.items())
+        raise BackendError(f"ONNX Runtime failed on {shapes}: {one_line(error)}") from error
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An exception's message on one line, shortened."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+@contextmanager
+def _quiet(ort: Any) -> Iterator[None]:
+    """Silences ONNX Runtime's log of failing providers, which an error of ours replaces, unless debugging."""
+    if logger.isEnabledFor(logging.DEBUG):
+        yield
+        return
+    ort.set_default_logger_severity(4)  # fatal
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)  # warning, its default
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError("ONNX Runtime is not installed: pip install onnxruntime") from error
+    return onnxruntime

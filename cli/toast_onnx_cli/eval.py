@@ -1,0 +1,99 @@
+"""`toast-onnx eval`: top-1 and top-5 on labelled samples, or a metric of the user's."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from toast_onnx_cli.console import Advance, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from toast_onnx_calibration.evaluate import Evaluation
+
+
+@click.command("eval")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="Image folder, .npy or .npz file, or a Python module:function.")
+@click.option("--labels", help="CSV with columns file and label, the word 'folders', or a .npz with 'labels'.")
+@click.option("--metric", help="Python module:function that gets all outputs, instead of top-1 and top-5.")
+@click.option("--preprocess", help="Recipe: imagenet, imagenet-inception, clip, dinov2, mae, none, or a file.")
+@click.option("--output", help="Name of the output with the class scores; the first 2-D one by default.")
+@click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run, where it is free.")
+@click.option("--samples", type=click.IntRange(1), help="Draw so many samples instead of taking all.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    model: Path,
+    data: str,
+    labels: str | None,
+    metric: str | None,
+    preprocess: str | None,
+    output: str | None,
+    provider: str,
+    batch: int,
+    samples: int | None,
+    seed: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure MODEL: top-1 and top-5 accuracy on labelled images, or your own metric on all outputs.
+
+    A metric is called once with an iterator of results, each with `.outputs`, `.inputs`, `.rows` (the samples' names)
+    and `.labels`; it goes through all of them and returns a number or a dict of numbers.
+    """
+    from toast_onnx_calibration.evaluate import evaluate
+
+    if metric is not None and output is not None:
+        raise click.UsageError("--output chooses the class scores; a metric gets every output")
+    with ExitStack() as stack:
+        advance: Advance | None = None
+        seen = 0
+
+        def show(done: int, total: int | None) -> None:
+            # The number of samples is known once the data is open, so the bar starts with the first report.
+            nonlocal advance, seen
+            if advance is None:
+                advance = stack.enter_context(progress("evaluating", total))
+            advance(done - seen)
+            seen = done
+
+        result = evaluate(
+            model,
+            data,
+            labels,
+            metric=metric,
+            preprocess=preprocess,
+            output=output,
+            provider=provider,
+            batch=batch,
+            samples=samples,
+            seed=seed,
+            threads=threads,
+            progress=show,
+        )
+    if as_json:
+        print_json({"model": str(model), **result.to_json()})
+    else:
+        _print(result)
+
+
+def _print(result: Evaluation) -> None:
+    for note in result.notes:
+        click.echo(f"Note: {note}", err=True)
+    if result.accuracy is None:
+        print_table(["metric", "value"], [[name, f"{value:.6g}"] for name, value in result.metrics.items()])
+        return
+    document = result.accuracy.to_json()
+    rows = []
+    for name, label in (("top1", "top-1"), ("top5", "top-5")):
+        if name in document:
+            entry = document[name]
+            low, high = entry["interval95"]
+            count = f"{entry['correct']}/{result.accuracy.samples}"
+            rows.append([label, f"{entry['accuracy']:.2%}", f"{low:.2%} .. {high:.2%}", count])
+    print_table(["accuracy", "share", "95 % interval", "correct"], rows)
