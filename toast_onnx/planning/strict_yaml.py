@@ -18,8 +18,8 @@ import yaml
 
 from toast_onnx.errors import ConfigError
 
-_MAX_BYTES = 1 << 20
-_MAX_VALUES = 100_000  # aliases can repeat a value without writing it, so the file's size does not bound this
+_MAX_BYTES = 1 << 18
+_MAX_VALUES = 20_000  # aliases can repeat a value without writing it, so the file's size does not bound this
 _MAX_DEPTH = 16
 _MAX_NUMBER = 40  # characters
 
@@ -70,7 +70,7 @@ def read_document(path: str | os.PathLike[str]) -> object:
     """Reads one YAML document into dicts, lists, strings, booleans, None, `int` and exact `Decimal`.
 
     Args:
-        path: The file, UTF-8, at most 1 MiB.
+        path: The file, UTF-8, at most 256 KiB.
 
     Returns:
         The document's value. A `Decimal` holds exactly the digits that were written.
@@ -127,7 +127,7 @@ def _read_text(source: Path) -> str:
     except OSError as e:
         raise ConfigError(f"cannot read {source}: {e.strerror or e}; check the path") from e
     if len(data) > _MAX_BYTES:
-        raise ConfigError(f"{source} is larger than 1 MiB, so it is no settings file; give the YAML file")
+        raise ConfigError(f"{source} is larger than 256 KiB, so it is no settings file; give the YAML file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
