@@ -52,7 +52,9 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the subcommand: a `ToastError` ends in one `Error:` line and status 1, Ctrl-C in one line and 130."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # so that a broken pipe shows here and not while Python shuts down
+            return result
         except ToastError as error:
             logger.debug("the error came from here", exc_info=True)
             raise click.ClickException(" ".join(str(error).split())) from error

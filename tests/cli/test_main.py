@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import types
@@ -101,8 +102,9 @@ def test_wrong_usage_is_status_2(arguments: list[str], register: Callable[[Calla
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes end differently on Windows")
+@pytest.mark.parametrize("show", ["click.echo", "print"])
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_reader_that_leaves_early_is_quiet(lines: int) -> None:
+def test_reader_that_leaves_early_is_quiet(lines: int, show: str) -> None:
     code = f"""
 import sys, types, click
 from toast_onnx_cli import main as room
@@ -110,13 +112,15 @@ module = sys.modules["toast_onnx_cli.trial"] = types.ModuleType("trial")
 def body():
     sys.stdin.read()  # until the other end of stdout is closed
     for _ in range({lines}):
-        click.echo("a line")
+        {show}("a line")
 module.command = click.command("trial")(body)
 room.SUBCOMMANDS["trial"] = "A command for the tests."
 room.main(["trial"])
 """
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
         [sys.executable, "-c", code],
+        env=buffered,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
