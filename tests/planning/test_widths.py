@@ -22,6 +22,8 @@ ALIGNS = st.sampled_from([1, 2, 3, 8, 16, 64])
         (64, "0.9", 8, 8),
         (64, "0.99", 8, 8),  # at least one multiple
         (20, "0", 8, 20),  # nothing removed, nothing rounded
+        (17, "0", 8, 17),
+        (17, "0.0001", 8, 16),
         (20, "0.05", 8, 16),
         (20, "0.9", 8, 8),
         (5, "0.5", 8, 5),  # one multiple would be more than there is
