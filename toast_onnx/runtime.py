@@ -1,0 +1,85 @@
+"""Running a graph with ONNX Runtime: chosen tensors out, fixed threads, no optimisation surprises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnxruntime as ort
+
+from toast_onnx.errors import BackendError
+
+
+def expose(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """Make tensors outputs of a graph, besides those it has (in place); returns the model."""
+    present = {o.name for o in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in present)
+    return proto
+
+
+def run_model(
+    path: Path, names: Sequence[str], feeds: Sequence[Mapping[str, np.ndarray]], *, threads: int = 0
+) -> list[dict[str, np.ndarray]]:
+    """Run a model file on the CPU for several sets of inputs and return the named tensors of each.
+
+    Args:
+        path: the model; tensors that are no outputs are made outputs (the file is changed).
+        names: tensors to return.
+        feeds: input name -> array, one mapping a run.
+        threads: intra-op threads; 0 leaves the choice to ONNX Runtime.
+
+    Raises:
+        BackendError: ONNX Runtime refuses the model or fails on it.
+    """
+    proto = onnx.load(str(path), load_external_data=False)
+    onnx.save(expose(proto, names), str(path))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Extended fusions may rename or swallow the tensors that are asked for; basic ones keep outputs.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return [dict(zip(names, session.run(list(names), dict(f)), strict=True)) for f in feeds]
+    except Exception as e:  # ONNX Runtime's exceptions share no public base
+        raise BackendError(f"ONNX Runtime cannot run the model: {str(e).strip().splitlines()[0]}") from e
+
+
+def random_inputs(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
+    """Plausible random inputs: normal floats, small non-negative integers, true masks with padded tails.
+
+    Args:
+        proto: the model.
+        shapes: concrete shape of every input.
+        seed: seed of the generator.
+    """
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for value in proto.graph.input:
+        if value.name not in shapes:
+            continue
+        shape = tuple(shapes[value.name])
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        kind = np.dtype(dtype).kind
+        if "mask" in value.name.lower():
+            feeds[value.name] = _mask(shape, rng).astype(dtype)
+        elif kind == "b":
+            feeds[value.name] = rng.random(shape) < 0.9
+        elif kind in "iu":
+            # Small enough for any vocabulary or type table (token_type_ids have two rows).
+            high = 2 if "type" in value.name.lower() else 16
+            feeds[value.name] = rng.integers(0, high, shape).astype(dtype)
+        else:
+            feeds[value.name] = rng.standard_normal(shape).astype(dtype)
+    return feeds
+
+
+def _mask(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Ones, with the last quarter of every second item of the batch padded."""
+    mask = np.ones(shape)
+    if len(shape) >= 2 and shape[-1] >= 4:
+        mask[1::2, ..., -(shape[-1] // 4) :] = 0
+    return mask

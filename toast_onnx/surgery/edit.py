@@ -1,0 +1,181 @@
+"""A graph under the knife: nodes replaced or removed at their places, fresh names, everything else byte for byte as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+import onnx_graphsurgeon as gs
+
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.linear import Linear
+from toast_onnx.model import Model
+
+
+class GraphEdit:
+    """Collects changes to a graph and applies them to a copy."""
+
+    def __init__(self, view: GraphView) -> None:
+        self._view = view
+        self._removed: set[int] = set()
+        self._inserted: dict[int, list[onnx.NodeProto]] = {}
+        self._arrays: dict[str, np.ndarray] = {}
+        #: Shrunken or replaced tensor -> (tensor that stands in its place, axis whose extent differs).
+        self.changed: dict[str, tuple[str, int]] = {}
+        self._names = set(view.initializers) | set(view.producer) | {n.name for n in view.nodes if n.name}
+        self._names |= {i.name for i in view.model.proto.graph.input}
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set."""
+        return self._view.model.opset
+
+    def fresh(self, wanted: str) -> str:
+        """A name not used in the graph, `wanted` if it is free."""
+        name, k = wanted, 1
+        while name in self._names:
+            name, k = f"{wanted}_{k}", k + 1
+        self._names.add(name)
+        return name
+
+    def remove(self, nodes: Sequence[int]) -> None:
+        """Remove nodes by position."""
+        self._removed.update(nodes)
+
+    def is_removed(self, i: int) -> bool:
+        """Whether the node at a position was removed."""
+        return i in self._removed
+
+    def insert(self, at: int, node: onnx.NodeProto) -> None:
+        """Put a node before the node at position `at` (after earlier insertions there)."""
+        self._inserted.setdefault(at, []).append(node)
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        """Add an initializer under a fresh name; returns the name."""
+        name = self.fresh(name)
+        self._arrays[name] = np.ascontiguousarray(value)
+        return name
+
+    def replace_initializer(self, name: str, value: np.ndarray) -> None:
+        """Give an existing initializer a new value (all its readers see it)."""
+        self._arrays[name] = np.ascontiguousarray(value)
+
+    def emit(self, at: int, op: str, inputs: Sequence[str], output: str, name: str, **attributes: object) -> str:
+        """Insert a node with one output; returns the output's name."""
+        self.insert(at, onnx.helper.make_node(op, list(inputs), [output], name=self.fresh(name), **attributes))
+        return output
+
+    def rename(self, at: int, tensor: str, name: str) -> None:
+        """Give the tensor made by a node inserted at `at` another name; its inserted readers follow."""
+        for node in self._inserted.get(at, ()):
+            for names in (node.input, node.output):
+                for k, old in enumerate(names):
+                    if old == tensor:
+                        names[k] = name
+
+    def set_attribute(self, i: int, name: str, value: object) -> None:
+        """Set one attribute of the node at a position, everything else as it was."""
+        node = onnx.NodeProto()
+        node.CopyFrom(self._view.nodes[i])
+        for a in [a for a in node.attribute if a.name == name]:
+            node.attribute.remove(a)
+        node.attribute.append(onnx.helper.make_attribute(name, value))
+        self.remove([i])
+        self.insert(i, node)
+
+    def linear(
+        self, at: int, like: Linear, x: str, w: np.ndarray, b: np.ndarray | None, output: str, name: str
+    ) -> None:
+        """Insert y = x @ W + b in the spelling of the layer `like`.
+
+        Args:
+            at: position to insert at.
+            like: layer whose kind (MatMul + Add, Gemm, Conv) is followed.
+            x: input tensor.
+            w: (in_features, out_features).
+            b: (out_features,), None for no bias.
+            output: name of the output tensor.
+            name: module path for the new names.
+        """
+        op = self._view.nodes[like.node].op_type
+        stored = w.T.reshape(w.shape[1], w.shape[0], 1, 1) if op == "Conv" else w
+        weight = self._weight(like.weight, like.node, stored, f"{name}.weight")
+        bias = None if b is None else self._weight(like.bias, like.nodes[-1], b, f"{name}.bias")
+        if op in ("Gemm", "Conv"):
+            inputs = [x, weight] if bias is None else [x, weight, bias]
+            self.emit(at, op, inputs, output, f"{name}/{op}")
+        elif bias is None:
+            self.emit(at, "MatMul", [x, weight], output, f"{name}/MatMul")
+        else:
+            product = self.emit(at, "MatMul", [x, weight], self.fresh(f"{name}/MatMul_output"), f"{name}/MatMul")
+            self.emit(at, "Add", [product, bias], output, f"{name}/Add")
+
+    def _weight(self, old: str | None, reader: int, value: np.ndarray, name: str) -> str:
+        """Store a new weight: under the old initializer's name when this layer is its only reader."""
+        if old in self._view.initializers and self._view.consumers.get(old) == [reader] and old not in self._arrays:
+            self.replace_initializer(old, value)
+            return old
+        return self.constant(name, value)
+
+    def apply(self) -> Model:
+        """The edited model: a copy without what nothing needs any more."""
+        source = self._view.model
+        proto = onnx.ModelProto()
+        proto.CopyFrom(source.proto)
+        graph = proto.graph
+        nodes = []
+        for i, node in enumerate(self._view.nodes):
+            nodes.extend(self._inserted.get(i, ()))
+            if i not in self._removed:
+                nodes.append(node)
+        del graph.node[:]
+        graph.node.extend(nodes)
+        known = {t.name: t for t in graph.initializer}
+        arrays = dict(source.arrays)
+        for name, value in self._arrays.items():
+            stub = onnx.TensorProto(
+                name=name, data_type=onnx.helper.np_dtype_to_tensor_dtype(value.dtype), dims=value.shape
+            )
+            if name in known:
+                known[name].CopyFrom(stub)
+            else:
+                graph.initializer.append(stub)
+            arrays[name] = value
+        model = Model(proto, source.path, arrays)
+        tidy(model)
+        return model
+
+
+def tidy(model: Model) -> None:
+    """Drop nodes and initializers that no output needs, and value_info that may be stale; keep the rest as it is.
+
+    onnx-graphsurgeon says what is dead (subgraphs included); the surviving protobuf nodes stay untouched.
+    """
+    graph = model.proto.graph
+    # An input-less copy of the initializers is enough for reachability and does not load a weight.
+    shadow = gs.import_onnx(model.proto).cleanup(remove_unused_graph_inputs=False)
+    alive_nodes = {output.name for node in shadow.nodes for output in node.outputs if output.name}
+    alive_tensors = set(shadow.tensors()) | {t.name for t in shadow.outputs}
+    nodes = [n for n in graph.node if any(o in alive_nodes for o in n.output)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in nodes for name in _all_inputs(node)} | {o.name for o in graph.output}
+    initializers = [t for t in graph.initializer if t.name in alive_tensors or t.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(initializers)
+    names = {t.name for t in initializers}
+    model.arrays = {name: value for name, value in model.arrays.items() if name in names}
+    del graph.value_info[:]
+
+
+def _all_inputs(node: onnx.NodeProto) -> list[str]:
+    names = list(node.input)
+    for a in node.attribute:
+        for graph in (a.g, *a.graphs):
+            for inner in graph.node:
+                names.extend(_all_inputs(inner))
+            names.extend(o.name for o in graph.output)
+    return names

@@ -1,0 +1,199 @@
+"""Writing smaller Q, K, V and output projections into a graph.
+
+Layers that read the same tensor become one MatMul and a Split; the data movement between them and the core is replaced by
+one canonical spelling; scales become constants. Scores, masks, position bias and softmax stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx.helper
+
+from toast_onnx.errors import MatchError
+from toast_onnx.matching.blocks import Attention, Branch
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.layout import DIM
+from toast_onnx.matching.linear import Linear, bias, weights
+from toast_onnx.matching.probe import propagate
+from toast_onnx.surgery.edit import GraphEdit
+from toast_onnx.surgery.spell import collect, spread
+from toast_onnx.surgery.weights import AttentionWeights, HeadWeights
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One operand to write: its branch and its (new or unchanged) weights."""
+
+    name: str
+    branch: Branch
+    weights: HeadWeights
+
+
+def head_weights(view: GraphView, facts: Facts, branch: Branch) -> HeadWeights:
+    """The present weights of Q, K or V by head.
+
+    Returns:
+        weight (in_features, num_heads, head_dim), bias (num_heads, head_dim; zeros where the layer has none).
+    """
+    channels = branch.layout.channels
+    w = weights(view, facts, branch.linear)
+    b = bias(view, facts, branch.linear)
+    vector = np.zeros(branch.linear.out_features, w.dtype) if b is None else b
+    slots = np.broadcast_to(np.arange(channels.shape[1]), channels.shape)
+    return HeadWeights(w[:, channels], vector[channels], slots)
+
+
+def rewrite_attention(
+    edit: GraphEdit, view: GraphView, facts: Facts, attention: Attention, new: AttentionWeights, name: str
+) -> None:
+    """Replace the layers of one attention.
+
+    Args:
+        edit: graph edit.
+        view: the original graph.
+        facts: facts at the probed shapes.
+        attention: the matched attention.
+        new: new weights.
+        name: module path for new names.
+
+    Raises:
+        MatchError: a layer shares weights with an operand that is not understood.
+    """
+    given = {"Q": new.q, "K": new.k, "V": new.v}
+    branches = {"Q": attention.q, "K": attention.k, "V": attention.v}
+    changed = {b.linear.output for n, b in branches.items() if b is not None and given[n] is not None}
+    parts = []
+    for what, branch in branches.items():
+        if branch is None or branch.linear.output not in changed:
+            continue
+        weight = given[what] or head_weights(view, facts, branch)
+        parts.append(_Part(what.lower(), branch, weight))
+    _write_heads(edit, view, facts, parts, name)
+    if new.q is not None:
+        _freeze_fused_scale(edit, view, facts, attention)
+    if new.proj is not None:
+        _write_projection(edit, view, facts, attention, new, name)
+
+
+def _write_heads(
+    edit: GraphEdit, view: GraphView, facts: Facts, parts: Sequence[_Part], name: str
+) -> None:
+    by_input: dict[str, list[_Part]] = {}
+    for part in parts:
+        by_input.setdefault(part.branch.linear.input, []).append(part)
+    for group in by_input.values():
+        linears = {p.branch.linear.output: p.branch.linear for p in group}
+        covered = sum(p.branch.layout.channels.size for p in group)
+        if covered != sum(linear.out_features for linear in linears.values()):
+            raise MatchError(f"{name}: its packed layer holds channels besides Q, K and V that are understood")
+        at = min(linear.node for linear in linears.values())
+        for linear in linears.values():
+            edit.remove(linear.nodes)
+        for part in group:
+            edit.remove(part.branch.walk.nodes)
+        outputs = _packed_linear(edit, at, view, facts, group, list(linears.values()), name)
+        for part, output in zip(group, outputs, strict=True):
+            _write_operand(edit, at, view, facts, part, output, f"{name}/{part.name}")
+        for part in group:
+            _note_changes(edit, view, facts, part)
+
+
+def _note_changes(edit: GraphEdit, view: GraphView, facts: Facts, part: _Part) -> None:
+    """Say which tensor now stands for the operand (and for copies of it on the way) where shapes are read."""
+    target = part.branch.walk.target
+    labels = propagate(view, facts, part.branch.walk.nodes, part.branch.linear.output)
+    axis = next(k for k, factors in enumerate(part.branch.layout.axes) if any(f.source == DIM for f in factors))
+    for tensor, array in labels.items():
+        if np.array_equal(array, labels[target]):
+            edit.changed[tensor] = (target, axis)
+
+
+def _packed_linear(
+    edit: GraphEdit,
+    at: int,
+    view: GraphView,
+    facts: Facts,
+    group: Sequence[_Part],
+    linears: Sequence[Linear],
+    name: str,
+) -> list[str]:
+    """One linear layer for all parts of a group; returns the tensor of each part."""
+    like = linears[0]
+    dtype = weights(view, facts, like).dtype
+    flat = [p.weights.weight.reshape(p.weights.weight.shape[0], -1).astype(dtype) for p in group]
+    vectors = [p.weights.bias.reshape(-1).astype(dtype) for p in group]
+    has_bias = any(linear.bias is not None for linear in linears) or any(v.any() for v in vectors)
+    w, b = np.concatenate(flat, axis=1), np.concatenate(vectors) if has_bias else None
+    path = f"{name}/{''.join(p.name for p in group)}"
+    output = edit.fresh(f"{path}/output")
+    edit.linear(at, like, like.input, w, b, output, path)
+    for linear in linears:
+        for tensor in (linear.output, view.nodes[linear.node].output[0]):
+            edit.changed[tensor] = (output, linear.channel_axis)
+    if len(group) == 1:
+        return [output]
+    sizes = [f.shape[1] for f in flat]
+    names = [edit.fresh(f"{path}/{p.name}") for p in group]
+    axis = group[0].branch.layout.channel_axis
+    attributes: dict[str, object] = {"axis": axis}
+    inputs = [output]
+    if edit.opset >= 13:
+        inputs.append(edit.constant(f"{path}/sizes", np.asarray(sizes, np.int64)))
+    else:
+        attributes["split"] = sizes
+    edit.insert(at, onnx.helper.make_node("Split", inputs, names, name=edit.fresh(f"{path}/Split"), **attributes))
+    return names
+
+
+def _write_operand(
+    edit: GraphEdit, at: int, view: GraphView, facts: Facts, part: _Part, tensor: str, name: str
+) -> None:
+    """Bring one part into the core's layout, scale it, and give it the operand's old name."""
+    layout, walk = part.branch.layout, part.branch.walk
+    tensor = spread(edit, at, tensor, layout, part.weights.kept, name)
+    made, wanted = facts.elem_type(walk.linear.output), facts.elem_type(walk.target)
+    if made != wanted:
+        tensor = edit.emit(at, "Cast", [tensor], edit.fresh(f"{name}/cast"), f"{name}/Cast", to=wanted)
+    if walk.scale != 1.0:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(wanted)
+        scale = edit.constant(f"{name}/scale", np.asarray(walk.scale, dtype))
+        tensor = edit.emit(at, "Mul", [tensor, scale], edit.fresh(f"{name}/scaled"), f"{name}/Mul")
+    edit.rename(at, tensor, walk.target)
+
+
+def _freeze_fused_scale(edit: GraphEdit, view: GraphView, facts: Facts, attention: Attention) -> None:
+    """Fused attention defaults its scale to 1/sqrt(head_dim): write the original number down."""
+    core = attention.core
+    if core.kind == "matmul":
+        return
+    node = view.nodes[core.av]
+    scale = float(attribute(node, "scale", 0.0) or 0.0)  # type: ignore[arg-type]
+    if scale == 0.0:
+        edit.set_attribute(core.av, "scale", float(1.0 / np.sqrt(attention.qk_dim)))
+
+
+def _write_projection(
+    edit: GraphEdit, view: GraphView, facts: Facts, attention: Attention, new: AttentionWeights, name: str
+) -> None:
+    branch = attention.proj
+    assert branch is not None and new.proj is not None
+    linear, walk = branch.linear, branch.walk
+    dtype = weights(view, facts, linear).dtype
+    heads, kept, out_features = new.proj.weight.shape
+    w = new.proj.weight.reshape(heads * kept, out_features).astype(dtype)
+    b = new.proj.bias.astype(dtype)
+    edit.remove([*walk.nodes, *linear.nodes])
+    at = linear.node
+    tensor = collect(edit, at, attention.core.context, branch.layout, kept, f"{name}/proj")
+    made, wanted = facts.elem_type(attention.core.context), facts.elem_type(linear.input)
+    if made != wanted:
+        tensor = edit.emit(at, "Cast", [tensor], edit.fresh(f"{name}/proj/cast"), f"{name}/proj/Cast", to=wanted)
+    has_bias = linear.bias is not None or bool(b.any())
+    edit.linear(at, linear, tensor, w, b if has_bias else None, linear.output, f"{name}/proj")
+    edit.changed[linear.input] = (tensor, linear.channel_axis)
+    edit.changed[attention.core.context] = (attention.core.context, -1)

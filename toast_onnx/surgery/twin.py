@@ -1,0 +1,235 @@
+"""The padded twin: the proof that a rewritten graph computes what its new weights say.
+
+The twin is the original graph with the new weights padded back to the old shapes with zeros. It never passes through the
+rewriting, so it catches every wrong slice, reshape and scale. Both graphs run on the same inputs; every block's branch output
+(before layer scale) and every graph output must agree.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from toast_onnx.errors import TwinError
+from toast_onnx.matching.blocks import Attention, Block, Branch, Ffn
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.linear import Linear, bias, weights
+from toast_onnx.model import Model, write_draft
+from toast_onnx.runtime import random_inputs, run_model
+from toast_onnx.surgery.edit import GraphEdit
+from toast_onnx.surgery.precision import to_float32
+from toast_onnx.surgery.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights
+
+#: Largest allowed difference, as a fraction of the compared tensor's largest magnitude.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one tensor of the pruned graph is from the twin's.
+
+    Attributes:
+        tensor: its name.
+        block: number of the block whose branch it ends, None for a graph output.
+        relative: largest absolute difference over the twin's largest magnitude.
+    """
+
+    tensor: str
+    block: int | None
+    relative: float
+
+
+@dataclass(frozen=True)
+class TwinResult:
+    """Outcome of the comparison.
+
+    Attributes:
+        batches: batch sizes compared.
+        tolerance: the limit on every difference.
+        worst: the largest difference.
+        differences: per tensor, the largest over the batches.
+    """
+
+    batches: tuple[int, ...]
+    tolerance: float
+    worst: float
+    differences: tuple[Difference, ...]
+
+    def to_document(self) -> dict[str, object]:
+        """Plain data for the report."""
+        return asdict(self)
+
+
+def padded_twin(view: GraphView, facts: Facts, blocks: Sequence[Block], new: Mapping[int, BlockWeights]) -> Model:
+    """The original graph with new weights padded back to the old shapes.
+
+    Args:
+        view: the original graph.
+        facts: facts at the probed shapes.
+        blocks: the matched blocks.
+        new: block number -> new weights.
+    """
+    edit = GraphEdit(view)
+    for block in blocks:
+        change = new.get(block.index)
+        if change is None:
+            continue
+        padded: dict[str, _Padded] = {}
+        if change.attention is not None and block.attention is not None:
+            _pad_attention(view, facts, block.attention, change.attention, padded)
+        if change.ffn is not None and block.ffn is not None:
+            _pad_ffn(view, facts, block.ffn, change.ffn, padded)
+        for p in padded.values():
+            b = p.bias if p.linear.bias is not None or p.bias.any() else None
+            edit.remove(p.linear.nodes)
+            name = f"{block.name}/twin"
+            edit.linear(p.linear.node, p.linear, p.linear.input, p.weight, b, p.linear.output, name)
+    return edit.apply()
+
+
+@dataclass
+class _Padded:
+    linear: Linear
+    weight: np.ndarray
+    bias: np.ndarray
+
+
+def _start(view: GraphView, facts: Facts, linear: Linear, padded: dict[str, _Padded]) -> _Padded:
+    """The layer's present weights, to be overwritten where they are new."""
+    if linear.output not in padded:
+        w = np.array(weights(view, facts, linear))
+        b = bias(view, facts, linear)
+        padded[linear.output] = _Padded(linear, w, np.zeros(w.shape[1], w.dtype) if b is None else np.array(b))
+    return padded[linear.output]
+
+
+def _pad_attention(
+    view: GraphView, facts: Facts, attention: Attention, new: AttentionWeights, padded: dict[str, _Padded]
+) -> None:
+    for branch, part in ((attention.q, new.q), (attention.k, new.k), (attention.v, new.v)):
+        if branch is not None and part is not None:
+            _pad_heads(view, facts, branch, part, padded)
+    if attention.proj is not None and new.proj is not None and new.v is not None:
+        p = _start(view, facts, attention.proj.linear, padded)
+        rows = np.take_along_axis(attention.proj.layout.channels, new.v.slots, axis=1)
+        p.weight[:] = 0
+        p.weight[rows] = new.proj.weight
+        p.bias[:] = new.proj.bias
+
+
+def _pad_heads(
+    view: GraphView, facts: Facts, branch: Branch, part: HeadWeights, padded: dict[str, _Padded]
+) -> None:
+    p = _start(view, facts, branch.linear, padded)
+    channels = branch.layout.channels
+    p.weight[:, channels.reshape(-1)] = 0
+    p.bias[channels.reshape(-1)] = 0
+    columns = np.take_along_axis(channels, part.slots, axis=1)  # (heads, kept)
+    p.weight[:, columns] = part.weight
+    p.bias[columns] = part.bias
+
+
+def _pad_ffn(view: GraphView, facts: Facts, ffn: Ffn, new: FfnWeights, padded: dict[str, _Padded]) -> None:
+    for k, entry in enumerate(ffn.entries):
+        p = _start(view, facts, entry, padded)
+        if new.entries is not None:
+            w, b = new.entries[k]
+            rows = np.arange(entry.in_features) if new.inputs is None else new.inputs
+            p.weight[:] = 0
+            p.weight[rows] = w
+            p.bias[:] = b
+        if new.units is not None:
+            gone = np.setdiff1d(np.arange(ffn.width), new.units)
+            p.weight[:, ffn.units[k][gone].reshape(-1)] = 0
+            p.bias[ffn.units[k][gone].reshape(-1)] = 0
+    if new.fc2 is not None:
+        p = _start(view, facts, ffn.fc2, padded)
+        rows = np.arange(ffn.width) if new.units is None else new.units
+        p.weight[:] = 0
+        p.weight[rows] = new.fc2[0]
+        p.bias[:] = new.fc2[1]
+
+
+def compare_with_twin(
+    view: GraphView,
+    twin: Model,
+    pruned: Model,
+    blocks: Sequence[Block],
+    new: Mapping[int, BlockWeights],
+    shapes: Sequence[Mapping[str, Sequence[int]]],
+    seed: int = 0,
+) -> TwinResult:
+    """Run the twin and the pruned graph on the same inputs and compare.
+
+    Args:
+        view: the original graph.
+        twin: the padded twin.
+        pruned: the rewritten graph.
+        blocks: the matched blocks.
+        new: block number -> new weights.
+        shapes: input shapes to compare at.
+        seed: seed of the random inputs.
+
+    Raises:
+        TwinError: a tensor differs by more than `TOLERANCE`; names the first block that does.
+    """
+    watched = _watched(view, blocks, new)
+    worst: dict[str, float] = dict.fromkeys(watched, 0.0)
+    feeds = [random_inputs(twin.proto, s, seed + k) for k, s in enumerate(shapes)]
+    expected = _outputs(twin, list(watched), feeds)
+    actual = _outputs(pruned, list(watched), feeds)
+    for want, got in zip(expected, actual, strict=True):
+        for name in watched:
+            worst[name] = max(worst[name], _relative(want[name], got[name]))
+    differences = tuple(Difference(name, watched[name], worst[name]) for name in watched)
+    for d in differences:
+        if not d.relative <= TOLERANCE:
+            where = f"block {d.block} ({blocks[d.block].name})" if d.block is not None else f"the output '{d.tensor}'"
+            raise TwinError(
+                f"the rewritten graph differs from its padded twin, first at {where}: {d.relative:.1e} of its scale "
+                f"(allowed {TOLERANCE:.0e}); nothing was written. Please report the model"
+            )
+    batches = tuple(int(next(iter(s.values()))[0]) for s in shapes)
+    return TwinResult(batches, TOLERANCE, max(worst.values(), default=0.0), differences)
+
+
+def _watched(view: GraphView, blocks: Sequence[Block], new: Mapping[int, BlockWeights]) -> dict[str, int | None]:
+    """Tensors to compare in graph order: branch outputs of changed blocks, then the graph's outputs."""
+    found: dict[str, int | None] = {}
+    for block in blocks:
+        if block.index not in new:
+            continue
+        if block.attention is not None and block.attention.proj is not None:
+            found[block.attention.proj.linear.output] = block.index
+        if block.ffn is not None:
+            found[block.ffn.fc2.output] = block.index
+    ordered: dict[str, int | None] = dict(sorted(found.items(), key=lambda item: view.producer[item[0]]))
+    ordered.update({o.name: None for o in view.model.proto.graph.output})
+    return ordered
+
+
+def _outputs(
+    model: Model, names: Sequence[str], feeds: Sequence[Mapping[str, np.ndarray]]
+) -> list[dict[str, np.ndarray]]:
+    with tempfile.TemporaryDirectory(prefix="toast-twin-") as folder:
+        path = write_draft(to_float32(model), Path(folder), "model.onnx")
+        return run_model(path, names, feeds)
+
+
+def _relative(want: np.ndarray, got: np.ndarray) -> float:
+    if want.shape != got.shape:
+        return float("inf")
+    if want.dtype.kind not in "fc":
+        return float((want != got).mean()) if want.size else 0.0
+    finite = np.isfinite(want)
+    if not np.array_equal(finite, np.isfinite(got)) or not np.array_equal(want[~finite], got[~finite], equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = max(float(np.abs(want[finite]).max()), np.finfo(np.float32).tiny)
+    return float(np.abs(want[finite].astype(np.float64) - got[finite]).max()) / scale

@@ -1,0 +1,76 @@
+"""New weights of a block, as the solvers give them and the rewriting takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """New weights of a layer on the heads' side: Q, K or V.
+
+    Attributes:
+        weight: (in_features, num_heads, kept).
+        bias: (num_heads, kept).
+        slots: (num_heads, kept) old dimension of the head that each new one takes the place of in the padded twin.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    slots: np.ndarray
+
+    @property
+    def kept(self) -> int:
+        """New number of dimensions per head."""
+        return int(self.weight.shape[2])
+
+
+@dataclass(frozen=True)
+class ProjWeights:
+    """New weights of the output projection.
+
+    Attributes:
+        weight: (num_heads, kept, out_features).
+        bias: (out_features,).
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """New weights of an attention; None where a pair stays as it is. Q goes with K, V with the projection."""
+
+    q: HeadWeights | None = None
+    k: HeadWeights | None = None
+    v: HeadWeights | None = None
+    proj: ProjWeights | None = None
+
+
+@dataclass(frozen=True)
+class FfnWeights:
+    """New weights of a feed-forward network.
+
+    Attributes:
+        inputs: (kept_in,) indices of fc1's inputs that stay, ascending; None when all stay.
+        entries: for every entry its (weight (kept_in, out_features), bias (out_features,)) before units are removed;
+            None when fc1 stays as it is but for removed units.
+        units: (kept,) hidden units that stay, ascending; None when all stay.
+        fc2: (weight (kept, out_features), bias (out_features,)); None when fc2 stays as it is.
+    """
+
+    inputs: np.ndarray | None = None
+    entries: tuple[tuple[np.ndarray, np.ndarray], ...] | None = None
+    units: np.ndarray | None = None
+    fc2: tuple[np.ndarray, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """New weights of one block."""
+
+    attention: AttentionWeights | None = None
+    ffn: FfnWeights | None = None
