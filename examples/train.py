@@ -162,7 +162,7 @@ def main() -> None:
     """Trains, exports and stores the images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=45)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
