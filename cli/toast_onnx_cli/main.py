@@ -18,6 +18,8 @@ from toast_onnx.errors import ToastError
 SUBCOMMANDS: dict[str, str] = {
     "inspect": "Show a model's blocks: widths, MACs, what can be pruned and why not.",
     "prune": "Remove dimensions and channels from a model, as a ratios file says.",
+    "eval": "Measure a model's accuracy on labelled images.",
+    "presets": "List the paper's published schedules, or print one as a ratios file.",
 }
 
 LOGGERS = ("toast_onnx", "toast_onnx_calibration", "toast_onnx_cli")
