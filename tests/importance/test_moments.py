@@ -1,0 +1,79 @@
+"""Moments add up in any order and agree with numpy's own statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toast_onnx.importance.moments import Moments, merge
+from toast_onnx.importance.synthetic import attention_from_weights, layer_norm_moments, synthetic_tokens
+
+
+def test_moments_are_numpys_weighted_statistics() -> None:
+    rng = np.random.default_rng(0)
+    x, repeats = rng.standard_normal((50, 4)) + 3, rng.integers(1, 5, 50)
+    got = Moments.of(x, repeats)
+    repeated = np.repeat(x, repeats, axis=0)
+    np.testing.assert_allclose(got.mean, repeated.mean(axis=0))
+    np.testing.assert_allclose(got.covariance, np.cov(repeated.T, bias=True), atol=1e-12)
+    assert got.count == repeats.sum()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, 99), max_size=6, unique=True),
+    order=st.randoms(use_true_random=False),
+    seed=st.integers(0, 2**16),
+)
+def test_shards_merge_in_any_order(cuts: list[int], order: object, seed: int) -> None:
+    x = np.random.default_rng(seed).standard_normal((100, 5)) * 10 + 1
+    shards = [Moments.of(part) for part in np.split(x, sorted(cuts))]
+    order.shuffle(shards)  # type: ignore[attr-defined]
+    whole, got = Moments.of(x), merge(shards)
+    assert got.count == whole.count
+    for a, b in ((got.total, whole.total), (got.gram, whole.gram)):
+        assert np.linalg.norm(a - b) <= 1e-12 * max(np.linalg.norm(b), 1.0)
+
+
+def test_moments_reject_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        Moments(1.0, np.zeros(3), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="count"):
+        Moments(0.0, np.zeros(2), np.zeros((2, 2)))
+
+
+def test_linear_maps_carry_moments_exactly() -> None:
+    rng = np.random.default_rng(1)
+    x, w, b = rng.standard_normal((200, 6)), rng.standard_normal((6, 2, 3)), rng.standard_normal((2, 3))
+    got = Moments.of(x).through(w, b)
+    y = np.einsum("nc,chd->hnd", x, w) + b[:, None]
+    for h in range(2):
+        np.testing.assert_allclose(got.mean[h], y[h].mean(axis=0))
+        np.testing.assert_allclose(got.second[h], y[h].T @ y[h] / 200)
+
+
+def test_synthetic_tokens_have_the_moments_in_closed_form() -> None:
+    gain, bias = np.array([0.5, 2.0, 1.0]), np.array([1.0, -1.0, 0.0])
+    expected, got = layer_norm_moments(gain, bias), Moments.of(synthetic_tokens(gain, bias, 200_000, seed=3))
+    np.testing.assert_allclose(got.mean, expected.mean, atol=0.02)
+    np.testing.assert_allclose(got.covariance, expected.covariance, atol=0.05)
+    np.testing.assert_array_equal(synthetic_tokens(gain, bias, 5, 3), synthetic_tokens(gain, bias, 5, 3))
+
+
+def test_attention_statistics_of_synthetic_tokens() -> None:
+    rng = np.random.default_rng(2)
+    c, heads, d = 8, 2, 3
+    wq, wk, wv = (rng.standard_normal((c, heads, d)) for _ in range(3))
+    bq, bk, bv = (rng.standard_normal((heads, d)) for _ in range(3))
+    gain, bias = rng.random(c) + 0.5, rng.standard_normal(c)
+    stats = attention_from_weights(layer_norm_moments(gain, bias), wq, bq, wk, bk, wv, bv)
+    for h in range(heads):
+        mean_q = bias @ wq[:, h] + bq[h]
+        expected = (wq[:, h] * gain[:, None] ** 2).T @ wq[:, h] + np.outer(mean_q, mean_q)
+        np.testing.assert_allclose(stats.s_qq[h], expected)
+        np.testing.assert_allclose(stats.s_kk[h], (wk[:, h] * gain[:, None] ** 2).T @ wk[:, h])
+        block = stats.context.covariance[h * d : h * d + d, h * d : h * d + d]
+        np.testing.assert_allclose(block, (wv[:, h] * gain[:, None] ** 2).T @ wv[:, h])
+    np.testing.assert_allclose(stats.context.mean, bv.reshape(-1))

@@ -1,0 +1,87 @@
+"""Scores of feed-forward channels: the hidden units (fc2's inputs) and the normalised inputs (fc1's inputs)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.importance.attention import ROW_SCORES
+from toast_onnx.importance.moments import Moments
+
+Array = NDArray[np.float64]
+
+
+def hidden_weight_scores(
+    w1: ArrayLike | Sequence[ArrayLike], w2: ArrayLike, score: str = "l2", gamma: ArrayLike | None = None
+) -> Array:
+    """Magnitude of each hidden unit: its fc1 column (both columns where gated) and its fc2 row, concatenated.
+
+    The two halves are scored together, as ToaSt couples V with the output projection, so a unit survives on what
+    it reads and on what it writes.
+
+    Args:
+        w1: (C, F), or a sequence of such entries for a gated FFN.
+        w2: (F, C_out).
+        score: l1 or l2.
+        gamma: layer scale (C_out,), folded into `w2`.
+
+    Returns:
+        (F,), the highest stay.
+
+    Raises:
+        ConfigError: an unknown score.
+    """
+    out = scaled_rows(w2, gamma)
+    return _magnitude(np.concatenate([*(entry.T for entry in entries(w1)), out], axis=1), score)
+
+
+def input_weight_scores(w1: ArrayLike | Sequence[ArrayLike], gain: ArrayLike | None = None, score: str = "l2") -> Array:
+    """Magnitude of each fc1 input: its row of W1 times the gain of the norm before it.
+
+    Args:
+        w1: (C, F), or a sequence of such entries for a gated FFN.
+        gain: (C,) of the norm; None where there is no norm.
+        score: l1 or l2.
+
+    Returns:
+        (C,), the highest stay.
+
+    Raises:
+        ConfigError: an unknown score.
+    """
+    rows = np.concatenate(entries(w1), axis=1)
+    if gain is not None:
+        rows = rows * np.asarray(gain, dtype=np.float64)[:, None]
+    return _magnitude(rows, score)
+
+
+def variance_scores(moments: Moments, w2: ArrayLike, gamma: ArrayLike | None = None) -> Array:
+    """Variance each channel sends to the output when its mean moves into the bias: var(h_j) ||w2_j||^2, (F,).
+
+    Variance-based pruning (arXiv 2507.12988) ranks by the activation's variance; the weight norm turns it into
+    the squared error of the output.
+    """
+    variance = np.diagonal(moments.covariance)
+    return np.asarray(variance * np.square(scaled_rows(w2, gamma)).sum(axis=1), dtype=np.float64)
+
+
+def entries(w1: ArrayLike | Sequence[ArrayLike]) -> list[Array]:
+    """The fc1 weights as a list of (C, F) float64 arrays, one entry unless the FFN is gated."""
+    if isinstance(w1, tuple | list):
+        return [np.asarray(entry, dtype=np.float64) for entry in w1]
+    return [np.asarray(w1, dtype=np.float64)]
+
+
+def scaled_rows(w2: ArrayLike, gamma: ArrayLike | None) -> Array:
+    """fc2's weights (F, C_out) in float64 with the layer scale folded in."""
+    out = np.asarray(w2, dtype=np.float64)
+    return out if gamma is None else out * np.asarray(gamma, dtype=np.float64)
+
+
+def _magnitude(rows: Array, score: str) -> Array:
+    if score not in ("l1", "l2"):
+        raise ConfigError(f"unknown weight score {score!r} for an FFN; choose l1 or l2")
+    return ROW_SCORES[score](rows)

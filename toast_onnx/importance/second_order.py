@@ -1,0 +1,76 @@
+"""Second-order selection: which regressors a linear read-out can lose most cheaply once the others are refitted.
+
+For y = x W with covariance S of x, dropping channel j and refitting the rest costs ||w_j||^2 / [S^-1]_jj (optimal
+brain surgeon, Hassibi and Stork 1993), where w_j is the row of the current solution. The same removal updates W and
+S^-1, so the next cost is again exact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from toast_onnx.importance.selection import Indices
+
+Array = NDArray[np.float64]
+
+RELATIVE_JITTER = 1e-8  # of the mean variance; makes the inverse exist for dead and duplicated channels
+
+
+def keep_second_order(
+    covariance: Array, w: ArrayLike, kept: int, batch: int = 1, groups: ArrayLike | None = None
+) -> Indices:
+    """Removes the cheapest channels, `batch` at a time, until `kept` stay.
+
+    Args:
+        covariance: (n, n) of the channels; the uncentred second moment where the read-out has no free bias.
+        w: (n, m) read-out; fold layer scale in.
+        kept: channels that stay, in every group where groups are given.
+        batch: channels removed between two updates; 1 is exact greedy removal.
+        groups: (n,) group of each channel (heads); every group keeps `kept`.
+
+    Returns:
+        (kept,) or (groups, kept), ascending.
+
+    Raises:
+        ValueError: fewer than `kept` channels, or a batch below one.
+    """
+    n = covariance.shape[0]
+    labels = np.zeros(n, dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
+    sizes = np.bincount(labels)
+    if kept < 1 or kept > sizes.min() or batch < 1:
+        raise ValueError(f"cannot keep {kept} of {sizes.min()} channels in batches of {batch}")
+    jitter = RELATIVE_JITTER * max(float(np.trace(covariance)) / n, np.finfo(np.float64).tiny)
+    inverse = np.linalg.inv(covariance + jitter * np.eye(n))
+    weights = np.array(w, dtype=np.float64)
+    alive = np.arange(n, dtype=np.int64)
+    while alive.size > kept * sizes.size:
+        gone = _cheapest(np.square(weights).sum(axis=1) / np.diagonal(inverse), labels[alive], kept, batch)
+        stay = np.setdiff1d(np.arange(alive.size), gone)
+        # Schur complement: inverse and solution of the channels that stay, given that the others are gone
+        carry = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[np.ix_(gone, stay)])  # (b, k)
+        weights = weights[stay] - carry.T @ weights[gone]
+        inverse = inverse[np.ix_(stay, stay)] - inverse[np.ix_(stay, gone)] @ carry
+        inverse = (inverse + inverse.T) / 2
+        alive = alive[stay]
+    if groups is None:
+        return alive
+    return np.stack([alive[labels[alive] == g] for g in range(sizes.size)])
+
+
+def _cheapest(costs: Array, labels: Indices, kept: int, batch: int) -> Indices:
+    """Positions of up to `batch` lowest costs, taking from no group more than it may lose."""
+    spare = np.bincount(labels) - kept
+    chosen: list[int] = []
+    for position in np.argsort(costs, kind="stable"):
+        if spare[labels[position]] > 0:
+            spare[labels[position]] -= 1
+            chosen.append(int(position))
+            if len(chosen) == batch:
+                break
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def default_batch(n: int) -> int:
+    """Channels to remove between two updates: exact up to 768 channels' worth of work, then growing with width."""
+    return max(1, n // 64)
