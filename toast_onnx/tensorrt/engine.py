@@ -106,6 +106,8 @@ def _let_attention_decompose(trt: Any, network: Any) -> None:
 
 
 def _set_common(trt: Any, config: Any, options: EngineOptions) -> None:
+    # Names of the ONNX nodes inside each layer stay in the engine: `bench` groups layer times by block with them.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
@@ -180,6 +182,11 @@ class _Messages:
 @functools.cache
 def _messages_of(trt: ModuleType) -> _Messages:
     return _Messages(trt)
+
+
+def tensorrt_logger(trt: ModuleType) -> Any:
+    """The logger every TensorRT object of this process is made with."""
+    return _messages_of(trt).logger
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
