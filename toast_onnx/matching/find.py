@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import os.path
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.attention import match_attention
@@ -103,43 +103,3 @@ def _scopes(metadata: Sequence[object]) -> list[str]:
                 return []
             return [str(s) for s in found]
     return []
-
-
-def probe_shapes(view: GraphView, given: Mapping[str, Sequence[int]], batch: int) -> dict[str, tuple[int, ...]]:
-    """Concrete input shapes for probing: what the graph declares, `given` where it is symbolic, `batch` elsewhere.
-
-    Symbolic axes: the first is the batch; further ones of an image-like (rank 4) input default to 224, others to 16.
-    Axes that share a symbolic name get the same size.
-
-    Raises:
-        ModelError: `given` names an unknown input, has another rank, or contradicts a fixed axis.
-    """
-    inputs = {i.name: i.type.tensor_type.shape.dim for i in view.model.proto.graph.input if i.name not in view.initializers}
-    for name in given:
-        if name not in inputs:
-            raise ModelError(f"--shape names the input '{name}', but the model's inputs are {', '.join(inputs)}")
-    named: dict[str, int] = {}
-    for name, sizes in given.items():
-        if len(sizes) != len(inputs[name]):
-            raise ModelError(f"--shape gives {len(sizes)} axes for '{name}', which has {len(inputs[name])}")
-        for dim, size in zip(inputs[name], sizes, strict=True):
-            if dim.HasField("dim_value") and dim.dim_value != size:
-                raise ModelError(f"--shape gives {size} for an axis of '{name}' that the model fixes at {dim.dim_value}")
-            if dim.dim_param:
-                named[dim.dim_param] = size
-    shapes = {}
-    for name, dims in inputs.items():
-        sizes = []
-        for axis, dim in enumerate(dims):
-            if dim.HasField("dim_value"):
-                sizes.append(dim.dim_value)
-            elif axis == 0:
-                sizes.append(batch)
-            elif name in given:
-                sizes.append(given[name][axis])
-            elif dim.dim_param in named:
-                sizes.append(named[dim.dim_param])
-            else:
-                sizes.append(224 if len(dims) == 4 else 16)
-        shapes[name] = tuple(sizes)
-    return shapes

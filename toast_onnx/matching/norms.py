@@ -1,0 +1,86 @@
+"""The norm in front of a layer and the layer scale behind it: what they multiply and add, channel by channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.probe import MOVEMENT, PASSING
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Gain and bias that a norm applies last.
+
+    Attributes:
+        gain: (channels,).
+        bias: (channels,); zeros where the norm has none.
+        found: whether a norm was found; otherwise gain is one and bias zero.
+    """
+
+    gain: np.ndarray
+    bias: np.ndarray
+    found: bool
+
+
+def norm_before(view: GraphView, facts: Facts, tensor: str, channels: int) -> Norm:
+    """The norm whose output `tensor` is, data movement (windows, padding) looked through.
+
+    Args:
+        view: the graph.
+        facts: its facts.
+        tensor: input of a linear layer.
+        channels: number of channels of that tensor.
+    """
+    gain, shift, name = np.ones(channels), np.zeros(channels), tensor
+    while (node := view.producer_of(name)) is not None:
+        op = node.op_type
+        if op in MOVEMENT or op in PASSING:
+            name = node.input[0]
+        elif op in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"):
+            return _norm(facts, node.input[1], node.input[2] if len(node.input) > 2 else "", gain, shift)
+        elif op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"):
+            beta = node.input[3] if op == "SkipLayerNormalization" and len(node.input) > 3 else ""
+            return _norm(facts, node.input[2], beta, gain, shift)
+        elif op in ("Add", "Mul") and (vector := _vector(facts, node.input, channels)) is not None:
+            # A decomposed norm ends in Mul(gain) and Add(bias), met here in reverse.
+            if op == "Add":
+                shift = shift + gain * vector[0]
+            else:
+                gain = gain * vector[0]
+            name = vector[1]
+        else:
+            return Norm(gain, shift, op == "Div")
+    return Norm(np.ones(channels), np.zeros(channels), False)
+
+
+def _norm(facts: Facts, gain: str, bias: str, outer: np.ndarray, shift: np.ndarray) -> Norm:
+    scale = facts.array(gain).astype(np.float64).reshape(-1)
+    offset = facts.array(bias).astype(np.float64).reshape(-1) if bias else np.zeros(1)
+    return Norm(outer * scale, shift + outer * offset, True)
+
+
+def _vector(facts: Facts, inputs: object, channels: int) -> tuple[np.ndarray, str] | None:
+    """(values, other input) when one of two inputs is a constant with one value a channel."""
+    names = list(inputs)  # type: ignore[call-overload]
+    for k in (0, 1):
+        shape = facts.shape(names[k])
+        if facts.is_constant(names[k]) and shape and shape[-1] == channels == int(np.prod(shape)):
+            return facts.array(names[k]).astype(np.float64).reshape(-1), names[1 - k]
+    return None
+
+
+def layer_scale(view: GraphView, facts: Facts, tensor: str, channels: int) -> np.ndarray | None:
+    """Factors (channels,) that the branch output `tensor` is multiplied by before it joins the stream; None for none."""
+    pending = [tensor]
+    while pending:
+        for i in view.consumers.get(pending.pop(), []):
+            node = view.nodes[i]
+            if node.op_type in MOVEMENT or node.op_type in PASSING:
+                pending.extend(name for name in node.output if name)
+            elif node.op_type == "Mul" and (vector := _vector(facts, node.input, channels)) is not None:
+                return vector[0]
+    return None

@@ -1,0 +1,123 @@
+"""Multiply-accumulates and parameters of a graph, counted as the literature counts them.
+
+One multiply-accumulate is one; the two matrix products of attention count; norms, activations, softmax and position
+bias do not. Constant folding counts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+
+import onnx
+
+from toast_onnx.matching.blocks import Attention, Block, Ffn
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.linear import Linear
+
+_FLOATS = frozenset(
+    {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+)
+
+
+def graph_macs(view: GraphView, facts: Facts) -> int:
+    """Multiply-accumulates of the whole graph at the facts' input shapes."""
+    return sum(node_macs(view, facts, i) for i in range(len(view.nodes)))
+
+
+def node_macs(view: GraphView, facts: Facts, i: int) -> int:
+    """Multiply-accumulates of one node; 0 for nodes that do none, are constant, or have unknown shapes."""
+    node = view.nodes[i]
+    if not node.output or facts.is_constant(node.output[0]):
+        return 0
+    out = facts.shape(node.output[0])
+    shapes = [facts.shape(name) if name else None for name in node.input]
+    if out is None or not shapes or shapes[0] is None:
+        return 0
+    op = node.op_type
+    if op in ("MatMul", "FusedMatMul", "MatMulInteger", "QLinearMatMul"):
+        inner = shapes[0][-2] if op == "FusedMatMul" and attribute(node, "transA", 0) else shapes[0][-1]
+        return prod(out) * inner
+    if op in ("Gemm", "FusedGemm"):
+        return prod(out) * shapes[0][0 if attribute(node, "transA", 0) else 1]
+    if op in ("Conv", "FusedConv", "ConvInteger", "QLinearConv"):
+        weight = shapes[3] if op == "QLinearConv" else shapes[1]
+        return 0 if weight is None else prod(out) * prod(weight[1:])
+    if op == "ConvTranspose" and shapes[1] is not None:
+        return prod(shapes[0]) * prod(shapes[1][1:])
+    if op == "Einsum":
+        return _einsum(str(attribute(node, "equation", b""), "utf-8"), shapes)  # type: ignore[call-overload]
+    if op in ("Attention", "MultiHeadAttention"):
+        return _fused_attention(node, shapes, out)
+    return 0
+
+
+def _einsum(equation: str, shapes: Sequence[tuple[int, ...] | None]) -> int:
+    extents: dict[str, int] = {}
+    for term, shape in zip(equation.replace(" ", "").split("->")[0].split(","), shapes, strict=True):
+        if "." in term or shape is None:
+            return 0
+        extents.update(zip(term, shape, strict=True))
+    return prod(extents.values()) if len(shapes) > 1 else 0
+
+
+def _fused_attention(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None], out: tuple[int, ...]) -> int:
+    q, k, v = (list(shapes) + [None] * 3)[:3]
+    if node.domain == "com.microsoft" and node.op_type == "Attention":
+        if q is None or k is None:
+            return 0
+        # (batch, tokens, channels) and packed weights (channels, q + k + v)
+        value = out[-1]
+        return q[0] * q[1] * (q[2] * k[1] + q[1] * ((k[1] - value) // 2 + value))
+    if q is None or k is None or v is None:
+        return 0
+    batch, queries, keys = q[0], q[-2], k[-2]
+    qk = q[1] * q[3] if len(q) == 4 else q[-1]
+    vo = v[1] * v[3] if len(v) == 4 else v[-1]
+    return batch * queries * keys * (qk + vo)
+
+
+def attention_macs(view: GraphView, facts: Facts, attention: Attention) -> int:
+    """Multiply-accumulates of an attention: its four projections and two products."""
+    nodes = set(attention.core.nodes) | {linear.node for linear in attention_linears(attention)}
+    return sum(node_macs(view, facts, i) for i in nodes)
+
+
+def ffn_macs(view: GraphView, facts: Facts, ffn: Ffn) -> int:
+    """Multiply-accumulates of a feed-forward network, depthwise convolutions between fc1 and fc2 included."""
+    nodes = {linear.node for linear in (*ffn.entries, ffn.fc2)} | set(ffn.nodes)
+    return sum(node_macs(view, facts, i) for i in nodes)
+
+
+def attention_linears(attention: Attention) -> list[Linear]:
+    """The different linear layers of an attention that were found."""
+    branches = (attention.q, attention.k, attention.v, attention.proj)
+    return list({b.linear.output: b.linear for b in branches if b is not None}.values())
+
+
+def graph_params(view: GraphView) -> int:
+    """Floating-point weights of a graph: initializers and Constant nodes, single numbers left out."""
+    total = sum(prod(t.dims) for t in view.initializers.values() if t.data_type in _FLOATS and len(t.dims))
+    for node in view.nodes:
+        for a in node.attribute:
+            if node.op_type == "Constant" and a.name == "value" and a.t.data_type in _FLOATS and len(a.t.dims):
+                total += prod(a.t.dims)
+    return total
+
+
+def linear_params(linears: Iterable[Linear]) -> int:
+    """Weights and biases of linear layers."""
+    return sum(x.in_features * x.out_features + (0 if x.bias is None else x.out_features) for x in linears)
+
+
+def block_costs(view: GraphView, facts: Facts, block: Block) -> dict[str, int]:
+    """{"macs", "params"} of a block's attention and feed-forward network together."""
+    macs = params = 0
+    if block.attention is not None:
+        macs += attention_macs(view, facts, block.attention)
+        params += linear_params(attention_linears(block.attention))
+    if block.ffn is not None:
+        macs += ffn_macs(view, facts, block.ffn)
+        params += linear_params((*block.ffn.entries, block.ffn.fc2))
+    return {"macs": macs, "params": params}

@@ -1,0 +1,1 @@
+"""Results as plain documents and pictures."""

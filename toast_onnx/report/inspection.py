@@ -1,0 +1,74 @@
+"""What `inspect` says of a model, as one plain document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toast_onnx.matching.blocks import Attention, Block, Ffn
+from toast_onnx.matching.study import Study
+from toast_onnx.planning.macs import (
+    attention_linears,
+    attention_macs,
+    ffn_macs,
+    graph_macs,
+    graph_params,
+    linear_params,
+)
+
+
+def inspection(study: Study) -> dict[str, Any]:
+    """Blocks, widths, MACs and parameters of a model, what is prunable and why not.
+
+    Returns:
+        `{"model", "opset", "producer", "inputs", "macs", "params", "blocks": [...], "declined": [...]}`; MACs are for
+        the shapes under "inputs".
+    """
+    proto = study.view.model.proto
+    return {
+        "model": study.view.model.path.name,
+        "opset": study.view.model.opset,
+        "producer": " ".join(p for p in (proto.producer_name, proto.producer_version) if p),
+        "inputs": {name: list(shape) for name, shape in study.counted_shapes.items()},
+        "macs": graph_macs(study.view, study.counted),
+        "params": graph_params(study.view),
+        "blocks": [_block(study, b) for b in study.match.blocks],
+        "declined": [{"node": node, "reason": reason} for node, reason in study.match.declined.items()],
+    }
+
+
+def _block(study: Study, block: Block) -> dict[str, Any]:
+    return {
+        "index": block.index,
+        "name": block.name,
+        "attention": None if block.attention is None else _attention(study, block.attention),
+        "ffn": None if block.ffn is None else _ffn(study, block.ffn),
+    }
+
+
+def _attention(study: Study, attention: Attention) -> dict[str, Any]:
+    return {
+        "heads": attention.num_heads,
+        "qk_dim": attention.qk_dim,
+        "vo_dim": attention.vo_dim,
+        "qk": _prunable(attention.qk_reason),
+        "vo": _prunable(attention.vo_reason),
+        "macs": attention_macs(study.view, study.counted, attention),
+        "params": linear_params(attention_linears(attention)),
+    }
+
+
+def _ffn(study: Study, ffn: Ffn) -> dict[str, Any]:
+    return {
+        "in_features": ffn.in_features,
+        "width": ffn.width,
+        "activation": ffn.activation,
+        "gated": ffn.gated,
+        "fc1": _prunable(ffn.fc1_reason),
+        "fc2": _prunable(ffn.fc2_reason),
+        "macs": ffn_macs(study.view, study.counted, ffn),
+        "params": linear_params((*ffn.entries, ffn.fc2)),
+    }
+
+
+def _prunable(reason: str | None) -> dict[str, Any]:
+    return {"prunable": reason is None, "reason": reason}
