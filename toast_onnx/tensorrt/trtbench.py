@@ -37,11 +37,13 @@ class Target:
         path: the file.
         profile: shape range of each dynamic input.
         scopes: ONNX node name to module path, for grouping layers by block.
+        backend: the backend that built it.
     """
 
     path: Path
     profile: Mapping[str, ShapeRange]
     scopes: Mapping[str, str] = field(default_factory=dict)
+    backend: str = "tensorrt"
 
     def shapes(self, batch: int) -> dict[str, Shape]:
         """Shape of each dynamic input at a batch size.
@@ -92,7 +94,7 @@ def open_target(path: Path, batches: Sequence[int], shapes: Mapping[str, Shape] 
     }
     source = Path(record["model"])
     scopes = node_scopes(load_model(source).proto) if source.is_file() else {}
-    return Target(path, profile, scopes)
+    return Target(path, profile, scopes, record.get("backend", "tensorrt"))
 
 
 def _record_of(engine: Path) -> dict[str, Any] | None:
@@ -101,6 +103,20 @@ def _record_of(engine: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and "profile" in record else None
+
+
+def common_backend(targets: Sequence[Target]) -> str:
+    """The backend whose program runs all targets.
+
+    Raises:
+        ConfigError: they were built by different backends.
+    """
+    backends = {t.backend for t in targets if t.path.suffix != ".onnx"} or {"tensorrt"}
+    if len(backends) > 1:
+        raise ConfigError(
+            "the engines were built by tensorrt and by tensorrt-rtx, which run in different programs; measure them apart"
+        )
+    return backends.pop()
 
 
 def plan(

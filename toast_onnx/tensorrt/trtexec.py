@@ -21,7 +21,8 @@ from toast_onnx.tensorrt.profiles import Shape, ShapeRange
 
 #: Where NVIDIA's packages and containers put it when it is not on PATH.
 _USUAL_PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec")
-_PROGRAMS = ("trtexec", "tensorrt_rtx")
+#: The program that runs a backend's engines; each loads only its own.
+PROGRAMS = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
 PERCENTILES = (50, 90, 95, 99)
 
 
@@ -76,11 +77,14 @@ class BenchSettings:
     layers: Path | None = None
 
 
-def find_trtexec(given: str | None = None) -> str | None:
-    """Path of trtexec: the one given, TRTEXEC in the environment, PATH, NVIDIA's usual places, then `tensorrt_rtx`.
+def find_trtexec(backend: str = "tensorrt", given: str | None = None) -> str | None:
+    """Path of the program that runs a backend's engines, or None.
+
+    It is the one given, else TRTEXEC in the environment, else the backend's program on PATH, else trtexec in the places
+    where NVIDIA's packages put it.
 
     Raises:
-        BackendError: the one given does not exist or cannot be started.
+        BackendError: the one given, or TRTEXEC, is not a program.
     """
     wanted = given or os.environ.get("TRTEXEC")
     if wanted:
@@ -88,11 +92,8 @@ def find_trtexec(given: str | None = None) -> str | None:
         if found is None:
             raise BackendError(f"{wanted} is not a program; give the path of trtexec with --trtexec")
         return found
-    for candidate in (_PROGRAMS[0], *_USUAL_PLACES, _PROGRAMS[1]):
-        found = shutil.which(candidate)
-        if found is not None:
-            return found
-    return None
+    candidates = (PROGRAMS[backend], *(_USUAL_PLACES if backend == "tensorrt" else ()))
+    return next((path for candidate in candidates if (path := shutil.which(candidate)) is not None), None)
 
 
 def ask(path: str, timeout: float = 60.0) -> Trtexec:
@@ -128,8 +129,8 @@ def parse_version(text: str) -> tuple[int, ...]:
     return number // unit, number % unit // 100, number % 100
 
 
-def assumed(version: str) -> Trtexec:
-    """A trtexec that is not here, of a given version, to write commands for another machine.
+def assumed(version: str, backend: str = "tensorrt") -> Trtexec:
+    """The backend's program on another machine, taken to be of a given version.
 
     Raises:
         ConfigError: the version does not start with 10 or 11.
@@ -137,7 +138,7 @@ def assumed(version: str) -> Trtexec:
     major = version.partition(".")[0]
     if major not in ("10", "11"):
         raise ConfigError(f"trtexec version '{version}' is unknown; use 10 or 11")
-    return Trtexec("trtexec", tuple(int(p) for p in version.split(".") if p.isdecimal()))
+    return Trtexec(PROGRAMS[backend], tuple(int(p) for p in version.split(".") if p.isdecimal()))
 
 
 def command(

@@ -1,0 +1,158 @@
+"""`toast-onnx build`: a TensorRT engine, or ONNX Runtime's optimized model, from an ONNX file."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from toast_onnx.tensorrt import UnsupportedGraphError
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def size(text: str) -> int:
+    """Bytes from `512M` and the like; K, M and G are powers of 1024.
+
+    Raises:
+        click.BadParameter: the text is no size.
+    """
+    plain = text.strip().lower().removesuffix("ib").removesuffix("b")
+    digits = plain.rstrip("kmg")
+    if not digits.isdecimal() or plain[len(digits) :] not in _UNITS:
+        raise click.BadParameter(f"{text!r} is not a size such as 512M or 4G")
+    return int(digits) * _UNITS[plain[len(digits) :]]
+
+
+@click.command("build")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="File to write; MODEL's name with .engine or .ort."
+)
+@click.option("--format", "form", type=click.Choice(["engine", "ort"]), default="engine", show_default=True)
+@click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--fp16-io", is_flag=True, help="float16 inputs and outputs too, with --precision fp16.")
+@click.option("--batch", help="MIN:OPT:MAX of an open first dimension, or one number; 1:8:32 where none is given.")
+@click.option("--min-shapes", multiple=True, metavar="NAME:AxBxC", help="Smallest shape of an input.")
+@click.option("--opt-shapes", multiple=True, metavar="NAME:AxBxC", help="Shape to tune an input for.")
+@click.option("--max-shapes", multiple=True, metavar="NAME:AxBxC", help="Largest shape of an input.")
+@click.option("--workspace", type=size, help="Scratch memory that kernels may use, such as 512M or 4G.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fast, 5 searches longest.")
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="File of kernel timings, read and extended.")
+@click.option("--compute-capability", multiple=True, metavar="SM", help="Architecture to build for (tensorrt-rtx).")
+@click.option("--hardware-compatible", is_flag=True, help="One engine for Ampere and everything newer (tensorrt).")
+@click.option("--version-compatible", is_flag=True, help="An engine that later releases load (tensorrt).")
+@click.option("--ort-level", type=click.Choice(["basic", "extended", "all"]), default="extended", show_default=True)
+@click.option("--verbose", is_flag=True, help="Show all that TensorRT logs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    model: Path,
+    output: Path | None,
+    form: str,
+    backend: str,
+    precision: str,
+    fp16_io: bool,
+    batch: str | None,
+    min_shapes: tuple[str, ...],
+    opt_shapes: tuple[str, ...],
+    max_shapes: tuple[str, ...],
+    workspace: int | None,
+    optimization_level: int | None,
+    timing_cache: Path | None,
+    compute_capability: tuple[str, ...],
+    hardware_compatible: bool,
+    version_compatible: bool,
+    ort_level: str,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Build an engine from MODEL, with a JSON beside it that says how it was made.
+
+    Precision is put into the graph's types, as TensorRT 11 wants it; normalisations and Softmax stay in float32. The
+    tensorrt-rtx backend builds without a GPU. With --format ort the result is a model for ONNX Runtime instead.
+    """
+    from toast_onnx import tensorrt
+    from toast_onnx.tensorrt.ortmodel import build_ort
+
+    if verbose:
+        logging.getLogger("toast_onnx.tensorrt").setLevel(logging.DEBUG)
+    target = output or model.with_suffix(".ort" if form == "ort" else ".engine")
+    if form == "ort":
+        record = build_ort(model, target, precision=precision, fp16_io=fp16_io, level=ort_level)
+    else:
+        request = tensorrt.BuildRequest(
+            backend=backend,
+            precision=precision,
+            fp16_io=fp16_io,
+            batch=None if batch is None else tensorrt.parse_batch(batch),
+            min_shapes=tensorrt.parse_shapes(min_shapes),
+            opt_shapes=tensorrt.parse_shapes(opt_shapes),
+            max_shapes=tensorrt.parse_shapes(max_shapes),
+            options=tensorrt.EngineOptions(
+                workspace=workspace,
+                optimization_level=optimization_level,
+                timing_cache=timing_cache,
+                compute_capabilities=tensorrt.parse_compute_capabilities(compute_capability),
+                hardware_compatible=hardware_compatible,
+                version_compatible=version_compatible,
+            ),
+        )
+        with ExitStack() as stack:
+            try:
+                record = tensorrt.build(model, target, request, _Phases(stack))
+            except tensorrt.UnsupportedGraphError as error:
+                stack.close()
+                _show_problems(error)
+                raise
+    for note in record["notes"]:
+        click.echo(f"Note: {note}", err=True)
+    if as_json:
+        print_json(record)
+    else:
+        print_table(["file", str(target)], _rows(record), align=["left", "left"])
+
+
+class _Phases:
+    """Shows a build's phases: the outermost as the bar, the innermost as the note beside it."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._advance: Advance | None = None
+        self._shown = 0
+
+    def __call__(self, phase: str, parent: str | None, done: int, total: int) -> None:
+        if self._advance is None:
+            self._advance = self._stack.enter_context(progress("building", total))
+        if parent is None:
+            self._advance(done - self._shown)
+            self._shown = done
+        elif done == 0:
+            self._advance(0, phase.lower())
+
+
+def _show_problems(error: UnsupportedGraphError) -> None:
+    """One line a node on stderr: its name, its operator, the reason."""
+    width = max(len(p.node) for p in error.problems)
+    op_width = max(len(p.op) for p in error.problems)
+    for problem in error.problems:
+        click.echo(f"{problem.node:{width}}  {problem.op:{op_width}}  {problem.reason}", err=True)
+
+
+def _rows(record: dict[str, Any]) -> list[list[str]]:
+    rows = [
+        ["size", f"{format_bytes(record['engine_bytes'])} (model {format_bytes(record['model_bytes'])})"],
+        ["built by", f"{record['backend']} {record['backend_version']} in {record['build_seconds']:.1f} s"],
+        ["precision", record["precision"]],
+    ]
+    for name, shapes in record.get("profile", {}).items():
+        rows.append([f"input {name}", " .. ".join("x".join(map(str, shapes[kind])) for kind in ("min", "opt", "max"))])
+    if record.get("compute_capabilities"):
+        rows.append(["compute capabilities", ", ".join(f"SM{c}" for c in record["compute_capabilities"])])
+    return rows
