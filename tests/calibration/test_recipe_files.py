@@ -92,7 +92,7 @@ def test_what_a_config_leaves_out_is_said() -> None:
     ],
 )
 def test_hugging_face_configs_beyond_a_recipe(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match="c.json") as caught:
+    with pytest.raises(ConfigError, match=r"c\.json") as caught:
         from_hugging_face(VIT | change, "c.json")
     assert words in str(caught.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,8 @@ def timm_transforms() -> Any:
         "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     ):
-        try:
+        with contextlib.suppress(RuntimeError):  # torchvision's own are there, or another test declared them
             definitions.define(line)
-        except RuntimeError:  # torchvision's own are there, or another test declared them
-            pass
     factory = pytest.importorskip("timm.data.transforms_factory", exc_type=ImportError)
     factory.keep = definitions  # a library object that is collected takes its operators along
     return factory.transforms_imagenet_eval
@@ -65,13 +64,13 @@ def timm_config(size: tuple[int, int], ratio: float, mode: str, interpolation: s
 )
 def test_equals_timm(size: tuple[int, int], ratio: float, mode: str, interpolation: str) -> None:
     config = timm_config(size, ratio, mode, interpolation)
-    reference = timm_transforms()(
-        img_size=size, crop_pct=ratio, crop_mode=mode, interpolation=interpolation, mean=config["mean"], std=config["std"]
-    )
+    options = {"crop_pct": ratio, "crop_mode": mode, "interpolation": interpolation}
+    reference = timm_transforms()(img_size=size, mean=config["mean"], std=config["std"], **options)
     recipe = from_timm({"pretrained_cfg": config}, "config.json")
     for number, (height, width) in enumerate(SIZES):
         image = noise(height, width, number)
-        np.testing.assert_allclose(recipe.apply(image), reference(image).numpy(), atol=EXACT, err_msg=f"{height}x{width}")
+        expected = reference(image).numpy()
+        np.testing.assert_allclose(recipe.apply(image), expected, atol=EXACT, err_msg=f"{height}x{width}")
 
 
 PROCESSORS = {
@@ -106,8 +105,8 @@ PROCESSORS = {
         ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 384}}),
     ],
 )
-def test_equals_transformers(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    module = pytest.importorskip(PROCESSORS[kind], reason="transformers 5 holds the Pillow processors", exc_type=ImportError)
+def test_equals_transformers(kind: str, options: dict[str, Any]) -> None:
+    module = pytest.importorskip(PROCESSORS[kind], reason="transformers 5 has Pillow processors", exc_type=ImportError)
     processor = getattr(module, kind)(**options)
     recipe, _ = from_hugging_face(processor.to_dict(), "preprocessor_config.json")
     for number, (height, width) in enumerate(SIZES):
