@@ -114,7 +114,7 @@ def common_backend(targets: Sequence[Target]) -> str:
     backends = {t.backend for t in targets if t.path.suffix != ".onnx"} or {"tensorrt"}
     if len(backends) > 1:
         raise ConfigError(
-            "the engines were built by tensorrt and by tensorrt-rtx, which run in different programs; measure them apart"
+            "the engines were built by tensorrt and by tensorrt-rtx, whose programs differ; measure them apart"
         )
     return backends.pop()
 
