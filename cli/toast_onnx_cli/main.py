@@ -19,6 +19,9 @@ SUBCOMMANDS: dict[str, str] = {
     "inspect": "Show a model's blocks: widths, MACs, what can be pruned and why not.",
     "prune": "Remove dimensions and channels from a model, as a ratios file says.",
     "eval": "Measure a model's accuracy on labelled images.",
+    "build": "Build a TensorRT engine from a model.",
+    "bench": "Time models in ONNX Runtime, or engines with trtexec.",
+    "check-engine": "Compare an engine's outputs with those of the model it was built from.",
     "presets": "List the paper's published schedules, or print one as a ratios file.",
 }
 
