@@ -15,11 +15,13 @@ class HeadWeights:
         weight: (in_features, num_heads, kept).
         bias: (num_heads, kept).
         slots: (num_heads, kept) old dimension of the head that each new one takes the place of in the padded twin.
+        is_basis: whether the new dimensions are mixtures of old ones, the slots then being the first `kept`.
     """
 
     weight: np.ndarray
     bias: np.ndarray
     slots: np.ndarray
+    is_basis: bool = False
 
     @property
     def kept(self) -> int:

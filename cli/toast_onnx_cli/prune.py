@@ -1,0 +1,96 @@
+"""`toast-onnx prune`: a ratios file and a model in, a smaller proven model and its report out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from toast_onnx.errors import ModelError
+from toast_onnx.matching.study import study
+from toast_onnx.model import load_model
+from toast_onnx.planning.presets import read_ratios
+from toast_onnx.report.pruning import pruning_report, write_report
+from toast_onnx.surgery.prune import prune
+from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx_cli.console import format_bytes, format_count, print_json, progress
+from toast_onnx_cli.shapes import shape_option
+from toast_onnx.model import save_model
+
+
+@click.command("prune")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--ratios", required=True, metavar="FILE", help="Ratios file, or a preset such as paper:deit_small@2.7.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Pruned model; default MODEL.pruned.onnx.")
+@click.option("--report", type=click.Path(path_type=Path), help="JSON report; default beside the pruned model.")
+@click.option("--skip-unprunable", is_flag=True, help="Leave parts alone that cannot be pruned, instead of stopping.")
+@click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of synthetic tokens and of the twin's inputs.")
+@shape_option
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    model: Path,
+    ratios: str,
+    output: Path | None,
+    report: Path | None,
+    skip_unprunable: bool,
+    no_check: bool,
+    seed: int,
+    shapes: dict[str, tuple[int, ...]],
+    as_json: bool,
+) -> None:
+    """Remove attention dimensions and feed-forward channels from MODEL as the ratios say."""
+    out = output or model.with_name(f"{model.stem}.pruned.onnx")
+    report = report or out.with_suffix(".json")
+    check_destinations(model, out, report)
+    settings = read_ratios(ratios)
+    dense = study(load_model(model), shapes)
+    statistics = SyntheticStatistics(dense, seed)
+    with progress("pruning", len(dense.match.blocks) + 1) as advance:
+        pruned = prune(
+            dense,
+            settings,
+            statistics,
+            check=not no_check,
+            skip_unprunable=skip_unprunable,
+            seed=seed,
+            progress=lambda note: advance(1, note),
+        )
+    options = {"ratios": settings.to_document(), "seed": seed, "check": not no_check, "skip_unprunable": skip_unprunable}
+    save_model(pruned.model, out)
+    document = pruning_report(pruned, dense, out, options)
+    write_report(document, report)
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(summary(document, out, report))
+
+
+def check_destinations(model: Path, out: Path, report: Path) -> None:
+    """Refuse to overwrite the input, before any work is done.
+
+    Raises:
+        ModelError: an output is the input or lies in a folder that does not exist.
+    """
+    for path in (out, report):
+        if path.exists() and model.exists() and path.samefile(model):
+            raise ModelError(f"the output {path} is the input; choose another name with -o")
+        if not path.parent.is_dir():
+            raise ModelError(f"the folder {path.parent} does not exist; make it or choose another place with -o")
+    if out.resolve() == report.resolve():
+        raise ModelError(f"the model and its report would both be {out}; choose another name with --report")
+
+
+def summary(document: dict[str, Any], out: Path, report: Path) -> str:
+    """Three lines on what happened."""
+    dense, pruned, twin = document["dense"], document["pruned"], document["twin"]
+    proof = "not checked" if twin is None else f"twin agrees to {twin['worst']:.1e} of scale"
+    lines = [
+        f"{out}: MACs {format_count(dense['macs'])} -> {format_count(pruned['macs'])}, "
+        f"parameters {format_count(dense['params'])} -> {format_count(pruned['params'])}, "
+        f"file {format_bytes(dense['bytes'])} -> {format_bytes(pruned['bytes'])}; {proof}",
+        f"statistics: {document['statistics']}",
+        f"report: {report}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,41 @@
+"""What the solvers ask of activation statistics, wherever they come from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.synthetic import AttentionStatistics
+
+
+class Statistics(Protocol):
+    """Second-order statistics of a model's activations, asked for one block at a time.
+
+    Implemented from weights and synthetic tokens (`toast_onnx.surgery.synthetic`) and from images
+    (`toast_onnx_calibration`).
+    """
+
+    @property
+    def source(self) -> str:
+        """Where the statistics come from, for the report."""
+        ...
+
+    def attention(self, block: int) -> AttentionStatistics:
+        """Statistics of queries, keys and concatenated contexts of a block."""
+        ...
+
+    def hidden(self, block: int) -> Moments:
+        """Moments of fc2's input, n = width."""
+        ...
+
+    def inputs(self, block: int) -> Moments:
+        """Moments of fc1's input (gain and bias of the norm included), n = in_features."""
+        ...
+
+    def activation_scores(self, block: int, part: str) -> object:
+        """Scores (channels,) of the paper's token channel selection for `part` fc1 or fc2.
+
+        Raises:
+            ConfigError: they need images, and there are none.
+        """
+        ...

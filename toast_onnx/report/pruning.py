@@ -1,0 +1,128 @@
+"""The document beside a pruned model: everything needed to audit and to reproduce the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnx
+import onnxruntime
+
+from toast_onnx import __version__
+from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.study import Study, study
+from toast_onnx.model import file_hash, load_model, stored_bytes, write_bytes
+from toast_onnx.planning.macs import attention_linears, attention_macs, ffn_macs, graph_macs, graph_params, linear_params
+from toast_onnx.surgery.prune import Pruned
+from toast_onnx.surgery.weights import BlockWeights, HeadWeights
+
+
+def pruning_report(pruned: Pruned, dense: Study, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The report of a run, after the model was written to `out`.
+
+    Args:
+        pruned: the result.
+        dense: study of the dense model.
+        out: the written model.
+        options: the options of the run.
+
+    Returns:
+        A document of plain data: models with hashes and sizes, MACs and parameters before and after, every block's
+        settings, widths and kept indices (or `basis`), the twin's result, versions.
+    """
+    after = study(load_model(out), dense.counted_shapes)
+    matched = {b.index: b for b in after.match.blocks}
+    return {
+        "format": "toast-onnx/prune/1",
+        "dense": _identity(dense.view.model.path) | _costs(dense),
+        "pruned": _identity(out) | _costs(after),
+        "inputs": {name: list(shape) for name, shape in dense.counted_shapes.items()},
+        "blocks": [_block(pruned, dense, b, after, matched.get(b.index)) for b in dense.match.blocks],
+        "declined": [{"node": node, "reason": reason} for node, reason in dense.match.declined.items()],
+        "statistics": pruned.statistics,
+        "twin": None if pruned.twin is None else pruned.twin.to_document(),
+        "options": options,
+        "versions": {
+            "toast-onnx": __version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "numpy": numpy.__version__,
+        },
+    }
+
+
+def write_report(document: dict[str, Any], path: Path) -> None:
+    """Write a report as JSON, whole or not at all.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    write_bytes(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "sha256": file_hash(path), "bytes": stored_bytes(path)}
+
+
+def _costs(found: Study) -> dict[str, Any]:
+    return {"macs": graph_macs(found.view, found.counted), "params": graph_params(found.view)}
+
+
+def _block(pruned: Pruned, dense: Study, block: Block, after: Study, smaller: Block | None) -> dict[str, Any]:
+    settings = pruned.ratios[block.index]
+    weights = pruned.weights.get(block.index)
+    chosen = {
+        "qk": str(settings.qk), "vo": str(settings.vo), "fc1": str(settings.fc1), "fc2": str(settings.fc2),
+        "select": settings.select, "score": settings.score, "coupling": settings.coupling, "ffn_score": settings.ffn_score,
+        "defaults": sorted(settings.defaults),
+    }
+    return {
+        "index": block.index,
+        "name": block.name,
+        "settings": chosen,
+        "before": _sizes(dense, block),
+        "after": None if smaller is None else _sizes(after, smaller),
+        "kept": _kept(weights),
+    }
+
+
+def _sizes(found: Study, block: Block) -> dict[str, Any]:
+    sizes: dict[str, Any] = {}
+    if block.attention is not None:
+        sizes |= {
+            "heads": block.attention.num_heads,
+            "qk_dim": block.attention.qk_dim,
+            "vo_dim": block.attention.vo_dim,
+            "attention_macs": attention_macs(found.view, found.counted, block.attention),
+            "attention_params": linear_params(attention_linears(block.attention)),
+        }
+    if block.ffn is not None:
+        sizes |= {
+            "in_features": block.ffn.in_features,
+            "width": block.ffn.width,
+            "ffn_macs": ffn_macs(found.view, found.counted, block.ffn),
+            "ffn_params": linear_params((*block.ffn.entries, block.ffn.fc2)),
+        }
+    return sizes
+
+
+def _kept(weights: BlockWeights | None) -> dict[str, Any]:
+    """Kept indices of each part: a list (a list a head for attention), "basis", or None where all stay."""
+    kept: dict[str, Any] = {"qk": None, "vo": None, "fc1": None, "fc2": None}
+    if weights is None:
+        return kept
+    if weights.attention is not None:
+        kept["qk"] = _heads(weights.attention.q)
+        kept["vo"] = _heads(weights.attention.v)
+    if weights.ffn is not None:
+        kept["fc1"] = None if weights.ffn.inputs is None else weights.ffn.inputs.tolist()
+        kept["fc2"] = None if weights.ffn.units is None else weights.ffn.units.tolist()
+    return kept
+
+
+def _heads(part: HeadWeights | None) -> list[list[int]] | str | None:
+    if part is None:
+        return None
+    return "basis" if part.is_basis else part.slots.tolist()

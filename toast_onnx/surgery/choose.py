@@ -1,0 +1,238 @@
+"""New weights for a block: widths from its ratios, what stays by its scores, values by the solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from toast_onnx.errors import ConfigError, MatchError, ModelError
+from toast_onnx.importance.attention import qk_energy, qk_scores, vo_energy, vo_scores
+from toast_onnx.importance.ffn import hidden_weight_scores, input_weight_scores, variance_scores
+from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.selection import top_k
+from toast_onnx.importance.statistics import Statistics
+from toast_onnx.matching.blocks import Attention, Block, Ffn
+from toast_onnx.matching.linear import Linear, bias, weights
+from toast_onnx.matching.norms import layer_scale
+from toast_onnx.matching.study import Study
+from toast_onnx.planning.ratios import BlockRatios, Ratios
+from toast_onnx.planning.widths import kept_width
+from toast_onnx.surgery.rewrite_attention import head_weights
+from toast_onnx.surgery.solve.ffn import select_fc1_inputs, select_ffn_second_order, solve_fc1_inputs, solve_ffn
+from toast_onnx.surgery.solve.qk import QKSolution, select_qk_second_order, solve_qk_index, solve_qk_subspace
+from toast_onnx.surgery.solve.vo import VOSolution, select_vo_second_order, solve_vo_index, solve_vo_subspace
+from toast_onnx.surgery.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights, ProjWeights
+
+Kind = Literal["none", "bias", "ridge"]
+WEIGHT_SCORES = ("gm", "l1", "l2")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Kept counts of one block; None where a part is absent or keeps its width."""
+
+    qk: int | None = None
+    vo: int | None = None
+    fc1: int | None = None
+    fc2: int | None = None
+
+
+def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunable: bool) -> Widths:
+    """Kept counts of a block.
+
+    Raises:
+        MatchError: a ratio is given for a part that the block lacks or that cannot be pruned, unless skipped.
+    """
+
+    def kept(part: str, kind: str, original: int | None, reason: str | None) -> int | None:
+        removed = getattr(ratio, part)
+        if not removed:
+            return None
+        if original is None:
+            return None  # a number for all blocks passes over those without the part
+        if reason is not None:
+            if skip_unprunable:
+                return None
+            raise MatchError(
+                f"block {block.index} ({block.name}): {part} cannot be pruned: {reason}; "
+                f"set its ratio to 0 or use --skip-unprunable"
+            )
+        align = ratios.align.head_dim if kind == "head_dim" else ratios.align.width
+        count = kept_width(kind, original, removed, align=align, rounding=ratios.rounding)  # type: ignore[arg-type]
+        return None if count == original else count
+
+    a, f = block.attention, block.ffn
+    return Widths(
+        kept("qk", "head_dim", a and a.qk_dim, a and a.qk_reason),
+        kept("vo", "head_dim", a and a.vo_dim, a and a.vo_reason),
+        kept("fc1", "width", f and f.in_features, f and f.fc1_reason),
+        kept("fc2", "width", f and f.width, f and f.fc2_reason),
+    )
+
+
+def solve_block(
+    study: Study, block: Block, widths: Widths, ratio: BlockRatios, ratios: Ratios, statistics: Statistics
+) -> BlockWeights | None:
+    """New weights of a block; None when nothing changes.
+
+    Raises:
+        ModelError: its weights are NaN or infinite.
+        ConfigError: what was asked for is not to be had (statistics without data, say).
+    """
+    compensation = ratios.compensation.kind
+    if compensation == "local":
+        raise ConfigError("compensation: local trains blocks on calibration images; this build has ridge, bias and none")
+    ridge = ratios.compensation.ridge if ratios.compensation.ridge == "auto" else float(ratios.compensation.ridge)
+    solver = _Solver(study, block, ratio, statistics, compensation, ridge)
+    attention = ffn = None
+    if block.attention is not None and (widths.qk or widths.vo):
+        attention = solver.attention(block.attention, widths.qk, widths.vo)
+    if block.ffn is not None and (widths.fc1 or widths.fc2):
+        ffn = solver.ffn(block.ffn, widths.fc1, widths.fc2)
+    return None if attention is None and ffn is None else BlockWeights(attention, ffn)
+
+
+@dataclass
+class _Solver:
+    study: Study
+    block: Block
+    ratio: BlockRatios
+    statistics: Statistics
+    compensation: Kind
+    ridge: Any
+
+    def attention(self, attention: Attention, qk: int | None, vo: int | None) -> AttentionWeights:
+        view, facts = self.study.view, self.study.facts
+        subspace = self.ratio.select == "subspace"
+        by_weight = self.ratio.score in WEIGHT_SCORES and not subspace
+        needed = not (by_weight and self.compensation == "none")
+        found = self.statistics.attention(self.block.index) if needed else None
+        q = k = v = proj = None
+        if qk is not None:
+            assert attention.q is not None and attention.k is not None
+            old_q, old_k = (head_weights(view, facts, b) for b in (attention.q, attention.k))
+            self._check(old_q.weight, old_k.weight)
+            arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
+            if subspace:
+                assert found is not None
+                new = solve_qk_subspace(*arrays, found.s_qq, found.s_kk, qk)
+            else:
+                kept = self._qk_indices(old_q, old_k, found, qk)
+                s_qq = found.s_qq if found is not None else np.empty(0)
+                new = solve_qk_index(*arrays, s_qq, kept, self.compensation, self.ridge)
+            q, k = _qk_weights(new)
+        if vo is not None:
+            assert attention.v is not None and attention.proj is not None
+            old_v = head_weights(view, facts, attention.v)
+            linear = attention.proj.linear
+            wo = weights(view, facts, linear)[attention.proj.layout.channels]  # (H, d, C_out)
+            bo, gamma = self._bias(linear), layer_scale(view, facts, linear.output, linear.out_features)
+            self._check(old_v.weight, wo)
+            if subspace:
+                assert found is not None
+                solved = solve_vo_subspace(
+                    old_v.weight, old_v.bias, wo, bo, found.context, vo, self.compensation, self.ridge, gamma
+                )
+            else:
+                kept = self._vo_indices(old_v, wo, found, vo, gamma)
+                context = None if found is None else found.context
+                solved = solve_vo_index(old_v.weight, old_v.bias, wo, bo, kept, context, self.compensation, self.ridge)
+            v, proj = _vo_weights(solved)
+        return AttentionWeights(q, k, v, proj)
+
+    def _qk_indices(self, q: HeadWeights, k: HeadWeights, found: Any, kept: int) -> np.ndarray:
+        score = self.ratio.score
+        if score in WEIGHT_SCORES:
+            return top_k(qk_scores(q.weight, k.weight, score, self.ratio.coupling), kept)
+        if score == "second-order":
+            return select_qk_second_order(found.s_qq, found.s_kk, kept)
+        return top_k(qk_energy(found.s_qq, found.s_kk), kept)
+
+    def _vo_indices(self, v: HeadWeights, wo: np.ndarray, found: Any, kept: int, gamma: np.ndarray | None) -> np.ndarray:
+        score = self.ratio.score
+        if score in WEIGHT_SCORES:
+            return top_k(vo_scores(v.weight, wo, score, self.ratio.coupling, gamma), kept)
+        if score == "second-order":
+            return select_vo_second_order(found.context, wo, kept, gamma)
+        return top_k(vo_energy(found.context.covariance, wo, gamma), kept)
+
+    def ffn(self, ffn: Ffn, fc1: int | None, fc2: int | None) -> FfnWeights:
+        view, facts = self.study.view, self.study.facts
+        inputs = entries = units = exit_ = None
+        entry_weights = tuple(weights(view, facts, e) for e in ffn.entries)
+        w2, b2 = weights(view, facts, ffn.fc2), self._bias(ffn.fc2)
+        self._check(*entry_weights, w2)
+        if fc2 is not None:
+            gamma = layer_scale(view, facts, ffn.fc2.output, ffn.fc2.out_features)
+            # by unit: the parts of a gated form side by side
+            by_unit = tuple(w[:, u[:, p]] for w, u in zip(entry_weights, ffn.units, strict=True) for p in range(u.shape[1]))
+            moments = self._moments(self.statistics.hidden)
+            units = self._units(by_unit, w2, gamma, moments, fc2)
+            solved = solve_ffn(units, w2, b2, moments, self.compensation, self.ridge)
+            exit_ = (solved.w2, solved.b2)
+        if fc1 is not None:
+            moments = self._moments(self.statistics.inputs)
+            inputs = self._inputs(entry_weights, moments, fc1)
+            biases = tuple(self._bias(e) for e in ffn.entries)
+            found = solve_fc1_inputs(inputs, entry_weights, biases, moments, self.compensation, self.ridge)
+            entries = tuple(zip(found.w1, found.b1, strict=True))
+        return FfnWeights(inputs, entries, units, exit_)
+
+    def _moments(self, ask: Callable[[int], Moments]) -> Moments | None:
+        weight_only = self.ratio.ffn_score in ("l1", "l2") and self.compensation == "none"
+        scores_only = self.ratio.ffn_score == "activation" and self.compensation == "none"
+        return None if weight_only or scores_only else ask(self.block.index)
+
+    def _units(
+        self, w1: tuple[np.ndarray, ...], w2: np.ndarray, gamma: np.ndarray | None, moments: Moments | None, kept: int
+    ) -> np.ndarray:
+        score = self.ratio.ffn_score
+        if score in ("l1", "l2"):
+            return top_k(hidden_weight_scores(w1, w2, score, gamma), kept)
+        if score == "activation":
+            return top_k(np.asarray(self.statistics.activation_scores(self.block.index, "fc2")), kept)
+        assert moments is not None
+        if score == "variance":
+            return top_k(variance_scores(moments, w2, gamma), kept)
+        return select_ffn_second_order(moments, w2, kept, gamma=gamma)
+
+    def _inputs(self, w1: tuple[np.ndarray, ...], moments: Moments | None, kept: int) -> np.ndarray:
+        score = self.ratio.ffn_score
+        if score in ("l1", "l2"):
+            return top_k(input_weight_scores(w1, None, score), kept)
+        if score == "activation":
+            return top_k(np.asarray(self.statistics.activation_scores(self.block.index, "fc1")), kept)
+        assert moments is not None
+        if score == "variance":
+            return top_k(variance_scores(moments, np.concatenate(w1, axis=1)), kept)
+        return select_fc1_inputs(moments, w1, kept)
+
+    def _bias(self, linear: Linear) -> np.ndarray:
+        b = bias(self.study.view, self.study.facts, linear)
+        dtype = weights(self.study.view, self.study.facts, linear).dtype
+        return np.zeros(linear.out_features, dtype) if b is None else np.asarray(b)
+
+    def _check(self, *arrays: np.ndarray) -> None:
+        if not all(np.isfinite(a.astype(np.float32)).all() for a in arrays):
+            raise ModelError(
+                f"{self.study.view.model.path}: block {self.block.index} ({self.block.name}) has NaN or infinite weights; "
+                "export the model again"
+            )
+
+
+def _slots(kept: np.ndarray | None, heads: int, count: int) -> np.ndarray:
+    """Old dimensions that the new ones stand in for: the kept indices, or the first ones for a basis."""
+    return np.broadcast_to(np.arange(count), (heads, count)) if kept is None else kept
+
+
+def _qk_weights(new: QKSolution) -> tuple[HeadWeights, HeadWeights]:
+    slots, basis = _slots(new.kept, *new.bq.shape), new.kept is None
+    return HeadWeights(new.wq, new.bq, slots, basis), HeadWeights(new.wk, new.bk, slots, basis)
+
+
+def _vo_weights(new: VOSolution) -> tuple[HeadWeights, ProjWeights]:
+    slots, basis = _slots(new.kept, *new.bv.shape), new.kept is None
+    return HeadWeights(new.wv, new.bv, slots, basis), ProjWeights(new.wo, new.bo)

@@ -1,0 +1,113 @@
+"""Pruning a model from end to end: study, choose, rewrite, prove."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from toast_onnx.errors import ConfigError, ModelError
+from toast_onnx.importance.statistics import Statistics
+from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.study import Shapes, Study, input_shapes
+from toast_onnx.model import Model
+from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
+from toast_onnx.surgery.choose import Widths, plan_widths, solve_block
+from toast_onnx.surgery.edit import GraphEdit
+from toast_onnx.surgery.rewrite_attention import rewrite_attention
+from toast_onnx.surgery.rewrite_ffn import rewrite_ffn
+from toast_onnx.surgery.shapes import settle_shapes
+from toast_onnx.surgery.twin import TwinResult, compare_with_twin, padded_twin
+from toast_onnx.surgery.weights import BlockWeights
+
+#: Called after each unit of work with what was done.
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Result of pruning, not yet written.
+
+    Attributes:
+        model: the rewritten model.
+        weights: block number -> new weights, for the blocks that changed.
+        widths: kept counts of every block.
+        ratios: settings of every block.
+        twin: outcome of the proof, None when it was not asked for.
+        statistics: where the statistics came from.
+    """
+
+    model: Model
+    weights: dict[int, BlockWeights]
+    widths: tuple[Widths, ...]
+    ratios: tuple[BlockRatios, ...]
+    twin: TwinResult | None
+    statistics: str
+
+
+def prune(
+    study: Study,
+    ratios: Ratios,
+    statistics: Statistics,
+    *,
+    check: bool = True,
+    skip_unprunable: bool = False,
+    seed: int = 0,
+    progress: Progress = lambda _: None,
+) -> Pruned:
+    """Prune a studied model.
+
+    Args:
+        study: the model and its blocks.
+        ratios: what to remove and how.
+        statistics: activation statistics for the solvers.
+        check: prove the result with the padded twin.
+        skip_unprunable: leave parts alone that a ratio asks for but that cannot be pruned.
+        seed: seed of the twin's inputs.
+        progress: called after every block and after the proof.
+
+    Raises:
+        ConfigError: the ratios do not fit the model.
+        MatchError: a ratio asks for a part that cannot be pruned.
+        ModelError: weights of a block are NaN or infinite.
+        TwinError: the proof failed.
+    """
+    blocks = study.match.blocks
+    if not blocks:
+        raise ModelError(f"{study.view.model.path}: no transformer block was found; see `toast-onnx inspect` for the reasons")
+    settings = resolve(ratios, [b.name for b in blocks], [b.node_names for b in blocks])
+    if any(s.mode == "runtime" and (s.fc1 or s.fc2) for s in settings):
+        raise ConfigError("ffn mode 'runtime' (channels chosen while the model runs) is not in this release; use static")
+    widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
+    weights: dict[int, BlockWeights] = {}
+    edit = GraphEdit(study.view)
+    for block, width, setting in zip(blocks, widths, settings, strict=True):
+        new = solve_block(study, block, width, setting, ratios, statistics)
+        if new is not None:
+            weights[block.index] = new
+            _rewrite(edit, study, block, new)
+        progress(block.name)
+    model = edit.apply()
+    settle_shapes(model, edit, study.view, study.facts, study.other)
+    twin = _prove(study, model, weights, seed) if check else None
+    progress("twin" if check else "no twin")
+    return Pruned(model, weights, widths, settings, twin, statistics.source)
+
+
+def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights) -> None:
+    if new.attention is not None and block.attention is not None:
+        rewrite_attention(edit, study.view, study.facts, block.attention, new.attention, f"{block.name}/attention")
+    if new.ffn is not None and block.ffn is not None:
+        rewrite_ffn(edit, study.view, study.facts, study.other, block.ffn, new.ffn, f"{block.name}/ffn")
+
+
+def _prove(study: Study, model: Model, weights: dict[int, BlockWeights], seed: int) -> TwinResult:
+    twin = padded_twin(study.view, study.facts, study.match.blocks, weights)
+    return compare_with_twin(study.view, twin, model, study.match.blocks, weights, twin_shapes(study), seed)
+
+
+def twin_shapes(study: Study) -> list[Shapes]:
+    """Input shapes for the twin: one and three items where the batch is dynamic, else the fixed shapes."""
+    if not study.dynamic_batch:
+        return [study.counted_shapes]
+    given = study.counted_shapes
+    return [input_shapes(study.view, given, batch, fixed_batch=False) for batch in (1, 3)]

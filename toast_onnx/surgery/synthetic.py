@@ -1,0 +1,121 @@
+"""Statistics without data: the graph's own pieces run on synthetic tokens.
+
+A LayerNorm's output is close to isotropic before its gain and bias, so seeded tokens gain * N(0, I) + bias stand for real
+ones. Attention statistics follow in closed form; hidden activations come from running fc1 and the activation.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from toast_onnx.errors import ConfigError, MatchError
+from toast_onnx.importance.moments import Moments, merge
+from toast_onnx.importance.synthetic import (
+    AttentionStatistics,
+    attention_from_weights,
+    layer_norm_moments,
+    synthetic_tokens,
+)
+from toast_onnx.matching.blocks import Block, Branch
+from toast_onnx.matching.norms import norm_before
+from toast_onnx.matching.study import Study
+from toast_onnx.runtime import run_model
+from toast_onnx.surgery.piece import cut_piece
+from toast_onnx.surgery.rewrite_attention import head_weights
+
+#: Synthetic tokens for every hidden unit; enough for a well-conditioned Gram matrix.
+TOKENS_PER_UNIT = 8
+
+
+class SyntheticStatistics:
+    """Statistics from weights and synthetic tokens (implements `toast_onnx.importance.statistics.Statistics`)."""
+
+    def __init__(self, study: Study, seed: int = 0) -> None:
+        self._study = study
+        self._seed = seed
+
+    @cached_property
+    def source(self) -> str:
+        """Where the statistics come from."""
+        return f"weights and synthetic tokens (seed {self._seed}); no data was given"
+
+    def attention(self, block: int) -> AttentionStatistics:
+        """Closed-form statistics of a block's queries, keys and contexts."""
+        attention = self._block(block).attention
+        if attention is None:
+            raise MatchError(f"block {block} has no attention")
+        view, facts = self._study.view, self._study.facts
+        branches = {"q": attention.q, "k": attention.k, "v": attention.v}
+        present = {name: b for name, b in branches.items() if b is not None}
+        weights = {name: head_weights(view, facts, b) for name, b in present.items()}
+        fallback = next(iter(weights.values()))
+        q, k, v = (weights.get(name, fallback) for name in "qkv")
+        found = {
+            name: attention_from_weights(self._moments(b), q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
+            for name, b in present.items()
+        }
+        any_ = next(iter(found.values()))
+        return AttentionStatistics(
+            found.get("q", any_).s_qq, found.get("k", any_).s_kk, found.get("v", any_).context
+        )
+
+    def inputs(self, block: int) -> Moments:
+        """Moments of the normalised input of a block's feed-forward network."""
+        ffn = self._block(block).ffn
+        if ffn is None:
+            raise MatchError(f"block {block} has no feed-forward network")
+        norm = norm_before(self._study.view, self._study.facts, ffn.entries[0].input, ffn.in_features)
+        return layer_norm_moments(norm.gain, norm.bias)
+
+    def hidden(self, block: int) -> Moments:
+        """Moments of the hidden activations of a block, its own nodes run on synthetic tokens."""
+        ffn = self._block(block).ffn
+        if ffn is None:
+            raise MatchError(f"block {block} has no feed-forward network")
+        view, facts = self._study.view, self._study.facts
+        start, end = ffn.entries[0].input, ffn.fc2.input
+        norm = norm_before(view, facts, start, ffn.in_features)
+        shape, axis = facts.shape(start) or (), ffn.entries[0].channel_axis
+        rows = int(np.prod(shape)) // ffn.in_features
+        runs = -(-TOKENS_PER_UNIT * ffn.width // rows)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(facts.elem_type(start))
+        piece = cut_piece(view, facts, start, end)
+        with tempfile.TemporaryDirectory(prefix="toast-piece-") as folder:
+            path = Path(folder) / "piece.onnx"
+            onnx.save(piece, str(path))
+            feeds = (
+                {start: np.moveaxis(self._tokens(norm.gain, norm.bias, rows, block, run, shape, axis), -1, axis).astype(dtype)}
+                for run in range(runs)
+            )
+            return merge(
+                Moments.of(np.moveaxis(out[end], ffn.fc2.channel_axis, -1).reshape(-1, ffn.width).astype(np.float32))
+                for feed in feeds
+                for out in run_model(path, [end], [feed])
+            )
+
+    def activation_scores(self, block: int, part: str) -> object:
+        """Not to be had without images."""
+        raise ConfigError(
+            f"ffn score 'activation' (block {block}, {part}) needs calibration images; give --data, or choose second-order"
+        )
+
+    def _tokens(
+        self, gain: np.ndarray, bias: np.ndarray, rows: int, block: int, run: int, shape: tuple[int, ...], axis: int
+    ) -> np.ndarray:
+        """Tokens in the activation's shape, channels moved last."""
+        tokens = synthetic_tokens(gain, bias, rows, self._seed + 1000 * block + run)
+        last = [extent for k, extent in enumerate(shape) if k != axis % len(shape)]
+        return tokens.reshape(*last, gain.size)
+
+    def _block(self, index: int) -> Block:
+        return self._study.match.blocks[index]
+
+    def _moments(self, branch: Branch) -> Moments:
+        linear = branch.linear
+        norm = norm_before(self._study.view, self._study.facts, linear.input, linear.in_features)
+        return layer_norm_moments(norm.gain, norm.bias)
