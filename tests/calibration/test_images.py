@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,7 @@ def test_reading_ahead_is_bounded_and_stops_with_the_reader(tmp_path: Path) -> N
 
     reader = read_images(root, find_images(root), Counting(), ReadReport(), 2)
     next(reader)
+    time.sleep(0.5)  # long enough for the threads to read all 60, were they let
     reader.close()
     assert len(opened) <= 1 + 4 * 2
     assert not [t for t in threading.enumerate() if t.name.startswith("read-images")]
