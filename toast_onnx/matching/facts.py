@@ -167,7 +167,7 @@ class Facts:
                 continue
             types[name] = onnx.helper.make_tensor_type_proto(fact.elem_type, fact.shape)
             if fact.value is not None and fact.value.dtype != object:
-                data[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(fact.value), name)
+                data[name] = onnx.numpy_helper.from_array(np.asarray(fact.value, order="C"), name)
         try:
             schema = onnx.defs.get_schema(node.op_type, self._opsets[""] if "" in self._opsets else self._opsets["ai.onnx"])
             inferred = onnx.shape_inference.infer_node_outputs(

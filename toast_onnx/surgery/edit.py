@@ -56,12 +56,12 @@ class GraphEdit:
     def constant(self, name: str, value: np.ndarray) -> str:
         """Add an initializer under a fresh name; returns the name."""
         name = self.fresh(name)
-        self._arrays[name] = np.ascontiguousarray(value)
+        self._arrays[name] = np.asarray(value, order="C")
         return name
 
     def replace_initializer(self, name: str, value: np.ndarray) -> None:
         """Give an existing initializer a new value (all its readers see it)."""
-        self._arrays[name] = np.ascontiguousarray(value)
+        self._arrays[name] = np.asarray(value, order="C")
 
     def emit(self, at: int, op: str, inputs: Sequence[str], output: str, name: str, **attributes: object) -> str:
         """Insert a node with one output; returns the output's name."""

@@ -46,6 +46,6 @@ def cut_piece(view: GraphView, facts: Facts, start: str, end: str) -> onnx.Model
         "piece",
         [onnx.helper.make_tensor_value_info(start, facts.elem_type(start), shape)],
         [onnx.ValueInfoProto(name=end)],
-        [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in sorted(frozen.items())],
+        [onnx.numpy_helper.from_array(np.asarray(value, order="C"), name) for name, value in sorted(frozen.items())],
     )
     return onnx.helper.make_model(graph, opset_imports=source.opset_import, ir_version=source.ir_version)
