@@ -48,4 +48,6 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 def worst(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
     """Largest difference over all outputs, as a fraction of each output's largest magnitude."""
-    return max(float(np.abs(a.astype(np.float64) - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True))
+    return max(
+        float(np.abs(a.astype(np.float64) - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True)
+    )

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import google.protobuf.message
 import numpy as np
 import onnx
 import onnx.checker
@@ -24,6 +23,7 @@ import onnx.external_data_helper as external
 import onnx.inliner
 import onnx.numpy_helper
 import onnx.shape_inference
+from google.protobuf.message import DecodeError
 
 from toast_onnx.errors import ModelError
 
@@ -96,7 +96,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         raise ModelError(f"{path} does not exist; check the path of the model") from e
     except OSError as e:
         raise ModelError(f"{path} cannot be read: {e.strerror or e}") from e
-    except google.protobuf.message.DecodeError as e:
+    except DecodeError as e:
         raise ModelError(f"{path} is not an ONNX file or is truncated; export or copy it again") from e
     if not proto.graph.node or not proto.opset_import:
         raise ModelError(f"{path} holds no ONNX graph; export or copy it again")
@@ -218,8 +218,8 @@ def _tensor_bytes(model: Model, tensor: onnx.TensorProto) -> int:
     if tensor.name in model.arrays:
         return model.arrays[tensor.name].nbytes
     if external.uses_external_data(tensor):
-        return external.ExternalDataInfo(tensor).length or 0
-    return tensor.ByteSize()
+        return int(external.ExternalDataInfo(tensor).length or 0)
+    return int(tensor.ByteSize())
 
 
 def _stream_weights(model: Model, proto: onnx.ModelProto, data_path: Path) -> None:

@@ -29,8 +29,10 @@ def command(model: Path, shapes: dict[str, tuple[int, ...]], as_json: bool) -> N
     title = f"{document['model']}  opset {document['opset']}  {document['producer']}".rstrip()
     align = ("right", "left", *("right",) * 5, "left", "right", "right", "left")
     print_table(COLUMNS, [_row(b) for b in document["blocks"]], title=title, align=align)  # type: ignore[arg-type]
-    click.echo(f"{len(document['blocks'])} blocks, {format_count(document['macs'])} MACs at {_inputs(document)}, "
-               f"{format_count(document['params'])} parameters")
+    click.echo(
+        f"{len(document['blocks'])} blocks, {format_count(document['macs'])} MACs at {_inputs(document)}, "
+        f"{format_count(document['params'])} parameters"
+    )
     for reason, blocks in _reasons(document["blocks"]).items():
         click.echo(f"not prunable: {reason} (block {', '.join(blocks)})")
     for entry in document["declined"]:
@@ -41,8 +43,11 @@ def _row(block: dict[str, Any]) -> list[str]:
     attention, ffn = block["attention"], block["ffn"]
     parts = [p for p in (attention, ffn) if p]
     prunable = [
-        name for part, names in ((attention, ("qk", "vo")), (ffn, ("fc1", "fc2"))) if part
-        for name in names if part[name]["prunable"]
+        name
+        for part, names in ((attention, ("qk", "vo")), (ffn, ("fc1", "fc2")))
+        if part
+        for name in names
+        if part[name]["prunable"]
     ]
     return [
         str(block["index"]),

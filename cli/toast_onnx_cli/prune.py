@@ -9,14 +9,13 @@ import click
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.study import study
-from toast_onnx.model import load_model
+from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.report.pruning import pruning_report, write_report
 from toast_onnx.surgery.prune import prune
 from toast_onnx.surgery.synthetic import SyntheticStatistics
 from toast_onnx_cli.console import format_bytes, format_count, print_json, progress
 from toast_onnx_cli.shapes import shape_option
-from toast_onnx.model import save_model
 
 
 @click.command("prune")
@@ -26,7 +25,9 @@ from toast_onnx.model import save_model
 @click.option("--report", type=click.Path(path_type=Path), help="JSON report; default beside the pruned model.")
 @click.option("--skip-unprunable", is_flag=True, help="Leave parts alone that cannot be pruned, instead of stopping.")
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of synthetic tokens and of the twin's inputs.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of synthetic tokens and of the twin's inputs."
+)
 @shape_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -57,7 +58,12 @@ def command(
             seed=seed,
             progress=lambda note: advance(1, note),
         )
-    options = {"ratios": settings.to_document(), "seed": seed, "check": not no_check, "skip_unprunable": skip_unprunable}
+    options = {
+        "ratios": settings.to_document(),
+        "seed": seed,
+        "check": not no_check,
+        "skip_unprunable": skip_unprunable,
+    }
     save_model(pruned.model, out)
     document = pruning_report(pruned, dense, out, options)
     write_report(document, report)

@@ -41,10 +41,7 @@ def match_attention(
             _same_scale(view, facts, other, linears, tensor, name, walks[name])
         except Decline as e:
             reasons[name] = str(e)
-    outcomes = {
-        name: _operand(view, facts, other, core, name, walks, reasons)
-        for name in ("Q", "K", "V")
-    }
+    outcomes = {name: _operand(view, facts, other, core, name, walks, reasons) for name in ("Q", "K", "V")}
     proj, proj_reason = _projection(view, facts, other, core, linears)
     (q, q_reason), (k, k_reason), (v, v_reason) = (outcomes[n] for n in "QKV")
     qk_reason, vo_reason = q_reason or k_reason, v_reason or proj_reason
@@ -55,9 +52,7 @@ def match_attention(
     known = next((b.layout.num_heads for b in (q, k, v, proj) if b is not None), None)
     heads = known or core.heads or (q_shape[-3] if len(q_shape) > 3 else 1)
     divide = heads if core.heads else 1
-    return Attention(
-        core, q, k, v, proj, heads, q_shape[-1] // divide, v_shape[-1] // divide, qk_reason, vo_reason
-    )
+    return Attention(core, q, k, v, proj, heads, q_shape[-1] // divide, v_shape[-1] // divide, qk_reason, vo_reason)
 
 
 def _same_scale(
@@ -111,9 +106,7 @@ def _layout(
     return read_layout(labels[target], shape, other_shape, other_target, axis, dim_axis, what, heads)
 
 
-def _projection(
-    view: GraphView, facts: Facts, other: Facts, core: Core, linears: Mapping[str, Linear]
-) -> Outcome:
+def _projection(view: GraphView, facts: Facts, other: Facts, core: Core, linears: Mapping[str, Linear]) -> Outcome:
     what = "the attention's output"
     by_input: dict[str, list[Linear]] = {}
     for linear in linears.values():

@@ -96,7 +96,7 @@ class Ffn:
     @property
     def gated(self) -> bool:
         """Whether two channels of fc1 make one hidden unit."""
-        return sum(u.shape[1] for u in self.units) > 1
+        return bool(sum(u.shape[1] for u in self.units) > 1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Output shapes of ONNX Runtime's own operators (domain `com.microsoft`), which ONNX cannot infer.
 
-Specification: ONNX Runtime's contrib operator documentation. Only the operators its optimizer puts into transformer graphs.
+Specification: ONNX Runtime's contrib operator documentation. Only what its optimizer puts into transformers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape]
         return [first] + [None] * (count - 1)
     if node.op_type in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"):
         statistics = (*first[:-1], 1)
-        return [first, statistics, statistics, first][:count]
+        shapes: list[Shape] = [first, statistics, statistics, first]
+        return shapes[:count]
     if node.op_type == "FusedMatMul":
         return [_fused_matmul(node, first, inputs[1])] + [None] * (count - 1)
     if node.op_type == "Attention" and inputs[1] is not None:

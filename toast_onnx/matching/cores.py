@@ -48,7 +48,7 @@ class Core:
 
 
 def find_cores(view: GraphView, facts: Facts) -> tuple[list[Core], dict[int, str]]:
-    """All attention cores of a graph, in graph order, and the nodes that look like one but are not (position: reason)."""
+    """All attention cores in graph order, and the nodes that look like one but are not (position: reason)."""
     cores: list[Core] = []
     declined: dict[int, str] = {}
     for i, node in enumerate(view.nodes):
@@ -159,7 +159,9 @@ def _fused_core(view: GraphView, facts: Facts, i: int) -> Core:
             raise Decline("queries and keys have different numbers of heads (grouped-query attention)")
     elif q[1] != (facts.shape(node.input[1]) or q)[1]:
         raise Decline("queries and keys have different numbers of heads (grouped-query attention)")
-    return Core("attention", i, i, i, *node.input[:3], context=node.output[0], heads=heads)
+    return Core(
+        "attention", i, i, i, q=node.input[0], k=node.input[1], v=node.input[2], context=node.output[0], heads=heads
+    )
 
 
 def _mha_core(view: GraphView, facts: Facts, i: int) -> Core:
@@ -172,10 +174,10 @@ def _mha_core(view: GraphView, facts: Facts, i: int) -> Core:
         raise Decline("this MultiHeadAttention node carries a key/value cache")
     if len(node.input) > 3 and node.input[3]:
         raise Decline("this MultiHeadAttention node adds its own bias to Q, K and V; optimize without bias fusion")
-    return Core("mha", i, i, i, *node.input[:3], context=node.output[0], heads=heads)
+    return Core("mha", i, i, i, q=node.input[0], k=node.input[1], v=node.input[2], context=node.output[0], heads=heads)
 
 
 def _packed_core(view: GraphView, facts: Facts, i: int) -> Core:
     raise Decline(
-        "this com.microsoft Attention node holds its weights inside; prune the graph before ONNX Runtime's attention fusion"
+        "this com.microsoft Attention node holds its weights inside; prune before ONNX Runtime's attention fusion"
     )

@@ -37,7 +37,7 @@ class Fact:
         shape: concrete shape; None when it could not be inferred.
         elem_type: ONNX element type; 0 when unknown.
         value: the value at these input shapes, for small tensors that do not depend on the inputs' contents.
-        constant: whether the value depends on neither contents nor shapes of the inputs (weights and what is made of them).
+        constant: whether the value is made of weights alone, neither of contents nor of shapes of the inputs.
     """
 
     shape: tuple[int, ...] | None
@@ -118,21 +118,23 @@ class Facts:
         try:
             return evaluate_node(node, inputs, self._opsets)
         except Exception as e:  # the reference evaluator raises whatever numpy raises
-            raise ModelError(f"the node '{node.name or node.output[0]}' ({node.op_type}) cannot be evaluated: {e}") from e
+            raise ModelError(
+                f"the node '{node.name or node.output[0]}' ({node.op_type}) cannot be evaluated: {e}"
+            ) from e
 
     def _walk(self, node: onnx.NodeProto) -> None:
         facts = [self._facts.get(name, Fact(None)) for name in node.input]
         constant = all(f.constant for f, name in zip(facts, node.input, strict=True) if name)
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
             tensor = _constant_value(node)
-            elem = onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
+            elem = int(onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype))
             keep = tensor if tensor.size <= SMALL else None
             self._facts[node.output[0]] = Fact(tensor.shape, elem, keep, True)
             return
         if node.op_type == "Shape" and facts[0].shape is not None:
             start = attribute(node, "start", 0)
             end = attribute(node, "end", None)
-            dims = np.asarray(facts[0].shape, np.int64)[start:end]  # type: ignore[misc]
+            dims = np.asarray(facts[0].shape, np.int64)[start:end]
             self._facts[node.output[0]] = Fact(dims.shape, onnx.TensorProto.INT64, dims)
             return
         shapes = self._infer(node, facts)
@@ -169,7 +171,9 @@ class Facts:
             if fact.value is not None and fact.value.dtype != object:
                 data[name] = onnx.numpy_helper.from_array(np.asarray(fact.value, order="C"), name)
         try:
-            schema = onnx.defs.get_schema(node.op_type, self._opsets[""] if "" in self._opsets else self._opsets["ai.onnx"])
+            schema = onnx.defs.get_schema(
+                node.op_type, self._opsets[""] if "" in self._opsets else self._opsets["ai.onnx"]
+            )
             inferred = onnx.shape_inference.infer_node_outputs(
                 schema,
                 node,
@@ -189,7 +193,9 @@ class Facts:
         return [_type_shape(inferred.get(name)) for name in node.output]
 
 
-_RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"})
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+)
 
 
 def evaluate_node(
@@ -205,7 +211,10 @@ def evaluate_node(
     graph = onnx.helper.make_graph(
         [bare],
         "one",
-        [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), None) for n, v in feeds.items()],
+        [
+            onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), None)
+            for n, v in feeds.items()
+        ],
         [onnx.helper.make_value_info(n, onnx.TypeProto()) for n in bare.output if n],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in opsets.items()])

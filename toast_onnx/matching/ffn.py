@@ -49,10 +49,12 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
     entries = tuple(sorted(region.entries.values(), key=lambda e: e.node))
     where = view.label(fc2.node)
     if not _returns_to_residual(view, facts, entries[0].input, fc2.output):
-        raise Decline(f"the layers before {where} are joined by {activation}, but their output joins no residual stream")
+        raise Decline(
+            f"the layers before {where} are joined by {activation}, but their output joins no residual stream"
+        )
     if any(e.quantized for e in (*entries, fc2)):
-        reason = "the weights are quantized; prune first, then quantize"
-        return Ffn(entries, fc2, nodes, (), {}, {}, activation, reason, reason)
+        quantized = "the weights are quantized; prune first, then quantize"
+        return Ffn(entries, fc2, nodes, (), {}, {}, activation, quantized, quantized)
     labels = _label(view, facts, nodes, entries)
     units, failure = _units(labels.get(fc2.input, []), entries, fc2)
     reason = region.reason or failure
@@ -88,7 +90,9 @@ def _walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2
                 return None
             region.reason = f"the hidden width is normalised across channels by {view.label(i)}"
         region.nodes.add(i)
-        pending.extend(name for name in node.input if name and facts.value(name) is None and not facts.is_constant(name))
+        pending.extend(
+            name for name in node.input if name and facts.value(name) is None and not facts.is_constant(name)
+        )
     return region if region.entries else None
 
 
@@ -212,16 +216,12 @@ def _channel_axes(
                 break
         else:
             producer = view.producer_of(name)
-            raise Decline(f"the hidden channels are spread over several axes by '{producer.name if producer else name}'")
+            raise Decline(
+                f"the hidden channels are spread over several axes by '{producer.name if producer else name}'"
+            )
         if (unit_of[name] < 0).any():
             raise Decline("its hidden channels cannot be followed from fc1 to fc2")
-    axes[fc2.input] = fc2.channel_axis % arrays_rank(labels[fc2.input])
     return axes, unit_of
-
-
-def arrays_rank(arrays: list[np.ndarray]) -> int:
-    """Rank of the (equally shaped) label arrays of one tensor."""
-    return arrays[0].ndim
 
 
 def _check_operands(view: GraphView, facts: Facts, nodes: tuple[int, ...], axes: Mapping[str, int]) -> None:
@@ -266,7 +266,8 @@ def _keeps_stream(op_type: str) -> bool:
 def _is_ancestor(view: GraphView, ancestor: str, tensor: str) -> bool:
     """Whether `tensor` is `ancestor` or computed from it."""
     floor = view.producer.get(ancestor, -1)
-    heap, seen = [], set()
+    heap: list[int] = []
+    seen: set[int] = set()
     names = {tensor}
     while True:
         if ancestor in names:

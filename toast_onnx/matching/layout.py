@@ -190,7 +190,7 @@ def _channel_table(channel: np.ndarray, axes: list[list[Factor]], what: str) -> 
             order.append(DIM)
         elif HEAD in inner and DIM in inner:
             size = next(f.size for f in factors if f.source == HEAD)
-            return channel[(0,) * (channel.ndim - 1)].reshape(size, -1).copy()
+            return np.array(channel[(0,) * (channel.ndim - 1)].reshape(size, -1))
         elif HEAD in inner:
             at = inner.index(HEAD)
             step = int(np.prod([f.size for f in factors[at + 1 :]], dtype=np.int64))
@@ -200,8 +200,8 @@ def _channel_table(channel: np.ndarray, axes: list[list[Factor]], what: str) -> 
             index.append(0)
     table = channel[tuple(index)]
     if order == [DIM]:
-        return table[None].copy()
-    return (table if order == [HEAD, DIM] else table.T).copy()
+        return np.array(table[None])
+    return np.array(table if order == [HEAD, DIM] else table.T)
 
 
 def _check_reconstruction(

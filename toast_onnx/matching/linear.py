@@ -89,7 +89,7 @@ def _linear_at(view: GraphView, facts: Facts, i: int) -> Linear | None:
     elif node.op_type == "Gemm":
         if attribute(node, "transA", 0):
             return None
-        fan_in, fan_out = (w_shape[1], w_shape[0]) if attribute(node, "transB", 0) else w_shape  # type: ignore[misc]
+        fan_in, fan_out = (w_shape[1], w_shape[0]) if attribute(node, "transB", 0) else w_shape
     elif len(w_shape) == 2:
         fan_in, fan_out = w_shape
     else:

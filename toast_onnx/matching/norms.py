@@ -74,7 +74,7 @@ def _vector(facts: Facts, inputs: object, channels: int) -> tuple[np.ndarray, st
 
 
 def layer_scale(view: GraphView, facts: Facts, tensor: str, channels: int) -> np.ndarray | None:
-    """Factors (channels,) that the branch output `tensor` is multiplied by before it joins the stream; None for none."""
+    """Factors (channels,) on the branch output `tensor` before it joins the residual stream; None for none."""
     pending = [tensor]
     while pending:
         for i in view.consumers.get(pending.pop(), []):

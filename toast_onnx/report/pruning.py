@@ -14,7 +14,14 @@ from toast_onnx import __version__
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, load_model, stored_bytes, write_bytes
-from toast_onnx.planning.macs import attention_linears, attention_macs, ffn_macs, graph_macs, graph_params, linear_params
+from toast_onnx.planning.macs import (
+    attention_linears,
+    attention_macs,
+    ffn_macs,
+    graph_macs,
+    graph_params,
+    linear_params,
+)
 from toast_onnx.surgery.prune import Pruned
 from toast_onnx.surgery.weights import BlockWeights, HeadWeights
 
@@ -74,8 +81,14 @@ def _block(pruned: Pruned, dense: Study, block: Block, after: Study, smaller: Bl
     settings = pruned.ratios[block.index]
     weights = pruned.weights.get(block.index)
     chosen = {
-        "qk": str(settings.qk), "vo": str(settings.vo), "fc1": str(settings.fc1), "fc2": str(settings.fc2),
-        "select": settings.select, "score": settings.score, "coupling": settings.coupling, "ffn_score": settings.ffn_score,
+        "qk": str(settings.qk),
+        "vo": str(settings.vo),
+        "fc1": str(settings.fc1),
+        "fc2": str(settings.fc2),
+        "select": settings.select,
+        "score": settings.score,
+        "coupling": settings.coupling,
+        "ffn_score": settings.ffn_score,
         "defaults": sorted(settings.defaults),
     }
     return {

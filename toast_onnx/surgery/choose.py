@@ -41,18 +41,16 @@ class Widths:
 
 
 def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunable: bool) -> Widths:
-    """Kept counts of a block.
+    """Kept counts of a block; a ratio for all blocks passes over those that lack the part.
 
     Raises:
-        MatchError: a ratio is given for a part that the block lacks or that cannot be pruned, unless skipped.
+        MatchError: a ratio is given for a part that cannot be pruned, unless skipped.
     """
 
-    def kept(part: str, kind: str, original: int | None, reason: str | None) -> int | None:
+    def kept(part: str, kind: Literal["head_dim", "width"], original: int, reason: str | None) -> int | None:
         removed = getattr(ratio, part)
         if not removed:
             return None
-        if original is None:
-            return None  # a number for all blocks passes over those without the part
         if reason is not None:
             if skip_unprunable:
                 return None
@@ -61,15 +59,15 @@ def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunabl
                 f"set its ratio to 0 or use --skip-unprunable"
             )
         align = ratios.align.head_dim if kind == "head_dim" else ratios.align.width
-        count = kept_width(kind, original, removed, align=align, rounding=ratios.rounding)  # type: ignore[arg-type]
+        count = kept_width(kind, original, removed, align=align, rounding=ratios.rounding)
         return None if count == original else count
 
     a, f = block.attention, block.ffn
     return Widths(
-        kept("qk", "head_dim", a and a.qk_dim, a and a.qk_reason),
-        kept("vo", "head_dim", a and a.vo_dim, a and a.vo_reason),
-        kept("fc1", "width", f and f.in_features, f and f.fc1_reason),
-        kept("fc2", "width", f and f.width, f and f.fc2_reason),
+        None if a is None else kept("qk", "head_dim", a.qk_dim, a.qk_reason),
+        None if a is None else kept("vo", "head_dim", a.vo_dim, a.vo_reason),
+        None if f is None else kept("fc1", "width", f.in_features, f.fc1_reason),
+        None if f is None else kept("fc2", "width", f.width, f.fc2_reason),
     )
 
 
@@ -84,7 +82,9 @@ def solve_block(
     """
     compensation = ratios.compensation.kind
     if compensation == "local":
-        raise ConfigError("compensation: local trains blocks on calibration images; this build has ridge, bias and none")
+        raise ConfigError(
+            "compensation: local trains blocks on calibration images; this build has ridge, bias and none"
+        )
     ridge = ratios.compensation.ridge if ratios.compensation.ridge == "auto" else float(ratios.compensation.ridge)
     solver = _Solver(study, block, ratio, statistics, compensation, ridge)
     attention = ffn = None
@@ -112,7 +112,8 @@ class _Solver:
         found = self.statistics.attention(self.block.index) if needed else None
         q = k = v = proj = None
         if qk is not None:
-            assert attention.q is not None and attention.k is not None
+            assert attention.q is not None
+            assert attention.k is not None
             old_q, old_k = (head_weights(view, facts, b) for b in (attention.q, attention.k))
             self._check(old_q.weight, old_k.weight)
             arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
@@ -125,7 +126,8 @@ class _Solver:
                 new = solve_qk_index(*arrays, s_qq, kept, self.compensation, self.ridge)
             q, k = _qk_weights(new)
         if vo is not None:
-            assert attention.v is not None and attention.proj is not None
+            assert attention.v is not None
+            assert attention.proj is not None
             old_v = head_weights(view, facts, attention.v)
             linear = attention.proj.linear
             wo = weights(view, facts, linear)[attention.proj.layout.channels]  # (H, d, C_out)
@@ -151,7 +153,9 @@ class _Solver:
             return select_qk_second_order(found.s_qq, found.s_kk, kept)
         return top_k(qk_energy(found.s_qq, found.s_kk), kept)
 
-    def _vo_indices(self, v: HeadWeights, wo: np.ndarray, found: Any, kept: int, gamma: np.ndarray | None) -> np.ndarray:
+    def _vo_indices(
+        self, v: HeadWeights, wo: np.ndarray, found: Any, kept: int, gamma: np.ndarray | None
+    ) -> np.ndarray:
         score = self.ratio.score
         if score in WEIGHT_SCORES:
             return top_k(vo_scores(v.weight, wo, score, self.ratio.coupling, gamma), kept)
@@ -168,7 +172,9 @@ class _Solver:
         if fc2 is not None:
             gamma = layer_scale(view, facts, ffn.fc2.output, ffn.fc2.out_features)
             # by unit: the parts of a gated form side by side
-            by_unit = tuple(w[:, u[:, p]] for w, u in zip(entry_weights, ffn.units, strict=True) for p in range(u.shape[1]))
+            by_unit = tuple(
+                w[:, u[:, p]] for w, u in zip(entry_weights, ffn.units, strict=True) for p in range(u.shape[1])
+            )
             moments = self._moments(self.statistics.hidden)
             units = self._units(by_unit, w2, gamma, moments, fc2)
             solved = solve_ffn(units, w2, b2, moments, self.compensation, self.ridge)
@@ -218,8 +224,8 @@ class _Solver:
     def _check(self, *arrays: np.ndarray) -> None:
         if not all(np.isfinite(a.astype(np.float32)).all() for a in arrays):
             raise ModelError(
-                f"{self.study.view.model.path}: block {self.block.index} ({self.block.name}) has NaN or infinite weights; "
-                "export the model again"
+                f"{self.study.view.model.path}: block {self.block.index} ({self.block.name}) "
+                "has NaN or infinite weights; export the model again"
             )
 
 

@@ -1,8 +1,9 @@
-"""A graph under the knife: nodes replaced or removed at their places, fresh names, everything else byte for byte as it was."""
+"""A graph under the knife: nodes replaced or removed at their places, everything else byte for byte as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -63,7 +64,7 @@ class GraphEdit:
         """Give an existing initializer a new value (all its readers see it)."""
         self._arrays[name] = np.asarray(value, order="C")
 
-    def emit(self, at: int, op: str, inputs: Sequence[str], output: str, name: str, **attributes: object) -> str:
+    def emit(self, at: int, op: str, inputs: Sequence[str], output: str, name: str, **attributes: Any) -> str:
         """Insert a node with one output; returns the output's name."""
         self.insert(at, onnx.helper.make_node(op, list(inputs), [output], name=self.fresh(name), **attributes))
         return output
@@ -126,7 +127,7 @@ class GraphEdit:
         proto = onnx.ModelProto()
         proto.CopyFrom(source.proto)
         graph = proto.graph
-        nodes = []
+        nodes: list[onnx.NodeProto] = []
         for i, node in enumerate(self._view.nodes):
             nodes.extend(self._inserted.get(i, ()))
             if i not in self._removed:

@@ -43,8 +43,8 @@ def _convert(graph: onnx.GraphProto) -> None:
             if attribute.name in ("to", "dtype", "stash_type") and attribute.i in _HALF:
                 attribute.i = onnx.TensorProto.FLOAT
             if attribute.HasField("t") and attribute.t.data_type in _HALF:
-                value = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
-                attribute.t.CopyFrom(onnx.numpy_helper.from_array(value, attribute.t.name))
+                single = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(single, attribute.t.name))
             for inner in (attribute.g, *attribute.graphs):
                 if inner.node:
                     _convert(inner)

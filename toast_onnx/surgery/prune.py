@@ -73,10 +73,14 @@ def prune(
     """
     blocks = study.match.blocks
     if not blocks:
-        raise ModelError(f"{study.view.model.path}: no transformer block was found; see `toast-onnx inspect` for the reasons")
+        raise ModelError(
+            f"{study.view.model.path}: no transformer block was found; see `toast-onnx inspect` for the reasons"
+        )
     settings = resolve(ratios, [b.name for b in blocks], [b.node_names for b in blocks])
     if any(s.mode == "runtime" and (s.fc1 or s.fc2) for s in settings):
-        raise ConfigError("ffn mode 'runtime' (channels chosen while the model runs) is not in this release; use static")
+        raise ConfigError(
+            "ffn mode 'runtime' (channels chosen while the model runs) is not in this release; use static"
+        )
     widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
     weights: dict[int, BlockWeights] = {}
     edit = GraphEdit(study.view)

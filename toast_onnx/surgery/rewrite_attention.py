@@ -1,13 +1,14 @@
 """Writing smaller Q, K, V and output projections into a graph.
 
-Layers that read the same tensor become one MatMul and a Split; the data movement between them and the core is replaced by
-one canonical spelling; scales become constants. Scores, masks, position bias and softmax stay as they were.
+Layers that read the same tensor become one MatMul and a Split; the data movement between them and the core is
+replaced by one canonical spelling; scales become constants. Scores, masks, position bias and softmax stay as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -80,9 +81,7 @@ def rewrite_attention(
         _write_projection(edit, view, facts, attention, new, name)
 
 
-def _write_heads(
-    edit: GraphEdit, view: GraphView, facts: Facts, parts: Sequence[_Part], name: str
-) -> None:
+def _write_heads(edit: GraphEdit, view: GraphView, facts: Facts, parts: Sequence[_Part], name: str) -> None:
     by_input: dict[str, list[_Part]] = {}
     for part in parts:
         by_input.setdefault(part.branch.linear.input, []).append(part)
@@ -140,7 +139,7 @@ def _packed_linear(
     sizes = [f.shape[1] for f in flat]
     names = [edit.fresh(f"{path}/{p.name}") for p in group]
     axis = group[0].branch.layout.channel_axis
-    attributes: dict[str, object] = {"axis": axis}
+    attributes: dict[str, Any] = {"axis": axis}
     inputs = [output]
     if edit.opset >= 13:
         inputs.append(edit.constant(f"{path}/sizes", np.asarray(sizes, np.int64)))
@@ -181,7 +180,8 @@ def _write_projection(
     edit: GraphEdit, view: GraphView, facts: Facts, attention: Attention, new: AttentionWeights, name: str
 ) -> None:
     branch = attention.proj
-    assert branch is not None and new.proj is not None
+    assert branch is not None
+    assert new.proj is not None
     linear, walk = branch.linear, branch.walk
     dtype = weights(view, facts, linear).dtype
     heads, kept, out_features = new.proj.weight.shape

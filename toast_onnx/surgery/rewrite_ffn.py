@@ -1,7 +1,7 @@
 """Writing a smaller feed-forward network into a graph.
 
-fc1 loses outputs (and inputs, through a Gather), fc2 loses inputs; the nodes between stay, with their widths, split sizes,
-slice bounds and per-channel constants cut to the units that are left.
+fc1 loses outputs (and inputs, through a Gather), fc2 loses inputs; the nodes between stay, with their widths, split
+sizes, slice bounds and per-channel constants cut to the units that are left.
 """
 
 from __future__ import annotations
@@ -166,12 +166,12 @@ def _shrink_split(edit: GraphEdit, node: onnx.NodeProto, sizes: list[int], name:
         node.attribute.append(onnx.helper.make_attribute("split", sizes))
 
 
-def _shrink_slice(
-    edit: GraphEdit, facts: Facts, node: onnx.NodeProto, axis: int, kept: np.ndarray, name: str
-) -> None:
+def _shrink_slice(edit: GraphEdit, facts: Facts, node: onnx.NodeProto, axis: int, kept: np.ndarray, name: str) -> None:
     """Move the bounds along the channel axis to where the kept channels now begin and end."""
     if edit.opset < 10:
-        raise MatchError(f"'{name}' slices hidden channels in an opset below 10; convert the model to opset 13 or newer")
+        raise MatchError(
+            f"'{name}' slices hidden channels in an opset below 10; convert the model to opset 13 or newer"
+        )
     rank = _rank(facts, node.input[0])
     starts, ends = (np.array(facts.value(node.input[k])).reshape(-1) for k in (1, 2))
     given = [facts.value(n) if n else None for n in node.input[3:]]

@@ -1,4 +1,4 @@
-"""Keeping shape arithmetic true to the original: whatever reads a shrunken tensor's shape goes on seeing the old extents.
+"""Keeping shape arithmetic true: whatever reads a shrunken tensor's shape goes on seeing the old extents.
 
 Exporters compute reshape targets and even attention scales from `Shape` nodes. After pruning, a Shape of a shrunken
 tensor would leak the new width into arithmetic that was written for the old one (a scale 1/sqrt(head_dim), say).
@@ -58,15 +58,15 @@ def _frozen(
     if shape is None or other_shape is None:
         raise MatchError(f"the shape of '{tensor}' is read by '{name}' and cannot be inferred")
     start, end = attribute(node, "start", 0), attribute(node, "end", None)
-    old = np.asarray(shape, np.int64)[start:end]  # type: ignore[misc]
-    moving = (np.asarray(shape) != np.asarray(other_shape))[start:end]  # type: ignore[misc]
+    old = np.asarray(shape, np.int64)[start:end]
+    moving = (np.asarray(shape) != np.asarray(other_shape))[start:end]
     if not moving.any():
         value = old if node.op_type == "Shape" else np.asarray(np.prod(shape), np.int64)
         return [_constant(value, node.output[0], edit.fresh(f"{name}/frozen"))]
     if tensor not in edit.changed or node.op_type == "Size":
         raise MatchError(f"'{name}' reads the dynamic shape of '{tensor}', which has no counterpart after pruning")
     stand_in, axis = edit.changed[tensor]
-    keep = (np.arange(len(shape)) != axis % len(shape))[start:end]  # type: ignore[misc]
+    keep = (np.arange(len(shape)) != axis % len(shape))[start:end]
     moved = onnx.NodeProto()
     moved.CopyFrom(node)
     moved.input[0] = tensor if survives else stand_in

@@ -1,7 +1,7 @@
 """Writing a layout as nodes: Reshape, Transpose, Reshape between a linear layer and an attention operand.
 
-Static extents are written as numbers, copied dynamic ones as 0, one unknown as -1; only what these cannot say is computed
-with Shape nodes at run time (ONNX Reshape, https://onnx.ai/onnx/operators/onnx__Reshape.html).
+Static extents are written as numbers, copied dynamic ones as 0, one unknown as -1; only what these cannot say is
+computed with Shape nodes at run time (ONNX Reshape, https://onnx.ai/onnx/operators/onnx__Reshape.html).
 """
 
 from __future__ import annotations
@@ -163,12 +163,15 @@ def _runtime_shape(
         if number is not None:
             pieces.append(edit.constant(f"{name}/extent_{k}", np.asarray([number], np.int64)))
             continue
-        assert isinstance(dim, Dynamic) and dim.axes is not None
+        assert isinstance(dim, Dynamic)
+        assert dim.axes is not None
         piece = ""
         for axis in dim.axes:
             index = edit.constant(f"{name}/axis_{k}", np.asarray([axis], np.int64))
             one = edit.emit(at, "Gather", [extents, index], edit.fresh(f"{name}/extent_{k}"), f"{name}/Gather", axis=0)
-            piece = one if not piece else edit.emit(at, "Mul", [piece, one], edit.fresh(f"{name}/product"), f"{name}/Mul")
+            piece = (
+                one if not piece else edit.emit(at, "Mul", [piece, one], edit.fresh(f"{name}/product"), f"{name}/Mul")
+            )
         if dim.times != 1:
             times = edit.constant(f"{name}/times_{k}", np.asarray([dim.times], np.int64))
             piece = edit.emit(at, "Mul", [piece, times], edit.fresh(f"{name}/product"), f"{name}/Mul")

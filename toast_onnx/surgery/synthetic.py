@@ -1,7 +1,7 @@
 """Statistics without data: the graph's own pieces run on synthetic tokens.
 
-A LayerNorm's output is close to isotropic before its gain and bias, so seeded tokens gain * N(0, I) + bias stand for real
-ones. Attention statistics follow in closed form; hidden activations come from running fc1 and the activation.
+A LayerNorm's output is close to isotropic before its gain and bias, so seeded tokens gain * N(0, I) + bias stand for
+real ones. Attention statistics follow in closed form; hidden activations come from running fc1 and the activation.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ class SyntheticStatistics:
             for name, b in present.items()
         }
         any_ = next(iter(found.values()))
-        return AttentionStatistics(
-            found.get("q", any_).s_qq, found.get("k", any_).s_kk, found.get("v", any_).context
-        )
+        return AttentionStatistics(found.get("q", any_).s_qq, found.get("k", any_).s_kk, found.get("v", any_).context)
 
     def inputs(self, block: int) -> Moments:
         """Moments of the normalised input of a block's feed-forward network."""
@@ -89,7 +87,11 @@ class SyntheticStatistics:
             path = Path(folder) / "piece.onnx"
             onnx.save(piece, str(path))
             feeds = (
-                {start: np.moveaxis(self._tokens(norm.gain, norm.bias, rows, block, run, shape, axis), -1, axis).astype(dtype)}
+                {
+                    start: np.moveaxis(
+                        self._tokens(norm.gain, norm.bias, rows, block, run, shape, axis), -1, axis
+                    ).astype(dtype)
+                }
                 for run in range(runs)
             )
             return merge(
@@ -101,7 +103,7 @@ class SyntheticStatistics:
     def activation_scores(self, block: int, part: str) -> object:
         """Not to be had without images."""
         raise ConfigError(
-            f"ffn score 'activation' (block {block}, {part}) needs calibration images; give --data, or choose second-order"
+            f"ffn score 'activation' (block {block}, {part}) needs images: give --data, or choose second-order"
         )
 
     def _tokens(

@@ -1,8 +1,8 @@
 """The padded twin: the proof that a rewritten graph computes what its new weights say.
 
-The twin is the original graph with the new weights padded back to the old shapes with zeros. It never passes through the
-rewriting, so it catches every wrong slice, reshape and scale. Both graphs run on the same inputs; every block's branch output
-(before layer scale) and every graph output must agree.
+The twin is the original graph with the new weights padded back to the old shapes with zeros. It never passes through
+the rewriting, so it catches every wrong slice, reshape and scale. Both graphs run on the same inputs; every block's
+branch output (before layer scale) and every graph output must agree.
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ def _pad_attention(
         p.bias[:] = new.proj.bias
 
 
-def _pad_heads(
-    view: GraphView, facts: Facts, branch: Branch, part: HeadWeights, padded: dict[str, _Padded]
-) -> None:
+def _pad_heads(view: GraphView, facts: Facts, branch: Branch, part: HeadWeights, padded: dict[str, _Padded]) -> None:
     p = _start(view, facts, branch.linear, padded)
     channels = branch.layout.channels
     p.weight[:, channels.reshape(-1)] = 0
@@ -231,5 +229,5 @@ def _relative(want: np.ndarray, got: np.ndarray) -> float:
         return float("inf")
     if not finite.any():
         return 0.0
-    scale = max(float(np.abs(want[finite]).max()), np.finfo(np.float32).tiny)
+    scale = max(float(np.abs(want[finite]).max()), float(np.finfo(np.float32).tiny))
     return float(np.abs(want[finite].astype(np.float64) - got[finite]).max()) / scale
