@@ -98,11 +98,11 @@ def attention_linears(attention: Attention) -> list[Linear]:
 
 def graph_params(view: GraphView) -> int:
     """Floating-point weights of a graph: initializers and Constant nodes, single numbers left out."""
-    total = sum(prod(t.dims) for t in view.initializers.values() if t.data_type in _FLOATS and len(t.dims))
+    total = sum(n for t in view.initializers.values() if t.data_type in _FLOATS and (n := prod(t.dims)) > 1)
     for node in view.nodes:
         for a in node.attribute:
-            if node.op_type == "Constant" and a.name == "value" and a.t.data_type in _FLOATS and len(a.t.dims):
-                total += prod(a.t.dims)
+            if node.op_type == "Constant" and a.name == "value" and a.t.data_type in _FLOATS:
+                total += n if (n := prod(a.t.dims)) > 1 else 0
     return total
 
 
