@@ -21,7 +21,10 @@ class Statistics(Protocol):
         ...
 
     def attention(self, block: int) -> AttentionStatistics:
-        """Statistics of queries, keys and concatenated contexts of a block."""
+        """Statistics of queries, keys and concatenated contexts of a block.
+
+        For cosine attention (`Attention.cosine`) the keys' moments are not centred: their lengths count.
+        """
         ...
 
     def hidden(self, block: int) -> Moments:

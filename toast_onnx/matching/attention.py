@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from toast_onnx.matching.blocks import Attention, Branch
 from toast_onnx.matching.cores import Core
+from toast_onnx.matching.cosine import length_division
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.layout import Layout, invert_labels, read_layout
@@ -45,6 +46,9 @@ def match_attention(
     proj, proj_reason = _projection(view, facts, other, core, linears)
     (q, q_reason), (k, k_reason), (v, v_reason) = (outcomes[n] for n in "QKV")
     qk_reason, vo_reason = q_reason or k_reason, v_reason or proj_reason
+    divisions = _length_divisions(view, facts, core, q, k)
+    if divisions:
+        qk_reason = None
     if q is not None and k is not None and q.layout.channels.shape != k.layout.channels.shape:
         qk_reason = "Q and K have different numbers of heads or dimensions"
     if v is not None and proj is not None and v.layout.channels.shape != proj.layout.channels.shape:
@@ -52,7 +56,29 @@ def match_attention(
     known = next((b.layout.num_heads for b in (q, k, v, proj) if b is not None), None)
     heads = known or core.heads or (q_shape[-3] if len(q_shape) > 3 else 1)
     divide = heads if core.heads else 1
-    return Attention(core, q, k, v, proj, heads, q_shape[-1] // divide, v_shape[-1] // divide, qk_reason, vo_reason)
+    return Attention(
+        core,
+        q,
+        k,
+        v,
+        proj,
+        heads,
+        q_shape[-1] // divide,
+        v_shape[-1] // divide,
+        qk_reason,
+        vo_reason,
+        () if qk_reason else divisions,
+    )
+
+
+def _length_divisions(
+    view: GraphView, facts: Facts, core: Core, q: Branch | None, k: Branch | None
+) -> tuple[tuple[int | None, int], ...]:
+    """The divisions by length in front of a cosine attention's core; empty for any other attention."""
+    if q is None or k is None or q.walk.blocked is None or k.walk.blocked is None:
+        return ()
+    found = [length_division(view, facts, b.walk.target, o) for b, o in ((q, core.q), (k, core.k))]
+    return tuple(f for f in found if f is not None) if all(f is not None for f in found) else ()
 
 
 def _same_scale(
@@ -74,17 +100,30 @@ def _operand(
     if name in reasons:
         return None, reasons[name]
     walk = walks[name]
-    dim_axis = core.k_dim_axis if name == "K" else -1
+    heads = core.heads
+    dim_axis = core.k_dim_axis if name == "K" and walk.blocked is None else -1
+    if walk.blocked is not None:
+        heads = _heads_at(facts, core, walk.target, name)
     try:
-        layout = _layout(view, facts, other, walk, walk.linear.output, walk.target, dim_axis, core.heads, name)
+        layout = _layout(view, facts, other, walk, walk.linear.output, walk.target, dim_axis, heads, name)
         # A packed layer feeds Q, K and V: readers on the way of any of them are expected.
         shared = [w for w in walks.values() if w.linear.output == walk.linear.output]
+        ends = {w.target for w in shared if w.blocked is not None}
         labelled = propagate(view, facts, walk.nodes, walk.linear.output)
         allowed = {i for w in shared for i in w.nodes} | set(core.nodes)
-        check_readers(view, labelled, allowed, name)
+        check_readers(view, [t for t in labelled if t not in ends], allowed, name)
     except Decline as e:
         return None, str(e)
-    return Branch(walk, layout), None
+    return Branch(walk, layout), walk.blocked
+
+
+def _heads_at(facts: Facts, core: Core, tensor: str, name: str) -> int | None:
+    """Number of heads when `tensor`, met before the core, holds heads and dimensions on one axis; else None."""
+    operand = facts.shape(core.q if name == "Q" else core.k if name == "K" else core.v) or ()
+    dim = operand[core.k_dim_axis] if name == "K" else operand[-1]
+    dim //= core.heads or 1
+    width = (facts.shape(tensor) or (0,))[-1]
+    return width // dim if width > dim and width % dim == 0 else None
 
 
 def _layout(

@@ -43,6 +43,7 @@ class Attention:
         vo_dim: dimensions of a head's values.
         qk_reason: why queries and keys cannot be pruned, None when they can.
         vo_reason: why values and output projection cannot be pruned, None when they can.
+        divisions: for cosine attention, the (Expand or None, Div) positions that do so.
     """
 
     core: Core
@@ -55,6 +56,12 @@ class Attention:
     vo_dim: int
     qk_reason: str | None
     vo_reason: str | None
+    divisions: tuple[tuple[int | None, int], ...] = ()
+
+    @property
+    def cosine(self) -> bool:
+        """Whether queries and keys are divided by their lengths before the scores."""
+        return bool(self.divisions)
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,14 @@ class Walk:
         target: the operand's tensor name.
         nodes: positions of the nodes on the way, in graph order.
         scale: product of the constant factors on the way.
+        blocked: what computes between `target` and the core, None when `target` is the core's operand itself.
     """
 
     linear: Linear
     target: str
     nodes: tuple[int, ...]
     scale: float
+    blocked: str | None = None
 
 
 def data_inputs(view: GraphView, i: int) -> list[str]:
@@ -71,14 +73,17 @@ def scalar_factor(view: GraphView, facts: Facts, i: int) -> tuple[str, float] | 
 
 
 def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], target: str, what: str) -> Walk:
-    """Follow data movement from a core's operand back to the one linear layer it comes from.
+    """Follow a core's operand back to the one linear layer it comes from.
+
+    Where something on the way computes (a q/k norm, a rotary embedding), the walk ends at the last tensor before it
+    that everything passes through, and says what blocks it.
 
     Raises:
-        Decline: there is no such layer, there are several, or a node on the way computes something.
+        Decline: there is no such layer, there are several, or the way cannot be followed.
     """
     found: dict[str, Linear] = {}
     nodes: set[int] = set()
-    scales: dict[int, float] = {}
+    opaque: set[int] = set()
     pending = [target]
     while pending:
         tensor = pending.pop()
@@ -86,27 +91,73 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
             found[tensor] = linears[tensor]
             continue
         i = view.producer.get(tensor)
+        if i in nodes:
+            continue
         if i is None or facts.is_constant(tensor):
             source = "a constant" if facts.is_constant(tensor) else f"the graph input '{tensor}'"
             raise Decline(f"{what} comes from {source}, not from a linear layer")
-        if i in nodes:
-            continue
+        nodes.add(i)
         if is_plain(view, i):
             pending.extend(data_inputs(view, i))
         elif (scaled := scalar_factor(view, facts, i)) is not None:
             pending.append(scaled[0])
-            scales[i] = scaled[1]
         else:
-            raise Decline(f"{what} passes through {view.label(i)}, which computes on it{_hint(view, i)}")
-        nodes.add(i)
+            opaque.add(i)
+            pending.extend(_activations(view, facts, i))
     if len(found) != 1:
-        raise Decline(f"{what} comes from {len(found)} linear layers")
-    if len(scales) > 1 and len(nodes) > 1 and any(view.nodes[i].op_type == "Concat" for i in nodes):
-        raise Decline(f"{what} is put together from differently scaled parts")
+        blocker = f" (one of them through {view.label(max(opaque))})" if opaque else ""
+        raise Decline(f"{what} comes from {len(found)} linear layers{blocker}")
     (linear,) = found.values()
     if linear.quantized:
         raise Decline(f"the weights of {what} are quantized; prune first, then quantize")
-    return Walk(linear, target, tuple(sorted(nodes)), float(np.prod(list(scales.values()))) if scales else 1.0)
+    if not opaque:
+        return Walk(linear, target, tuple(sorted(nodes)), _total_scale(view, facts, nodes, what))
+    first = min(opaque)
+    reason = f"{what} passes through {view.label(first)}, which computes on it{_hint(view, first)}"
+    boundary, before = _last_common(view, facts, linear, target, nodes, what)
+    return Walk(linear, boundary, tuple(sorted(before)), 1.0, reason)
+
+
+def _activations(view: GraphView, facts: Facts, i: int) -> list[str]:
+    return [name for name in view.nodes[i].input if name and facts.value(name) is None and not facts.is_constant(name)]
+
+
+def _total_scale(view: GraphView, facts: Facts, nodes: Iterable[int], what: str) -> float:
+    factors = [scaled[1] for i in nodes if (scaled := scalar_factor(view, facts, i)) is not None]
+    if factors and any(view.nodes[i].op_type == "Concat" for i in nodes):
+        raise Decline(f"{what} is put together from differently scaled parts")
+    return float(np.prod(factors)) if factors else 1.0
+
+
+def _last_common(
+    view: GraphView, facts: Facts, linear: Linear, target: str, nodes: set[int], what: str
+) -> tuple[str, set[int]]:
+    """The last moved-only tensor that every way from the layer to the target passes, and the nodes before it."""
+    moved = {linear.output: set[int]()}
+    for i in sorted(nodes):
+        if is_plain(view, i) and all(name in moved for name in data_inputs(view, i)):
+            before = set().union(*(moved[name] for name in data_inputs(view, i)), {i})
+            moved.update({name: before for name in view.nodes[i].output if name})
+    for tensor in sorted(moved, key=lambda name: -view.producer[name]):
+        if not _reaches(view, facts, target, linear.output, nodes, around=tensor):
+            return tensor, moved[tensor]
+    raise Decline(f"the way of {what} from its linear layer cannot be followed")
+
+
+def _reaches(view: GraphView, facts: Facts, start: str, goal: str, nodes: set[int], around: str) -> bool:
+    """Whether `goal` is reached backwards from `start` within `nodes` without passing the tensor `around`."""
+    seen, pending = {around}, [start]
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        if name == goal:
+            return True
+        seen.add(name)
+        i = view.producer.get(name)
+        if i in nodes:
+            pending.extend(data_inputs(view, i) if is_plain(view, i) else _activations(view, facts, i))
+    return False
 
 
 def _hint(view: GraphView, i: int) -> str:

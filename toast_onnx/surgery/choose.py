@@ -22,7 +22,13 @@ from toast_onnx.planning.ratios import BlockRatios, Ratios
 from toast_onnx.planning.widths import kept_width
 from toast_onnx.surgery.rewrite_attention import head_weights
 from toast_onnx.surgery.solve.ffn import select_fc1_inputs, select_ffn_second_order, solve_fc1_inputs, solve_ffn
-from toast_onnx.surgery.solve.qk import QKSolution, select_qk_second_order, solve_qk_index, solve_qk_subspace
+from toast_onnx.surgery.solve.qk import (
+    QKSolution,
+    select_qk_second_order,
+    solve_qk_cosine,
+    solve_qk_index,
+    solve_qk_subspace,
+)
 from toast_onnx.surgery.solve.vo import VOSolution, select_vo_second_order, solve_vo_index, solve_vo_subspace
 from toast_onnx.surgery.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights, ProjWeights
 
@@ -119,11 +125,14 @@ class _Solver:
             arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
             if subspace:
                 assert found is not None
-                new = solve_qk_subspace(*arrays, found.s_qq, found.s_kk, qk)
+                solve = solve_qk_cosine if attention.cosine else solve_qk_subspace
+                new = solve(*arrays, found.s_qq, found.s_kk, qk)
             else:
                 kept = self._qk_indices(old_q, old_k, found, qk)
                 s_qq = found.s_qq if found is not None else np.empty(0)
-                new = solve_qk_index(*arrays, s_qq, kept, self.compensation, self.ridge)
+                # Folding into the keys alone would change their lengths.
+                fold: Kind = "none" if attention.cosine else self.compensation
+                new = solve_qk_index(*arrays, s_qq, kept, fold, self.ridge)
             q, k = _qk_weights(new)
         if vo is not None:
             assert attention.v is not None

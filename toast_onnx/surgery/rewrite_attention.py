@@ -76,7 +76,9 @@ def rewrite_attention(
         parts.append(_Part(what.lower(), branch, weight))
     _write_heads(edit, view, facts, parts, name)
     if new.q is not None:
-        _freeze_fused_scale(edit, view, facts, attention)
+        _freeze_fused_scale(edit, view, attention)
+        for expand, division in attention.divisions:
+            _divide_unexpanded(edit, view, expand, division)
     if new.proj is not None:
         _write_projection(edit, view, facts, attention, new, name)
 
@@ -165,7 +167,18 @@ def _write_operand(
     edit.rename(at, tensor, walk.target)
 
 
-def _freeze_fused_scale(edit: GraphEdit, view: GraphView, facts: Facts, attention: Attention) -> None:
+def _divide_unexpanded(edit: GraphEdit, view: GraphView, expand: int | None, division: int) -> None:
+    """Let a division broadcast the length itself: an Expand would spread it to the old head_dim."""
+    if expand is None:
+        return
+    node = onnx.NodeProto()
+    node.CopyFrom(view.nodes[division])
+    node.input[1] = view.nodes[expand].input[0]
+    edit.remove([expand, division])
+    edit.insert(division, node)
+
+
+def _freeze_fused_scale(edit: GraphEdit, view: GraphView, attention: Attention) -> None:
     """Fused attention defaults its scale to 1/sqrt(head_dim): write the original number down."""
     core = attention.core
     if core.kind == "matmul":

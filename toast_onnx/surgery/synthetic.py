@@ -60,7 +60,11 @@ class SyntheticStatistics:
             for name, b in present.items()
         }
         any_ = next(iter(found.values()))
-        return AttentionStatistics(found.get("q", any_).s_qq, found.get("k", any_).s_kk, found.get("v", any_).context)
+        s_kk = found.get("k", any_).s_kk
+        if attention.cosine and attention.k is not None:
+            # Cosine attention does not forgive a shift of all keys: their lengths change with it.
+            s_kk = self._moments(attention.k).through(k.weight, k.bias).second
+        return AttentionStatistics(found.get("q", any_).s_qq, s_kk, found.get("v", any_).context)
 
     def inputs(self, block: int) -> Moments:
         """Moments of the normalised input of a block's feed-forward network."""
