@@ -1,0 +1,68 @@
+"""Cosine attention (Swin v2): queries and keys divided by their own length before the scores.
+
+Lengths survive any orthogonal change of basis and any zero padding, so Q and K stay prunable, with one basis for both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView, attribute
+
+_AFTER = frozenset({"Transpose", "Cast", "Identity"})
+_GUARDS = frozenset({"Clip", "Max", "Add"})
+
+
+def length_division(view: GraphView, facts: Facts, tensor: str, operand: str) -> tuple[int | None, int] | None:
+    """Recognise operand = moved(tensor / max(||tensor||_2, eps)), the length taken over the last axis.
+
+    Args:
+        view: the graph.
+        facts: its facts.
+        tensor: queries or keys by head, dimensions last.
+        operand: operand of the score product.
+
+    Returns:
+        (position of the Expand that spreads the length, None when there is none; position of the Div), or None when
+        something else happens between the two tensors.
+    """
+    readers = [view.nodes[i] for i in view.consumers.get(tensor, []) if view.nodes[i].op_type not in ("Shape", "Size")]
+    if sorted(n.op_type for n in readers) != ["Div", "ReduceL2"] or tensor in view.outputs:
+        return None
+    division, norm = sorted(readers, key=lambda n: n.op_type)
+    if not _over_last_axis(view, facts, norm, len(facts.shape(tensor) or ())):
+        return None
+    name, expand = norm.output[0], None
+    while name != division.input[1]:
+        following = view.consumers.get(name, [])
+        if len(following) != 1:
+            return None
+        node = view.nodes[following[0]]
+        if node.op_type == "Expand":
+            expand = following[0]
+        elif node.op_type not in _GUARDS:
+            return None
+        name = node.output[0]
+    if division.input[0] != tensor or not _moved(view, division.output[0], operand):
+        return None
+    return expand, view.producer[division.output[0]]
+
+
+def _over_last_axis(view: GraphView, facts: Facts, norm: object, rank: int) -> bool:
+    axes = attribute(norm, "axes")  # type: ignore[arg-type]
+    names = list(norm.input)  # type: ignore[attr-defined]
+    if axes is None and len(names) > 1:
+        axes = facts.value(names[1])
+    keeps = attribute(norm, "keepdims", 1)  # type: ignore[arg-type]
+    return axes is not None and bool(keeps) and [int(a) % rank for a in np.reshape(axes, -1)] == [rank - 1]  # type: ignore[call-overload]
+
+
+def _moved(view: GraphView, source: str, target: str) -> bool:
+    """Whether `target` is `source`, transposed at most."""
+    while target != source:
+        node = view.producer_of(target)
+        if node is None or node.op_type not in _AFTER:
+            return False
+        target = node.input[0]
+    return True
