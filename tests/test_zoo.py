@@ -124,6 +124,26 @@ def test_planted_dimensions_are_exactly_dead_and_the_others_are_not(family: str)
         assert all((e[1::2] == 0).all() for e in ffn.entries)
 
 
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("timm-vit", ["blocks.1.attn.qkv.bias", "blocks.1.attn.qkv.weight"]),
+        ("timm-beit", ["blocks.1.attn.q_bias", "blocks.1.attn.v_bias", "blocks.1.attn.qkv.weight"]),
+        ("timm-siglip", ["attn_pool.q.bias", "attn_pool.kv.bias", "attn_pool.kv.weight"]),
+        ("torchvision-vit", [f"encoder.layers.encoder_layer_1.self_attention.in_proj_{t}" for t in ("weight", "bias")]),
+        ("hf-vit", [f"model.layers.1.attention.{layer}_proj.bias" for layer in "qkv"]),
+        ("hf-bert", [f"model.encoder.layer.1.attention.self.{layer}.bias" for layer in ("query", "key", "value")]),
+    ],
+)
+def test_planting_reaches_every_layout_by_its_own_parameter_names(family: str, names: list[str]) -> None:
+    """Named here one by one, so that a layout which the zoo's views overlook cannot pass unseen; heads are 64 wide."""
+    state = zoo.build(family, planted=True).module.state_dict()
+    for name in names:
+        dims = state[name].reshape(-1, 32, 2, *state[name].shape[1:])  # (q, k, v and heads, d / 2, kept and dead, ...)
+        assert (dims[:, :, 1] == 0).all()
+        assert (dims[:, :, 0] != 0).all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_removing_planted_dimensions_changes_nothing(family: str) -> None:
     """Noise put into the rows that lead to dead columns, and the other way round, must not reach the outputs."""
