@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import onnx
 import onnx.external_data_helper
+import onnx.numpy_helper
 import torch
 from torch import nn
 
@@ -44,7 +46,9 @@ def _filled(shape: tuple[int, ...], value: float) -> torch.Tensor:
 
 def export_weightless(name: str, folder: Path) -> Path:
     """Export a timm model with a 1000-class head at 224x224 (TorchScript, opset 17); returns the file's path."""
-    timm = zoo._timm()
+    zoo._declare_torchvision_operators()
+    import timm
+
     # Swin computes masks from its parameters while it is built, which shapes alone do not allow.
     with contextlib.nullcontext() if "swin" in name else _parameters_without_storage():
         module = timm.create_model(name, pretrained=False, num_classes=1000).eval()
@@ -58,26 +62,36 @@ def export_weightless(name: str, folder: Path) -> Path:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            module, (_filled((1, 3, 224, 224), 0.0),), path, input_names=["input"], output_names=["logits"], dynamo=False,
-            opset_version=17, export_params=False, dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
-        )  # fmt: skip
-    _give_zeros(path)
+            module,
+            (_filled((1, 3, 224, 224), 0.0),),
+            path,
+            input_names=["input"],
+            output_names=["logits"],
+            dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
+            dynamo=False,
+            opset_version=17,
+            export_params=False,
+        )
+    _give_zeros(path, dict(module.named_buffers()))
     return path
 
 
-def _give_zeros(path: Path) -> None:
-    """Turn the parameters, exported as inputs, into initializers whose values lie in a sparse file of zeros."""
+def _give_zeros(path: Path, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Turn exported inputs that are weights into initializers: zeros in a sparse file, buffers as they are."""
     proto = onnx.load(path)
     data, offset = path.with_name(f"{path.name}.data"), 0
-    parameters = [value for value in proto.graph.input if value.name != "input"]
-    for value in parameters:
+    for value in [v for v in proto.graph.input if v.name != "input"]:
+        proto.graph.input.remove(value)
+        if value.name in buffers:
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(buffers[value.name].numpy(), value.name))
+            continue
         dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        tensor = proto.graph.initializer.add(name=value.name, dims=dims, data_type=onnx.TensorProto.FLOAT, raw_data=b" ")
-        length = 4 * torch.Size(dims).numel()
+        tensor = proto.graph.initializer.add(name=value.name, dims=dims, data_type=onnx.TensorProto.FLOAT)
+        tensor.raw_data = b" "  # set_external_data asks for raw data to replace
+        length = 4 * prod(dims)
         onnx.external_data_helper.set_external_data(tensor, data.name, offset, length)
         tensor.ClearField("raw_data")
         offset += length
-        proto.graph.input.remove(value)
     data.touch()
     os.truncate(data, offset)
     onnx.save(proto, path)

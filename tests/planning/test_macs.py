@@ -52,7 +52,11 @@ FAST = {"deit_tiny_patch16_224"}
 
 
 def counted(
-    op: str, inputs: dict[str, tuple[int, ...]], weights: dict[str, tuple[int, ...]], domain: str = "", **attributes: object
+    op: str,
+    inputs: dict[str, tuple[int, ...]],
+    weights: dict[str, tuple[int, ...]],
+    domain: str = "",
+    **attributes: object,
 ) -> int:
     """MACs of a graph of one node; its inputs come in the order given, weights after activations."""
     node = onnx.helper.make_node(op, [*inputs, *weights], ["y"], domain=domain, **attributes)
@@ -107,7 +111,8 @@ def test_one_operator(
 def test_published_models(name: str, tmp_path: Path) -> None:
     found = look(export_weightless(name, tmp_path))
     assert graph_macs(found.view, found.counted) / 1e9 == pytest.approx(PUBLISHED[name], rel=0.01)
-    assert graph_params(found.view) / 1e6 == pytest.approx(PARAMETERS[name], rel=0.01)
+    # Swin's exports hold the attention masks, and each position table written out once for every pair of tokens.
+    assert graph_params(found.view) / 1e6 == pytest.approx(PARAMETERS[name], rel=0.02 if "swin" in name else 1e-4)
     assert all(b.attention is not None and b.ffn is not None for b in found.match.blocks)
     assert len(found.match.blocks) == BLOCKS.get(name, 12)
 
