@@ -17,6 +17,7 @@ from toast_onnx.errors import ToastError
 # stands here so that listing the commands imports none of them, and ONNX Runtime with them.
 SUBCOMMANDS: dict[str, str] = {
     "inspect": "Show a model's blocks: widths, MACs, what can be pruned and why not.",
+    "calibrate": "Measure a model's activations on images, for pruning.",
     "prune": "Remove dimensions and channels from a model, as a ratios file says.",
     "eval": "Measure a model's accuracy on labelled images.",
     "build": "Build a TensorRT engine from a model.",

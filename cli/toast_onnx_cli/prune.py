@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from toast_onnx.errors import ModelError
-from toast_onnx.matching.study import study
+from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.presets import read_ratios
+from toast_onnx.planning.ratios import Ratios
 from toast_onnx.report.pruning import pruning_report, write_report
 from toast_onnx.surgery.prune import prune
 from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import format_bytes, format_count, print_json, progress
 from toast_onnx_cli.shapes import shape_option
+
+if TYPE_CHECKING:
+    from toast_onnx_calibration.calibrate import CalibrationOptions
+    from toast_onnx_calibration.statistics import CalibratedStatistics
 
 
 @click.command("prune")
@@ -23,11 +32,12 @@ from toast_onnx_cli.shapes import shape_option
 @click.option("--ratios", required=True, metavar="FILE", help="Ratios file, or a preset such as paper:deit_small@2.7.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Pruned model; default MODEL.pruned.onnx.")
 @click.option("--report", type=click.Path(path_type=Path), help="JSON report; default beside the pruned model.")
+@click.option("--data", metavar="DATA", help=f"Measure activations on: {DATA_HELP[0].lower()}{DATA_HELP[1:]}")
+@click.option("--statistics", type=click.Path(path_type=Path), help="Statistics that `calibrate` wrote, not --data.")
+@calibration_options
 @click.option("--skip-unprunable", is_flag=True, help="Leave parts alone that cannot be pruned, instead of stopping.")
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of synthetic tokens and of the twin's inputs."
-)
+@click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -35,29 +45,41 @@ def command(
     ratios: str,
     output: Path | None,
     report: Path | None,
+    data: str | None,
+    statistics: Path | None,
     skip_unprunable: bool,
     no_check: bool,
-    seed: int,
+    seed: int | None,
     shapes: dict[str, tuple[int, ...]],
     as_json: bool,
+    **given: Any,
 ) -> None:
-    """Remove attention dimensions and feed-forward channels from MODEL as the ratios say."""
+    """Remove attention dimensions and feed-forward channels from MODEL as the ratios say.
+
+    With --data (or `calibration: data:` in the ratios file) or --statistics, what is kept and the new weights follow
+    from real activations; without, from the weights and made-up tokens. No labels are read.
+    """
+    if data is not None and statistics is not None:
+        raise click.UsageError("give either --data or --statistics")
     out = output or model.with_name(f"{model.stem}.pruned.onnx")
     report = report or out.with_suffix(".json")
     check_destinations(model, out, report)
     settings = read_ratios(ratios)
     dense = study(load_model(model), shapes)
-    statistics = SyntheticStatistics(dense, seed)
-    with progress("pruning", len(dense.match.blocks) + 1) as advance:
-        pruned = prune(
-            dense,
-            settings,
-            statistics,
-            check=not no_check,
-            skip_unprunable=skip_unprunable,
-            seed=seed,
-            progress=lambda note: advance(1, note),
-        )
+    calibration = gather_options(settings, seed, given)
+    seed = calibration.seed
+    with find_statistics(dense, settings, data, statistics, calibration) as found:
+        with progress("pruning", len(dense.match.blocks) + 1) as advance:
+            pruned = prune(
+                dense,
+                settings,
+                found,
+                check=not no_check,
+                skip_unprunable=skip_unprunable,
+                seed=seed,
+                progress=lambda note: advance(1, note),
+            )
+        source = {"source": found.source} if isinstance(found, SyntheticStatistics) else found.to_document()
     options = {
         "ratios": settings.to_document(),
         "seed": seed,
@@ -65,12 +87,53 @@ def command(
         "skip_unprunable": skip_unprunable,
     }
     save_model(pruned.model, out)
-    document = pruning_report(pruned, dense, out, options)
+    document = pruning_report(pruned, dense, out, options) | {"statistics": source}
     write_report(document, report)
     if as_json:
         print_json(document)
     else:
         click.echo(summary(document, out, report))
+
+
+@contextmanager
+def find_statistics(
+    dense: Study, ratios: Ratios, data: str | None, statistics: Path | None, options: CalibrationOptions
+) -> Iterator[SyntheticStatistics | CalibratedStatistics]:
+    """Statistics for a run: of a file, measured now into a temporary one, or made up where there is no data.
+
+    Args:
+        dense: the model.
+        ratios: what will be asked for; its `calibration: data:` counts where neither of the next two is given.
+        data: where to measure.
+        statistics: file of earlier measurements.
+        options: how to measure.
+
+    Raises:
+        DataError: the data or the file do not fit the model.
+    """
+    data = data or (ratios.calibration.data if statistics is None else None)
+    if data is None and statistics is None:
+        yield SyntheticStatistics(dense, options.seed)
+        return
+    from toast_onnx_calibration.calibrate import calibrate
+    from toast_onnx_calibration.needs import needed
+    from toast_onnx_calibration.statistics import CalibratedStatistics
+
+    if statistics is not None:
+        yield CalibratedStatistics(dense, statistics)
+        return
+    assert data is not None
+    wanted = needed(dense, ratios)
+    if not wanted:  # nothing is removed, or by weights alone
+        yield SyntheticStatistics(dense, options.seed)
+        return
+    with tempfile.TemporaryDirectory(prefix="toast-statistics-") as folder:
+        path = Path(folder) / "statistics.npz"
+        with sample_progress("calibrating") as show:
+            header = calibrate(dense, data, path, wanted, options, show)
+        for note in header.notes:
+            click.echo(f"Note: {note}", err=True)
+        yield CalibratedStatistics(dense, path)
 
 
 def check_destinations(model: Path, out: Path, report: Path) -> None:
@@ -96,7 +159,7 @@ def summary(document: dict[str, Any], out: Path, report: Path) -> str:
         f"{out}: MACs {format_count(dense['macs'])} -> {format_count(pruned['macs'])}, "
         f"parameters {format_count(dense['params'])} -> {format_count(pruned['params'])}, "
         f"file {format_bytes(dense['bytes'])} -> {format_bytes(pruned['bytes'])}; {proof}",
-        f"statistics: {document['statistics']}",
+        f"statistics: {document['statistics']['source']}",
         f"report: {report}",
     ]
     return "\n".join(lines)

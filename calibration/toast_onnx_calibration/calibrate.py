@@ -1,0 +1,224 @@
+"""Collecting activation statistics: the measuring graph run over samples, its sums written to statistics.npz."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toast_onnx.errors import DataError
+from toast_onnx.importance.moments import Moments
+from toast_onnx.matching.study import Study
+from toast_onnx.model import Model, file_hash
+from toast_onnx_calibration.feeds import Batch, batches
+from toast_onnx_calibration.needs import Wanted, everything, passes
+from toast_onnx_calibration.recipe_files import recipe_for
+from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, run
+from toast_onnx_calibration.sources import Source, open_source
+from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
+from toast_onnx_calibration.store import Header, StatisticsWriter, per_head, write_statistics
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Array = NDArray[np.float64]
+Progress = Callable[[int, int | None, str], None]
+"""Called with the samples measured, their number over all passes where it is known, and a note."""
+
+#: Memory for the statistics of one pass, in bytes; more blocks take more passes over the data.
+BUDGET = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    Attributes:
+        preprocess: as for `recipe_files.recipe_for`.
+        samples: how many to draw; None takes all.
+        seed: of the draw of samples and of tokens.
+        tokens: fraction of the tokens that goes into context, hidden and input moments.
+        class_weight: of the class token, where the output is shown to read nothing else.
+        provider: `cpu`, `cuda` or `tensorrt`.
+        batch: samples a run, where the model leaves it free.
+        threads: of ONNX Runtime and of image decoding; None is one a core.
+        budget: memory for the statistics of one pass, in bytes.
+    """
+
+    preprocess: str | None = None
+    samples: int | None = None
+    seed: int = 0
+    tokens: float = 1.0
+    class_weight: float = 20.0
+    provider: str = "cpu"
+    batch: int = 16
+    threads: int | None = None
+    budget: int = BUDGET
+
+
+def calibrate(
+    study: Study,
+    data: str | Path,
+    out: Path,
+    wanted: Wanted | None = None,
+    options: CalibrationOptions | None = None,
+    progress: Progress | None = None,
+) -> Header:
+    """Measure a model's activations on samples and write the statistics.
+
+    Args:
+        study: the model.
+        data: as for `sources.open_source`.
+        out: the statistics file.
+        wanted: block number -> parts to measure; None takes what the defaults of pruning need.
+        options: how to calibrate.
+        progress: called after every batch.
+
+    Returns:
+        What the statistics come from.
+
+    Raises:
+        ToastError: its children say what is wrong with the data, an option, or the model.
+    """
+    options = options or CalibrationOptions()
+    wanted = everything(study) if wanted is None else wanted
+    groups = passes(study, wanted, options.budget)
+    settings = TokenSettings(options.tokens, options.class_weight, options.seed)
+    notes: list[str] = []
+    samples, weighted, source = 0, False, None
+    with write_statistics(out) as writer:
+        for number, group in enumerate(groups):
+            graph = measuring_graph(study, group, settings)
+            session = _session(graph, study.view.model, options)
+            inputs = model_inputs(session)
+            if source is None:
+                source, found = _source(study.view.model.path, data, inputs, options)
+                notes += found
+            total = None if source.count is None else source.count * len(groups)
+            done = number * (source.count or 0)
+            sums, samples = accumulate(session, graph, inputs, source, options.batch, done, total, progress)
+            del session
+            write_group(writer, study, group, sums)
+            notes += graph.notes
+            weighted |= graph.class_token
+        assert source is not None
+        notes += source.report.notes() if source.report else ()
+        header = Header(
+            model=study.view.model.path.name,
+            model_sha256=file_hash(study.view.model.path),
+            data=source.description,
+            fingerprints=(source.fingerprint,),
+            preprocessing=source.recipe.model_dump(mode="json") if source.recipe else None,
+            samples=samples,
+            seed=options.seed,
+            tokens=options.tokens,
+            class_weight=options.class_weight if weighted else 1.0,
+            parts={str(index): sorted(parts) for index, parts in sorted(wanted.items())},
+            notes=tuple(dict.fromkeys(notes)),
+        )
+        writer.header(header)
+    return header
+
+
+def accumulate(
+    session: ort.InferenceSession,
+    graph: MeasuringGraph,
+    inputs: Sequence[ModelInput],
+    source: Source,
+    batch: int,
+    done: int = 0,
+    total: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Array], int]:
+    """Run a measuring graph over all samples.
+
+    Returns:
+        The sums by key in float64, and the number of samples.
+
+    Raises:
+        DataError: a sum is not finite.
+    """
+    sums: dict[str, Array] = {}
+    samples = 0
+    if progress is not None:
+        progress(done, total, "")
+    for each in batches(source, inputs, batch):
+        _add(sums, session, graph, each.feeds, 1.0)
+        if each.padding:  # the repeated last sample, measured alone, is taken out again
+            size = each.valid + each.padding
+            _add(sums, session, graph, _repeated(each), -each.padding / size)
+        samples += each.valid
+        if progress is not None:
+            progress(done + samples, total, "")
+    bad = sorted({key.split(".")[0] for key, value in sums.items() if not np.isfinite(value).all()}, key=int)
+    if bad:
+        raise DataError(
+            f"the activations of block {bad[0]} hold NaN or infinity on {source.description}: check the preprocessing, "
+            "or calibrate a float32 export of the model"
+        )
+    return sums, samples
+
+
+def write_group(
+    writer: StatisticsWriter, study: Study, group: Mapping[int, frozenset[str]], sums: dict[str, Array]
+) -> None:
+    """Write the sums of a pass: heads taken apart, contexts head-major."""
+    for index in sorted(group):
+        attention = study.match.blocks[index].attention
+        mine = {k.split(".", 1)[1]: v for k, v in sums.items() if k.split(".", 1)[0] == str(index)}
+        for part in ("qq", "kk"):
+            if attention is not None and f"{part}.gram" in mine:
+                gram = per_head(mine[f"{part}.gram"], attention.num_heads)
+                writer.array(f"{index}.{part}.gram", gram)
+                writer.array(f"{index}.{part}.count", mine[f"{part}.count"].reshape(()))
+        for part in ("context", "hidden", "inputs"):
+            if f"{part}.gram" in mine:
+                total, gram = mine[f"{part}.total"], mine[f"{part}.gram"]
+                if part == "context" and attention is not None and attention.proj is not None:
+                    order = attention.proj.layout.channels.reshape(-1)
+                    total, gram = total[order], gram[np.ix_(order, order)]
+                writer.moments(f"{index}.{part}", Moments(float(mine[f"{part}.count"][0]), total, (gram + gram.T) / 2))
+        for part in ("fc1", "fc2"):
+            for quantity in ("magnitude", "images", "attention"):
+                if f"{part}.{quantity}" in mine:
+                    writer.array(f"{index}.{part}.{quantity}", mine[f"{part}.{quantity}"])
+
+
+def _add(
+    sums: dict[str, Array], session: ort.InferenceSession, graph: MeasuringGraph, feeds: dict[str, Any], factor: float
+) -> None:
+    found = run(session, feeds, list(dict.fromkeys(graph.outputs.values())))
+    for key, tensor in graph.outputs.items():
+        value = found[tensor]
+        if key not in sums:
+            sums[key] = np.zeros(value.shape)
+        if factor == 1.0:
+            sums[key] += value
+        else:
+            sums[key] += factor * value.astype(np.float64)
+
+
+def _repeated(batch: Batch) -> dict[str, Any]:
+    size = batch.valid + batch.padding
+    return {name: np.repeat(array[-1:], size, axis=0) for name, array in batch.feeds.items()}
+
+
+def _session(graph: MeasuringGraph, model: Model, options: CalibrationOptions) -> ort.InferenceSession:
+    folder = model.base_dir.resolve() if model.has_external_data else None
+    return make_session(
+        graph.proto.SerializeToString(), options.provider, threads=options.threads, external_data=folder
+    )
+
+
+def _source(
+    model: Path, data: str | Path, inputs: list[ModelInput], options: CalibrationOptions
+) -> tuple[Source, list[str]]:
+    choice = recipe_for(model, options.preprocess, inputs[0].shape if len(inputs) == 1 else None)
+    source = open_source(
+        data, inputs, choice.recipe, samples=options.samples, seed=options.seed, threads=options.threads
+    )
+    return source, list(choice.notes) if source.recipe else []

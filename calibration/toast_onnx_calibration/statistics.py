@@ -1,0 +1,117 @@
+"""Statistics measured on samples, for the solvers: read from statistics.npz one block at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toast_onnx.errors import DataError, MatchError
+from toast_onnx.importance.activation import token_channel_scores
+from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.synthetic import AttentionStatistics
+from toast_onnx.matching.blocks import Attention
+from toast_onnx.matching.study import Study
+from toast_onnx.model import file_hash
+from toast_onnx_calibration.store import StatisticsFile, check_model, open_statistics
+
+Array = NDArray[np.float64]
+
+
+class CalibratedStatistics:
+    """Statistics of real samples (implements `toast_onnx.importance.statistics.Statistics`)."""
+
+    def __init__(self, study: Study, path: str | Path) -> None:
+        """Open a statistics file for a model.
+
+        Raises:
+            DataError: it cannot be read or was taken from another model.
+        """
+        self._study = study
+        self.file: StatisticsFile = open_statistics(path)
+        check_model(self.file, file_hash(study.view.model.path), study.view.model.path)
+
+    @property
+    def source(self) -> str:
+        """Where the statistics come from."""
+        header = self.file.header
+        weight = f", class token weighted {header.class_weight:g}" if header.class_weight != 1 else ""
+        return f"{header.samples} samples: {header.data} (seed {header.seed}{weight})"
+
+    def to_document(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        header = self.file.header
+        return {
+            "source": self.source,
+            "model_sha256": header.model_sha256,
+            "data": header.data,
+            "fingerprints": list(header.fingerprints),
+            "preprocessing": header.preprocessing,
+            "samples": header.samples,
+            "seed": header.seed,
+            "tokens": header.tokens,
+            "class_weight": header.class_weight,
+            "notes": list(header.notes),
+        }
+
+    def attention(self, block: int) -> AttentionStatistics:
+        """Statistics of a block's attention; what was not measured is NaN, so that no solver takes it for data."""
+        attention = self._study.match.blocks[block].attention
+        if attention is None:
+            raise MatchError(f"block {block} has no attention")
+        parts = self._parts(block)
+        if not parts & {"qk", "context"}:
+            raise self._missing(block, "attention")
+        return AttentionStatistics(
+            self._average(block, "qq", attention, "qk" in parts),
+            self._average(block, "kk", attention, "qk" in parts),
+            self._context(block, attention, "context" in parts),
+        )
+
+    def hidden(self, block: int) -> Moments:
+        """Moments of fc2's input."""
+        return self._moments(block, "hidden")
+
+    def inputs(self, block: int) -> Moments:
+        """Moments of fc1's input."""
+        return self._moments(block, "inputs")
+
+    def activation_scores(self, block: int, part: str) -> Array:
+        """Scores (channels,) of the paper's token channel selection for `part` fc1 or fc2."""
+        if part not in self._parts(block):
+            raise self._missing(block, f"activation scores of {part}")
+        images = float(self.file.array(f"{block}.{part}.images").reshape(-1)[0])
+        magnitude = self.file.array(f"{block}.{part}.magnitude") / images  # (tokens, channels), mean of |x|
+        if f"{block}.{part}.attention" not in self.file.names():
+            return token_channel_scores(magnitude.mean(axis=0))
+        attended = self.file.array(f"{block}.{part}.attention")[1:] / images  # (patches,)
+        patches = (magnitude[1:] * attended[:, None]).mean(axis=0)
+        return token_channel_scores(patches, magnitude[0], attended.size)
+
+    def _parts(self, block: int) -> set[str]:
+        return set(self.file.header.parts.get(str(block), ()))
+
+    def _missing(self, block: int, what: str) -> DataError:
+        return DataError(
+            f"{self.file.path}: has no statistics of block {block}'s {what}; run `toast-onnx calibrate` with the same "
+            "--ratios, or give --data instead"
+        )
+
+    def _moments(self, block: int, part: str) -> Moments:
+        if part not in self._parts(block):
+            raise self._missing(block, f"{part} activations")
+        return self.file.moments(f"{block}.{part}")
+
+    def _average(self, block: int, part: str, attention: Attention, measured: bool) -> Array:
+        if not measured:
+            return np.full((attention.num_heads, attention.qk_dim, attention.qk_dim), np.nan)
+        gram: Array = self.file.array(f"{block}.{part}.gram") / float(self.file.array(f"{block}.{part}.count"))
+        return (gram + np.swapaxes(gram, -1, -2)) / 2
+
+    def _context(self, block: int, attention: Attention, measured: bool) -> Moments:
+        if measured:
+            return self.file.moments(f"{block}.context")
+        n = attention.num_heads * attention.vo_dim
+        return Moments.known(np.full(n, np.nan), np.full((n, n), np.nan))

@@ -1,0 +1,383 @@
+"""The measuring graph: nodes behind a model's activations that reduce them to the sums the solvers need.
+
+Only d x d matrices leave the session. Everything that leaves is a sum over samples, so batches, shards and repetitions
+add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from toast_onnx.matching.blocks import Attention, Block, Branch
+from toast_onnx.matching.layout import HEAD, Factor
+from toast_onnx.matching.study import Study
+from toast_onnx_calibration.class_token import ClassToken, class_token
+from toast_onnx_calibration.graph_writer import GraphWriter
+from toast_onnx_calibration.padding import Mask, masks
+from toast_onnx_calibration.tokens import Tokens, as_float, as_tokens
+
+#: What can be asked for of one block.
+PARTS = ("qk", "context", "hidden", "inputs", "fc1", "fc2")
+
+#: Additive masks are at or below this where a token is padding (-10000, or the smallest number of the type).
+MASKED = -1000.0
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """Which tokens count.
+
+    Attributes:
+        fraction: of the tokens to sample for context, hidden and input moments; 1 takes all.
+        class_weight: of the class token, where the output is shown to read nothing else.
+        seed: of the sample.
+    """
+
+    fraction: float = 1.0
+    class_weight: float = 20.0
+    seed: int = 0
+
+
+@dataclass
+class MeasuringGraph:
+    """A model whose outputs are sums.
+
+    Attributes:
+        proto: the model.
+        outputs: key of a sum, such as `3.hidden.gram` -> tensor that holds it.
+        notes: what the user should know.
+        class_token: whether the class token was weighted.
+    """
+
+    proto: onnx.ModelProto
+    outputs: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    class_token: bool = False
+
+
+def measuring_graph(study: Study, wanted: Mapping[int, Iterable[str]], settings: TokenSettings) -> MeasuringGraph:
+    """Append to a copy of the model what measures the wanted parts of its blocks.
+
+    Args:
+        study: the model.
+        wanted: block number -> parts, of `PARTS`.
+        settings: which tokens count.
+    """
+    build = _Build(study, settings)
+    for index, parts in sorted(wanted.items()):
+        build.block(study.match.blocks[index], frozenset(parts))
+    proto, outputs = build.writer.finish()
+    return MeasuringGraph(proto, outputs, list(dict.fromkeys(build.notes)), build.weighted)
+
+
+class _Build:
+    def __init__(self, study: Study, settings: TokenSettings) -> None:
+        self.study = study
+        self.settings = settings
+        self.writer = GraphWriter(study.view.model)
+        self.cls: ClassToken | None = class_token(study.view, study.facts)
+        self.notes: list[str] = []
+        self.weighted = False
+
+    def block(self, block: Block, parts: frozenset[str]) -> None:
+        """Measure one block."""
+        attention, ffn, key = block.attention, block.ffn, str(block.index)
+        padding = self._padding(attention) if attention is not None else None
+        if attention is not None and "qk" in parts and attention.q is not None and attention.k is not None:
+            self._queries(attention, attention.q, padding, key)
+            self._keys(attention, attention.k, padding, key)
+        if attention is not None and "context" in parts and attention.proj is not None:
+            linear = attention.proj.linear
+            self._moments(self._see(linear.input, linear.channel_axis), padding, f"{key}.context")
+        if ffn is None:
+            return
+        if parts & {"hidden", "fc2"}:
+            hidden = self._see(ffn.fc2.input, ffn.fc2.channel_axis)
+            if "hidden" in parts:
+                self._moments(hidden, padding, f"{key}.hidden")
+            if "fc2" in parts:
+                self._magnitudes(hidden, padding, attention, f"{key}.fc2")
+        if parts & {"inputs", "fc1"}:
+            inputs = self._see(ffn.entries[0].input, ffn.entries[0].channel_axis)
+            if "inputs" in parts:
+                self._moments(inputs, padding, f"{key}.inputs")
+            if "fc1" in parts:
+                self._magnitudes(inputs, padding, attention, f"{key}.fc1")
+
+    def _see(self, tensor: str, channel_axis: int) -> Tokens:
+        return as_tokens(self.writer, self.study, tensor, channel_axis)
+
+    # --- padding ---
+
+    def _padding(self, attention: Attention) -> str | None:
+        """(batch or 1, tokens) ones where a key can be seen by some query, zeros where it is padding."""
+        found = masks(self.study.view, self.study.facts, attention.core)
+        valid: str | None = None
+        for mask in found:
+            seen = self._visible(mask)
+            if seen is None:
+                self.notes.append("a mask of an unusual shape was found; padded tokens count in the statistics")
+            else:
+                valid = seen if valid is None else self.writer.emit("Mul", [valid, seen])
+        return valid
+
+    def _visible(self, mask: Mask) -> str | None:
+        w, x = self.writer, mask.tensor
+        rank = len(self.study.facts.shape(x) or ())
+        if mask.kind == "additive":
+            x = w.emit("Greater", [as_float(w, self.study, x), w.constant(MASKED, np.float32)])
+        elif mask.kind == "hidden":
+            x = w.emit("Not", [x])
+        elif mask.kind == "keys":
+            x = w.emit("Cast", [x], to=onnx.TensorProto.BOOL)
+        x = w.emit("Cast", [x], to=onnx.TensorProto.FLOAT)
+        if rank == 2:
+            return x if mask.kind == "keys" else w.reduce("ReduceMax", x, [0], keep=True)
+        return w.reduce("ReduceMax", x, list(range(1, rank - 1))) if rank > 2 else None
+
+    def _padding_of(self, tokens: Tokens, padding: str | None) -> str | None:
+        """(batch, tokens, 1) weights for a tensor, in the order of its axes; None where all its tokens count."""
+        if padding is None:
+            return None
+        if tokens.axis is None:
+            self.notes.append("padded tokens could not be found in flattened rows and count in the statistics")
+            return None
+        w = self.writer
+        x = w.unsqueeze(padding, [2])
+        if tokens.axis == 0:
+            x = w.emit("Transpose", [x], perm=[1, 0, 2])
+        leading = w.gather(w.emit("Shape", [tokens.tensor]), [0, 1], 0)
+        shape = w.emit("Concat", [leading, w.constant([1])], axis=0)
+        return w.emit("Expand", [x, shape])
+
+    # --- moments ---
+
+    def _moments(self, tokens: Tokens, padding: str | None, key: str) -> None:
+        """Count, sum and Gram matrix of tokens: `gram`, `total`, `count`, each alpha * (sampled) + beta * (class)."""
+        w, weights = self.writer, self._padding_of(tokens, padding)
+        x = tokens.tensor if weights is None else w.emit("Mul", [tokens.tensor, weights])
+        chosen, alpha, beta = self._chosen(tokens)
+        gram_c = total_c = count_c = ""
+        if beta:
+            assert tokens.axis is not None
+            first = w.gather(x, 0, tokens.axis)  # (batch, channels)
+            gram_c = w.emit("Gemm", [first, first], transA=1)
+            total_c = w.scaled(w.reduce("ReduceSum", first, [0]), beta)
+            count_c = w.scaled(self._count(first, weights and w.gather(weights, 0, tokens.axis)), beta)
+        if chosen is not None:
+            assert tokens.axis is not None
+            x = w.gather(x, chosen, tokens.axis)
+            weights = weights and w.gather(weights, chosen, tokens.axis)
+        flat = w.reshape(x, [-1, tokens.channels])
+        flat_weights = weights and w.reshape(weights, [-1, 1])
+        gram = w.emit("Gemm", [flat, flat, *([gram_c] if beta else [])], transA=1, alpha=alpha, beta=float(beta or 1))
+        total = w.scaled(w.reduce("ReduceSum", flat, [0]), alpha)
+        count = w.scaled(self._count(flat, flat_weights), alpha)
+        w.output(f"{key}.gram", gram)
+        w.output(f"{key}.total", w.emit("Add", [total, total_c]) if beta else total)
+        w.output(f"{key}.count", w.emit("Add", [count, count_c]) if beta else count)
+
+    def _count(self, flat: str, weights: str | None) -> str:
+        """Number of rows of a 2-D tensor, or the sum of their weights (rows, 1); shape (1,)."""
+        w = self.writer
+        return w.extent(flat, 0) if not weights else w.reshape(w.reduce("ReduceSum", weights, [0]), [1])
+
+    def _chosen(self, tokens: Tokens) -> tuple[np.ndarray | None, float, float]:
+        """Sampled token numbers (None: all), and the factors alpha and beta of sampled tokens and class token."""
+        boosted = self._has_class(tokens)
+        fraction = self.settings.fraction
+        if fraction >= 1 or tokens.axis is None or not tokens.fixed:
+            if fraction < 1:
+                self.notes.append("tokens of a varying number, or in flattened rows, were all taken, none sampled")
+            return None, 1.0, (self.settings.class_weight - 1) if boosted else 0.0
+        start = 1 if boosted else 0
+        number = max(1, round((tokens.count - start) * fraction))
+        draw = np.random.default_rng(self.settings.seed).choice(tokens.count - start, number, replace=False)
+        chosen = np.sort(draw) + start
+        # The class token's weight is relative to all patches, sampled or not.
+        return (chosen, (tokens.count - 1) / number, self.settings.class_weight) if boosted else (chosen, 1.0, 0.0)
+
+    def _has_class(self, tokens: Tokens) -> bool:
+        if self.cls is None or self.settings.class_weight == 1:
+            return False
+        found = tokens.axis is not None and tokens.count == self.cls.tokens
+        self.weighted |= found
+        return found
+
+    # --- queries and keys ---
+
+    def _operands(self, attention: Attention) -> tuple[tuple[str, int], tuple[str, int]]:
+        """Queries and keys as the scores see them: (tensor, axis of the head's dimensions) of each."""
+        core, nodes = attention.core, self.study.view.nodes
+        if attention.cosine:  # divided by their lengths, in the layout that they had before
+            (_, q), (_, k) = attention.divisions
+            return (nodes[q].output[0], -1), (nodes[k].output[0], -1)
+        return (core.q, -1), (core.k, core.k_dim_axis)
+
+    def _queries(self, attention: Attention, q: Branch, padding: str | None, key: str) -> None:
+        """`qq`: sum of q q^T for every head, and its `count`."""
+        w, (operand, dim) = self.writer, self._operands(attention)[0]
+        x = as_float(w, self.study, operand)
+        weights = self._operand_padding(operand, padding, -2)
+        if weights is not None:
+            x = w.emit("Mul", [x, weights])
+        gram = self._product(x, dim, q)
+        shape = self.study.facts.shape(operand) or ()
+        rank = len(shape)
+        count = self._positions(x, rank, attention, weights)
+        if self.cls is not None and shape[-2] == self.cls.tokens and self.settings.class_weight != 1:
+            first = w.gather(x, [0], rank - 2)
+            extra = w.scaled(self._product(first, dim, q), self.settings.class_weight - 1)
+            gram = w.emit("Add", [gram, extra])
+            ones = weights and w.gather(weights, [0], 2)
+            more = self._positions(first, rank, attention, ones)
+            count = w.emit("Add", [count, w.scaled(more, self.settings.class_weight - 1)])
+            self.weighted = True
+        w.output(f"{key}.qq.gram", gram)
+        w.output(f"{key}.qq.count", count)
+
+    def _keys(self, attention: Attention, k: Branch, padding: str | None, key: str) -> None:
+        """`kk`: covariance of the keys of one image or window, summed for every head, and its `count`.
+
+        Where the probabilities are to be had, it is taken around the mean that each query sees, weighted by the
+        attention it gives: the second-order expansion of the attention's own Kullback-Leibler divergence. Elsewhere
+        all tokens count equally. Cosine attention shares no shift between its keys, so they are not centred.
+        """
+        w, (operand, dim) = self.writer, self._operands(attention)[1]
+        x = as_float(w, self.study, operand)
+        rank = len(self.study.facts.shape(operand) or ())
+        axis = rank - (2 if dim == -1 else 1)  # of the tokens
+        weights = self._operand_padding(operand, padding, axis - rank)
+        count = self._positions(x, rank, attention, weights)
+        if attention.cosine:
+            gram = self._product(x if weights is None else w.emit("Mul", [x, weights]), dim, k)
+        else:
+            centred = self._centred(x, axis, weights)
+            gram = self._seen_by_queries(attention, k, centred, dim, padding) or self._product(centred, dim, k)
+        w.output(f"{key}.kk.gram", gram)
+        w.output(f"{key}.kk.count", count)
+
+    def _centred(self, x: str, axis: int, weights: str | None) -> str:
+        """Keys around their mean over the tokens that count; the others zero."""
+        w = self.writer
+        if weights is None:
+            return w.emit("Sub", [x, w.reduce("ReduceMean", x, [axis], keep=True)])
+        total = w.reduce("ReduceSum", w.emit("Mul", [x, weights]), [axis], keep=True)
+        number = w.emit("Max", [w.reduce("ReduceSum", weights, [axis], keep=True), w.constant(1.0, np.float32)])
+        return w.emit("Mul", [w.emit("Sub", [x, w.emit("Div", [total, number])]), weights])
+
+    def _seen_by_queries(
+        self, attention: Attention, k: Branch, centred: str, dim: int, padding: str | None
+    ) -> str | None:
+        """Sum over queries i of sum_j p_ij (k_j - m_i)(k_j - m_i)^T with m_i = sum_j p_ij k_j; None without p."""
+        w, core, facts = self.writer, attention.core, self.study.facts
+        if core.kind != "matmul":
+            return None
+        probabilities = self.study.view.nodes[core.softmax].output[0]
+        shape, keys = facts.shape(probabilities), facts.shape(core.k)
+        if shape is None or keys is None or shape[:-2] != keys[:-2] or len(shape) < 3:
+            return None
+        rank = len(shape)
+        p = as_float(w, self.study, probabilities)
+        if padding is not None:
+            queries = self._operand_padding(core.q, padding, -2)
+            if queries is None or rank != 4:
+                return None
+            p = w.emit("Mul", [p, queries])
+        swap = [*range(rank - 2), rank - 1, rank - 2]
+        flipped = w.emit("Transpose", [centred], perm=swap)
+        tall, flat = (centred, flipped) if dim == -1 else (flipped, centred)  # (..., tokens, d) and (..., d, tokens)
+        received = w.reduce("ReduceSum", p, [rank - 2], keep=True)  # (..., 1, tokens)
+        squares = w.emit("MatMul", [w.emit("Mul", [flat, received]), tall])
+        means = w.emit("MatMul", [p, tall])  # (..., queries, d)
+        between = w.emit("MatMul", [w.emit("Transpose", [means], perm=swap), means])
+        return self._by_head(w.emit("Sub", [squares, between]), k.layout.axes[: rank - 2], k)
+
+    def _operand_padding(self, operand: str, padding: str | None, axis: int) -> str | None:
+        """Padding weights broadcast against an operand of the core whose tokens lie on `axis` (negative)."""
+        if padding is None:
+            return None
+        shape = self.study.facts.shape(operand) or ()
+        heads_apart = len(shape) == 4
+        if len(shape) not in (3, 4) or (len(shape) == 3 and axis != -2):
+            self.notes.append("padded tokens count in the statistics of queries and keys whose heads are folded")
+            return None
+        axes = {(True, -2): [1, 3], (True, -1): [1, 2], (False, -2): [2]}[(heads_apart, axis)]
+        return self.writer.unsqueeze(padding, axes)
+
+    def _product(self, x: str, dim: int, branch: Branch) -> str:
+        """x x^T over tokens, summed over all that is no head: (heads, d, d), or (heads * d, heads * d) where joined."""
+        w, axes = self.writer, branch.layout.axes
+        rank = len(axes)
+        swap = [*range(rank - 2), rank - 1, rank - 2]
+        flipped = w.emit("Transpose", [x], perm=swap)
+        gram = w.emit("MatMul", [flipped, x] if dim == -1 else [x, flipped])
+        if any(f.source == HEAD for f in axes[dim]):
+            return w.reduce("ReduceSum", gram, list(range(rank - 2))) if rank > 2 else gram
+        return self._by_head(gram, axes[: rank - 2], branch)
+
+    def _by_head(self, gram: str, leading: tuple[tuple[Factor, ...], ...], branch: Branch) -> str:
+        w, (heads, d) = self.writer, branch.layout.channels.shape
+        at = next((k for k, factors in enumerate(leading) if any(f.source == HEAD for f in factors)), None)
+        rest = [k for k in range(len(leading)) if k != at]
+        if rest:
+            gram = w.reduce("ReduceSum", gram, rest)
+        if at is None:
+            return w.reshape(gram, [1, d, d])
+        sources = [f.source for f in leading[at]]
+        if len(sources) == 1:
+            return gram
+        after = leading[at][sources.index(HEAD) + 1 :]
+        if any(f.dynamic for f in after):  # then what comes before the heads is fixed
+            before = int(np.prod([f.size for f in leading[at][: sources.index(HEAD)]], dtype=np.int64))
+            gram = w.reshape(gram, [before, heads, -1, d, d])
+        else:
+            gram = w.reshape(gram, [-1, heads, int(np.prod([f.size for f in after], dtype=np.int64)), d, d])
+        return w.reduce("ReduceSum", gram, [0, 2])
+
+    def _positions(self, x: str, rank: int, attention: Attention, weights: str | None) -> str:
+        """Number of tokens in an operand, over all items and windows, (1,)."""
+        w = self.writer
+        if weights is not None:  # (batch, 1, tokens, 1), or 1 for the batch
+            each = w.reduce("ReduceSum", weights, list(range(1, rank)))  # (batch or 1,)
+            items = w.emit("Shape", [x])
+            return w.reshape(w.reduce("ReduceSum", w.emit("Expand", [each, w.gather(items, [0], 0)]), [0]), [1])
+        width = attention.num_heads * attention.qk_dim
+        size = w.emit("Cast", [w.emit("Size", [x])], to=onnx.TensorProto.FLOAT)
+        return w.reshape(w.emit("Div", [size, w.constant(width, np.float32)]), [1])
+
+    # --- magnitudes, for the paper's token channel selection ---
+
+    def _magnitudes(self, tokens: Tokens, padding: str | None, attention: Attention | None, key: str) -> None:
+        """`magnitude`: sum of |x| for every position, `images`, and the class token's `attention` to positions."""
+        w = self.writer
+        if tokens.axis is None or not tokens.fixed:
+            flat = w.reshape(tokens.tensor, [1, -1, tokens.channels])
+            total = w.reduce("ReduceSum", w.emit("Abs", [flat]), [1])
+            w.output(f"{key}.magnitude", total)  # (1, channels): positions cannot be told apart
+            w.output(f"{key}.images", w.extent(w.reshape(tokens.tensor, [-1, tokens.channels]), 0))
+            return
+        x, weights = w.emit("Abs", [tokens.tensor]), self._padding_of(tokens, padding)
+        if weights is not None:
+            x = w.emit("Mul", [x, weights])
+        w.output(f"{key}.magnitude", w.reduce("ReduceSum", x, [1 - tokens.axis]))  # (tokens, channels)
+        w.output(f"{key}.images", w.extent(x, 1 - tokens.axis))
+        if self.cls is not None and attention is not None and tokens.count == self.cls.tokens:
+            row = self._class_attention(attention)
+            if row is not None:
+                w.output(f"{key}.attention", row)
+
+    def _class_attention(self, attention: Attention) -> str | None:
+        """Attention of the class token to every token, averaged over heads and summed over items, (tokens,)."""
+        w, core = self.writer, attention.core
+        if core.kind != "matmul":
+            self.notes.append("a fused attention node hides its probabilities: patches are not weighted by attention")
+            return None
+        probabilities = self.study.view.nodes[core.softmax].output[0]
+        rank = len(self.study.facts.shape(probabilities) or ())
+        x = w.gather(as_float(w, self.study, probabilities), 0, rank - 2)
+        return w.scaled(w.reduce("ReduceSum", x, list(range(rank - 2))), 1 / attention.num_heads)

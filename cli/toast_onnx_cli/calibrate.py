@@ -1,0 +1,84 @@
+"""`toast-onnx calibrate`: images in, activation statistics out; or shards of them added up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toast_onnx.matching.study import study
+from toast_onnx.model import load_model
+from toast_onnx.planning.presets import read_ratios
+from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
+from toast_onnx_cli.console import format_bytes, print_json
+from toast_onnx_cli.shapes import shape_option
+
+if TYPE_CHECKING:
+    from toast_onnx_calibration.store import Header
+
+
+@click.command("calibrate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", metavar="DATA", help=DATA_HELP)
+@click.option("--ratios", metavar="FILE", help="Measure only what pruning with these ratios needs.")
+@click.option(
+    "--merge",
+    "shards",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Add up statistics of the same model taken on other samples, instead of measuring; may be repeated.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Statistics; default MODEL.statistics.npz.")
+@calibration_options
+@click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default.")
+@shape_option
+@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+def command(
+    model: Path,
+    data: str | None,
+    ratios: str | None,
+    shards: tuple[Path, ...],
+    output: Path | None,
+    seed: int | None,
+    shapes: dict[str, tuple[int, ...]],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure the activations of MODEL on images and write the statistics that pruning needs.
+
+    No labels are read. The file names the model by its hash; `toast-onnx prune --statistics` takes it for that model
+    only.
+    """
+    from toast_onnx_calibration.calibrate import calibrate
+    from toast_onnx_calibration.needs import needed
+    from toast_onnx_calibration.store import merge_statistics
+
+    out = output or model.with_name(f"{model.stem}.statistics.npz")
+    settings = None if ratios is None else read_ratios(ratios)
+    data = data or (settings.calibration.data if settings is not None else None)
+    if bool(shards) == (data is not None):
+        raise click.UsageError("give either --data to measure, or --merge to add up statistics")
+    dense = study(load_model(model), shapes)
+    if shards:
+        header = merge_statistics(shards, out, dense.view.model.path)
+    else:
+        assert data is not None
+        wanted = None if settings is None else needed(dense, settings)
+        with sample_progress("calibrating") as show:
+            header = calibrate(dense, data, out, wanted, gather_options(settings, seed, given), show)
+    _print(header, out, as_json)
+
+
+def _print(header: Header, out: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        print_json({"statistics": str(out), **asdict(header)})
+        return
+    for note in header.notes:
+        click.echo(f"Note: {note}", err=True)
+    click.echo(
+        f"{out}: {header.samples} samples, {len(header.parts)} blocks, {format_bytes(out.stat().st_size)}"
+        + (f"; class token weighted {header.class_weight:g}" if header.class_weight != 1 else "")
+    )

@@ -1,0 +1,101 @@
+"""Options of commands that measure activations, and how they combine with a ratios file's `calibration:` section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toast_onnx.planning.ratios import Ratios
+from toast_onnx_cli.console import Advance, progress
+
+if TYPE_CHECKING:
+    from toast_onnx_calibration.calibrate import CalibrationOptions, Progress
+
+DATA_HELP = "Image folder, .npy or .npz file, or a Python module:function."
+
+
+def parse_tokens(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
+    """`all`, or a fraction above 0 and at most 1."""
+    if value is None:
+        return None
+    try:
+        fraction = 1.0 if value == "all" else float(value)
+    except ValueError:
+        fraction = -1.0
+    if not 0 < fraction <= 1:
+        raise click.BadParameter(f"'{value}' is neither 'all' nor a fraction above 0 and at most 1")
+    return fraction
+
+
+def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that adds every option of `gather_options`; None stands for one that was not given."""
+    options = (
+        click.option(
+            "--preprocess", metavar="RECIPE", help="imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."
+        ),
+        click.option("--samples", type=click.IntRange(1), help="Draw so many samples; 256 by default."),
+        click.option("--tokens", callback=parse_tokens, metavar="all|FRACTION", help="Tokens that count; default all."),
+        click.option(
+            "--class-weight",
+            type=click.FloatRange(0, min_open=True),
+            help="Weight of the class token where the output reads nothing else; 20 by default.",
+        ),
+        click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True),
+        click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run."),
+        click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding."),
+        click.option(
+            "--memory",
+            type=click.FloatRange(0, min_open=True),
+            metavar="GB",
+            help="For the statistics of one pass; less memory takes more passes over the data. 2 by default.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def gather_options(ratios: Ratios | None, seed: int | None, given: dict[str, Any]) -> CalibrationOptions:
+    """What was given on the command line, then what the ratios file says, then the defaults.
+
+    Args:
+        ratios: the ratios file, None where there is none.
+        seed: the command's seed.
+        given: the parameters that `calibration_options` adds.
+    """
+    from toast_onnx_calibration.calibrate import BUDGET, CalibrationOptions
+
+    section = (ratios or Ratios()).calibration
+    named = ratios is not None and ratios.given("calibration.preprocess")
+    tokens = 1.0 if section.tokens == "all" else float(section.tokens)
+    return CalibrationOptions(
+        preprocess=given["preprocess"] or (section.preprocess if named else None),
+        samples=given["samples"] or section.samples,
+        seed=section.seed if seed is None else seed,
+        tokens=tokens if given["tokens"] is None else given["tokens"],
+        class_weight=20.0 if given["class_weight"] is None else given["class_weight"],
+        provider=given["provider"],
+        batch=given["batch"],
+        threads=given["threads"],
+        budget=BUDGET if given["memory"] is None else int(given["memory"] * 1e9),
+    )
+
+
+@contextmanager
+def sample_progress(label: str) -> Iterator[Progress]:
+    """Progress over samples whose number is known only once the data is open."""
+    with ExitStack() as stack:
+        advance: Advance | None = None
+        seen = 0
+
+        def show(done: int, total: int | None, note: str = "") -> None:
+            nonlocal advance, seen
+            if advance is None:
+                advance = stack.enter_context(progress(label, total))
+            advance(done - seen, note)
+            seen = done
+
+        yield show
