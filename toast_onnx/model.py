@@ -122,12 +122,17 @@ def _check_external_files(proto: onnx.ModelProto, path: Path) -> None:
             )
 
 
+def model_files(path: Path) -> list[Path]:
+    """The files a model consists of: its graph file, then its external data files in the order of their names."""
+    proto = onnx.load(str(path), load_external_data=False)
+    names = {external.ExternalDataInfo(t).location for t in proto.graph.initializer if external.uses_external_data(t)}
+    return [path, *(path.parent / name for name in sorted(names))]
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a model: its graph file, then its external data files in the order of their names."""
     digest = hashlib.sha256()
-    proto = onnx.load(str(path), load_external_data=False)
-    names = {external.ExternalDataInfo(t).location for t in proto.graph.initializer if external.uses_external_data(t)}
-    for file in [path, *(path.parent / name for name in sorted(names))]:
+    for file in model_files(path):
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
@@ -136,9 +141,7 @@ def file_hash(path: Path) -> str:
 
 def stored_bytes(path: Path) -> int:
     """Size in bytes of a model on disk, external data included."""
-    proto = onnx.load(str(path), load_external_data=False)
-    names = {external.ExternalDataInfo(t).location for t in proto.graph.initializer if external.uses_external_data(t)}
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in names)
+    return sum(file.stat().st_size for file in model_files(path))
 
 
 @contextlib.contextmanager
@@ -146,8 +149,10 @@ def drafts(path: Path) -> Iterator[Path]:
     """Give a private folder beside `path` to write drafts of outputs in; it is removed at the end.
 
     Raises:
-        ModelError: writing there failed (no permission, full disk).
+        ModelError: writing there failed (no permission, full disk), or `path` is a folder or a device.
     """
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path} is not a regular file and cannot be replaced by one; choose another name")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             yield Path(folder)
@@ -155,6 +160,23 @@ def drafts(path: Path) -> Iterator[Path]:
         if e.errno == errno.ENOSPC:
             raise ModelError(f"{path} was not written: the disk is full; free space or choose another place") from e
         raise ModelError(f"{path} cannot be written: {e.strerror or e}; choose another place") from e
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """Give a folder for working files in the system's temporary place; it is removed at the end.
+
+    Raises:
+        ModelError: writing there failed.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+            yield Path(folder)
+    except OSError as e:
+        raise ModelError(
+            f"working files cannot be written to the temporary folder: {e.strerror or e}; "
+            "free space there or set TMPDIR to another folder"
+        ) from e
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -20,6 +20,49 @@ def expose(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     return proto
 
 
+def open_session(path: Path, names: Sequence[str], *, threads: int = 0) -> ort.InferenceSession:
+    """A session on the CPU that can return the named tensors.
+
+    Args:
+        path: the model; tensors that are no outputs are made outputs (the file is changed).
+        names: tensors to return.
+        threads: intra-op threads; 0 leaves the choice to ONNX Runtime.
+
+    Raises:
+        BackendError: ONNX Runtime refuses the model.
+    """
+    proto = onnx.load(str(path), load_external_data=False)
+    onnx.save(expose(proto, names), str(path))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Extended fusions may rename or swallow the tensors that are asked for; basic ones keep outputs.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # ONNX Runtime's exceptions share no public base
+        raise _refusal(e) from e
+
+
+def run_session(
+    session: ort.InferenceSession, names: Sequence[str], feeds: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The named tensors for one set of inputs.
+
+    Raises:
+        BackendError: ONNX Runtime fails.
+    """
+    try:
+        return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
+    except Exception as e:
+        raise _refusal(e) from e
+
+
+def _refusal(error: Exception) -> BackendError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return BackendError(f"ONNX Runtime cannot run the model: {lines[0]}; export it again")
+
+
 def run_model(
     path: Path, names: Sequence[str], feeds: Sequence[Mapping[str, np.ndarray]], *, threads: int = 0
 ) -> list[dict[str, np.ndarray]]:
@@ -34,18 +77,8 @@ def run_model(
     Raises:
         BackendError: ONNX Runtime refuses the model or fails on it.
     """
-    proto = onnx.load(str(path), load_external_data=False)
-    onnx.save(expose(proto, names), str(path))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    # Extended fusions may rename or swallow the tensors that are asked for; basic ones keep outputs.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return [dict(zip(names, session.run(list(names), dict(f)), strict=True)) for f in feeds]
-    except Exception as e:  # ONNX Runtime's exceptions share no public base
-        raise BackendError(f"ONNX Runtime cannot run the model: {str(e).strip().splitlines()[0]}") from e
+    session = open_session(path, names, threads=threads)
+    return [run_session(session, names, f) for f in feeds]
 
 
 def random_inputs(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:

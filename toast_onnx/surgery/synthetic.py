@@ -6,14 +6,12 @@ real ones. Attention statistics follow in closed form; hidden activations come f
 
 from __future__ import annotations
 
-import tempfile
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import onnx
 
-from toast_onnx.errors import ConfigError, MatchError
+from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.importance.moments import Moments, merge
 from toast_onnx.importance.synthetic import (
     AttentionStatistics,
@@ -22,9 +20,11 @@ from toast_onnx.importance.synthetic import (
     synthetic_tokens,
 )
 from toast_onnx.matching.blocks import Block, Branch
-from toast_onnx.matching.norms import norm_before
+from toast_onnx.matching.linear import Linear
+from toast_onnx.matching.norms import Norm, norm_before
 from toast_onnx.matching.study import Study
-from toast_onnx.runtime import run_model
+from toast_onnx.model import scratch_folder
+from toast_onnx.runtime import open_session, run_session
 from toast_onnx.surgery.piece import cut_piece
 from toast_onnx.surgery.rewrite_attention import head_weights
 
@@ -53,17 +53,18 @@ class SyntheticStatistics:
         branches = {"q": attention.q, "k": attention.k, "v": attention.v}
         present = {name: b for name, b in branches.items() if b is not None}
         weights = {name: head_weights(view, facts, b) for name, b in present.items()}
+        self._check(block, *(array for w in weights.values() for array in (w.weight, w.bias)))
         fallback = next(iter(weights.values()))
         q, k, v = (weights.get(name, fallback) for name in "qkv")
         found = {
-            name: attention_from_weights(self._moments(b), q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
+            name: attention_from_weights(self._moments(block, b), q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
             for name, b in present.items()
         }
         any_ = next(iter(found.values()))
         s_kk = found.get("k", any_).s_kk
         if attention.cosine and attention.k is not None:
             # Cosine attention does not forgive a shift of all keys: their lengths change with it.
-            s_kk = self._moments(attention.k).through(k.weight, k.bias).second
+            s_kk = self._moments(block, attention.k).through(k.weight, k.bias).second
         return AttentionStatistics(found.get("q", any_).s_qq, s_kk, found.get("v", any_).context)
 
     def inputs(self, block: int) -> Moments:
@@ -71,7 +72,7 @@ class SyntheticStatistics:
         ffn = self._block(block).ffn
         if ffn is None:
             raise MatchError(f"block {block} has no feed-forward network")
-        norm = norm_before(self._study.view, self._study.facts, ffn.entries[0].input, ffn.in_features)
+        norm = self._norm(block, ffn.entries[0])
         return layer_norm_moments(norm.gain, norm.bias)
 
     def hidden(self, block: int) -> Moments:
@@ -81,15 +82,16 @@ class SyntheticStatistics:
             raise MatchError(f"block {block} has no feed-forward network")
         view, facts = self._study.view, self._study.facts
         start, end = ffn.entries[0].input, ffn.fc2.input
-        norm = norm_before(view, facts, start, ffn.in_features)
+        norm = self._norm(block, ffn.entries[0])
         shape, axis = facts.shape(start) or (), ffn.entries[0].channel_axis
         rows = int(np.prod(shape)) // ffn.in_features
         runs = -(-TOKENS_PER_UNIT * ffn.width // rows)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(facts.elem_type(start))
         piece = cut_piece(view, facts, start, end)
-        with tempfile.TemporaryDirectory(prefix="toast-piece-") as folder:
-            path = Path(folder) / "piece.onnx"
+        with scratch_folder("toast-piece-") as folder:
+            path = folder / "piece.onnx"
             onnx.save(piece, str(path))
+            session = open_session(path, [end])
             feeds = (
                 {
                     start: np.moveaxis(
@@ -98,11 +100,13 @@ class SyntheticStatistics:
                 }
                 for run in range(runs)
             )
-            return merge(
-                Moments.of(np.moveaxis(out[end], ffn.fc2.channel_axis, -1).reshape(-1, ffn.width).astype(np.float32))
-                for feed in feeds
-                for out in run_model(path, [end], [feed])
+            outputs = (run_session(session, [end], feed)[end] for feed in feeds)
+            moments = merge(
+                Moments.of(np.moveaxis(out, ffn.fc2.channel_axis, -1).reshape(-1, ffn.width).astype(np.float32))
+                for out in outputs
             )
+        self._check(block, moments.mean, moments.covariance)
+        return moments
 
     def activation_scores(self, block: int, part: str) -> object:
         """Not to be had without images."""
@@ -121,7 +125,22 @@ class SyntheticStatistics:
     def _block(self, index: int) -> Block:
         return self._study.match.blocks[index]
 
-    def _moments(self, branch: Branch) -> Moments:
-        linear = branch.linear
-        norm = norm_before(self._study.view, self._study.facts, linear.input, linear.in_features)
+    def _moments(self, block: int, branch: Branch) -> Moments:
+        norm = self._norm(block, branch.linear)
         return layer_norm_moments(norm.gain, norm.bias)
+
+    def _norm(self, block: int, linear: Linear) -> Norm:
+        """The norm in front of a layer of a block."""
+        norm = norm_before(self._study.view, self._study.facts, linear.input, linear.in_features)
+        self._check(block, norm.gain, norm.bias)
+        return norm
+
+    def _check(self, block: int, *arrays: np.ndarray) -> None:
+        """Refuse a block whose weights, biases or norms are no numbers.
+
+        Raises:
+            ModelError: one of the arrays holds NaN or infinity.
+        """
+        if not all(np.isfinite(a.astype(np.float64)).all() for a in arrays):
+            path, name = self._study.view.model.path, self._block(block).name
+            raise ModelError(f"{path}: block {block} ({name}) has NaN or infinite weights; export the model again")

@@ -7,10 +7,8 @@ branch output (before layer scale) and every graph output must agree.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +17,7 @@ from toast_onnx.matching.blocks import Attention, Block, Branch, Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear, bias, weights
-from toast_onnx.model import Model, write_draft
+from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.runtime import random_inputs, run_model
 from toast_onnx.surgery.edit import GraphEdit
 from toast_onnx.surgery.precision import to_float32
@@ -214,8 +212,8 @@ def _watched(view: GraphView, blocks: Sequence[Block], new: Mapping[int, BlockWe
 def _outputs(
     model: Model, names: Sequence[str], feeds: Sequence[Mapping[str, np.ndarray]]
 ) -> list[dict[str, np.ndarray]]:
-    with tempfile.TemporaryDirectory(prefix="toast-twin-") as folder:
-        path = write_draft(to_float32(model), Path(folder), "model.onnx")
+    with scratch_folder("toast-twin-") as folder:
+        path = write_draft(to_float32(model), folder, "model.onnx")
         return run_model(path, names, feeds)
 
 
