@@ -208,11 +208,28 @@ def save_model(model: Model, path: Path, *, check: bool = True) -> None:
     Raises:
         ModelError: the target cannot be written, or the checker refuses the result.
     """
+    with staged_model(model, path, check=check):
+        pass
+
+
+@contextlib.contextmanager
+def staged_model(model: Model, path: Path, *, check: bool = True) -> Iterator[Path]:
+    """As `save_model`, but give the written draft first: it gets its name at the end, unless an exception comes up.
+
+    Args:
+        model: as for `save_model`.
+        path: as for `save_model`.
+        check: as for `save_model`.
+
+    Raises:
+        ModelError: as for `save_model`.
+    """
     data_path = path.with_name(path.name + ".data")
     with drafts(path) as folder:
         draft = write_draft(model, folder, path.name)
         if check:
             _check(draft, path)
+        yield draft
         data_draft = folder / data_path.name
         if data_draft.exists():
             # An old graph must never meet new weights: it goes first, the new graph comes last.

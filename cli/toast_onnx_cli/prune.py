@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import click
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import load_model, save_model
+from toast_onnx.model import load_model, model_files, staged_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.report.pruning import pruning_report, write_report
@@ -63,9 +63,11 @@ def command(
         raise click.UsageError("give either --data or --statistics")
     out = output or model.with_name(f"{model.stem}.pruned.onnx")
     report = report or out.with_suffix(".json")
-    check_destinations(model, out, report)
+    check_destinations([model, Path(ratios), *([statistics] if statistics else [])], out, report)
     settings = read_ratios(ratios)
-    dense = study(load_model(model), shapes)
+    loaded = load_model(model)
+    check_destinations(model_files(model), out, report)  # weights may lie in files of their own
+    dense = study(loaded, shapes)
     calibration = gather_options(settings, seed, given)
     seed = calibration.seed
     with find_statistics(dense, settings, data, statistics, calibration) as found:
@@ -86,9 +88,9 @@ def command(
         "check": not no_check,
         "skip_unprunable": skip_unprunable,
     }
-    save_model(pruned.model, out)
-    document = pruning_report(pruned, dense, out, options) | {"statistics": source}
-    write_report(document, report)
+    with staged_model(pruned.model, out) as draft:  # a model never appears without its report
+        document = pruning_report(pruned, dense, draft, options) | {"statistics": source}
+        write_report(document, report)
     if as_json:
         print_json(document)
     else:
@@ -136,15 +138,24 @@ def find_statistics(
         yield CalibratedStatistics(dense, path)
 
 
-def check_destinations(model: Path, out: Path, report: Path) -> None:
-    """Refuse to overwrite the input, before any work is done.
+def check_destinations(inputs: Sequence[Path], out: Path, report: Path) -> None:
+    """Refuse to overwrite an input, before any work is done.
+
+    Args:
+        inputs: files that must stay.
+        out: the pruned model; its weights may go to a file of the same name with `.data` behind it.
+        report: the report.
 
     Raises:
-        ModelError: an output is the input or lies in a folder that does not exist.
+        ModelError: an output is an input, is no regular file, or lies in a folder that does not exist.
     """
-    for path in (out, report):
-        if path.exists() and model.exists() and path.samefile(model):
-            raise ModelError(f"the output {path} is the input; choose another name with -o")
+    for path in (out, out.with_name(f"{out.name}.data"), report):
+        for source in inputs:
+            if path.exists() and source.exists() and path.samefile(source):
+                same = "the input" if source == inputs[0] else f"the input file {source}"
+                raise ModelError(f"the output {path} is {same}; choose another name with -o or --report")
+        if path.exists() and not path.is_file():
+            raise ModelError(f"the output {path} exists and is not a regular file; choose another name")
         if not path.parent.is_dir():
             raise ModelError(f"the folder {path.parent} does not exist; make it or choose another place with -o")
     if out.resolve() == report.resolve():
