@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -12,7 +12,7 @@ from toast_onnx.planning.ratios import Ratios
 from toast_onnx_cli.console import Advance, progress
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.calibrate import CalibrationOptions, Progress
+    from toast_onnx_calibration.calibrate import CalibrationOptions
 
 DATA_HELP = "Image folder, .npy or .npz file, or a Python module:function."
 
@@ -84,8 +84,15 @@ def gather_options(ratios: Ratios | None, seed: int | None, given: dict[str, Any
     )
 
 
+class ShowSamples(Protocol):
+    """Reports samples done; what `sample_progress` hands out."""
+
+    def __call__(self, done: int, total: int | None, note: str = "") -> None:
+        """`done` samples of `total`, where that is known."""
+
+
 @contextmanager
-def sample_progress(label: str) -> Iterator[Progress]:
+def sample_progress(label: str) -> Iterator[ShowSamples]:
     """Progress over samples whose number is known only once the data is open."""
     with ExitStack() as stack:
         advance: Advance | None = None

@@ -1,0 +1,264 @@
+"""A dense model and its pruned form side by side: agreement of outputs, drift of blocks, size, cost, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from toast_onnx.errors import DataError, ModelError
+from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.study import Study, study
+from toast_onnx.model import file_hash, load_model, stored_bytes
+from toast_onnx.planning.macs import graph_macs, graph_params
+from toast_onnx.runtime import expose
+from toast_onnx.tensorrt.ortbench import benchmark
+from toast_onnx_calibration.agreement import Agreement
+from toast_onnx_calibration.feeds import batch_size, batches
+from toast_onnx_calibration.recipe_files import recipe_for
+from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, run
+from toast_onnx_calibration.sources import Source, open_source
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Progress = Callable[[int, int | None], None]
+
+#: Bytes of block outputs held at a time; larger models go in smaller batches.
+HELD = 256_000_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; every entry is plain data.
+
+    Attributes:
+        models: file, hash, MACs, parameters and bytes of the dense and the pruned model.
+        outputs: output name -> agreement.
+        blocks: for every block its number, name and the agreement of its branch outputs.
+        latency: medians of interleaved runs, None where it was not measured.
+        samples: number of samples.
+        data: where they come from.
+        notes: what the user should know.
+    """
+
+    models: dict[str, dict[str, Any]]
+    outputs: dict[str, dict[str, Any]]
+    blocks: list[dict[str, Any]]
+    latency: list[dict[str, Any]] | None
+    samples: int
+    data: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """One document for machines."""
+        return {
+            "models": self.models,
+            "samples": self.samples,
+            "data": self.data,
+            "outputs": self.outputs,
+            "blocks": self.blocks,
+            "latency": self.latency,
+            "notes": list(self.notes),
+        }
+
+
+def compare(
+    dense: Path,
+    pruned: Path,
+    data: str | Path,
+    *,
+    preprocess: str | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    provider: str = "cpu",
+    batch: int = 16,
+    threads: int | None = None,
+    rounds: int = 20,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run two models on the same samples.
+
+    Args:
+        dense: the original model.
+        pruned: the model to hold against it.
+        data: as for `sources.open_source`.
+        preprocess: as for `recipe_files.recipe_for`.
+        samples: how many to draw by `seed`; None takes all.
+        seed: of that draw.
+        provider: `cpu`, `cuda` or `tensorrt`.
+        batch: samples a run, and the batch that latency is measured at, where the models leave it free.
+        threads: of ONNX Runtime and of image decoding.
+        rounds: timed rounds; 0 measures no latency.
+        progress: called after every batch.
+
+    Raises:
+        ToastError: its children say what is wrong.
+    """
+    pair = (study(load_model(dense)), study(load_model(pruned)))
+    watched, notes = watch(*pair)
+    sessions = [_session(s, [names[k] for names in watched], provider, threads) for k, s in enumerate(pair)]
+    inputs = model_inputs(sessions[0])
+    _check_alike(sessions, pruned)
+    choice = recipe_for(dense, preprocess, inputs[0].shape if len(inputs) == 1 else None)
+    source = open_source(data, inputs, choice.recipe, samples=samples, seed=seed, threads=threads)
+    notes += list(choice.notes) if source.recipe else []
+    size = _held_batch(pair[0], [names[0] for names in watched], batch)
+    found, drift, count, shapes = _measure(pair[0], sessions, watched, inputs, source, size, progress)
+    notes += source.report.notes() if source.report else ()
+    del sessions
+    latency = None
+    if rounds:
+        times = benchmark(
+            [dense, pruned],
+            [batch_size(inputs, batch)],
+            provider=provider,
+            threads=threads,
+            rounds=rounds,
+            warmup=2,
+            shapes=shapes,
+        )
+        latency = [t.summary() for t in times]
+    return Comparison(
+        models={"dense": _figures(pair[0], dense), "pruned": _figures(pair[1], pruned)},
+        outputs={name: a.to_json() for name, a in found.items()},
+        blocks=[
+            {"index": b.index, "name": b.name}
+            | {part: drift[name].to_json() for part, name in branch_outputs(b).items() if name in drift}
+            for b in pair[0].match.blocks
+        ],
+        latency=latency,
+        samples=count,
+        data={
+            "source": source.description,
+            "fingerprint": source.fingerprint,
+            "preprocessing": source.recipe.model_dump(mode="json") if source.recipe else None,
+        },
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def branch_outputs(block: Block) -> dict[str, str]:
+    """The tensors in which a block's branches end, before layer scale: `attention` and `ffn`."""
+    found = {}
+    if block.attention is not None and block.attention.proj is not None:
+        found["attention"] = block.attention.proj.linear.output
+    if block.ffn is not None:
+        found["ffn"] = block.ffn.fc2.output
+    return found
+
+
+def watch(dense: Study, pruned: Study) -> tuple[list[tuple[str, str]], list[str]]:
+    """Pairs of branch outputs of both models, by block number; none, and a note, where their blocks do not pair."""
+    ours, theirs = (s.match.blocks for s in (dense, pruned))
+    if len(ours) != len(theirs):
+        return [], [f"the models have {len(ours)} and {len(theirs)} blocks: drift by block is left out"]
+    pairs = [
+        (name, branch_outputs(b)[part])
+        for a, b in zip(ours, theirs, strict=True)
+        for part, name in branch_outputs(a).items()
+        if part in branch_outputs(b)
+    ]
+    return pairs, []
+
+
+def is_classifier(study: Study, output: str) -> bool:
+    """Whether an output is 2-D and comes straight from a linear layer, or from a softmax."""
+    shape = study.facts.shape(output)
+    if shape is None or len(shape) != 2 or shape[1] < 2:
+        return False
+    name = output
+    while (node := study.view.producer_of(name)) is not None:
+        if node.op_type in ("Gemm", "MatMul", "Softmax", "LogSoftmax"):
+            return True
+        if node.op_type not in ("Add", "Cast", "Identity", "Reshape", "Squeeze", "Flatten"):
+            return False
+        moving = [n for n in node.input if n and not study.facts.is_constant(n)]
+        if len(moving) != 1 and node.op_type == "Add":
+            return False
+        name = moving[0] if moving else ""
+    return False
+
+
+def _measure(
+    dense: Study,
+    sessions: Sequence[ort.InferenceSession],
+    watched: Sequence[tuple[str, str]],
+    inputs: list[ModelInput],
+    source: Source,
+    size: int,
+    progress: Progress | None,
+) -> tuple[dict[str, Agreement], dict[str, Agreement], int, dict[str, tuple[int, ...]]]:
+    """Agreement of outputs and of branch outputs (by the dense model's names), samples, and the input shapes fed."""
+    outputs = [o.name for o in dense.view.model.proto.graph.output]
+    found = {name: Agreement(is_classifier(dense, name)) for name in outputs}
+    drift = {name: Agreement() for name, _ in watched}
+    channels = {name: _channel_axis(dense, name) for name, _ in watched}
+    done, shapes = 0, {}
+    if progress is not None:
+        progress(0, source.count)
+    for each in batches(source, inputs, size):
+        shapes = {name: tuple(array.shape) for name, array in each.feeds.items()}
+        a = run(sessions[0], each.feeds, outputs + [x for x, _ in watched])
+        b = run(sessions[1], each.feeds, outputs + [y for _, y in watched])
+        for name, agreement in found.items():
+            if a[name].shape != b[name].shape:
+                raise DataError(f"the output '{name}' has shape {a[name].shape} and {b[name].shape} in the two models")
+            agreement.add(each.trim(a[name]), each.trim(b[name]))
+        for x, y in watched:
+            drift[x].add(*(np.moveaxis(each.trim(t), channels[x], -1) for t in (a[x], b[y])))
+        done += each.valid
+        if progress is not None:
+            progress(done, source.count)
+    return found, drift, done, shapes
+
+
+def _channel_axis(dense: Study, tensor: str) -> int:
+    for block in dense.match.blocks:
+        if block.attention is not None and block.attention.proj is not None:
+            linear = block.attention.proj.linear
+            if linear.output == tensor:
+                return linear.channel_axis
+        if block.ffn is not None and block.ffn.fc2.output == tensor:
+            return block.ffn.fc2.channel_axis
+    return -1
+
+
+def _session(found: Study, names: Sequence[str], provider: str, threads: int | None) -> ort.InferenceSession:
+    model = found.view.model
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    folder = model.base_dir.resolve() if model.has_external_data else None
+    return make_session(expose(proto, names).SerializeToString(), provider, threads=threads, external_data=folder)
+
+
+def _check_alike(sessions: Sequence[ort.InferenceSession], pruned: Path) -> None:
+    dense, other = ({i.name: (i.type, len(i.shape)) for i in s.get_inputs()} for s in sessions)
+    if dense != other:
+        raise ModelError(
+            f"{pruned} takes {', '.join(other)}, but the dense model {', '.join(dense)}: compare one model"
+        )
+    missing = {o.name for o in sessions[0].get_outputs()} - {o.name for o in sessions[1].get_outputs()}
+    if missing:
+        raise ModelError(f"{pruned} lacks the output '{min(missing)}' of the dense model: compare one model")
+
+
+def _held_batch(dense: Study, names: Sequence[str], batch: int) -> int:
+    """The batch, or less where the block outputs of that many samples would take more than `HELD` bytes."""
+    items = max(1, next(iter(dense.facts.shape(i.name) or (1,) for i in dense.view.model.proto.graph.input))[0])
+    each = sum(8 * int(np.prod(dense.facts.shape(n) or (0,), dtype=np.int64)) for n in names) // items
+    return max(1, min(batch, HELD // max(each, 1)))
+
+
+def _figures(found: Study, path: Path) -> dict[str, Any]:
+    return {
+        "file": path.name,
+        "sha256": file_hash(path),
+        "macs": graph_macs(found.view, found.counted),
+        "params": graph_params(found.view),
+        "bytes": stored_bytes(path),
+    }
