@@ -72,5 +72,5 @@ def _cheapest(costs: Array, labels: Indices, kept: int, batch: int) -> Indices:
 
 
 def default_batch(n: int) -> int:
-    """Channels to remove between two updates: exact up to 768 channels' worth of work, then growing with width."""
+    """Channels to remove between two updates: a 64th of the width, at least one (its cost is in docs/method.md)."""
     return max(1, n // 64)

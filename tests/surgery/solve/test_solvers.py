@@ -162,6 +162,26 @@ def test_vo_sweeps_over_the_heads_lower_the_error() -> None:
     assert loss(3) <= loss(1) * (1 + 1e-9)
 
 
+def test_vo_sweep_ends_at_the_reduced_rank_regression_of_the_last_head() -> None:
+    """Given the first head's basis, no basis of the second does better; computed from the tokens, not from moments."""
+    layer, rank = Attention(seed=6), 2
+    dense = layer.branch(*layer.vo())
+    context = layer.context
+    solved = solve_vo_subspace(*layer.vo(), Moments.of(context), rank, ridge=0.0, sweeps=1)
+    first = layer.p[0] @ layer.heads(solved.wv, solved.bv)[0]  # (tokens, r)
+    design = np.column_stack([first, np.ones(len(first))])
+
+    def left(a: np.ndarray) -> np.ndarray:
+        return a - design @ np.linalg.lstsq(design, a, rcond=None)[0]
+
+    own, target = left(context[:, D:]), left(dense)
+    fitted = own @ np.linalg.lstsq(own, target, rcond=None)[0]
+    tail = np.linalg.svd(fitted, compute_uv=False)[rank:]
+    expected = np.sqrt(np.linalg.norm(target - fitted) ** 2 + np.linalg.norm(tail) ** 2)
+    got = layer.branch(solved.wv, solved.bv, solved.wo, solved.bo)
+    assert np.linalg.norm(got - dense) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("compensation", ["none", "bias", "ridge"])
 def test_vo_subspace_at_the_true_rank_is_lossless(compensation: str) -> None:
     layer = Attention(rank=4)
