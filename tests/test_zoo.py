@@ -17,7 +17,7 @@ from tests.zoo import AttentionShape, Case, Expected, FfnShape
 
 Exported = Callable[[Case], Path]
 
-# One TorchScript export of every family, and dynamo where its graph differs most, are fast enough for every run.
+# One TorchScript export of each first-stage family, and a few others, are fast enough for every run.
 FIRST = [f for f in zoo.FAMILIES if zoo.STAGE[f] == 1 and not f.endswith(("-unfused", "-eager"))]
 FAST = {Case(family, "torchscript-17", "dynamic") for family in FIRST} | {
     Case("timm-vit", "dynamo-20", "dynamic"),
