@@ -42,6 +42,8 @@ def match_attention(
             _same_scale(view, facts, other, linears, tensor, name, walks[name])
         except Decline as e:
             reasons[name] = str(e)
+    for name in walks:
+        walks[name] = _before_outsiders(view, facts, core, walks, name)
     outcomes = {name: _operand(view, facts, other, core, name, walks, reasons) for name in ("Q", "K", "V")}
     proj, proj_reason = _projection(view, facts, other, core, linears)
     (q, q_reason), (k, k_reason), (v, v_reason) = (outcomes[n] for n in "QKV")
@@ -115,6 +117,28 @@ def _operand(
     except Decline as e:
         return None, str(e)
     return Branch(walk, layout), walk.blocked
+
+
+def _before_outsiders(view: GraphView, facts: Facts, core: Core, walks: Mapping[str, Walk], name: str) -> Walk:
+    """End a walk where something besides the core reads the operand, so that its partners can still be pruned."""
+    walk = walks[name]
+    if walk.blocked is not None:
+        return walk
+    shared = [w for w in walks.values() if w.linear.output == walk.linear.output]
+    allowed = {i for w in shared for i in w.nodes} | set(core.nodes)
+    ends = {w.target for w in shared if w.blocked is not None}
+    own = propagate(view, facts, walk.nodes, walk.linear.output)
+    for tensor in sorted(set(own) - ends, key=lambda t: view.producer[t]):
+        outside = [
+            i
+            for i in view.consumers.get(tensor, [])
+            if i not in allowed and view.nodes[i].op_type not in ("Shape", "Size")
+        ]
+        if outside and tensor != walk.linear.output:
+            before = tuple(i for i in walk.nodes if i <= view.producer[tensor])
+            reason = f"{name} is also read by {view.label(outside[0])}"
+            return Walk(walk.linear, tensor, before, 1.0, reason)
+    return walk
 
 
 def _heads_at(facts: Facts, core: Core, tensor: str, name: str) -> int | None:

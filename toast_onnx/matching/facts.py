@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -74,6 +74,22 @@ class Facts:
         for node in view.nodes:
             self._walk(node)
 
+    def trust(self, other: Facts) -> None:
+        """Count as constants what has the same known value at other input shapes, and what is made of it.
+
+        Exporters slice weights by extents of activations; where those never change, the slices are weights.
+        """
+        for node in self.view.nodes:
+            inherited = all(self.is_constant(name) for name in node.input if name) and node.op_type not in _RANDOM
+            for name in node.output:
+                fact = self._facts.get(name)
+                if fact is None or fact.constant or not name:
+                    continue
+                elsewhere = other.value(name)
+                same = fact.value is not None and elsewhere is not None and np.array_equal(fact.value, elsewhere)
+                if same or (inherited and node.input and fact.value is None):
+                    self._facts[name] = replace(fact, constant=True)
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Concrete shape of a tensor, None when unknown."""
         return self._facts.get(name, Fact(None)).shape
@@ -135,7 +151,10 @@ class Facts:
             start = attribute(node, "start", 0)
             end = attribute(node, "end", None)
             dims = np.asarray(facts[0].shape, np.int64)[start:end]
-            self._facts[node.output[0]] = Fact(dims.shape, onnx.TensorProto.INT64, dims)
+            self._facts[node.output[0]] = Fact(dims.shape, onnx.TensorProto.INT64, dims, facts[0].constant)
+            return
+        if node.op_type == "If" and facts[0].value is not None:
+            self._walk_branch(node, bool(facts[0].value.reshape(())))
             return
         shapes = self._infer(node, facts)
         known = all(f.value is not None for f, name in zip(facts, node.input, strict=True) if name)
@@ -153,6 +172,19 @@ class Facts:
             if value is not None:
                 shape = value.shape
             self._facts[name] = Fact(shape, elem, value, constant and node.op_type not in _RANDOM)
+
+    def _walk_branch(self, node: onnx.NodeProto, taken: bool) -> None:
+        """Facts of an If whose condition is known: those of the branch that is taken."""
+        branch = attribute(node, "then_branch" if taken else "else_branch")
+        assert isinstance(branch, onnx.GraphProto)
+        for tensor in branch.initializer:
+            value = onnx.numpy_helper.to_array(tensor) if _volume(tensor.dims) <= SMALL else None
+            self._facts[tensor.name] = Fact(tuple(tensor.dims), tensor.data_type, value)
+        for inner in branch.node:
+            self._walk(inner)
+        for name, result in zip(node.output, branch.output, strict=True):
+            fact = self._facts.get(result.name, Fact(None))
+            self._facts[name] = Fact(fact.shape, fact.elem_type, fact.value)
 
     def _infer(self, node: onnx.NodeProto, facts: Sequence[Fact]) -> list[tuple[tuple[int, ...] | None, int]]:
         """Shape and element type of every output of a node."""

@@ -118,6 +118,46 @@ def read_layout(
     return Layout(marked, sizes, dynamic, channel_axis, channels)
 
 
+def axis_origins(
+    labels: np.ndarray,
+    other_shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    other_sizes: tuple[int, ...],
+    channel_axis: int,
+) -> list[int | tuple[int, int]] | None:
+    """Say where the extents of a moved tensor come from.
+
+    Args:
+        labels: 1 + (flat index in the source), in the moved tensor's shape.
+        other_shape: the moved tensor's shape at other input shapes.
+        sizes: shape of the source.
+        other_sizes: the source's shape at those other input shapes.
+        channel_axis: axis of the channels in the source.
+
+    Returns:
+        For every axis its fixed extent, or (axis of the source, factor) for a dynamic one; None when a dynamic axis
+        is no multiple of one axis of the source.
+    """
+    coordinates = np.stack(np.unravel_index(np.maximum(labels - 1, 0), sizes))
+    origins: list[int | tuple[int, int]] = []
+    for axis, extent in enumerate(labels.shape):
+        if extent == other_shape[axis]:
+            origins.append(extent)
+            continue
+        index: list[int | slice] = [0] * labels.ndim
+        index[axis] = slice(None)
+        try:
+            factors = _factors(coordinates[(slice(None), *index)], channel_axis % len(sizes), "")
+        except Decline:
+            return None
+        moving = [f for f in factors if f.source >= 0 and sizes[f.source] != other_sizes[f.source]]
+        whole = [f for f in moving if f.size == sizes[f.source]]
+        if len(moving) != 1 or len(whole) != 1:
+            return None
+        origins.append((whole[0].source, extent // whole[0].size))
+    return origins
+
+
 def invert_labels(labels: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
     """Turn labels of a source found in a destination into labels of the destination found in the source.
 

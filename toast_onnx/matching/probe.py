@@ -104,7 +104,9 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
         else:
             opaque.add(i)
             pending.extend(_activations(view, facts, i))
-    if len(found) != 1:
+    if not found:
+        raise Decline(f"{what} is made of constants (learned queries), not by a linear layer")
+    if len(found) > 1:
         blocker = f" (one of them through {view.label(max(opaque))})" if opaque else ""
         raise Decline(f"{what} comes from {len(found)} linear layers{blocker}")
     (linear,) = found.values()

@@ -62,6 +62,8 @@ def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Stu
     else:
         facts = counted
     other = _other_facts(view, given, facts, dynamic_batch)
+    facts.trust(other)
+    other.trust(facts)
     return Study(view, facts, other, counted, counted_shapes, dynamic_batch, find_blocks(view, facts, other))
 
 

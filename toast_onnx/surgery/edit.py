@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,19 @@ from toast_onnx.matching.linear import Linear
 from toast_onnx.model import Model
 
 
+@dataclass(frozen=True)
+class OldShape:
+    """Where the extents that a tensor had before pruning can be read in the new graph.
+
+    Attributes:
+        tensor: a tensor of the new graph.
+        origins: for every axis of the old tensor its fixed extent, or (axis of `tensor`, factor).
+    """
+
+    tensor: str
+    origins: tuple[int | tuple[int, int], ...]
+
+
 class GraphEdit:
     """Collects changes to a graph and applies them to a copy."""
 
@@ -24,8 +38,8 @@ class GraphEdit:
         self._removed: set[int] = set()
         self._inserted: dict[int, list[onnx.NodeProto]] = {}
         self._arrays: dict[str, np.ndarray] = {}
-        #: Shrunken or replaced tensor -> (tensor that stands in its place, axis whose extent differs).
-        self.changed: dict[str, tuple[str, int]] = {}
+        #: Shrunken or replaced tensors, and where their old extents can be read.
+        self.changed: dict[str, OldShape] = {}
         self._names = set(view.initializers) | set(view.producer) | {n.name for n in view.nodes if n.name}
         self._names |= {i.name for i in view.model.proto.graph.input}
 
@@ -76,6 +90,7 @@ class GraphEdit:
                 for k, old in enumerate(names):
                     if old == tensor:
                         names[k] = name
+        self.changed.update({k: replace(v, tensor=name) for k, v in self.changed.items() if v.tensor == tensor})
 
     def set_attribute(self, i: int, name: str, value: object) -> None:
         """Set one attribute of the node at a position, everything else as it was."""

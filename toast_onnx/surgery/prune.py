@@ -99,7 +99,8 @@ def prune(
 
 def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights) -> None:
     if new.attention is not None and block.attention is not None:
-        rewrite_attention(edit, study.view, study.facts, block.attention, new.attention, f"{block.name}/attention")
+        name = f"{block.name}/attention"
+        rewrite_attention(edit, study.view, study.facts, study.other, block.attention, new.attention, name)
     if new.ffn is not None and block.ffn is not None:
         rewrite_ffn(edit, study.view, study.facts, study.other, block.ffn, new.ffn, f"{block.name}/ffn")
 

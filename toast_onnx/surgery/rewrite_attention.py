@@ -6,7 +6,7 @@ replaced by one canonical spelling; scales become constants. Scores, masks, posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention, Branch
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.layout import DIM
+from toast_onnx.matching.layout import axis_origins
 from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.matching.probe import propagate
-from toast_onnx.surgery.edit import GraphEdit
+from toast_onnx.surgery.edit import GraphEdit, OldShape
 from toast_onnx.surgery.spell import collect, spread
 from toast_onnx.surgery.weights import AttentionWeights, HeadWeights
 
@@ -50,7 +50,7 @@ def head_weights(view: GraphView, facts: Facts, branch: Branch) -> HeadWeights:
 
 
 def rewrite_attention(
-    edit: GraphEdit, view: GraphView, facts: Facts, attention: Attention, new: AttentionWeights, name: str
+    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, attention: Attention, new: AttentionWeights, name: str
 ) -> None:
     """Replace the layers of one attention.
 
@@ -58,6 +58,7 @@ def rewrite_attention(
         edit: graph edit.
         view: the original graph.
         facts: facts at the probed shapes.
+        other: facts at other shapes of the dynamic axes.
         attention: the matched attention.
         new: new weights.
         name: module path for new names.
@@ -74,16 +75,18 @@ def rewrite_attention(
             continue
         weight = given[what] or head_weights(view, facts, branch)
         parts.append(_Part(what.lower(), branch, weight))
-    _write_heads(edit, view, facts, parts, name)
+    _write_heads(edit, view, facts, other, parts, name)
     if new.q is not None:
         _freeze_fused_scale(edit, view, attention)
         for expand, division in attention.divisions:
             _divide_unexpanded(edit, view, expand, division)
     if new.proj is not None:
-        _write_projection(edit, view, facts, attention, new, name)
+        _write_projection(edit, view, facts, other, attention, new, name)
 
 
-def _write_heads(edit: GraphEdit, view: GraphView, facts: Facts, parts: Sequence[_Part], name: str) -> None:
+def _write_heads(
+    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, parts: Sequence[_Part], name: str
+) -> None:
     by_input: dict[str, list[_Part]] = {}
     for part in parts:
         by_input.setdefault(part.branch.linear.input, []).append(part)
@@ -97,21 +100,34 @@ def _write_heads(edit: GraphEdit, view: GraphView, facts: Facts, parts: Sequence
             edit.remove(linear.nodes)
         for part in group:
             edit.remove(part.branch.walk.nodes)
-        outputs = _packed_linear(edit, at, view, facts, group, list(linears.values()), name)
+        packed, outputs = _packed_linear(edit, at, view, facts, group, list(linears.values()), name)
+        for part in group:
+            linear = part.branch.linear
+            labels = propagate(view, facts, part.branch.walk.nodes, linear.output)
+            labels[view.nodes[linear.node].output[0]] = labels[linear.output]
+            _note_changes(edit, other, labels, linear.output, packed, linear.channel_axis)
         for part, output in zip(group, outputs, strict=True):
             _write_operand(edit, at, view, facts, part, output, f"{name}/{part.name}")
-        for part in group:
-            _note_changes(edit, view, facts, part)
 
 
-def _note_changes(edit: GraphEdit, view: GraphView, facts: Facts, part: _Part) -> None:
-    """Say which tensor now stands for the operand (and for copies of it on the way) where shapes are read."""
-    target = part.branch.walk.target
-    labels = propagate(view, facts, part.branch.walk.nodes, part.branch.linear.output)
-    axis = next(k for k, factors in enumerate(part.branch.layout.axes) if any(f.source == DIM for f in factors))
+def _note_changes(
+    edit: GraphEdit, other: Facts, labels: Mapping[str, np.ndarray], source: str, new: str, axis: int
+) -> None:
+    """Say where shapes of moved tensors can be read once they are gone.
+
+    Args:
+        labels: labels of the moved tensors, `source` among them.
+        source: tensor of the original graph that the labels number.
+        new: tensor of the new graph with the extents of `source`, but for its channels.
+        axis: channel axis of `source`.
+    """
+    sizes, other_sizes = labels[source].shape, other.shape(source)
     for tensor, array in labels.items():
-        if np.array_equal(array, labels[target]):
-            edit.changed[tensor] = (target, axis)
+        elsewhere = other.shape(tensor)
+        if elsewhere is None or other_sizes is None:
+            continue
+        if (origins := axis_origins(array, elsewhere, sizes, other_sizes, axis)) is not None:
+            edit.changed[tensor] = OldShape(new, tuple(origins))
 
 
 def _packed_linear(
@@ -122,8 +138,8 @@ def _packed_linear(
     group: Sequence[_Part],
     linears: Sequence[Linear],
     name: str,
-) -> list[str]:
-    """One linear layer for all parts of a group; returns the tensor of each part."""
+) -> tuple[str, list[str]]:
+    """One linear layer for all parts of a group; returns its output and the tensor of each part."""
     like = linears[0]
     dtype = weights(view, facts, like).dtype
     flat = [p.weights.weight.reshape(p.weights.weight.shape[0], -1).astype(dtype) for p in group]
@@ -133,11 +149,8 @@ def _packed_linear(
     path = f"{name}/{''.join(p.name for p in group)}"
     output = edit.fresh(f"{path}/output")
     edit.linear(at, like, like.input, w, b, output, path)
-    for linear in linears:
-        for tensor in (linear.output, view.nodes[linear.node].output[0]):
-            edit.changed[tensor] = (output, linear.channel_axis)
     if len(group) == 1:
-        return [output]
+        return output, [output]
     sizes = [f.shape[1] for f in flat]
     names = [edit.fresh(f"{path}/{p.name}") for p in group]
     axis = group[0].branch.layout.channel_axis
@@ -148,7 +161,7 @@ def _packed_linear(
     else:
         attributes["split"] = sizes
     edit.insert(at, onnx.helper.make_node("Split", inputs, names, name=edit.fresh(f"{path}/Split"), **attributes))
-    return names
+    return output, names
 
 
 def _write_operand(
@@ -190,7 +203,7 @@ def _freeze_fused_scale(edit: GraphEdit, view: GraphView, attention: Attention) 
 
 
 def _write_projection(
-    edit: GraphEdit, view: GraphView, facts: Facts, attention: Attention, new: AttentionWeights, name: str
+    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, attention: Attention, new: AttentionWeights, name: str
 ) -> None:
     branch = attention.proj
     assert branch is not None
@@ -208,5 +221,5 @@ def _write_projection(
         tensor = edit.emit(at, "Cast", [tensor], edit.fresh(f"{name}/proj/cast"), f"{name}/proj/Cast", to=wanted)
     has_bias = linear.bias is not None or bool(b.any())
     edit.linear(at, linear, tensor, w, b if has_bias else None, linear.output, f"{name}/proj")
-    edit.changed[linear.input] = (tensor, linear.channel_axis)
-    edit.changed[attention.core.context] = (attention.core.context, -1)
+    labels = propagate(view, facts, walk.nodes, attention.core.context)
+    _note_changes(edit, other, labels, attention.core.context, attention.core.context, -1)

@@ -16,8 +16,8 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.matching.probe import MOVEMENT
-from toast_onnx.surgery.edit import GraphEdit
-from toast_onnx.surgery.shapes import restored
+from toast_onnx.surgery.edit import GraphEdit, OldShape
+from toast_onnx.surgery.shapes import own_origins, restored
 from toast_onnx.surgery.weights import FfnWeights
 
 
@@ -52,7 +52,7 @@ def rewrite_ffn(
         for i in ffn.nodes:
             _shrink_node(edit, view, facts, other, ffn, keep, i)
         for tensor in ffn.unit_of:
-            edit.changed[tensor] = (tensor, ffn.channel_axes[tensor])
+            edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
     if new.fc2 is not None:
         w, b = new.fc2
         _replace(edit, view, facts, ffn.fc2, ffn.fc2.input, w, b, f"{name}/fc2")

@@ -6,6 +6,8 @@ tensor would leak the new width into arithmetic that was written for the old one
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx.helper
@@ -39,7 +41,7 @@ def settle_shapes(model: Model, edit: GraphEdit, view: GraphView, facts: Facts, 
         tensor = node.input[0] if node.input else ""
         touched = tensor in edit.changed or (tensor in view.producer and tensor not in made)
         if original and node.op_type in ("Shape", "Size") and touched:
-            nodes.extend(_frozen(edit, facts, other, node, tensor, tensor in made))
+            nodes.extend(_frozen(edit, facts, other, node, tensor))
             settled = True
         else:
             nodes.append(node)
@@ -49,40 +51,55 @@ def settle_shapes(model: Model, edit: GraphEdit, view: GraphView, facts: Facts, 
         tidy(model)
 
 
-def _frozen(
-    edit: GraphEdit, facts: Facts, other: Facts, node: onnx.NodeProto, tensor: str, survives: bool
-) -> list[onnx.NodeProto]:
+def _frozen(edit: GraphEdit, facts: Facts, other: Facts, node: onnx.NodeProto, tensor: str) -> list[onnx.NodeProto]:
     """Nodes that give a Shape node's output the old extents."""
     shape, other_shape = facts.shape(tensor), other.shape(tensor)
     name = node.name or node.output[0]
     if shape is None or other_shape is None:
         raise MatchError(f"the shape of '{tensor}' is read by '{name}' and cannot be inferred")
-    start, end = attribute(node, "start", 0), attribute(node, "end", None)
-    old = np.asarray(shape, np.int64)[start:end]
-    moving = (np.asarray(shape) != np.asarray(other_shape))[start:end]
-    if not moving.any():
-        value = old if node.op_type == "Shape" else np.asarray(np.prod(shape), np.int64)
+    start: Any = attribute(node, "start", 0)
+    end: Any = attribute(node, "end", None)
+    if shape == other_shape:
+        value = (
+            np.asarray(shape, np.int64)[start:end] if node.op_type == "Shape" else np.asarray(np.prod(shape), np.int64)
+        )
         return [_constant(value, node.output[0], edit.fresh(f"{name}/frozen"))]
     if tensor not in edit.changed or node.op_type == "Size":
         raise MatchError(f"'{name}' reads the dynamic shape of '{tensor}', which has no counterpart after pruning")
-    stand_in, axis = edit.changed[tensor]
-    keep = (np.arange(len(shape)) != axis % len(shape))[start:end]
-    moved = onnx.NodeProto()
-    moved.CopyFrom(node)
-    moved.input[0] = tensor if survives else stand_in
-    moved.output[0] = edit.fresh(f"{name}/new_shape")
-    return [moved, *restored(edit, moved.output[0], keep, np.where(keep, 0, old), node.output[0], name)]
+    origins = edit.changed[tensor].origins[start:end]
+    axes = np.asarray([0 if isinstance(o, int) else o[0] for o in origins], np.int64)
+    times = np.asarray([0 if isinstance(o, int) else o[1] for o in origins], np.int64)
+    fixed = np.asarray([o if isinstance(o, int) else 0 for o in origins], np.int64)
+    extents, picked, index = (edit.fresh(f"{name}/{part}") for part in ("extents", "picked", "axes"))
+    return [
+        onnx.helper.make_node("Shape", [edit.changed[tensor].tensor], [extents], name=edit.fresh(f"{name}/Shape")),
+        _constant(axes, index, edit.fresh(f"{name}/Constant")),
+        onnx.helper.make_node("Gather", [extents, index], [picked], name=edit.fresh(f"{name}/Gather"), axis=0),
+        *restored(edit, picked, times, fixed, node.output[0], name),
+    ]
+
+
+def own_origins(facts: Facts, other: Facts, tensor: str) -> tuple[int | tuple[int, int], ...]:
+    """Origins of a tensor's old extents where the tensor itself survives: dynamic axes are its own.
+
+    Raises:
+        MatchError: its shape is unknown.
+    """
+    shape, other_shape = facts.shape(tensor), other.shape(tensor)
+    if shape is None or other_shape is None:
+        raise MatchError(f"the shape of '{tensor}' cannot be inferred")
+    return tuple(a if a == b else (k, 1) for k, (a, b) in enumerate(zip(shape, other_shape, strict=True)))
 
 
 def restored(
-    edit: GraphEdit, shape: str, keep: np.ndarray, values: np.ndarray, output: str, name: str
+    edit: GraphEdit, shape: str, times: np.ndarray, values: np.ndarray, output: str, name: str
 ) -> list[onnx.NodeProto]:
-    """Nodes for output = shape * keep + values: entries of a shape vector replaced by fixed numbers."""
-    mask = edit.fresh(f"{name}/kept_axes")
+    """Nodes for output = shape * times + values: entries of a shape vector scaled, or replaced by fixed numbers."""
+    mask = edit.fresh(f"{name}/times")
     fixed = edit.fresh(f"{name}/fixed_axes")
     masked = edit.fresh(f"{name}/masked")
     return [
-        _constant(keep.astype(np.int64), mask, edit.fresh(f"{name}/Constant")),
+        _constant(times.astype(np.int64), mask, edit.fresh(f"{name}/Constant")),
         _constant(values.astype(np.int64), fixed, edit.fresh(f"{name}/Constant")),
         onnx.helper.make_node("Mul", [shape, mask], [masked], name=edit.fresh(f"{name}/Mul")),
         onnx.helper.make_node("Add", [masked, fixed], [output], name=edit.fresh(f"{name}/Add")),
