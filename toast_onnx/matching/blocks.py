@@ -78,6 +78,8 @@ class Ffn:
         activation: name of the activation.
         fc1_reason: why fc1's inputs cannot be pruned, None when they can.
         fc2_reason: why the hidden width cannot be pruned, None when it can.
+        selects_at_exit: whether hidden units can only be picked right before fc2, because a norm between runs over all
+            of them: fc2 shrinks and fc1 does not.
     """
 
     entries: tuple[Linear, ...]
@@ -89,6 +91,7 @@ class Ffn:
     activation: str
     fc1_reason: str | None
     fc2_reason: str | None
+    selects_at_exit: bool = False
 
     @property
     def in_features(self) -> int:
@@ -103,7 +106,7 @@ class Ffn:
     @property
     def gated(self) -> bool:
         """Whether two channels of fc1 make one hidden unit."""
-        return bool(sum(u.shape[1] for u in self.units) > 1)
+        return sum(e.out_features for e in self.entries) > self.width
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ _CONTRIB_ACTIVATIONS = frozenset({"Gelu", "FastGelu", "BiasGelu", "QuickGelu"})
 
 @dataclass
 class _Region:
-    """Nodes between the entries and fc2, and the reason when the hidden width cannot be pruned."""
+    """Nodes between the entries and fc2, and what normalises over the hidden channels, if anything does."""
 
     entries: dict[str, Linear] = field(default_factory=dict)
     nodes: set[int] = field(default_factory=set)
-    reason: str | None = None
+    norm: str | None = None
 
 
 def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2: Linear) -> Ffn | None:
@@ -55,9 +55,13 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
     if any(e.quantized for e in (*entries, fc2)):
         quantized = "the weights are quantized; prune first, then quantize"
         return Ffn(entries, fc2, nodes, (), {}, {}, activation, quantized, quantized)
+    fc1_reason = None if entries[0].channel_axis == -1 else "fc1 is a convolution: its inputs are not selected"
+    if region.norm is not None:
+        reason = None if fc2.channel_axis == -1 else f"the hidden width is normalised across channels by {region.norm}"
+        return Ffn(entries, fc2, nodes, (), {}, {}, activation, fc1_reason, reason, selects_at_exit=True)
     labels = _label(view, facts, nodes, entries)
     units, failure = _units(labels.get(fc2.input, []), entries, fc2)
-    reason = region.reason or failure
+    reason = failure
     axes: dict[str, int] = {}
     unit_of: dict[str, np.ndarray] = {}
     if reason is None:
@@ -67,7 +71,6 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
             _check_operands(view, facts, nodes, axes)
         except Decline as e:
             reason = str(e)
-    fc1_reason = None if entries[0].channel_axis == -1 else "fc1 is a convolution: its inputs are not selected"
     return Ffn(entries, fc2, nodes, units, axes, unit_of, activation, fc1_reason, reason)
 
 
@@ -88,7 +91,7 @@ def _walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2
         if not _acts_per_channel(view, facts, i):
             if node.op_type not in _REDUCING:
                 return None
-            region.reason = f"the hidden width is normalised across channels by {view.label(i)}"
+            region.norm = view.label(i)
         region.nodes.add(i)
         pending.extend(
             name for name in node.input if name and facts.value(name) is None and not facts.is_constant(name)

@@ -180,9 +180,11 @@ class _Solver:
         self._check(*entry_weights, w2)
         if fc2 is not None:
             gamma = layer_scale(view, facts, ffn.fc2.output, ffn.fc2.out_features)
-            # by unit: the parts of a gated form side by side
+            # by unit: the parts of a gated form side by side; behind an inner norm fc2's rows alone count
             by_unit = tuple(
-                w[:, u[:, p]] for w, u in zip(entry_weights, ffn.units, strict=True) for p in range(u.shape[1])
+                w[:, u[:, p]]
+                for w, u in zip(entry_weights, ffn.units, strict=not ffn.selects_at_exit)
+                for p in range(u.shape[1])
             )
             moments = self._moments(self.statistics.hidden)
             units = self._units(by_unit, w2, gamma, moments, fc2)

@@ -36,15 +36,14 @@ def rewrite_ffn(
         name: module path for new names.
     """
     keep = None
-    if new.units is not None:
+    if new.units is not None and not ffn.selects_at_exit:
         mask = np.zeros(ffn.width, bool)
         mask[new.units] = True
         keep = {tensor: mask[unit] for tensor, unit in ffn.unit_of.items()}
     x = ffn.entries[0].input
     if new.inputs is not None:
         first = min(e.node for e in ffn.entries)
-        index = edit.constant(f"{name}/fc1/inputs", new.inputs.astype(np.int64))
-        x = edit.emit(first, "Gather", [x, index], edit.fresh(f"{name}/fc1/selected"), f"{name}/fc1/Gather", axis=-1)
+        x = _gather(edit, first, x, new.inputs, f"{name}/fc1")
     if new.inputs is not None or keep is not None:
         for k, entry in enumerate(ffn.entries):
             _write_entry(edit, view, facts, entry, x, new, k, keep, f"{name}/fc1" if k == 0 else f"{name}/fc1_{k}")
@@ -54,8 +53,16 @@ def rewrite_ffn(
         for tensor in ffn.unit_of:
             edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
     if new.fc2 is not None:
-        w, b = new.fc2
-        _replace(edit, view, facts, ffn.fc2, ffn.fc2.input, w, b, f"{name}/fc2")
+        hidden = ffn.fc2.input
+        if new.units is not None and ffn.selects_at_exit:
+            hidden = _gather(edit, ffn.fc2.node, hidden, new.units, f"{name}/fc2")
+        _replace(edit, view, facts, ffn.fc2, hidden, *new.fc2, f"{name}/fc2")
+
+
+def _gather(edit: GraphEdit, at: int, tensor: str, indices: np.ndarray, name: str) -> str:
+    """Insert the selection of some of a tensor's last-axis channels."""
+    index = edit.constant(f"{name}/inputs", indices.astype(np.int64))
+    return edit.emit(at, "Gather", [tensor, index], edit.fresh(f"{name}/selected"), f"{name}/Gather", axis=-1)
 
 
 def _write_entry(

@@ -139,7 +139,7 @@ def _pad_ffn(view: GraphView, facts: Facts, ffn: Ffn, new: FfnWeights, padded: d
             p.weight[:] = 0
             p.weight[rows] = w
             p.bias[:] = b
-        if new.units is not None:
+        if new.units is not None and not ffn.selects_at_exit:
             gone = np.setdiff1d(np.arange(ffn.width), new.units)
             p.weight[:, ffn.units[k][gone].reshape(-1)] = 0
             p.bias[ffn.units[k][gone].reshape(-1)] = 0
