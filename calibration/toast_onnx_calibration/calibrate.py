@@ -170,10 +170,12 @@ def write_group(
     for index in sorted(group):
         attention = study.match.blocks[index].attention
         mine = {k.split(".", 1)[1]: v for k, v in sums.items() if k.split(".", 1)[0] == str(index)}
-        for part in ("qq", "kk"):
-            if attention is not None and f"{part}.gram" in mine:
+        branches = {} if attention is None else {"qq": attention.q, "kk": attention.k}
+        for part, branch in branches.items():
+            if attention is not None and branch is not None and f"{part}.gram" in mine:
                 gram = per_head(mine[f"{part}.gram"], attention.num_heads)
-                writer.array(f"{index}.{part}.gram", gram)
+                # Of the layer's own output, whatever share of the scale the exporter put behind it.
+                writer.array(f"{index}.{part}.gram", gram / (1.0 if attention.cosine else branch.walk.scale**2))
                 writer.array(f"{index}.{part}.count", mine[f"{part}.count"].reshape(()))
         for part in ("context", "hidden", "inputs"):
             if f"{part}.gram" in mine:
@@ -192,14 +194,24 @@ def _add(
     sums: dict[str, Array], session: ort.InferenceSession, graph: MeasuringGraph, feeds: dict[str, Any], factor: float
 ) -> None:
     found = run(session, feeds, list(dict.fromkeys(graph.outputs.values())))
-    for key, tensor in graph.outputs.items():
-        value = found[tensor]
+    for key, value in unshift({key: found[tensor] for key, tensor in graph.outputs.items()}).items():
         if key not in sums:
             sums[key] = np.zeros(value.shape)
-        if factor == 1.0:
-            sums[key] += value
-        else:
-            sums[key] += factor * value.astype(np.float64)
+        sums[key] += value if factor == 1.0 else factor * value.astype(np.float64)
+
+
+def unshift(found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """A batch's sums with its shifts taken out, in float64: sum of x x^T from that of (x - m)(x - m)^T, and so on."""
+    raw = {key: value for key, value in found.items() if not key.endswith(".shift")}
+    for key, value in found.items():
+        if key.endswith(".shift"):
+            part, m = key.removesuffix(".shift"), value.astype(np.float64)
+            total, count = found[f"{part}.total"].astype(np.float64), float(found[f"{part}.count"][0])
+            # gram + m t^T + t m^T + n m m^T, as two outer products
+            half = np.outer(m, total + count / 2 * m)
+            raw[f"{part}.gram"] = found[f"{part}.gram"] + (half + half.T)
+            raw[f"{part}.total"] = total + count * m
+    return raw
 
 
 def _repeated(batch: Batch) -> dict[str, Any]:

@@ -43,7 +43,10 @@ def passes(study: Study, wanted: Mapping[int, frozenset[str]], budget: int) -> l
         ConfigError: nothing is wanted.
     """
     if not wanted:
-        raise ConfigError("no block needs statistics: every ratio is 0, or what is asked for reads the weights alone")
+        raise ConfigError(
+            "no block needs statistics: none can be pruned (see `toast-onnx inspect`), every ratio is 0, or what is asked "
+            "for reads the weights alone"
+        )
     groups: list[Wanted] = []
     used = 0
     for index, parts in sorted(wanted.items()):

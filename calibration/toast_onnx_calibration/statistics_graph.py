@@ -1,7 +1,7 @@
 """The measuring graph: nodes behind a model's activations that reduce them to the sums the solvers need.
 
 Only d x d matrices leave the session. Everything that leaves is a sum over samples, so batches, shards and repetitions
-add up.
+add up; `shift` alone is not, it says around what a batch's moments were taken (`calibrate.unshift` takes it out).
 """
 
 from __future__ import annotations
@@ -157,9 +157,16 @@ class _Build:
     # --- moments ---
 
     def _moments(self, tokens: Tokens, padding: str | None, key: str) -> None:
-        """Count, sum and Gram matrix of tokens: `gram`, `total`, `count`, each alpha * (sampled) + beta * (class)."""
+        """Count, sum and Gram matrix of tokens minus `shift`: each alpha * (sampled tokens) + beta * (class token).
+
+        The shift is the batch's own mean. In float32 the raw Gram matrix of activations with a mean far from zero would
+        lose their covariance to rounding.
+        """
         w, weights = self.writer, self._padding_of(tokens, padding)
-        x = tokens.tensor if weights is None else w.emit("Mul", [tokens.tensor, weights])
+        shift = w.reduce("ReduceMean", tokens.tensor, list(range(tokens.rank - 1)))
+        x = w.emit("Sub", [tokens.tensor, shift])
+        if weights is not None:
+            x = w.emit("Mul", [x, weights])
         chosen, alpha, beta = self._chosen(tokens)
         gram_c = total_c = count_c = ""
         if beta:
@@ -180,6 +187,7 @@ class _Build:
         w.output(f"{key}.gram", gram)
         w.output(f"{key}.total", w.emit("Add", [total, total_c]) if beta else total)
         w.output(f"{key}.count", w.emit("Add", [count, count_c]) if beta else count)
+        w.output(f"{key}.shift", shift)
 
     def _count(self, flat: str, weights: str | None) -> str:
         """Number of rows of a 2-D tensor, or the sum of their weights (rows, 1); shape (1,)."""

@@ -22,7 +22,8 @@ class Tokens:
     Attributes:
         tensor: its name in the measuring graph.
         channels: extent of the last axis.
-        axis: axis of the tokens, 0 or 1 of three; None where rows cannot be told apart (the tensor may have any rank).
+        rank: number of axes.
+        axis: axis of the tokens, 0 or 1 of three; None where rows cannot be told apart (the tensor is then 2-D).
         count: number of tokens of one item at the probed shapes; 0 where `axis` is None.
         batch: extent of the other axis at the probed shapes.
         fixed: whether the number of tokens is the same for all inputs.
@@ -30,6 +31,7 @@ class Tokens:
 
     tensor: str
     channels: int
+    rank: int = 3
     axis: int | None = None
     count: int = 0
     batch: int = 0
@@ -58,13 +60,13 @@ def as_tokens(writer: GraphWriter, study: Study, tensor: str, channel_axis: int)
         return _rows(writer, study, tensor, x, channels)
     fixed = shape[1:-1] == other[1:-1] or not other
     if len(shape) == 3 and study.dynamic_batch and other and shape[0] == other[0] and shape[1] != other[1]:
-        return Tokens(x, channels, 0, shape[0], shape[1], True)  # (tokens, batch, channels), as torch.nn has it
+        return Tokens(x, channels, 3, 0, shape[0], shape[1], True)  # (tokens, batch, channels), as torch.nn has it
     count = 1
     for extent in shape[1:-1]:
         count *= extent
     if len(shape) > 3:
         x = writer.reshape(x, [0, -1, channels])
-    return Tokens(x, channels, 1, count, shape[0], fixed)
+    return Tokens(x, channels, 3, 1, count, shape[0], fixed)
 
 
 def as_float(writer: GraphWriter, study: Study, tensor: str) -> str:
@@ -78,16 +80,16 @@ def _rows(writer: GraphWriter, study: Study, tensor: str, x: str, channels: int)
     """A 2-D tensor: its rows are items times tokens, in the order of the reshape that made them."""
     source = _reshaped_from(study, tensor)
     if source is None:
-        return Tokens(x, channels)
+        return Tokens(x, channels, 2)
     shape, other = study.facts.shape(source) or (), study.other.shape(source) or ()
     rows = (study.facts.shape(tensor) or (0,))[0]
     if len(shape) < 3 or shape[0] * shape[1] != rows or not other:
-        return Tokens(x, channels)
+        return Tokens(x, channels, 2)
     if shape[1] == other[1]:
-        return Tokens(writer.reshape(x, [-1, shape[1], channels]), channels, 1, shape[1], shape[0], True)
+        return Tokens(writer.reshape(x, [-1, shape[1], channels]), channels, 3, 1, shape[1], shape[0], True)
     if shape[0] == other[0]:
-        return Tokens(writer.reshape(x, [shape[0], -1, channels]), channels, 0, shape[0], shape[1], True)
-    return Tokens(x, channels)
+        return Tokens(writer.reshape(x, [shape[0], -1, channels]), channels, 3, 0, shape[0], shape[1], True)
+    return Tokens(x, channels, 2)
 
 
 def _reshaped_from(study: Study, tensor: str) -> str | None:
