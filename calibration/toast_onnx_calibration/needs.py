@@ -44,8 +44,8 @@ def passes(study: Study, wanted: Mapping[int, frozenset[str]], budget: int) -> l
     """
     if not wanted:
         raise ConfigError(
-            "no block needs statistics: none can be pruned (see `toast-onnx inspect`), every ratio is 0, or what is asked "
-            "for reads the weights alone"
+            "no block needs statistics: none can be pruned (see `toast-onnx inspect`), every ratio is 0, or what is "
+            "asked for reads the weights alone"
         )
     groups: list[Wanted] = []
     used = 0
