@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import heapq
 import os
 import tempfile
 from collections.abc import Iterator
@@ -103,7 +104,45 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     _check_external_files(proto, path)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
+    _sort_nodes(proto.graph, path)
     return Model(proto, path)
+
+
+def _sort_nodes(graph: onnx.GraphProto, path: Path) -> None:
+    """Put nodes into topological order, keeping theirs where it is one: some converters append nodes at the end."""
+    maker = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    needs = [{maker[name] for name in reads(node) if name in maker} for node in graph.node]
+    if all(k < i for i, before in enumerate(needs) for k in before):
+        return
+    readers: dict[int, list[int]] = {}
+    for i, before in enumerate(needs):
+        for k in before:
+            readers.setdefault(k, []).append(i)
+    open_inputs = [len(before) for before in needs]
+    ready = [i for i, count in enumerate(open_inputs) if count == 0]
+    order = []
+    while ready:
+        i = heapq.heappop(ready)
+        order.append(i)
+        for reader in readers.get(i, ()):
+            open_inputs[reader] -= 1
+            if open_inputs[reader] == 0:
+                heapq.heappush(ready, reader)
+    if len(order) != len(graph.node):
+        raise ModelError(f"{path}: the graph has a cycle; export it again")
+    nodes = [graph.node[i] for i in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names of the tensors a node reads, those read inside its subgraphs included."""
+    yield from (name for name in node.input if name)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield from reads(inner)
+            yield from (output.name for output in graph.output)
 
 
 def _check_external_files(proto: onnx.ModelProto, path: Path) -> None:

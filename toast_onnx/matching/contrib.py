@@ -32,6 +32,8 @@ def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape]
         statistics = (*first[:-1], 1)
         shapes: list[Shape] = [first, statistics, statistics, first]
         return shapes[:count]
+    if node.op_type == "EmbedLayerNormalization" and inputs[2] is not None:
+        return [(*first, inputs[2][-1])] + [None] * (count - 1)
     if node.op_type == "FusedMatMul":
         return [_fused_matmul(node, first, inputs[1])] + [None] * (count - 1)
     if node.op_type == "Attention" and inputs[1] is not None:

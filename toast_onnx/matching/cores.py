@@ -97,16 +97,21 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
         raise Decline("the attention scores are transposed or regrouped before the Softmax")
     qk, av = products[0], sums[0]
     product, total = view.nodes[qk], view.nodes[av]
-    return Core("matmul", qk, i, av, product.input[0], product.input[1], total.input[1], total.output[0], k_dim_axis=-2)
+    if attribute(total, "transB", 0):
+        raise Decline("the values come transposed into the weighted sum")
+    k_dim_axis = -1 if attribute(product, "transB", 0) else -2
+    return Core(
+        "matmul", qk, i, av, product.input[0], product.input[1], total.input[1], total.output[0], k_dim_axis=k_dim_axis
+    )
 
 
 def _is_product(view: GraphView, facts: Facts, i: int) -> bool:
     node = view.nodes[i]
-    return (
-        node.op_type == "MatMul"
-        and node.domain in ("", "ai.onnx")
-        and not any(facts.is_constant(name) for name in node.input)
-    )
+    if node.op_type == "FusedMatMul" and node.domain == "com.microsoft":
+        plain = not any(attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))
+    else:
+        plain = node.op_type == "MatMul" and node.domain in ("", "ai.onnx")
+    return plain and not any(facts.is_constant(name) for name in node.input)
 
 
 def _products_before(view: GraphView, facts: Facts, tensor: str) -> list[int]:

@@ -267,13 +267,13 @@ def _keeps_stream(op_type: str) -> bool:
 
 
 def _is_ancestor(view: GraphView, ancestor: str, tensor: str) -> bool:
-    """Whether `tensor` is `ancestor` or computed from it."""
+    """Whether `tensor` is `ancestor`, computed from it, or made by the same node (a fused sum and norm)."""
     floor = view.producer.get(ancestor, -1)
     heap: list[int] = []
     seen: set[int] = set()
     names = {tensor}
     while True:
-        if ancestor in names:
+        if ancestor in names or floor in {view.producer.get(name) for name in names}:
             return True
         for name in names:
             i = view.producer.get(name)

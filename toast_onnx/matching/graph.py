@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import onnx
 
-from toast_onnx.model import Model
+from toast_onnx.model import Model, reads
 
 
 class GraphView:
@@ -32,7 +30,7 @@ class GraphView:
             for name in node.output:
                 if name:
                     self.producer[name] = i
-            for name in dict.fromkeys(_reads(node)):
+            for name in dict.fromkeys(reads(node)):
                 self.consumers.setdefault(name, []).append(i)
 
     def producer_of(self, tensor: str) -> onnx.NodeProto | None:
@@ -44,14 +42,6 @@ class GraphView:
         """How a node is called in messages: its name, or its first output when it has none."""
         node = self.nodes[i]
         return f"'{node.name or node.output[0]}' ({node.op_type})"
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in graph.node:
-                yield from _reads(inner)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear
-from toast_onnx.model import Model
+from toast_onnx.model import Model, reads
 
 
 @dataclass(frozen=True)
@@ -178,20 +178,10 @@ def tidy(model: Model) -> None:
     nodes = [n for n in graph.node if any(o in alive_nodes for o in n.output)]
     del graph.node[:]
     graph.node.extend(nodes)
-    used = {name for node in nodes for name in _all_inputs(node)} | {o.name for o in graph.output}
+    used = {name for node in nodes for name in reads(node)} | {o.name for o in graph.output}
     initializers = [t for t in graph.initializer if t.name in alive_tensors or t.name in used]
     del graph.initializer[:]
     graph.initializer.extend(initializers)
     names = {t.name for t in initializers}
     model.arrays = {name: value for name, value in model.arrays.items() if name in names}
     del graph.value_info[:]
-
-
-def _all_inputs(node: onnx.NodeProto) -> list[str]:
-    names = list(node.input)
-    for a in node.attribute:
-        for graph in (a.g, *a.graphs):
-            for inner in graph.node:
-                names.extend(_all_inputs(inner))
-            names.extend(o.name for o in graph.output)
-    return names

@@ -87,7 +87,23 @@ def padded_twin(view: GraphView, facts: Facts, blocks: Sequence[Block], new: Map
             edit.remove(p.linear.nodes)
             name = f"{block.name}/twin"
             edit.linear(p.linear.node, p.linear, p.linear.input, p.weight, b, p.linear.output, name)
+    _freeze_half_scalars(edit, view, facts)
     return edit.apply()
+
+
+def _freeze_half_scalars(edit: GraphEdit, view: GraphView, facts: Facts) -> None:
+    """Keep half precision's rounding of constants that the graph computes (a scale from a shape).
+
+    The float32 copy that is compared would compute them anew, and more exactly than the graph itself ever does.
+    """
+    for i, node in enumerate(view.nodes):
+        value = facts.value(node.output[0]) if len(node.output) == 1 else None
+        if value is None or value.size != 1 or value.dtype.itemsize != 2 or not facts.is_constant(node.output[0]):
+            continue
+        if node.op_type != "Constant" and not edit.is_removed(i):
+            edit.remove([i])
+            frozen = edit.constant(f"{node.output[0]}/frozen", value)
+            edit.emit(i, "Identity", [frozen], node.output[0], f"{node.name or node.output[0]}/frozen")
 
 
 @dataclass
