@@ -320,11 +320,11 @@ class _Preparation:
         done = {}
         for name, array in arrays.items():
             recipe = self.recipe_for({name: array})
-            done[name] = np.stack([recipe.apply(_to_image(row)) for row in array]) if recipe else array
+            done[name] = np.stack([recipe.apply(to_image(row)) for row in array]) if recipe else array
         return done
 
 
-def _to_image(row: NDArray[np.uint8]) -> Image.Image:
+def to_image(row: NDArray[np.uint8]) -> Image.Image:
     """One row of a uint8 array: (H, W), (H, W, C) or (C, H, W) with C 1 or 3."""
     if row.ndim == 3 and row.shape[2] not in (1, 3) and row.shape[0] in (1, 3):
         row = row.transpose(1, 2, 0)

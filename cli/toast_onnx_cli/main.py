@@ -20,6 +20,7 @@ SUBCOMMANDS: dict[str, str] = {
     "calibrate": "Measure a model's activations on images, for pruning.",
     "prune": "Remove dimensions and channels from a model, as a ratios file says.",
     "compare": "Hold a pruned model against its dense original: agreement, drift, cost, latency.",
+    "finetune": "Train a pruned model to imitate the dense one; same graph, better weights.",
     "eval": "Measure a model's accuracy on labelled images.",
     "build": "Build a TensorRT engine from a model.",
     "bench": "Time models in ONNX Runtime, or engines with trtexec.",

@@ -54,9 +54,10 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 #: What has no slope anywhere: comparisons, logic, rounding.
-_DISCRETE = frozenset(
-    "And Ceil Equal Floor Greater GreaterOrEqual IsNaN Less LessOrEqual Not Or Round Sign Xor".split()
-)
+_COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+_LOGIC = ("And", "IsNaN", "Not", "Or", "Xor")
+_STEPS = ("Ceil", "Floor", "Round", "Sign")
+_DISCRETE = frozenset((*_COMPARISONS, *_LOGIC, *_STEPS))
 
 
 def _unary(function: Callable[[Tensor], Tensor], node: Node, x: Tensor) -> Tensor:

@@ -1,0 +1,285 @@
+"""Fine-tuning from files to files: models and data in, training, the model and its report out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from toast_onnx.errors import ConfigError, ModelError
+from toast_onnx.finetune.require import require_torch
+from toast_onnx.finetune.settings import Settings
+from toast_onnx.matching.study import Study, input_shapes, study
+from toast_onnx.model import Model, file_hash, load_model, save_model
+from toast_onnx.report.pruning import write_report
+from toast_onnx.runtime import random_inputs
+from toast_onnx_calibration.augment import augmentation
+from toast_onnx_calibration.feeds import batch_size
+from toast_onnx_calibration.labels import Labels, open_labels
+from toast_onnx_calibration.recipe_files import recipe_for
+from toast_onnx_calibration.samples import NumberedSamples, open_samples
+from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs
+
+if TYPE_CHECKING:
+    from toast_onnx.finetune.trainer import Outcome
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to fine-tune, on what, and where the results go.
+
+    Attributes:
+        pruned: the model to train.
+        teacher: the model it was pruned from; None trains on labels alone.
+        data: as for `sources.open_source`.
+        out: the model to write.
+        report: its JSON report.
+        labels: as for `labels.open_labels`; None trains without.
+        settings: how to train; `steps` is replaced where `epochs` is given.
+        epochs: passes over the training samples.
+        evaluate: steps between evaluations; None takes a twentieth of all steps.
+        distil: `auto`, `kl` or `mse`.
+        augment: name of the augmentation.
+        mirror: whether to mirror images; None as the augmentation has it.
+        preprocess: recipe's name or file.
+        samples: how many to draw from the data.
+        holdout: fraction kept for evaluation.
+        shapes: concrete input shapes, for symbolic axes behind the batch.
+        device: `cpu`, `cuda`, `cuda:N`; None takes a GPU where there is one.
+        checkpoint: where checkpoints go.
+        resume: go on from that checkpoint.
+        torch_export: also write through `torch.onnx.export`.
+        save_module: also write the module's state dict.
+    """
+
+    pruned: Path
+    teacher: Path | None
+    data: str
+    out: Path
+    report: Path
+    settings: Settings
+    labels: str | None = None
+    epochs: float | None = None
+    evaluate: int | None = None
+    distil: str = "auto"
+    augment: str = "light"
+    mirror: bool | None = None
+    preprocess: str | None = None
+    samples: int | None = None
+    holdout: float = 0.15
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    device: str | None = None
+    checkpoint: Path | None = None
+    resume: bool = False
+    torch_export: Path | None = None
+    save_module: Path | None = None
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The result; `document` is None in processes that write nothing.
+
+    Attributes:
+        outcome: how training went.
+        document: the report, None in a process that is not the first.
+        notes: what the user should know.
+        settings: the settings with the steps that were planned.
+    """
+
+    outcome: Outcome
+    document: dict[str, Any] | None
+    notes: tuple[str, ...]
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class _Data:
+    samples: NumberedSamples
+    train: np.ndarray[Any, Any]
+    held: np.ndarray[Any, Any]
+    labels: Labels | None
+    batch: int
+    fixed: bool
+    notes: tuple[str, ...]
+
+
+def finetune(
+    job: Job,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> Finetuned:
+    """Fine-tune a pruned model and write it, its report and what else was asked for.
+
+    Args:
+        job: what to do.
+        should_stop: asked after every step; True ends training with the best weights so far.
+        progress: called after every step with the steps done, all steps and a note.
+
+    Raises:
+        ToastError: its children say what is wrong with a model, the data or an option.
+    """
+    require_torch()
+    from toast_onnx.finetune.convert import to_torch
+    from toast_onnx.finetune.objective import choose_targets
+    from toast_onnx.finetune.parallel import processes
+    from toast_onnx.finetune.samples import hold_out
+    from toast_onnx.finetune.trainer import Run, train
+
+    if job.teacher is None and job.labels is None:
+        raise ConfigError("nothing to learn from: give --teacher (the model it was pruned from), --labels, or both")
+    model = load_model(job.pruned)
+    pruned = study(model, job.shapes)
+    dense = None if job.teacher is None else study(load_model(job.teacher), job.shapes)
+    data = _open_data(job, model, hold_out)
+    targets = choose_targets(pruned, dense, job.distil, data.labels is not None)
+    with processes(job.device) as group:
+        settings = _settings(job, data, group.count)
+        identity = _identity(job, settings, data, group.count)
+        student = to_torch(model)
+        teacher = None if dense is None else to_torch(dense.view.model)
+        run = Run(
+            student, teacher, targets, data.samples, data.train, data.held, data.fixed, group, job.checkpoint, identity
+        )
+        outcome = train(
+            run,
+            settings,
+            resume=job.resume,
+            should_stop=should_stop,
+            progress=lambda done, note: progress(done, settings.steps, note) if group.first else None,
+        )
+        document = None
+        if group.first:
+            facts = {
+                "teacher": None if job.teacher is None else {"file": job.teacher.name, "sha256": identity["teacher"]},
+                "settings": settings.to_document(),
+                "compared": {
+                    "classifiers": list(targets.classifiers),
+                    "others": list(targets.others),
+                    "stream": list(targets.stream),
+                },
+                "data": data.samples.description,
+                "fingerprint": identity["data"],
+                "samples": {"train": len(data.train), "held_out": len(data.held)},
+                "augmentation": augmentation(job.augment, job.mirror).describe(),
+                "device": _device_name(group.device),
+                "processes": group.count,
+            }
+            document = _write(job, model, pruned, student, outcome, facts)
+    return Finetuned(outcome, document, data.notes, settings)
+
+
+def _open_data(job: Job, model: Model, hold_out: Callable[[int, float, int], Any]) -> _Data:
+    inputs = _inputs(job.pruned)
+    labels = open_labels(job.labels, job.data) if job.labels is not None else None
+    choice = recipe_for(job.pruned, job.preprocess, inputs[0].shape if len(inputs) == 1 else None)
+    change = augmentation(job.augment, job.mirror)
+    samples = open_samples(
+        job.data, inputs, choice.recipe, change=change, labels=labels, samples=job.samples, seed=job.settings.seed
+    )
+    train, held = hold_out(len(samples), job.holdout, job.settings.seed)
+    batch = batch_size(inputs, min(job.settings.batch, len(train)))
+    fixed = any(isinstance(i.shape[0], int) for i in inputs)
+    notes = list(choice.notes) if samples.recipe else []
+    if not samples.recipe and job.augment != "none":
+        notes.append("the samples are ready tensors, so they are not augmented")
+    notes += labels.notes if labels else ()
+    return _Data(samples, train, held, labels, batch, fixed, tuple(notes))
+
+
+def _inputs(path: Path) -> list[ModelInput]:
+    return model_inputs(make_session(path, threads=1))
+
+
+def _settings(job: Job, data: _Data, processes: int) -> Settings:
+    """The settings with the batch the model accepts, the steps of the epochs, and a period of evaluation."""
+    each = data.batch * job.settings.accumulate * processes
+    steps = job.settings.steps if job.epochs is None else max(1, math.ceil(job.epochs * len(data.train) / each))
+    evaluate = job.evaluate or max(1, steps // 20)
+    return replace(job.settings, batch=data.batch, steps=steps, evaluate=min(evaluate, steps))
+
+
+def _identity(job: Job, settings: Settings, data: _Data, processes: int) -> dict[str, Any]:
+    """What a checkpoint's run and this one must have in common."""
+    return {
+        "pruned": file_hash(job.pruned),
+        "teacher": None if job.teacher is None else file_hash(job.teacher),
+        "data": data.samples.fingerprint,
+        "labels": None if data.labels is None else data.labels.description,
+        "distil": job.distil,
+        "augment": augmentation(job.augment, job.mirror).describe(),
+        "holdout": job.holdout,
+        "processes": processes,
+    } | {f"setting {key}": value for key, value in settings.to_document().items()}
+
+
+def _write(
+    job: Job, model: Model, pruned: Study, student: Any, outcome: Outcome, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the model, the extras and the report; the best weights are in the student."""
+    from toast_onnx.finetune.convert import to_onnx
+    from toast_onnx.finetune.proof import TOLERANCE, compare_with_module
+    from toast_onnx.finetune.report import updated_report
+
+    trained = to_onnx(student, model)
+    feeds = [random_inputs(model.proto, shapes, seed) for seed, shapes in enumerate(_proof_shapes(pruned))]
+    worst = compare_with_module(trained, student, feeds)
+    save_model(trained, job.out)
+    facts |= {
+        "proof": {"worst": worst, "tolerance": TOLERANCE, "batches": [len(next(iter(f.values()))) for f in feeds]}
+    }
+    if job.save_module is not None:
+        _save_state(student, job.save_module)
+        facts["module"] = job.save_module.name
+    if job.torch_export is not None:
+        from toast_onnx.finetune.export import torch_export
+
+        torch_export(student, job.torch_export, feeds[-1], opset=model.opset, dynamic_batch=pruned.dynamic_batch)
+        facts["torch_export"] = job.torch_export.name
+    document = updated_report(job.pruned, job.out, outcome, facts)
+    write_report(document, job.report)
+    if outcome.reason in ("finished", "stopped early") and job.checkpoint is not None:
+        job.checkpoint.unlink(missing_ok=True)
+    return document
+
+
+def _proof_shapes(pruned: Study) -> list[dict[str, tuple[int, ...]]]:
+    """One and three samples where the batch is dynamic, else the fixed shapes."""
+    if not pruned.dynamic_batch:
+        return [pruned.counted_shapes]
+    return [input_shapes(pruned.view, pruned.counted_shapes, batch, fixed_batch=False) for batch in (1, 3)]
+
+
+def _save_state(student: Any, path: Path) -> None:
+    torch = require_torch()
+    from toast_onnx.model import drafts
+
+    with drafts(path) as folder:
+        torch.save({n: p.detach().cpu() for n, p in student.state_dict().items()}, folder / path.name)
+        (folder / path.name).replace(path)
+
+
+def _device_name(device: Any) -> str:
+    torch = require_torch()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"  # type: ignore[no-any-return]
+
+
+def check_destinations(job: Job) -> None:
+    """Refuse to overwrite what is read, before any work is done.
+
+    Raises:
+        ModelError: an output is an input, two outputs are the same, or a folder does not exist.
+    """
+    outputs = [p for p in (job.out, job.report, job.checkpoint, job.torch_export, job.save_module) if p is not None]
+    for path in outputs:
+        for read in (job.pruned, job.teacher):
+            if read is not None and path.exists() and read.exists() and path.samefile(read):
+                raise ModelError(f"the output {path} is an input; choose another name")
+        if not path.parent.is_dir():
+            raise ModelError(f"the folder {path.parent} does not exist; make it or choose another place")
+    if len({p.resolve() for p in outputs}) < len(outputs):
+        raise ModelError("two outputs would be the same file; give them different names")

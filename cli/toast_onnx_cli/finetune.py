@@ -1,0 +1,261 @@
+"""`toast-onnx finetune`: a pruned model learns from the dense one; its weights go back into the same graph."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toast_onnx.errors import ModelError
+from toast_onnx_cli.console import print_json, progress
+from toast_onnx_cli.shapes import shape_option
+
+if TYPE_CHECKING:
+    from toast_onnx_calibration.finetuning import Finetuned
+
+Group = Callable[[Any], Any]
+EXIT_INTERRUPTED = 130
+
+
+def _options(*options: Group) -> Group:
+    def add(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+_path = click.Path(path_type=Path)
+_data_options = _options(
+    click.option("--teacher", type=_path, help="The dense model that PRUNED was pruned from."),
+    click.option("--data", required=True, help="Image folder, .npy or .npz file, or a Python module:function."),
+    click.option("--labels", help="CSV with columns file and label, the word 'folders', or a .npz with 'labels'."),
+    click.option("--preprocess", help="Recipe: imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."),
+    click.option("--samples", type=click.IntRange(2), help="Draw so many samples instead of taking all."),
+    click.option(
+        "--holdout",
+        type=click.FloatRange(0, 0.9, min_open=True),
+        default=0.15,
+        show_default=True,
+        help="Fraction of the samples that is only evaluated on.",
+    ),
+    click.option("--augment", type=click.Choice(["none", "light", "strong"]), default="light", show_default=True),
+    click.option("--mirror/--no-mirror", default=None, help="Mirror images; off for text and digits."),
+)
+_output_options = _options(
+    click.option("-o", "--output", type=_path, help="Trained model; default PRUNED.finetuned.onnx."),
+    click.option("--report", type=_path, help="JSON report; default beside the trained model."),
+    click.option("--checkpoint", type=_path, help="Checkpoints; default beside the trained model, gone at the end."),
+    click.option("--resume", is_flag=True, help="Go on from the checkpoint."),
+    click.option("--torch-export", type=_path, metavar="FILE", help="Also write through torch.onnx.export."),
+    click.option("--save-module", type=_path, metavar="FILE", help="Also write the weights as a state dict."),
+)
+_loss_options = _options(
+    click.option(
+        "--distil",
+        type=click.Choice(["auto", "kl", "mse"]),
+        default="auto",
+        show_default=True,
+        help="Loss on outputs: KL for class scores, relative squared error otherwise.",
+    ),
+    click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True),
+    click.option("--output-weight", type=click.FloatRange(0), default=1.0, show_default=True),
+    click.option("--stream-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="At block ends."),
+    click.option("--label-weight", type=click.FloatRange(0), default=1.0, show_default=True),
+    click.option("--mixup", type=click.FloatRange(0), default=0.0, show_default=True, help="Blend pairs: Beta(a, a)."),
+    click.option("--smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Of labels."),
+)
+_training_options = _options(
+    click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the data; 10 by default."),
+    click.option("--steps", type=click.IntRange(1), help="Optimizer steps, instead of --epochs."),
+    click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Samples a process and step."),
+    click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches a step."),
+    click.option("--lr", type=click.FloatRange(0, min_open=True), default=2e-4, show_default=True),
+    click.option("--weight-decay", type=click.FloatRange(0), default=0.01, show_default=True),
+    click.option("--warmup", type=click.FloatRange(0, 1, max_open=True), default=0.1, show_default=True),
+    click.option("--clip", type=click.FloatRange(0), default=1.0, show_default=True, help="Gradient norm; 0: off."),
+    click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Decay of averaged weights."),
+    click.option("--freeze", multiple=True, metavar="PATTERN", help="Weights that stay, as in 'patch_embed.*'."),
+    click.option("--recompute", is_flag=True, help="Gradient checkpointing: less memory, more time."),
+    click.option("--evaluate-every", type=click.IntRange(1), help="Steps; a twentieth of all by default."),
+    click.option(
+        "--patience", type=click.IntRange(0), default=5, show_default=True, help="Evaluations; 0: never stop."
+    ),
+    click.option("--amp", type=click.Choice(["auto", "off", "bf16", "fp16"]), default="auto", show_default=True),
+    click.option("--device", metavar="cpu|cuda|cuda:N", help="A GPU where there is one, by default."),
+    click.option("--threads", type=click.IntRange(1), help="CPU threads of PyTorch."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+)
+
+
+@click.command("finetune")
+@click.argument("pruned", type=_path)
+@_data_options
+@_output_options
+@_loss_options
+@_training_options
+@shape_option
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    pruned: Path,
+    shapes: dict[str, tuple[int, ...]],
+    threads: int | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train PRUNED to imitate the dense model, and write its weights back into the same graph.
+
+    No labels and no original code are needed: --teacher is the dense ONNX file, --data a folder of images. A part of
+    the data is held out; the weights that are best on it are written, the start's where no training beat them. Several
+    GPUs: torchrun --nproc-per-node N --no-python toast-onnx finetune ...
+    """
+    if given["epochs"] is not None and given["steps"] is not None:
+        raise click.UsageError("--epochs and --steps exclude each other")
+    from toast_onnx.finetune.require import require_torch
+
+    torch = require_torch()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    from toast_onnx_calibration.finetuning import Job, check_destinations, finetune
+
+    out: Path = given["output"] or pruned.with_name(f"{pruned.stem}.finetuned.onnx")
+    job = Job(
+        pruned=pruned,
+        teacher=given["teacher"],
+        data=given["data"],
+        out=out,
+        report=given["report"] or out.with_suffix(".json"),
+        settings=_settings(given, torch),
+        labels=given["labels"],
+        epochs=None if given["steps"] else given["epochs"] or 10.0,
+        evaluate=given["evaluate_every"],
+        distil=given["distil"],
+        augment=given["augment"],
+        mirror=given["mirror"],
+        preprocess=given["preprocess"],
+        samples=given["samples"],
+        holdout=given["holdout"],
+        shapes=shapes,
+        device=given["device"],
+        checkpoint=given["checkpoint"] or out.with_suffix(".checkpoint"),
+        resume=given["resume"],
+        torch_export=given["torch_export"],
+        save_module=given["save_module"],
+    )
+    check_destinations(job)
+    with _stop_on_signals() as should_stop, _training_progress() as show:
+        result = finetune(job, should_stop=should_stop, progress=show)
+    if result.document is None:
+        return  # another process tells
+    for note in result.notes:
+        click.echo(f"Note: {note}", err=True)
+    print_json(result.document) if as_json else click.echo(summary(result, job.out, job.report))
+    if result.outcome.reason == "diverged":
+        raise ModelError(
+            f"{result.outcome.message}; {out} holds the best weights before that (step {result.outcome.best_step})"
+        )
+    if result.outcome.reason == "interrupted":
+        click.echo(f"Interrupted after {result.outcome.steps} steps; the same command with --resume goes on.", err=True)
+        ctx.exit(EXIT_INTERRUPTED)
+
+
+def _settings(given: dict[str, Any], torch: Any) -> Any:
+    from toast_onnx.finetune.settings import Settings
+
+    cuda = torch.cuda.is_available() and not str(given["device"] or "cuda").startswith("cpu")
+    automatic = "bf16" if cuda and torch.cuda.is_bf16_supported() else "off"
+    return Settings(
+        steps=given["steps"] or 1,
+        batch=given["batch"],
+        accumulate=given["accumulate"],
+        rate=given["lr"],
+        decay=given["weight_decay"],
+        warmup=given["warmup"],
+        clip=given["clip"],
+        average=given["ema"],
+        temperature=given["temperature"],
+        outputs=given["output_weight"],
+        stream=given["stream_weight"],
+        labels=given["label_weight"],
+        mixup=given["mixup"],
+        smoothing=given["smoothing"],
+        patience=given["patience"],
+        amp=automatic if given["amp"] == "auto" else given["amp"],
+        recompute=given["recompute"],
+        freeze=given["freeze"],
+        seed=given["seed"],
+    )
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C (or SIGTERM) asks training to end after the present step; the second ends the program."""
+    asked = False
+
+    def ask(number: int, _frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, previous[number])
+        click.echo("\nStopping after this step; once more to quit at once.", err=True)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _training_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """Progress over steps; the bar starts with the first report, when their number is known."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        advance: Any = None
+        seen = 0
+
+        def show(done: int, total: int, note: str) -> None:
+            nonlocal advance, seen
+            if advance is None:
+                advance = stack.enter_context(progress("fine-tuning", total))
+            advance(done - seen, note)
+            seen = done
+
+        yield show
+
+
+def summary(result: Finetuned, out: Path, report: Path) -> str:
+    """A few lines on what happened."""
+    outcome = result.outcome
+    start, best = outcome.start, outcome.best
+    lines = []
+    for key, name in (("outputs", "distance to the teacher"), ("labels", "cross-entropy")):
+        if key in best:
+            lines.append(f"held-out {name}: {start[key]:.4f} -> {best[key]:.4f}")
+    for key, name in (("agreement", "agreement with the teacher"), ("top1", "top-1")):
+        if key in best:
+            lines.append(f"held-out {name}: {start[key]:.1%} -> {best[key]:.1%}")
+    last = outcome.history[-1]
+    if outcome.best_step == 0:
+        lines.append(
+            "no training beat the start on held-out samples, so the weights are unchanged: lower --lr, give more data"
+        )
+    elif last["step"] > outcome.best_step and last["loss"] > best["loss"]:
+        lines.append(
+            f"best at step {outcome.best_step} of {outcome.steps}; later the held-out loss rose to {last['loss']:.4f} "
+            "(overfitting), so those weights are kept"
+        )
+    how = "" if outcome.reason == "finished" else f", {outcome.reason}"
+    lines.append(
+        f"{outcome.steps} of {result.settings.steps} steps{how}, {outcome.images_per_second:.1f} images/s; "
+        f"kept: step {outcome.best_step}"
+    )
+    return "\n".join([f"{out}: trained weights in the same graph", *lines, f"report: {report}"])
