@@ -1,0 +1,104 @@
+"""The documentation: its runnable blocks run, its links lead somewhere, its options exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from toast_onnx.planning.ratios import load_ratios, resolve
+from toast_onnx_calibration.recipes import parse_recipe
+from toast_onnx_cli.main import SUBCOMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+EXAMPLE_FILES = sorted(p for p in (ROOT / "examples").iterdir() if p.is_file())
+BLOCK = re.compile(r"<!-- runnable(?:: (?P<kind>\w+))? -->\n```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+
+
+def blocks(page: Path) -> list[re.Match[str]]:
+    """The runnable blocks of a page, in order."""
+    return list(BLOCK.finditer(page.read_text(encoding="utf-8")))
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks and comments."""
+    return re.sub(r"^ *```.*?^ *```|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What Python-Markdown makes of the headings: lower case, no punctuation, dashes for spaces."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(not m["kind"] for m in blocks(p))], ids=lambda p: p.stem)
+def test_runnable_blocks_run(page: Path, tmp_path: Path) -> None:
+    for source in EXAMPLE_FILES:
+        shutil.copy(source, tmp_path)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "2"}
+    for block in blocks(page):
+        if block["kind"]:
+            continue
+        command = {"python": [sys.executable, "-c"], "bash": ["bash", "-euo", "pipefail", "-c"]}[block["language"]]
+        done = subprocess.run(
+            [*command, block["text"]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{page.name}:\n{block['text']}\n{done.stderr}"
+
+
+def test_ratios_shown_are_read_and_fit_the_example(tmp_path: Path) -> None:
+    shown = [m["text"] for m in blocks(DOCS / "formats.md") if m["kind"] == "ratios"]
+    assert len(shown) >= 2
+    names = [f"block.{index}" for index in range(6)]
+    for number, text in enumerate(shown):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text, encoding="utf-8")
+        assert len(resolve(load_ratios(path), names, [[name] for name in names])) == 6
+
+
+def test_recipe_shown_is_read() -> None:
+    shown = [m["text"] for m in blocks(DOCS / "formats.md") if m["kind"] == "recipe"]
+    assert [parse_recipe(yaml.safe_load(text), "formats.md").crop for text in shown] == [224]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in (m["target"] for m in LINK.finditer(prose(page))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.exists(), f"{page.name} links to {target}"
+        if anchor and found.suffix == ".md":
+            assert anchor in anchors(found), f"{page.name} links to {target}; {found.name} has {sorted(anchors(found))}"
+
+
+def test_every_command_is_described_and_every_described_option_exists() -> None:
+    text = (DOCS / "commands.md").read_text(encoding="utf-8")
+    sections = dict(zip(*[iter(re.split(r"^## (\S+)$", text, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    context = click.Context(main)
+    for name in SUBCOMMANDS:
+        assert name in sections, f"commands.md lacks {name}: run python docs/generate_commands.py"
+    for name, section in sections.items():
+        command = main.get_command(context, name)
+        assert command is not None, f"commands.md describes {name}, which does not exist"
+        known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        described = set(re.findall(r"^\| `(?:-\w, )?(--[\w-]+)", section, flags=re.MULTILINE))
+        assert described
+        assert described <= known, f"{name}: run python docs/generate_commands.py"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert {page.name for page in PAGES} <= set(navigation)
