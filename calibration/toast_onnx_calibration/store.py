@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ class Header:
     parts: dict[str, list[str]]
     notes: tuple[str, ...] = ()
     version: int = VERSION
-    statistics: str = field(default="one-shot")
 
 
 class StatisticsFile:
@@ -193,7 +192,7 @@ def merge_statistics(paths: Sequence[Path], out: Path, model: Path) -> Header:
     for file in files:
         check_model(file, sha256, model)
     for other in files[1:]:
-        for name in ("preprocessing", "tokens", "class_weight", "parts", "statistics"):
+        for name in ("preprocessing", "tokens", "class_weight", "parts"):
             mine, theirs = getattr(first.header, name), getattr(other.header, name)
             if mine != theirs:
                 raise DataError(f"{other.path}: {name} is {theirs}, but {first.path} has {mine}; shards must agree")

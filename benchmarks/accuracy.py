@@ -1,0 +1,245 @@
+"""Accuracy after pruning without training, against simpler methods and other tools: python benchmarks/accuracy.py
+
+Every row has the same widths (align 1), sees the same calibration images and is judged on the same labelled images by
+top-1 and by the mean KL divergence from the dense model. The rows of this project go through its own library on an
+exported graph; nothing is simulated.
+
+Needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors, data/ilsvrc_val_300 and
+data/calibration_256. onnxsim and torch-pruning rows appear where those packages are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from deit import CALIBRATION, evaluation_images, export, export_deit, load_deit, logits
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.matching.study import Study, study
+from toast_onnx.model import load_model, save_model
+from toast_onnx.planning.macs import graph_macs
+from toast_onnx.planning.ratios import parse_ratios
+from toast_onnx.surgery.prune import prune
+from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx_calibration.agreement import divergences
+from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.needs import everything
+from toast_onnx_calibration.statistics import CalibratedStatistics
+from toast_onnx_cli.console import print_table
+
+INDEX = {"select": "index"}
+#: name -> (attention settings, FFN settings, compensation)
+METHODS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
+    "paper's scores, plain removal": (INDEX | {"score": "gm"}, {"score": "activation"}, "none"),
+    "variance + bias (VBP)": (INDEX | {"score": "energy"}, {"score": "variance"}, "bias"),
+    "index pairs + ridge (CORP's form)": (INDEX | {"score": "energy"}, {"score": "variance"}, "ridge"),
+    "ours, select: index": (INDEX | {"score": "second-order"}, {"score": "second-order"}, "ridge"),
+    "ours (select: subspace)": ({"select": "subspace"}, {"score": "second-order"}, "ridge"),
+    "ours + local": ({"select": "subspace"}, {"score": "second-order"}, "local"),
+}
+Judge = Callable[[str, Path], dict[str, Any]]
+
+
+def main() -> None:
+    options = arguments()
+    data: Path = options.data
+    images, labels = evaluation_images(data / "data" / "ilsvrc_val_300", options.images)
+    with tempfile.TemporaryDirectory(prefix="toast-accuracy-") as name:
+        folder = Path(name)
+        weights = data / "weights" / "deit_tiny_patch16_224.safetensors"
+        dense = export_deit(weights, folder / "dense.onnx")
+        scores = logits(dense, images, options.threads)
+
+        def judge(method: str, model: Path) -> dict[str, Any]:
+            found = logits(model, images, options.threads)
+            look = study(load_model(model))
+            return {
+                "method": method,
+                "top1": float((found.argmax(axis=1) == labels).mean()),
+                "kl": float(divergences(scores.astype(np.float64), found.astype(np.float64)).mean()),
+                "macs": graph_macs(look.view, look.counted),
+            }
+
+        rows = [judge("dense", dense) | {"ratio": 0.0}]
+        look = study(load_model(dense))
+        measured = measure(look, data, folder, options)
+        for ratio in options.ratios:
+            for row in chain(
+                ours(look, measured, ratio, folder, judge),
+                onnxsim_rows(weights, data, ratio, folder, judge, options),
+                torch_pruning_rows(weights, rows, folder, judge),
+            ):
+                rows.append(row | {"ratio": ratio})
+                print(f"{ratio}: {row['method']}: {row['top1']:.1%}, KL {row['kl']:.3f}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    cells = [
+        [r["method"], f"{r['ratio']:g}", f"{r['top1']:.1%}", f"{r['kl']:.3f}", f"{r['macs'] / 1e9:.3f}"] for r in rows
+    ]
+    print_table(("method", "removed", "top-1", "KL", "GMACs"), cells, title=f"DeiT-Tiny, {len(labels)} images")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("TOAST_DATA"), help="folder of weights and images")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.35], help="share of qk, vo and fc2 removed")
+    parser.add_argument("--samples", type=int, default=256, help="calibration images")
+    parser.add_argument("--images", type=int, help="evaluation images; all by default")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("give --data or set TOAST_DATA")
+    options.data = Path(options.data)
+    return options
+
+
+def measure(look: Study, data: Path, folder: Path, options: argparse.Namespace) -> CalibratedStatistics:
+    """Statistics of all parts that any of the methods asks for, measured once."""
+    recipe = folder / "calibration.yaml"
+    recipe.write_text(yaml.safe_dump(CALIBRATION))
+    settings = CalibrationOptions(preprocess=str(recipe), samples=options.samples, threads=options.threads)
+    images, out = data / "data" / "calibration_256", folder / "statistics.npz"
+    started = time.perf_counter()
+    calibrate(look, images, out, everything(look, {"qk", "context", "hidden", "fc2"}), settings)
+    print(f"calibrated in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return CalibratedStatistics(look, out)
+
+
+def document(attention: dict[str, str], ffn: dict[str, str], kind: str, ratio: float, *, heads: bool) -> dict[str, Any]:
+    """A ratios file; without `heads` only the feed-forward networks shrink."""
+    removed = {"qk": ratio, "vo": ratio} if heads else {}
+    return {
+        "version": 1,
+        "attention": attention | removed,
+        "ffn": ffn | {"fc2": ratio},
+        "align": 1,
+        "compensation": {"kind": kind},
+    }
+
+
+def ours(
+    look: Study, measured: CalibratedStatistics, ratio: float, folder: Path, judge: Judge
+) -> Iterator[dict[str, Any]]:
+    """This project's rows: simpler settings first, then no data at all, then the feed-forward networks alone."""
+    for name, settings in METHODS.items():
+        try:
+            yield judge(name, pruned(look, document(*settings, ratio, heads=True), measured, folder))
+        except ConfigError as error:
+            print(f"{name}: left out: {error}", file=sys.stderr)
+    best = METHODS["ours (select: subspace)"]
+    synthetic = SyntheticStatistics(look)
+    yield judge("ours, no data", pruned(look, document(*best, ratio, heads=True), synthetic, folder))
+    yield judge("ours, FFN only", pruned(look, document(*best, ratio, heads=False), measured, folder))
+
+
+def pruned(look: Study, ratios: dict[str, Any], statistics: Any, folder: Path) -> Path:
+    """The model pruned by the library, proven by its twin, as a file."""
+    out = folder / "pruned.onnx"
+    save_model(prune(look, parse_ratios(ratios), statistics).model, out)
+    return out
+
+
+def onnxsim_rows(
+    weights: Path, data: Path, ratio: float, folder: Path, judge: Judge, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """onnxsim's structured pruning with its ridge recovery, on the opset-20 export whose GELU it matches."""
+    try:
+        import onnx
+        import onnxsim
+    except ImportError:
+        print("onnxsim: left out: not installed", file=sys.stderr)
+        return
+    from toast_onnx_calibration.recipes import parse_recipe
+    from toast_onnx_calibration.sessions import ModelInput
+    from toast_onnx_calibration.sources import open_source
+
+    dense = folder / "opset20.onnx"
+    if not dense.exists():
+        export_deit(weights, dense, 20, dynamo=True)
+    inputs = [ModelInput("input", ("batch", 3, 224, 224), np.dtype(np.float32))]
+    # It keeps every activation in memory, so it gets 32 of the images.
+    count = min(32, options.samples)
+    source = open_source(
+        data / "data" / "calibration_256", inputs, parse_recipe(CALIBRATION, "calibration"), samples=count
+    )
+    batches = [dict(chunk.arrays) for chunk in source]
+    model = onnx.load(dense)
+    try:
+        small = onnxsim.apply_structured_wanda_pruning(model, calibration_data=batches, sparsity=ratio)
+        tuned = onnxsim.apply_pruning_finetune(model, small, calibration_data=batches)
+    except Exception as error:  # somebody else's code
+        print(f"onnxsim: left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        return
+    before, after = (sum(int(np.prod(t.dims)) for t in m.graph.initializer) for m in (model, small))
+    if after >= before:
+        print("onnxsim: left out: it matched nothing", file=sys.stderr)
+        return
+    for name, result in (("onnxsim, FFN only, plain", small), ("onnxsim, FFN only, ridge recovery", tuned)):
+        path = folder / "onnxsim.onnx"
+        onnx.save(result, path)
+        yield judge(name, path)
+
+
+def torch_pruning_rows(
+    weights: Path, rows: list[dict[str, Any]], folder: Path, judge: Judge
+) -> Iterator[dict[str, Any]]:
+    """Torch-Pruning's magnitude pruning without fine-tuning, at the ratio that leaves as many MACs as ours."""
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        print("torch-pruning: left out: not installed", file=sys.stderr)
+        return
+    share = next(r["macs"] for r in reversed(rows) if r["method"] == "ours (select: subspace)") / rows[0]["macs"]
+    low, high, model = 0.0, 0.9, None
+    for _ in range(7):
+        ratio = (low + high) / 2
+        model, left = magnitude_pruned(tp, weights, ratio)
+        low, high = (ratio, high) if left > share else (low, ratio)
+    yield judge("Torch-Pruning, magnitude", export(model, folder / "peer.onnx"))
+
+
+def magnitude_pruned(tp: Any, weights: Path, ratio: float) -> tuple[Any, float]:
+    """DeiT-Tiny pruned by group magnitude, head dimensions and embedding included, and the share of MACs left."""
+    import torch
+
+    model, example = load_deit(weights), torch.zeros(1, 3, 224, 224)
+    for part in model.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False
+    before, _ = tp.utils.count_ops_and_params(model, example)
+    heads = {part.qkv: part.num_heads for part in model.modules() if hasattr(part, "qkv")}
+    tp.pruner.MagnitudePruner(
+        model,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=[model.head],
+        num_heads=heads,
+        prune_head_dims=True,
+    ).step()
+    for part in model.modules():
+        if hasattr(part, "qkv"):
+            part.attn_dim = part.qkv.out_features // 3
+            part.head_dim = part.attn_dim // part.num_heads
+    after, _ = tp.utils.count_ops_and_params(model, example)
+    return model, after / before
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What calibration costs next to plain inference of the same images: python benchmarks/calibration_cost.py MODEL
+
+Both run in turns in the same process with the same batches and threads, images decoded once beforehand. Attention and
+hidden-unit statistics are measured, as `toast-onnx calibrate` does by default; reading and decoding images, which both
+would pay alike, is left out, so the ratio is an upper bound on what users see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+from toast_onnx.matching.study import study
+from toast_onnx.model import load_model
+from toast_onnx_calibration.calibrate import BUDGET, accumulate
+from toast_onnx_calibration.needs import DEFAULT_PARTS, everything, passes
+from toast_onnx_calibration.sessions import make_session, model_inputs, run
+from toast_onnx_calibration.sources import ArraySource
+from toast_onnx_calibration.statistics_graph import TokenSettings, measuring_graph
+from toast_onnx_cli.console import print_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a vision model with one input of fixed height and width")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+
+    look = study(load_model(options.model))
+    plain = make_session(options.model, threads=options.threads)
+    inputs = model_inputs(plain)
+    (wanted,) = inputs
+    shape = (options.samples, *(int(d or 1) for d in wanted.shape[1:]))
+    images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    source = ArraySource("random images", {wanted.name: images}, range(options.samples), inputs, None)
+    graphs = [
+        measuring_graph(look, group, TokenSettings()) for group in passes(look, everything(look, DEFAULT_PARTS), BUDGET)
+    ]
+    sessions = [make_session(g.proto.SerializeToString(), threads=options.threads) for g in graphs]
+
+    def infer() -> None:
+        for start in range(0, options.samples, options.batch):
+            run(plain, {wanted.name: images[start : start + options.batch]})
+
+    def calibrate() -> None:
+        for session, graph in zip(sessions, graphs, strict=True):
+            accumulate(session, graph, inputs, source, options.batch)
+
+    seconds = {infer: [], calibrate: []}
+    for number in range(options.rounds + 1):  # the first round warms up
+        for work, times in seconds.items():
+            started = time.perf_counter()
+            work()
+            if number:
+                times.append(time.perf_counter() - started)
+    inference, calibration = (float(np.median(t)) for t in seconds.values())
+    rows = [
+        ["inference", f"{inference:.2f}", f"{options.samples / inference:.1f}", "1.00"],
+        ["calibration", f"{calibration:.2f}", f"{options.samples / calibration:.1f}", f"{calibration / inference:.2f}"],
+    ]
+    title = f"{options.model.name}: {options.samples} images, batch {options.batch}, {len(graphs)} pass(es)"
+    print_table(("", "seconds", "images/s", "times inference"), rows, title=title)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""`toast-onnx compare`, and the measures it reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+
+from tests import zoo
+from tests.pruning import UNEVEN, prune_file
+from tests.pruning import run as run_model
+from toast_onnx_calibration.agreement import Agreement, cosines, divergences
+from toast_onnx_cli.main import SUBCOMMANDS, main
+
+Exported = Callable[[zoo.Case], Path]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Exported) -> Path:
+    monkeypatch.chdir(tmp_path)
+    source = exported(zoo.Case("timm-vit"))
+    (tmp_path / "m.onnx").write_bytes(source.read_bytes())
+    prune_file(tmp_path / "m.onnx", UNEVEN, tmp_path / "p.onnx")
+    np.save(tmp_path / "x.npy", zoo.inputs(source, 5)["input"])
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["compare", *arguments, "--data", "x.npy", "--threads", "1"])
+
+
+def test_it_is_a_command() -> None:
+    assert "compare" in SUBCOMMANDS
+
+
+def test_a_model_agrees_with_itself(files: Path) -> None:
+    document = json.loads(run("m.onnx", "m.onnx", "--rounds", "0", "--json").stdout)
+    (logits,) = document["outputs"].values()
+    assert logits["top1_agreement"] == 1
+    assert logits["kl"] == pytest.approx(0, abs=1e-9)
+    assert logits["relative_error"] < 1e-6
+    assert document["latency"] is None
+    assert all(b[part]["cosine"] == pytest.approx(1) for b in document["blocks"] for part in ("attention", "ffn"))
+
+
+def test_figures_are_those_of_numpy(files: Path) -> None:
+    result = run("m.onnx", "p.onnx", "--rounds", "2", "--batch", "2", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    feeds = {"input": np.load(files / "x.npy")}
+    a, b = (run_model(files / name, feeds)[0].astype(np.float64) for name in ("m.onnx", "p.onnx"))
+    p, q = log_softmax(a, axis=1), log_softmax(b, axis=1)
+    found = document["outputs"]["logits"]
+    assert found["kl"] == pytest.approx(float((np.exp(p) * (p - q)).sum(axis=1).mean()), rel=1e-4)
+    assert found["top1_agreement"] == (a.argmax(axis=1) == b.argmax(axis=1)).mean()
+    assert found["relative_error"] == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-4)
+    assert document["samples"] == 5
+    assert document["models"]["pruned"]["macs"] < document["models"]["dense"]["macs"]
+    assert document["models"]["pruned"]["bytes"] == (files / "p.onnx").stat().st_size
+    assert [t["batch"] for t in document["latency"]] == [2, 2]
+    assert len(document["blocks"]) == 2
+
+
+def test_tables(files: Path) -> None:
+    result = run("m.onnx", "p.onnx", "--rounds", "1")
+    assert result.exit_code == 0, result.stderr
+    for word in ("MACs", "parameters", "latency", "same top-1", "attention", "ffn"):
+        assert word in result.stdout
+
+
+def test_tokens_are_compared_without_classes(files: Path, exported: Exported) -> None:
+    source = exported(zoo.Case("hf-dinov2"))
+    np.save(files / "x.npy", zoo.inputs(source, 2)["pixel_values"])
+    document = json.loads(run(str(source), str(source), "--rounds", "0", "--json").stdout)
+    assert set(document["outputs"]["last_hidden_state"]) == {"cosine", "relative_error"}
+
+
+def test_models_that_do_not_belong_together(files: Path, exported: Exported) -> None:
+    result = run("m.onnx", str(exported(zoo.Case("hf-dinov2"))))
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    assert "pixel_values" in line
+
+
+@given(st.integers(1, 4), st.integers(2, 6), st.integers(0, 999))
+def test_divergence_of_scores_and_of_probabilities(rows: int, classes: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((2, rows, classes)) * 3
+    p, q = log_softmax(a, axis=1), log_softmax(b, axis=1)
+    expected = (np.exp(p) * (p - q)).sum(axis=1)
+    np.testing.assert_allclose(divergences(a, b), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(divergences(np.exp(p), np.exp(q)), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_cosines_of_zero_rows() -> None:
+    a, b = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]), np.array([[0.0, 0.0], [1.0, 0.0], [2.0, 2.0]])
+    np.testing.assert_allclose(cosines(a, b), [1, 0, 1])
+
+
+def test_batches_add_up() -> None:
+    a, b = np.random.default_rng(0).standard_normal((2, 7, 3, 4))
+    whole, parts = Agreement(True), Agreement(True)
+    whole.add(a, b)
+    for start, end in ((0, 2), (2, 5), (5, 7)):
+        parts.add(a[start:end], b[start:end])
+    assert parts.rows == whole.rows
+    assert parts.to_json() == pytest.approx(whole.to_json())
