@@ -1,0 +1,221 @@
+"""Graphs that look like a block but must not be taken for one, or not in every part: each says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.matching.tiny import DIM, HIDDEN, TOKENS, WIDTH, Graph, block
+from tests.pruning import look, prune_file
+from toast_onnx.errors import MatchError
+
+INDEX = {"select": "index", "score": "l2"}
+
+
+def ratios(part: str) -> dict[str, Any]:
+    """Asks for one part alone."""
+    room = "attention" if part in ("qk", "vo") else "ffn"
+    settings = {part: 0.5, **(INDEX if room == "attention" else {"score": "l2"})}
+    return {"version": 1, room: settings, "align": 1, "compensation": {"kind": "none"}}
+
+
+def reasons(path: Path) -> dict[str, str | None]:
+    """Why each part of the only block cannot be pruned."""
+    (found,) = look(path).match.blocks
+    assert found.attention is not None
+    assert found.ffn is not None
+    return {
+        "qk": found.attention.qk_reason,
+        "vo": found.attention.vo_reason,
+        "fc1": found.ffn.fc1_reason,
+        "fc2": found.ffn.fc2_reason,
+    }
+
+
+def test_the_straight_block_is_prunable_in_every_part(tmp_path: Path) -> None:
+    """Else the tests below would prove nothing."""
+    graph, y = block()
+    path = graph.save(tmp_path / "model.onnx", y)
+    assert reasons(path) == {"qk": None, "vo": None, "fc1": None, "fc2": None}
+    for part in ("qk", "vo", "fc1", "fc2"):
+        _, pruned = prune_file(path, ratios(part), tmp_path / f"{part}.onnx")
+        assert pruned.twin is not None
+        assert pruned.twin.batches == (1, 3)
+
+
+def _read_elsewhere(graph: Graph, name: str) -> str:
+    graph.also_output(graph.add("ReduceSum", name, graph.constant([3]), name="elsewhere"), "batch", 2, TOKENS, 1)
+    return name
+
+
+def _also_an_output(graph: Graph, name: str) -> str:
+    return graph.also_output(name, "batch", 2, TOKENS, DIM)
+
+
+def _norm_of_a_head(graph: Graph, name: str) -> str:
+    return graph.norm(name, DIM)
+
+
+def _two_layers(graph: Graph, name: str) -> str:
+    other = graph.heads(graph.linear("x", WIDTH, WIDTH, "second"))
+    return graph.add("Concat", name, other, axis=2)
+
+
+def _sum_of_two_layers(graph: Graph, name: str) -> str:
+    return graph.add("Add", name, graph.heads(graph.linear("x", WIDTH, WIDTH, "second")), name="sum_of_two")
+
+
+def _activation(graph: Graph, name: str) -> str:
+    return graph.add("Relu", name, name="bent")
+
+
+def _norm_of_the_context(graph: Graph, name: str) -> str:
+    return graph.norm(name)
+
+
+def _norm_of_the_hidden_units(graph: Graph, name: str) -> str:
+    return graph.norm(name, HIDDEN)
+
+
+def _hidden_read_elsewhere(graph: Graph, name: str) -> str:
+    graph.also_output(graph.add("ReduceSum", name, graph.constant([2]), name="elsewhere"), "batch", TOKENS, 1)
+    return name
+
+
+def _hidden_output(graph: Graph, name: str) -> str:
+    return graph.also_output(name, "batch", TOKENS, HIDDEN)
+
+
+BENT = {
+    # what bends, how, the part that suffers, what the reason must say
+    "Q read elsewhere": ("q", _read_elsewhere, "qk", "Q is also read by 'elsewhere' (ReduceSum)"),
+    "Q also an output": ("q", _also_an_output, "qk", "Q is also an output of the graph"),
+    "K read elsewhere": ("k", _read_elsewhere, "qk", "K is also read by 'elsewhere' (ReduceSum)"),
+    "V read twice": ("v", _read_elsewhere, "vo", "V is also read by 'elsewhere' (ReduceSum)"),
+    "q norm": ("q", _norm_of_a_head, "qk", "across the channels of a head (q/k norm)"),
+    "k norm": ("k", _norm_of_a_head, "qk", "across the channels of a head (q/k norm)"),
+    "an activation on V": ("v", _activation, "vo", "V passes through 'bent' (Relu), which computes on it"),
+    "two layers for K": ("k", _sum_of_two_layers, "qk", "K comes from 2 linear layers"),
+    "a norm in front of the projection": ("context", _norm_of_the_context, "vo", "before the output projection"),
+    "hidden units read elsewhere": (
+        "activated",
+        _hidden_read_elsewhere,
+        "fc2",
+        "the hidden activation is also read by 'elsewhere'",
+    ),
+    "hidden units an output": ("hidden", _hidden_output, "fc2", "the hidden activation is also an output of the graph"),
+}
+
+
+@pytest.mark.parametrize("case", BENT)
+def test_a_bent_part_says_why_and_is_refused(case: str, tmp_path: Path) -> None:
+    place, bend, part, needle = BENT[case]
+    graph, y = block(**{place: bend})  # type: ignore[arg-type]
+    path = graph.save(tmp_path / "model.onnx", y)
+    found = reasons(path)
+    assert needle in (found[part] or "no reason")
+    assert [p for p, reason in found.items() if reason is not None] == [part]  # the other parts do not suffer
+    with pytest.raises(MatchError, match="cannot be pruned") as refusal:
+        prune_file(path, ratios(part))
+    assert needle in str(refusal.value)
+    _, pruned = prune_file(path, ratios(part), skip_unprunable=True)
+    assert pruned.weights == {}
+    for other in {"qk", "vo", "fc2"} - {part}:  # and can still be pruned, proven by the twin
+        prune_file(path, ratios(other))
+
+
+def test_two_layers_side_by_side_for_one_operand(tmp_path: Path) -> None:
+    """Keys and values of more tokens than queries, from two layers each, as in cross-attention with registers."""
+    graph, y = block(k=_two_layers, v=_two_layers)
+    found = reasons(graph.save(tmp_path / "model.onnx", y))
+    assert "K comes from 2 linear layers" in (found["qk"] or "")
+    assert "V comes from 2 linear layers" in (found["vo"] or "")
+    assert found["fc2"] is None
+
+
+def test_a_scale_that_is_computed_from_the_shape_is_frozen(tmp_path: Path) -> None:
+    """1/sqrt of the queries' last extent: 0.5 with 4 dimensions, and still 0.5 with the 2 that are kept."""
+
+    def scaled(graph: Graph, name: str) -> str:
+        extent = graph.add("Slice", graph.add("Shape", name), graph.constant([3]), graph.constant([4]))
+        root = graph.add("Sqrt", graph.add("Cast", extent, to=1))
+        return graph.add("Div", name, root)
+
+    graph, y = block(q=scaled)
+    path = graph.save(tmp_path / "model.onnx", y)
+    assert set(reasons(path).values()) == {None}
+    _, pruned = prune_file(path, ratios("qk"))
+    assert pruned.twin is not None
+    (found,) = look(path).match.blocks
+    assert found.attention is not None
+    assert found.attention.q is not None
+    assert found.attention.q.walk.scale == pytest.approx(0.5)
+
+
+def test_softmax_over_another_axis_is_no_attention(tmp_path: Path) -> None:
+    graph, y = block(axis=2)
+    match = look(graph.save(tmp_path / "model.onnx", y)).match
+    assert [b.attention for b in match.blocks] == [None]
+    assert match.declined == {"'softmax' (Softmax)": "this Softmax runs over axis 2, not over the last"}
+
+
+def test_scores_that_are_transposed_are_no_attention(tmp_path: Path) -> None:
+    """As many queries as keys, so that the shapes alone would not tell."""
+    graph, y = block(scores=lambda g, name: g.add("Transpose", name, perm=[0, 1, 3, 2]))
+    match = look(graph.save(tmp_path / "model.onnx", y)).match
+    assert [b.attention for b in match.blocks] == [None]
+    assert match.declined == {"'softmax' (Softmax)": "the scores before this Softmax are no product of two activations"}
+
+
+def test_behind_an_inner_norm_units_are_selected_in_front_of_fc2(tmp_path: Path) -> None:
+    """The norm needs every unit, so fc1 keeps its width and fc2 alone shrinks; never a wrong answer."""
+    graph, y = block(activated=_norm_of_the_hidden_units)
+    path, out = graph.save(tmp_path / "model.onnx", y), tmp_path / "new.onnx"
+    assert reasons(path)["fc2"] is None
+    _, pruned = prune_file(path, ratios("fc2"), out)
+    assert pruned.twin is not None
+    sizes = {tuple(t.dims) for t in onnx.load(out).graph.initializer}
+    assert {(WIDTH, HIDDEN), (HIDDEN // 2, WIDTH)} <= sizes
+
+
+def test_a_softmax_over_the_output_is_not_worth_a_word(tmp_path: Path) -> None:
+    """Classifiers end in one; only what looks like attention is reported."""
+    graph, y = block(end=lambda g, name: g.add("Softmax", name, axis=-1))
+    match = look(graph.save(tmp_path / "model.onnx", y)).match
+    assert match.declined == {}
+    assert len(match.blocks) == 1
+
+
+def test_a_softmax_that_weighs_activations_says_that_it_has_no_scores(tmp_path: Path) -> None:
+    def pool(graph: Graph, name: str) -> str:
+        weights = graph.add("Softmax", graph.add("Sin", name), axis=-1, name="pool")
+        return graph.add("MatMul", weights, graph.add("MatMul", graph.add("Transpose", name, perm=[0, 2, 1]), name))
+
+    graph, y = block(end=pool)
+    match = look(graph.save(tmp_path / "model.onnx", y)).match
+    assert match.declined == {"'pool' (Softmax)": "the scores before this Softmax are no product of two activations"}
+
+
+def test_layers_that_join_no_residual_stream_are_no_feed_forward_network(tmp_path: Path) -> None:
+    """Heads and necks are two layers with an activation between, too."""
+    graph, y = block(residual=False)
+    match = look(graph.save(tmp_path / "model.onnx", y)).match
+    assert [b.ffn for b in match.blocks] == [None]
+    (reason,) = match.declined.values()
+    assert "joined by relu, but their output joins no residual stream" in reason
+
+
+def test_quantized_weights_say_prune_first(tmp_path: Path) -> None:
+    def quantized(graph: Graph, name: str) -> str:
+        values = graph.constant(np.ones((WIDTH, WIDTH)), np.int8)
+        scale, zero = graph.constant(0.1, np.float32), graph.constant(0, np.int8)
+        weight = graph.add("DequantizeLinear", values, scale, zero)
+        return graph.heads(graph.add("MatMul", "x", weight, name="int8"))
+
+    graph, y = block(v=quantized)
+    found = reasons(graph.save(tmp_path / "model.onnx", y))
+    assert found["vo"] == "the weights of V are quantized; prune first, then quantize"
