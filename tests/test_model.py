@@ -1,0 +1,207 @@
+"""Loading and saving: errors that name the file, external data, atomic writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.pruning import run
+from toast_onnx import model as room
+from toast_onnx.errors import ModelError
+from toast_onnx.model import (
+    Model,
+    file_hash,
+    load_model,
+    model_files,
+    save_model,
+    scratch_folder,
+    staged_model,
+    stored_bytes,
+    write_bytes,
+)
+
+SHAPE = (40, 30)
+
+
+def tiny(seed: int = 0) -> onnx.ModelProto:
+    """y = x @ w + b with a symbolic batch and metadata."""
+    random = np.random.default_rng(seed)
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["p"]), onnx.helper.make_node("Add", ["p", "b"], ["y"])],
+        "tiny",
+        [info("x", onnx.TensorProto.FLOAT, ["batch", SHAPE[0]])],
+        [info("y", onnx.TensorProto.FLOAT, ["batch", SHAPE[1]])],
+        [
+            onnx.numpy_helper.from_array(random.standard_normal(SHAPE).astype(np.float32), "w"),
+            onnx.numpy_helper.from_array(random.standard_normal(SHAPE[1]).astype(np.float32), "b"),
+        ],
+    )
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    proto.metadata_props.add(key="author", value="somebody")
+    return proto
+
+
+def saved(folder: Path, *, external: bool = False) -> Path:
+    """The tiny model as a file, its large weight in `weights.bin` where asked for."""
+    path = folder / "model.onnx"
+    options = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 1024} if external else {}
+    onnx.save(tiny(), path, **options)  # type: ignore[arg-type]
+    return path
+
+
+FEEDS = {"x": np.ones((2, SHAPE[0]), np.float32)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_any_truncation_is_an_error_that_names_the_file(share: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("cut") / "model.onnx"
+    whole = tiny()
+    del whole.metadata_props[:]  # what is lost behind the graph and its opset cannot be told from what never was
+    data = whole.SerializeToString()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ModelError, match=r"model\.onnx"):
+        load_model(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.binary(max_size=300))
+def test_any_bytes_are_a_model_error_and_nothing_else(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("noise") / "model.onnx"
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=r"model\.onnx"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_saving_what_was_loaded_changes_no_output(external: bool, tmp_path: Path) -> None:
+    path, out = saved(tmp_path, external=external), tmp_path / "new.onnx"
+    model = load_model(path)
+    assert model.has_external_data is external
+    save_model(model, out)
+    assert np.array_equal(run(out, FEEDS)[0], run(path, FEEDS)[0])
+    assert (tmp_path / "new.onnx.data").exists() is external
+    assert onnx.load(out, load_external_data=False).metadata_props == tiny().metadata_props
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_replaced_arrays_are_what_is_written(external: bool, tmp_path: Path) -> None:
+    model = load_model(saved(tmp_path, external=external))
+    weight = np.full(SHAPE, 0.5, np.float32)
+    model.arrays["w"] = weight
+    save_model(model, tmp_path / "new.onnx")
+    (found,) = (t for t in onnx.load(tmp_path / "new.onnx").graph.initializer if t.name == "w")
+    assert np.array_equal(onnx.numpy_helper.to_array(found), weight)
+    assert run(tmp_path / "new.onnx", FEEDS)[0].shape == (2, SHAPE[1])
+
+
+def test_external_weights_stay_on_disk_until_they_are_read(tmp_path: Path) -> None:
+    model = load_model(saved(tmp_path, external=True))
+    (tensor,) = (t for t in model.proto.graph.initializer if t.name == "w")
+    assert not tensor.raw_data
+    assert np.array_equal(model.array(tensor), onnx.numpy_helper.to_array(tiny().graph.initializer[0]))
+
+
+def test_weights_beyond_protobufs_limit_go_to_a_file_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "INLINE_LIMIT", 1000)
+    save_model(load_model(saved(tmp_path)), tmp_path / "new.onnx")
+    assert [f.name for f in model_files(tmp_path / "new.onnx")] == ["new.onnx", "new.onnx.data"]
+    assert np.array_equal(run(tmp_path / "new.onnx", FEEDS)[0], run(tmp_path / "model.onnx", FEEDS)[0])
+
+
+def test_hash_and_size_cover_the_data_file(tmp_path: Path) -> None:
+    path = saved(tmp_path, external=True)
+    before, size = file_hash(path), stored_bytes(path)
+    assert size == path.stat().st_size + (tmp_path / "weights.bin").stat().st_size
+    with (tmp_path / "weights.bin").open("r+b") as stream:
+        stream.write(b"\x01\x02\x03\x04")
+    assert file_hash(path) != before
+    assert stored_bytes(path) == size
+
+
+def test_a_draft_that_is_not_wanted_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "new.onnx").write_text("older")
+    model = load_model(saved(tmp_path))
+
+    def fail() -> None:
+        with staged_model(model, tmp_path / "new.onnx") as draft:
+            assert onnx.load(draft).graph.name == "tiny"
+            assert (tmp_path / "new.onnx").read_text() == "older"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (tmp_path / "new.onnx").read_text() == "older"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "new.onnx"]
+
+
+def test_what_the_checker_refuses_is_not_written(tmp_path: Path) -> None:
+    model = load_model(saved(tmp_path))
+    model.proto.graph.node[1].input[0] = "nobody_makes_this"
+    with pytest.raises(ModelError, match="checker refuses"):
+        save_model(model, tmp_path / "new.onnx")
+    assert not (tmp_path / "new.onnx").exists()
+
+
+def test_weights_of_another_shape_than_the_graph_takes_are_not_written(tmp_path: Path) -> None:
+    model = load_model(saved(tmp_path))
+    model.arrays["w"] = np.zeros((SHAPE[0] + 1, SHAPE[1]), np.float32)
+    with pytest.raises(ModelError, match="checker refuses"):
+        save_model(model, tmp_path / "new.onnx")
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace"])
+def test_disk_full_at_any_time(operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(saved(tmp_path))
+    (tmp_path / "new.onnx").write_text("older")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, operation, full)
+    with pytest.raises(ModelError, match="the disk is full"):
+        save_model(model, tmp_path / "new.onnx")
+    with pytest.raises(ModelError, match="the disk is full"):
+        write_bytes(tmp_path / "report.json", b"{}")
+    monkeypatch.undo()
+    assert (tmp_path / "new.onnx").read_text() == "older"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "new.onnx"]
+
+
+def test_temporary_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="TMPDIR"), scratch_folder("toast-"):
+        pass
+
+
+def test_local_functions_are_inlined(tmp_path: Path) -> None:
+    """Older dynamo exports keep modules as functions; matching sees one flat graph."""
+    proto = tiny()
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    inner = onnx.helper.make_node("Add", ["a", "c"], ["d"])
+    proto.functions.append(onnx.helper.make_function("local", "Bias", ["a", "c"], ["d"], [inner], opsets))
+    proto.opset_import.append(onnx.helper.make_opsetid("local", 1))
+    proto.graph.node[1].CopyFrom(onnx.helper.make_node("Bias", ["p", "b"], ["y"], domain="local"))
+    onnx.save(proto, tmp_path / "model.onnx")
+    model = load_model(tmp_path / "model.onnx")
+    assert [n.op_type for n in model.proto.graph.node] == ["MatMul", "Add"]
+    assert not model.proto.functions
+
+
+def test_a_weight_that_is_shorter_than_its_shape_says_which(tmp_path: Path) -> None:
+    proto = tiny()
+    proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[:-8]
+    model = Model(proto, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match="'w'"):
+        model.array(proto.graph.initializer[0])
