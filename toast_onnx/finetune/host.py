@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from toast_onnx.finetune.ops.movement import backwards
 from toast_onnx.finetune.ops.registry import Node
 
 Array = np.ndarray[Any, Any]
@@ -62,12 +63,11 @@ def _slice(
     )
     dims = node.get("axes", range(len(first))) if axes is None else axes.reshape(-1).tolist()
     strides = [1] * len(first) if steps is None else steps.reshape(-1).tolist()
-    place: list[slice] = [slice(None)] * x.ndim
     for start, end, axis, step in zip(first, last, dims, strides, strict=True):
-        place[axis] = slice(*slice(start, end, step).indices(x.shape[axis]))
-        if step < 0 and place[axis].stop < 0:
-            place[axis] = slice(place[axis].start, None, step)
-    return x[tuple(place)]
+        size = x.shape[axis]
+        index = range(*slice(start, end, step).indices(size)) if step > 0 else backwards(size, start, end, step)
+        x = np.take(x, list(index), axis)
+    return x
 
 
 def _axes(node: Node, axes: Array | None) -> tuple[int, ...] | None:

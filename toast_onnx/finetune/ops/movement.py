@@ -79,9 +79,16 @@ def slice_(
         if step > 0:
             x = _forward(x, start, end, axis, step)
         else:
-            index = range(x.shape[axis])[slice(start, end, step)]
-            x = x.index_select(axis, torch.tensor(list(index), dtype=torch.long, device=x.device))
+            index = torch.tensor(backwards(x.shape[axis], start, end, step), dtype=torch.long, device=x.device)
+            x = x.index_select(axis, index)
     return x
+
+
+def backwards(size: int, start: int, end: int, step: int) -> list[int]:
+    """Positions of a slice with a negative step; unlike Python's, a start before the first element means the first."""
+    first = min(max(start + size if start < 0 else start, 0), size - 1)
+    last = min(max(end + size if end < 0 else end, -1), size - 1)
+    return list(range(first, last, step))
 
 
 def _forward(x: Tensor, start: Any, end: Any, axis: int, step: int) -> Tensor:

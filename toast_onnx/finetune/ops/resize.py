@@ -24,7 +24,8 @@ def resize(node: Node, x: Tensor, roi: Value = None, scales: Value = None, sizes
         raise NotImplementedError("Resize that keeps the aspect ratio")
     for k, axis in enumerate(axes):
         size = x.shape[axis]
-        out = wanted[k] if wanted else math.floor(size * factors[k])
+        # In float32, as runtimes do it: 0.7 of 10 is 7.
+        out = wanted[k] if wanted else int(np.floor(np.float32(size) * np.float32(factors[k])))
         if out == size and factors[k] == 1:
             continue
         matrix = weights(node, size, out, float(factors[k]))
@@ -45,7 +46,14 @@ def weights(node: Node, size: int, out: int, scale: float) -> np.ndarray[Any, An
 
 
 def source(node: Node, o: int, size: int, out: int, scale: float) -> float:
-    """Position in the input that output `o` stands for (attribute coordinate_transformation_mode)."""
+    """Position in the input that output `o` stands for (attribute coordinate_transformation_mode).
+
+    Rounded to float32, in which runtimes compute it: it decides which neighbour is nearest.
+    """
+    return float(np.float32(_position(node, o, size, out, scale)))
+
+
+def _position(node: Node, o: int, size: int, out: int, scale: float) -> float:
     # Upsample and Resize before opset 11 know only this mapping.
     how = node.get("coordinate_transformation_mode", "half_pixel" if node.opset >= 11 else "asymmetric")
     if how == "asymmetric":
@@ -70,8 +78,7 @@ def _taps(node: Node, mode: str, where: float, scale: float, size: int) -> list[
     first, last = math.floor(where - support / stretch) + 1, math.ceil(where + support / stretch) - 1
     a = node.get("cubic_coeff_a", -0.75)
     taps = [(i, _kernel(mode, abs(i - where) * stretch, a)) for i in range(first, last + 1)]
-    if stretch != 1.0 or node.get("exclude_outside", 0):
-        # Antialiased filters and `exclude_outside` drop what lies outside instead of repeating the border.
+    if node.get("exclude_outside", 0):  # else the border is repeated outwards
         taps = [(i, w) for i, w in taps if 0 <= i < size]
     total = sum(w for _, w in taps)
     return [(i, w / total) for i, w in taps] if total else [(round(where), 1.0)]
