@@ -37,7 +37,7 @@ tool rm "$container" >/dev/null
 rm -rf --one-file-system "$work/base"
 
 step "the image"
-tool bud --quiet --file docker/cpu.Dockerfile --build-arg BASE=localhost/toast-base --tag toast-onnx:cpu "$@" . >/dev/null
+tool bud --quiet --format docker --file docker/cpu.Dockerfile --build-arg BASE=localhost/toast-base --tag toast-onnx:cpu "$@" . >/dev/null
 tool images
 
 step "the example, in the image, as its own user"
