@@ -38,7 +38,7 @@ def program() -> str:
 def toast(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `toast-onnx` with arguments; options go to `subprocess.run`."""
     command = [program(), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, **options)
 
 
 def succeed(*arguments: str | Path, **options: Any) -> str:

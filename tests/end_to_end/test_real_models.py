@@ -67,7 +67,7 @@ def top1(model: Path, folder: Path) -> float:
     options = ["--labels", images / "labels.csv", "--preprocess", write_ratios(folder / "recipe.yaml", recipe)]
     found = json.loads(succeed("eval", model, "--data", images, *options, "--json"))["accuracy"]
     assert found["samples"] == 300
-    return float(found["top1"])
+    return 100 * float(found["top1"]["accuracy"])
 
 
 @NEEDS_DATA
