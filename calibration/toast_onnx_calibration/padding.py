@@ -12,6 +12,8 @@ from toast_onnx.matching.cores import Core
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 
+_LAYERS = frozenset({"MatMul", "Gemm", "Conv", "Einsum", "Softmax", "Attention", "MultiHeadAttention"})
+
 Kind = Literal["visible", "hidden", "additive", "keys"]
 
 
@@ -30,13 +32,18 @@ class Mask:
 
 
 def masks(view: GraphView, facts: Facts, core: Core) -> list[Mask]:
-    """The masks of a core that depend on what the inputs hold; constant ones (Swin's shifted windows) hide no token."""
+    """The masks of a core that come from the inputs; constant ones (Swin's shifted windows) hide no token."""
     found = _fused(view, facts, core) if core.kind != "matmul" else _between(view, facts, core)
-    return [m for m in found if depends_on_contents(view, facts, m.tensor)]
+    return [m for m in found if comes_from_inputs(view, facts, m.tensor)]
 
 
-def depends_on_contents(view: GraphView, facts: Facts, tensor: str) -> bool:
-    """Whether a tensor's value depends on the contents of the graph's inputs rather than on their shapes."""
+def comes_from_inputs(view: GraphView, facts: Facts, tensor: str) -> bool:
+    """Whether a tensor's value is read off the contents of the graph's inputs, as a padding mask is.
+
+    What depends on their shapes alone hides no token, and what layers compute is a bias (ViTDet's relative positions)
+    or a mask of the model's own making.
+    """
+    from_input = False
     seen: set[str] = set()
     pending = [tensor]
     while pending:
@@ -46,10 +53,12 @@ def depends_on_contents(view: GraphView, facts: Facts, tensor: str) -> bool:
         seen.add(name)
         i = view.producer.get(name)
         if i is None:
-            return True
-        if view.nodes[i].op_type not in ("Shape", "Size"):
+            from_input = True
+        elif view.nodes[i].op_type in _LAYERS:
+            return False
+        elif view.nodes[i].op_type not in ("Shape", "Size"):
             pending.extend(view.nodes[i].input)
-    return False
+    return from_input
 
 
 def _fused(view: GraphView, facts: Facts, core: Core) -> Iterable[Mask]:

@@ -74,6 +74,18 @@ def measuring_graph(study: Study, wanted: Mapping[int, Iterable[str]], settings:
     return MeasuringGraph(proto, outputs, list(dict.fromkeys(build.notes)), build.weighted)
 
 
+@dataclass(frozen=True)
+class _Padding:
+    """(batch or 1, tokens) ones where a key can be seen by some query, zeros where it is padding."""
+
+    tensor: str
+    batch: int
+    tokens: int
+
+    def fits(self, batch: int, tokens: int) -> bool:
+        return self.tokens == tokens and self.batch in (1, batch)
+
+
 class _Build:
     def __init__(self, study: Study, settings: TokenSettings) -> None:
         self.study = study
@@ -113,17 +125,25 @@ class _Build:
 
     # --- padding ---
 
-    def _padding(self, attention: Attention) -> str | None:
-        """(batch or 1, tokens) ones where a key can be seen by some query, zeros where it is padding."""
-        found = masks(self.study.view, self.study.facts, attention.core)
-        valid: str | None = None
-        for mask in found:
+    def _padding(self, attention: Attention) -> _Padding | None:
+        """The keys that count, over all masks of an attention; None where all do."""
+        valid: _Padding | None = None
+        for mask in masks(self.study.view, self.study.facts, attention.core):
             seen = self._visible(mask)
-            if seen is None:
-                self.notes.append("a mask of an unusual shape was found; padded tokens count in the statistics")
+            shape = self.study.facts.shape(mask.tensor)
+            if seen is None or shape is None:
+                self._note("a mask of an unusual shape was found: padded tokens count in the statistics")
+                continue
+            batch = shape[0] if mask.kind == "keys" or len(shape) > 2 else 1
+            if valid is None:
+                valid = _Padding(seen, batch, shape[-1])
             else:
-                valid = seen if valid is None else self.writer.emit("Mul", [valid, seen])
+                both = self.writer.emit("Mul", [valid.tensor, seen])
+                valid = _Padding(both, max(valid.batch, batch), shape[-1])
         return valid
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
 
     def _visible(self, mask: Mask) -> str | None:
         w, x = self.writer, mask.tensor
@@ -139,15 +159,15 @@ class _Build:
             return x if mask.kind == "keys" else w.reduce("ReduceMax", x, [0], keep=True)
         return w.reduce("ReduceMax", x, list(range(1, rank - 1))) if rank > 2 else None
 
-    def _padding_of(self, tokens: Tokens, padding: str | None) -> str | None:
+    def _padding_of(self, tokens: Tokens, padding: _Padding | None) -> str | None:
         """(batch, tokens, 1) weights for a tensor, in the order of its axes; None where all its tokens count."""
         if padding is None:
             return None
-        if tokens.axis is None:
-            self.notes.append("padded tokens could not be found in flattened rows and count in the statistics")
+        if tokens.axis is None or not padding.fits(tokens.batch, tokens.count):
+            self._note("padded tokens could not be told apart in some layers and count in their statistics")
             return None
         w = self.writer
-        x = w.unsqueeze(padding, [2])
+        x = w.unsqueeze(padding.tensor, [2])
         if tokens.axis == 0:
             x = w.emit("Transpose", [x], perm=[1, 0, 2])
         leading = w.gather(w.emit("Shape", [tokens.tensor]), [0, 1], 0)
@@ -156,7 +176,7 @@ class _Build:
 
     # --- moments ---
 
-    def _moments(self, tokens: Tokens, padding: str | None, key: str) -> None:
+    def _moments(self, tokens: Tokens, padding: _Padding | None, key: str) -> None:
         """Count, sum and Gram matrix of tokens minus `shift`: each alpha * (sampled tokens) + beta * (class token).
 
         The shift is the batch's own mean. In float32 the raw Gram matrix of activations with a mean far from zero would
@@ -200,7 +220,7 @@ class _Build:
         fraction = self.settings.fraction
         if fraction >= 1 or tokens.axis is None or not tokens.fixed:
             if fraction < 1:
-                self.notes.append("tokens of a varying number, or in flattened rows, were all taken, none sampled")
+                self._note("tokens of a varying number, or in flattened rows, were all taken, none sampled")
             return None, 1.0, (self.settings.class_weight - 1) if boosted else 0.0
         start = 1 if boosted else 0
         number = max(1, round((tokens.count - start) * fraction))
@@ -226,7 +246,7 @@ class _Build:
             return (nodes[q].output[0], -1), (nodes[k].output[0], -1)
         return (core.q, -1), (core.k, core.k_dim_axis)
 
-    def _queries(self, attention: Attention, q: Branch, padding: str | None, key: str) -> None:
+    def _queries(self, attention: Attention, q: Branch, padding: _Padding | None, key: str) -> None:
         """`qq`: sum of q q^T for every head, and its `count`."""
         w, (operand, dim) = self.writer, self._operands(attention)[0]
         x = as_float(w, self.study, operand)
@@ -248,7 +268,7 @@ class _Build:
         w.output(f"{key}.qq.gram", gram)
         w.output(f"{key}.qq.count", count)
 
-    def _keys(self, attention: Attention, k: Branch, padding: str | None, key: str) -> None:
+    def _keys(self, attention: Attention, k: Branch, padding: _Padding | None, key: str) -> None:
         """`kk`: covariance of the keys of one image or window, summed for every head, and its `count`.
 
         Where the probabilities are to be had, it is taken around the mean that each query sees, weighted by the
@@ -279,7 +299,7 @@ class _Build:
         return w.emit("Mul", [w.emit("Sub", [x, w.emit("Div", [total, number])]), weights])
 
     def _seen_by_queries(
-        self, attention: Attention, k: Branch, centred: str, dim: int, padding: str | None
+        self, attention: Attention, k: Branch, centred: str, dim: int, padding: _Padding | None
     ) -> str | None:
         """Sum over queries i of sum_j p_ij (k_j - m_i)(k_j - m_i)^T with m_i = sum_j p_ij k_j; None without p."""
         w, core, facts = self.writer, attention.core, self.study.facts
@@ -305,17 +325,18 @@ class _Build:
         between = w.emit("MatMul", [w.emit("Transpose", [means], perm=swap), means])
         return self._by_head(w.emit("Sub", [squares, between]), k.layout.axes[: rank - 2], k)
 
-    def _operand_padding(self, operand: str, padding: str | None, axis: int) -> str | None:
+    def _operand_padding(self, operand: str, padding: _Padding | None, axis: int) -> str | None:
         """Padding weights broadcast against an operand of the core whose tokens lie on `axis` (negative)."""
         if padding is None:
             return None
         shape = self.study.facts.shape(operand) or ()
         heads_apart = len(shape) == 4
-        if len(shape) not in (3, 4) or (len(shape) == 3 and axis != -2):
-            self.notes.append("padded tokens count in the statistics of queries and keys whose heads are folded")
+        usual = len(shape) == 4 or (len(shape) == 3 and axis == -2)
+        if not usual or not padding.fits(shape[0], shape[axis]):
+            self._note("padded tokens could not be told apart in some queries or keys and count in their statistics")
             return None
         axes = {(True, -2): [1, 3], (True, -1): [1, 2], (False, -2): [2]}[(heads_apart, axis)]
-        return self.writer.unsqueeze(padding, axes)
+        return self.writer.unsqueeze(padding.tensor, axes)
 
     def _product(self, x: str, dim: int, branch: Branch) -> str:
         """x x^T over tokens, summed over all that is no head: (heads, d, d), or (heads * d, heads * d) where joined."""
@@ -360,7 +381,7 @@ class _Build:
 
     # --- magnitudes, for the paper's token channel selection ---
 
-    def _magnitudes(self, tokens: Tokens, padding: str | None, attention: Attention | None, key: str) -> None:
+    def _magnitudes(self, tokens: Tokens, padding: _Padding | None, attention: Attention | None, key: str) -> None:
         """`magnitude`: sum of |x| for every position, `images`, and the class token's `attention` to positions."""
         w = self.writer
         if tokens.axis is None or not tokens.fixed:
@@ -383,7 +404,7 @@ class _Build:
         """Attention of the class token to every token, averaged over heads and summed over items, (tokens,)."""
         w, core = self.writer, attention.core
         if core.kind != "matmul":
-            self.notes.append("a fused attention node hides its probabilities: patches are not weighted by attention")
+            self._note("a fused attention node hides its probabilities: patches are not weighted by attention")
             return None
         probabilities = self.study.view.nodes[core.softmax].output[0]
         rank = len(self.study.facts.shape(probabilities) or ())

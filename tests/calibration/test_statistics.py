@@ -132,6 +132,16 @@ def test_padded_tokens_count_nowhere(case: zoo.Case, exported: Exported, tmp_pat
         assert differs(found.hidden(index), moments(r.hidden, valid)) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["hf-vitdet", "hf-detr", "timm-swinv2"])
+def test_what_layers_add_to_the_scores_is_no_padding(family: str, exported: Exported, tmp_path: Path) -> None:
+    """Relative positions computed from Q, cross-attention, cosine attention: measured whole, without a note."""
+    path = exported(zoo.Case(family))
+    study = look(path)
+    found = measure(study, zoo.inputs(path, 2), tmp_path / "s.npz", frozenset(PARTS))
+    assert found.file.header.notes == ()
+    assert set(found.file.header.parts) == {str(b.index) for b in study.match.blocks}
+
+
 @pytest.mark.parametrize("part", ["fc1", "fc2"])
 def test_token_channel_selection(part: str, exported: Exported, tmp_path: Path) -> None:
     path = exported(zoo.Case("timm-vit-unfused"))
