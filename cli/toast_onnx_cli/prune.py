@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toast_onnx.errors import ModelError
+from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, model_files, staged_model
 from toast_onnx.planning.presets import read_ratios
@@ -111,8 +111,14 @@ def find_statistics(
         options: how to measure.
 
     Raises:
+        ConfigError: the ratios ask for sequential statistics.
         DataError: the data or the file do not fit the model.
     """
+    if ratios.compensation.statistics == "sequential":
+        raise ConfigError(
+            "compensation.statistics: sequential, every block measured behind the pruned ones, lost accuracy when "
+            "it was tried (docs/method.md) and is not in this release; use one-shot"
+        )
     data = data or (ratios.calibration.data if statistics is None else None)
     if data is None and statistics is None:
         yield SyntheticStatistics(dense, options.seed)

@@ -93,6 +93,13 @@ def test_every_score_finds_its_statistics(kind: str, files: Path) -> None:
         assert result.exit_code == 0, (attention, ffn, result.stderr)
 
 
+def test_sequential_statistics_are_refused_not_ignored(files: Path) -> None:
+    (files / "s.yaml").write_text(RATIOS + "compensation: {statistics: sequential}\n")
+    result = run("prune", "m.onnx", "--ratios", "s.yaml", "--data", "x.npy")
+    assert result.exit_code == 1
+    assert "use one-shot" in result.stderr
+
+
 def test_merging_shards(files: Path) -> None:
     x = np.load(files / "x.npy")
     for name, part in (("a", x[:2]), ("b", x[2:])):
