@@ -6,6 +6,7 @@ real ones. Attention statistics follow in closed form; hidden activations come f
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +31,8 @@ from toast_onnx.surgery.rewrite_attention import head_weights
 
 #: Synthetic tokens for every hidden unit; enough for a well-conditioned Gram matrix.
 TOKENS_PER_UNIT = 8
+#: Rows multiplied at once.
+CHUNK = 4096
 
 
 class SyntheticStatistics:
@@ -101,10 +104,8 @@ class SyntheticStatistics:
                 for run in range(runs)
             )
             outputs = (run_session(session, [end], feed)[end] for feed in feeds)
-            moments = merge(
-                Moments.of(np.moveaxis(out, ffn.fc2.channel_axis, -1).reshape(-1, ffn.width).astype(np.float32))
-                for out in outputs
-            )
+            rows_of = (np.moveaxis(out, ffn.fc2.channel_axis, -1).reshape(-1, ffn.width) for out in outputs)
+            moments = merge(_moments_of(chunk) for chunk in _chunks(rows_of))
         self._check(block, moments.mean, moments.covariance)
         return moments
 
@@ -144,3 +145,21 @@ class SyntheticStatistics:
         if not all(np.isfinite(a.astype(np.float64)).all() for a in arrays):
             path, name = self._study.view.model.path, self._block(block).name
             raise ModelError(f"{path}: block {block} ({name}) has NaN or infinite weights; export the model again")
+
+
+def _chunks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Rows put together to pieces of `CHUNK` or more: few large products cost less than many small ones."""
+    waiting: list[np.ndarray] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(len(p) for p in waiting) >= CHUNK:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def _moments_of(tokens: np.ndarray) -> Moments:
+    """Moments of (tokens, channels): each product in single precision, the sum over pieces in double."""
+    rows = tokens.astype(np.float32)
+    return Moments(float(rows.shape[0]), rows.sum(axis=0, dtype=np.float64), (rows.T @ rows).astype(np.float64))
