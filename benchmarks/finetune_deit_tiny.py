@@ -97,7 +97,7 @@ def main() -> None:
         print(f"| {name} | {kl:.4f} | {top1} |")
     report = json.loads(tuned.with_suffix(".json").read_text())["finetune"]
     print(
-        f"\nKL changed by {kl / (first or 1) - 1:+.1%}; {options.steps} steps planned, kept step {report['best_step']}, "
+        f"\nKL changed by {kl / (first or 1) - 1:+.1%}; {options.steps} steps, kept step {report['best_step']}, "
         f"{report['images_per_second']} images/s, {minutes:.1f} minutes"
     )
 

@@ -265,7 +265,7 @@ def _save_state(student: Any, path: Path) -> None:
 
 def _device_name(device: Any) -> str:
     torch = require_torch()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"  # type: ignore[no-any-return]
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def check_destinations(job: Job) -> None:

@@ -101,9 +101,7 @@ _training_options = _options(
 @_training_options
 @shape_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.pass_context
 def command(
-    ctx: click.Context,
     pruned: Path,
     shapes: dict[str, tuple[int, ...]],
     threads: int | None,
@@ -163,7 +161,7 @@ def command(
         )
     if result.outcome.reason == "interrupted":
         click.echo(f"Interrupted after {result.outcome.steps} steps; the same command with --resume goes on.", err=True)
-        ctx.exit(EXIT_INTERRUPTED)
+        click.get_current_context().exit(EXIT_INTERRUPTED)
 
 
 def _settings(given: dict[str, Any], torch: Any) -> Any:
@@ -202,7 +200,7 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     def ask(number: int, _frame: Any) -> None:
         nonlocal asked
         asked = True
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
         click.echo("\nStopping after this step; once more to quit at once.", err=True)
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

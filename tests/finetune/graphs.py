@@ -46,7 +46,7 @@ def run_onnx(model: Model, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def residual_mlp(width: int = 8, classes: int = 4, depth: int = 2, seed: int = 0) -> Model:
-    """x -> x + relu(x W1 + b1) W2 + b2, `depth` times, then a linear layer; x (batch, width) -> logits (batch, classes)."""
+    """x -> x + relu(x W1 + b1) W2 + b2, `depth` times, then a linear layer: (batch, width) -> (batch, classes)."""
     rng = np.random.default_rng(seed)
     constants: dict[str, np.ndarray] = {}
     nodes, x = [], "x"

@@ -1,4 +1,4 @@
-"""The torch module computes what ONNX Runtime computes, its gradients reach every weight, and nothing changes untrained."""
+"""The torch module computes what ONNX Runtime computes, gradients reach every weight, untrained nothing changes."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ def test_changed_weights_arrive_and_everything_else_stays(exported: Exported, tm
 def test_half_precision_is_trained_in_float32_and_written_back_in_half(exported: Exported, tmp_path: Path) -> None:
     model = residual_mlp()
     for tensor in model.proto.graph.initializer:
-        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+        tensor.CopyFrom(
+            onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name)
+        )
     for value in (*model.proto.graph.input, *model.proto.graph.output):
         value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
     module = to_torch(model)

@@ -49,7 +49,9 @@ def test_cross_entropy_takes_class_numbers_and_blends() -> None:
     assert cross_entropy(torch.from_numpy(logits), torch.from_numpy(classes)).item() == pytest.approx(want, rel=1e-5)
     half = 0.5 * np.eye(4)[classes] + 0.5 * np.eye(4)[[2, 2, 2]]
     want = -(half * log_softmax(logits, 1)).sum(1).mean()
-    assert cross_entropy(torch.from_numpy(logits), torch.from_numpy(half).float()).item() == pytest.approx(want, rel=1e-5)
+    assert cross_entropy(torch.from_numpy(logits), torch.from_numpy(half).float()).item() == pytest.approx(
+        want, rel=1e-5
+    )
 
 
 def test_rate_rises_linearly_and_falls_along_a_cosine() -> None:

@@ -55,12 +55,16 @@ def test_resize(mode: str, where: str, size: tuple[int, int]) -> None:
     # At 5 -> 3 symmetric positions are whole numbers up to rounding, where "floor" would be a matter of chance.
     extra = {"nearest_mode": "floor"} if mode == "nearest" and where != "half_pixel_symmetric" else {}
     x = noise(2, 3, 5, 6)
-    compare("Resize", x, None, None, ints(2, 3, *size), mode=mode, coordinate_transformation_mode=where, opset=19, **extra)
+    compare(
+        "Resize", x, None, None, ints(2, 3, *size), mode=mode, coordinate_transformation_mode=where, opset=19, **extra
+    )
 
 
 @pytest.mark.parametrize("nearest", ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
 def test_resize_to_the_nearest(nearest: str) -> None:
-    compare("Resize", noise(1, 1, 4, 6), None, np.array([1, 1, 2, 0.5], np.float32), mode="nearest", nearest_mode=nearest)
+    compare(
+        "Resize", noise(1, 1, 4, 6), None, np.array([1, 1, 2, 0.5], np.float32), mode="nearest", nearest_mode=nearest
+    )
 
 
 @pytest.mark.parametrize("mode", ["linear", "cubic"])

@@ -41,7 +41,10 @@ def test_every_epoch_reads_every_sample_once(count: int, size: int, ranks: int, 
     numbers = np.arange(100, 100 + count)
     steps = -(-2 * count // (size * ranks))
     rows = [
-        row for step in range(steps) for rank in range(ranks) for row in rows_of_step(numbers, step, size, rank, ranks, seed)
+        row
+        for step in range(steps)
+        for rank in range(ranks)
+        for row in rows_of_step(numbers, step, size, rank, ranks, seed)
     ]
     for epoch in (0, 1):
         assert sorted(i for i, e in rows if e == epoch) == sorted(numbers)

@@ -270,7 +270,9 @@ def test_biases_and_gains_are_not_decayed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("toast_onnx.finetune.trainer.evaluate", lambda *rest: {"loss": next(losses)})
     run = make_run()
     before = weights(run.student)
-    train(run, dataclasses.replace(SETTINGS, steps=1, evaluate=1, decay=0.1, outputs=0.0, stream=0.0, rate=0.5, warmup=0))
+    train(
+        run, dataclasses.replace(SETTINGS, steps=1, evaluate=1, decay=0.1, outputs=0.0, stream=0.0, rate=0.5, warmup=0)
+    )
     for name, now in weights(run.student).items():
         factor = 1 if now.ndim == 1 else 1 - 0.5 * 0.1
         torch.testing.assert_close(now, factor * before[name])

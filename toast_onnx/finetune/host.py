@@ -153,6 +153,6 @@ HOST: dict[str, HostFunction] = {
     "Sub": lambda node, a, b: a - b,
     "Transpose": lambda node, x: np.transpose(x, node.get("perm")),
     "Unsqueeze": _unsqueeze,
-    "Where": lambda node, condition, a, b: np.where(condition, a, b),
+    "Where": lambda node, condition, a, b: np.asarray(np.where(condition, a, b)),
 }
 """Operator -> numpy function of the node and its inputs."""

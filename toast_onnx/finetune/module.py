@@ -172,7 +172,7 @@ class GraphModule(nn.Module):
             tensor = self._value(node.inputs[0], env, remembered)
             extents = list(tensor.shape)
             if node.op == "Size":
-                value: Array = np.prod(as_array(extents), keepdims=False).reshape(())
+                value: Array = np.asarray(np.prod(as_array(extents)))
             else:
                 value = as_array(extents[node.get("start", 0) : node.get("end", len(extents))])
         else:

@@ -67,7 +67,7 @@ def _compared(plan: Plan) -> set[str]:
     return found
 
 
-def _is_mask(value: np.ndarray) -> bool:  # type: ignore[type-arg]
+def _is_mask(value: np.ndarray) -> bool:
     return bool(value.size > 1 and (value <= _MASKED).any() and ((value == 0) | (value <= _MASKED)).all())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +56,7 @@ def fused_matmul(node: Node, a: Tensor, b: Tensor) -> Tensor:
 @op("com.microsoft/FusedGemm")
 def fused_gemm(node: Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     """Gemm with an activation."""
-    activations = {"Relu": F.relu, "Tanh": torch.tanh, "Sigmoid": torch.sigmoid}
+    activations: dict[str, Callable[[Tensor], Tensor]] = {"Relu": F.relu, "Tanh": torch.tanh, "Sigmoid": torch.sigmoid}
     a = a.t() if node.get("transA", 0) else a
     b = b.t() if node.get("transB", 0) else b
     y = node.get("alpha", 1.0) * torch.matmul(a, b)
@@ -103,7 +105,7 @@ def multi_head_attention(
         q, k, v = (t.flatten(2) for t in q.unbind(3))
     if bias is not None:
         width_q, width_v = q.shape[-1], bias.shape[0] - 2 * q.shape[-1]
-        bq, bk, bv = bias.split([width_q, width_q, width_v])
+        bq, bk, bv = torch.split(bias, [width_q, width_q, width_v])
         q = q + bq
         k, v = (t + b if t.ndim == 3 else t for t, b in ((k, bk), (v, bv)))
     k, v = (split_heads(t, heads) if t.ndim == 3 else t for t in (k, v))
@@ -129,7 +131,7 @@ def packed_attention(
     packed = torch.matmul(x, w)
     packed = packed if b is None else packed + b
     sizes = node.get("qkv_hidden_sizes") or [w.shape[1] // 3] * 3
-    q, k, v = (split_heads(t, heads) for t in packed.split(list(sizes), -1))
+    q, k, v = (split_heads(t, heads) for t in torch.split(packed, list(sizes), -1))
     bias_ = _score_bias(scores_bias, mask, k)
     return merge_heads(attend(q, k, v, bias_, node.get("scale") or None, bool(node.get("unidirectional", 0))))
 

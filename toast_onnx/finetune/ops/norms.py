@@ -80,4 +80,5 @@ def group_norm(node: Node, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
 @op("LpNormalization")
 def lp_norm(node: Node, x: Tensor) -> Tensor:
     """x over its p-norm along an axis."""
-    return x / torch.linalg.vector_norm(x, node.get("p", 2), node.get("axis", -1), keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(x, node.get("p", 2), node.get("axis", -1), keepdim=True)
+    return x / length
