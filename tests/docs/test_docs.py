@@ -53,7 +53,7 @@ def pages_to_run() -> Iterator[ParameterSet]:
             yield pytest.param(page, id=page.stem, marks=marks)
 
 
-@pytest.mark.parametrize("page", pages_to_run())
+@pytest.mark.parametrize("page", list(pages_to_run()))
 def test_runnable_blocks_run(page: Path, tmp_path: Path) -> None:
     for source in EXAMPLE_FILES:
         shutil.copy(source, tmp_path)
