@@ -4,7 +4,7 @@
 #   sudo docker/prove_without_engine.sh [options for `buildah bud`]
 #
 # The base is made here from Debian's packages, the image by buildah in a chroot. It takes root, `apt-get install buildah
-# debootstrap` and about 8 GB under TMPDIR, and leaves nothing behind. SUITE (bookworm) and MIRROR choose the packages. A machine
+# debootstrap` and about 4 GB under TMPDIR, and leaves nothing behind. SUITE (bookworm) and MIRROR choose the packages. A machine
 # behind a mirror passes its pip configuration on: `--secret id=pip,src=/etc/pip.conf`, and folders with `-v HERE:THERE:ro`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
