@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,12 @@ from toast_onnx.model import load_model, model_files, staged_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.report.pruning import pruning_report, write_report
-from toast_onnx.surgery.prune import prune
+from toast_onnx.surgery.local import LocalResult
+from toast_onnx.surgery.prune import Refine, prune
 from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx.surgery.weights import BlockWeights
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
-from toast_onnx_cli.console import format_bytes, format_count, print_json, progress
+from toast_onnx_cli.console import Advance, format_bytes, format_count, print_json, progress
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -70,8 +72,10 @@ def command(
     dense = study(loaded, shapes)
     calibration = gather_options(settings, seed, given)
     seed = calibration.seed
+    samples = training_samples(settings, data)
     with find_statistics(dense, settings, data, statistics, calibration) as found:
-        with progress("pruning", len(dense.match.blocks) + 1) as advance:
+        steps = len(dense.match.blocks) * (1 if samples is None else 2) + 1
+        with progress("pruning", steps) as advance:
             pruned = prune(
                 dense,
                 settings,
@@ -80,7 +84,11 @@ def command(
                 skip_unprunable=skip_unprunable,
                 seed=seed,
                 progress=lambda note: advance(1, note),
+                refine=refinement(dense, samples, calibration, advance),
             )
+        for result in pruned.local:
+            if result.note is not None:
+                click.echo(f"Note: block {result.block} keeps its closed-form weights: {result.note}", err=True)
         source = {"source": found.source} if isinstance(found, SyntheticStatistics) else found.to_document()
     options = {
         "ratios": settings.to_document(),
@@ -90,11 +98,56 @@ def command(
     }
     with staged_model(pruned.model, out) as draft:  # a model never appears without its report
         document = pruning_report(pruned, dense, draft, options) | {"statistics": source}
+        if pruned.local:
+            document["local"] = [result.to_document() for result in pruned.local]
         write_report(document, report)
     if as_json:
         print_json(document)
     else:
         click.echo(summary(document, out, report))
+
+
+def training_samples(ratios: Ratios, data: str | None) -> str | None:
+    """Where the samples for `compensation: local` are; None for another kind, which trains nothing.
+
+    Args:
+        ratios: the ratios file; its `calibration: data:` counts where `data` is None.
+        data: what was given on the command line.
+
+    Raises:
+        ConfigError: there are no samples.
+        BackendError: PyTorch is not installed.
+    """
+    if ratios.compensation.kind != "local":
+        return None
+    samples = data or ratios.calibration.data
+    if samples is None:
+        raise ConfigError(
+            "compensation: local trains blocks on calibration samples: give them with --data, or choose kind: ridge"
+        )
+    from toast_onnx.surgery.local import require_torch
+
+    require_torch()
+    return samples
+
+
+def refinement(dense: Study, samples: str | None, options: CalibrationOptions, advance: Advance) -> Refine | None:
+    """What trains the new weights on samples, None where there are none to train on.
+
+    Args:
+        dense: the model.
+        samples: as `training_samples` found them.
+        options: how to read and run them.
+        advance: called after every block.
+    """
+    if samples is None:
+        return None
+    from toast_onnx_calibration.local import refine_locally
+
+    def refine(new: Mapping[int, BlockWeights]) -> tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]:
+        return refine_locally(dense, new, samples, options, progress=lambda note: advance(1, f"training {note}"))
+
+    return refine
 
 
 @contextmanager

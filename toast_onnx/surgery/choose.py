@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from toast_onnx.errors import ConfigError, MatchError, ModelError
+from toast_onnx.errors import MatchError, ModelError
 from toast_onnx.importance.attention import qk_energy, qk_scores, vo_energy, vo_scores
 from toast_onnx.importance.ffn import hidden_weight_scores, input_weight_scores, variance_scores
 from toast_onnx.importance.moments import Moments
@@ -86,11 +86,8 @@ def solve_block(
         ModelError: its weights are NaN or infinite.
         ConfigError: what was asked for is not to be had (statistics without data, say).
     """
-    compensation = ratios.compensation.kind
-    if compensation == "local":
-        raise ConfigError(
-            "compensation: local trains blocks on calibration images; this build has ridge, bias and none"
-        )
+    kind = ratios.compensation.kind
+    compensation: Kind = "ridge" if kind == "local" else kind  # local starts from the closed form
     ridge = ratios.compensation.ridge if ratios.compensation.ridge == "auto" else float(ratios.compensation.ridge)
     solver = _Solver(study, block, ratio, statistics, compensation, ridge)
     attention = ffn = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from toast_onnx.errors import ConfigError, ModelError
@@ -13,6 +13,7 @@ from toast_onnx.model import Model
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.surgery.choose import Widths, plan_widths, solve_block
 from toast_onnx.surgery.edit import GraphEdit
+from toast_onnx.surgery.local import LocalResult
 from toast_onnx.surgery.rewrite_attention import rewrite_attention
 from toast_onnx.surgery.rewrite_ffn import rewrite_ffn
 from toast_onnx.surgery.shapes import settle_shapes
@@ -21,6 +22,8 @@ from toast_onnx.surgery.weights import BlockWeights
 
 #: Called after each unit of work with what was done.
 Progress = Callable[[str], None]
+#: Trains closed-form weights, by block number, on samples; made by `toast_onnx_calibration.local`.
+Refine = Callable[[Mapping[int, BlockWeights]], tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Pruned:
         ratios: settings of every block.
         twin: outcome of the proof, None when it was not asked for.
         statistics: where the statistics came from.
+        local: what training did to each block, empty without `compensation: local`.
     """
 
     model: Model
@@ -42,6 +46,7 @@ class Pruned:
     ratios: tuple[BlockRatios, ...]
     twin: TwinResult | None
     statistics: str
+    local: tuple[LocalResult, ...] = ()
 
 
 def prune(
@@ -53,6 +58,7 @@ def prune(
     skip_unprunable: bool = False,
     seed: int = 0,
     progress: Progress = lambda _: None,
+    refine: Refine | None = None,
 ) -> Pruned:
     """Prune a studied model.
 
@@ -64,6 +70,7 @@ def prune(
         skip_unprunable: leave parts alone that a ratio asks for but that cannot be pruned.
         seed: seed of the twin's inputs.
         progress: called after every block and after the proof.
+        refine: trains the weights on samples, for `compensation: local`; not called for another kind.
 
     Raises:
         ConfigError: the ratios do not fit the model.
@@ -81,20 +88,30 @@ def prune(
         raise ConfigError(
             "ffn mode 'runtime' (channels chosen while the model runs) is not in this release; use static"
         )
+    local = ratios.compensation.kind == "local"
+    if local and refine is None:
+        raise ConfigError(
+            "compensation: local trains blocks on calibration samples: give them with --data, or choose kind: ridge"
+        )
     widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
     weights: dict[int, BlockWeights] = {}
-    edit = GraphEdit(study.view)
     for block, width, setting in zip(blocks, widths, settings, strict=True):
         new = solve_block(study, block, width, setting, ratios, statistics)
         if new is not None:
             weights[block.index] = new
-            _rewrite(edit, study, block, new)
         progress(block.name)
+    trained: tuple[LocalResult, ...] = ()
+    if local and refine is not None and weights:
+        weights, trained = refine(weights)
+    edit = GraphEdit(study.view)
+    for block in blocks:
+        if block.index in weights:
+            _rewrite(edit, study, block, weights[block.index])
     model = edit.apply()
     settle_shapes(model, edit, study.view, study.facts, study.other)
     twin = _prove(study, model, weights, seed) if check else None
     progress("twin" if check else "no twin")
-    return Pruned(model, weights, widths, settings, twin, statistics.source)
+    return Pruned(model, weights, widths, settings, twin, statistics.source, trained)
 
 
 def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights) -> None:

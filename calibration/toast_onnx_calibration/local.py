@@ -1,0 +1,283 @@
+"""Local compensation over a model: block after block, activations by ONNX Runtime, training by PyTorch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from toast_onnx.errors import DataError, MatchError, ModelError
+from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.norms import layer_scale
+from toast_onnx.matching.study import Study
+from toast_onnx.model import Model, write_draft
+from toast_onnx.runtime import expose
+from toast_onnx.surgery.local import LocalResult, LocalSettings, require_torch, train_block
+from toast_onnx.surgery.piece import cut_piece
+from toast_onnx.surgery.places import masks, places, take_out
+from toast_onnx.surgery.precision import to_float32
+from toast_onnx.surgery.span import Span, block_span
+from toast_onnx.surgery.twin import padded_twin
+from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx_calibration.calibrate import CalibrationOptions
+from toast_onnx_calibration.class_token import class_token
+from toast_onnx_calibration.feeds import batch_size, batches
+from toast_onnx_calibration.recipe_files import recipe_for
+from toast_onnx_calibration.sessions import make_session, model_inputs, run
+from toast_onnx_calibration.sources import open_source
+
+Array = NDArray[Any]
+Progress = Callable[[str], None]
+"""Called with a block's name when it is done."""
+
+#: Samples a step.
+BATCH = 8
+
+
+def refine_locally(
+    study: Study,
+    new: Mapping[int, BlockWeights],
+    data: str | Path,
+    options: CalibrationOptions | None = None,
+    settings: LocalSettings | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]:
+    """Train the new weights of every block in turn on samples.
+
+    Args:
+        study: the dense model.
+        new: block number -> closed-form weights.
+        data: as for `sources.open_source`.
+        options: how samples are read and run.
+        settings: how blocks are trained.
+        progress: called after every block.
+
+    Returns:
+        The weights by block, of the same shapes, and what happened to each block.
+
+    Raises:
+        BackendError: PyTorch is not installed.
+        DataError: the data cannot be read, or are too few.
+    """
+    require_torch()
+    options = options or CalibrationOptions()
+    settings = settings or LocalSettings(class_weight=options.class_weight, seed=options.seed)
+    with tempfile.TemporaryDirectory(prefix="toast-local-") as folder:
+        work = _Work(study, new, data, options, settings, Path(folder))
+        results = []
+        for block in study.match.blocks:
+            if block.index in new:
+                results.append(work.block(block))
+            if progress is not None:
+                progress(block.name)
+        return work.weights, tuple(results)
+
+
+class _Work:
+    """The pass over the blocks: the dense model and the padded twin advance side by side."""
+
+    def __init__(
+        self,
+        study: Study,
+        new: Mapping[int, BlockWeights],
+        data: str | Path,
+        options: CalibrationOptions,
+        settings: LocalSettings,
+        folder: Path,
+    ) -> None:
+        self.study, self.weights, self.options = study, dict(new), options
+        samples = _Samples.open(study, data, options, folder)
+        self.settings = replace(settings, group=max(1, BATCH // samples.size))
+        twin = GraphView(padded_twin(study.view, study.facts, study.match.blocks, new))
+        self.dense = _Stream("dense", study.view, Facts(study.view, samples.shapes), samples, options, folder)
+        self.twin = _Stream("twin", twin, Facts(twin, samples.shapes), samples, options, folder)
+        selected = class_token(study.view, study.facts)
+        self.class_tokens = None if selected is None else selected.tokens
+
+    def block(self, block: Block) -> LocalResult:
+        """Train one block; both streams are behind it afterwards."""
+        new = self.weights[block.index]
+        try:
+            span = block_span(self.twin.view, self.twin.facts, block)
+            inputs = self.twin.advance(span.start)
+            targets = self.dense.advance(span.end)
+            return self._train(block, new, span, inputs, targets)
+        except (MatchError, ModelError) as e:  # other activations come in, or an operator is not known to PyTorch
+            return LocalResult(block.index, note=str(e))
+
+    def _train(self, block: Block, new: BlockWeights, span: Span, inputs: Array, targets: Array) -> LocalResult:
+        view, facts, arrays = self.twin.view, self.twin.facts, self.twin.view.model.arrays
+        proto = cut_piece(view, facts, span.start, span.end)
+        parts = places(view, block, new)
+        bias, scale = self._output_bias(block, parts)
+        found, before, after, kept = train_block(
+            Model(proto, view.model.path),
+            masks(parts, arrays),
+            bias,
+            scale,
+            inputs,
+            targets,
+            self._token_weights(facts.shape(span.end) or ()),
+            self.settings,
+        )
+        for name, value in found.items():
+            arrays[name] = value.astype(arrays[name].dtype)
+        for tensor in proto.graph.initializer:
+            if tensor.name in found:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(arrays[tensor.name], tensor.name))
+        self.weights[block.index] = take_out(parts, arrays, new)
+        self.twin.move(span.end, proto)
+        return LocalResult(block.index, before, after, kept)
+
+    def _output_bias(self, block: Block, parts: Mapping[str, Any]) -> tuple[str | None, Array | None]:
+        """The bias that ends the block's last branch, with the layer scale behind it."""
+        place = parts.get("fc2.bias" if block.ffn is not None else "proj.bias")
+        if place is None:
+            return None, None
+        last = block.ffn.fc2 if block.ffn is not None else None
+        if last is None and block.attention is not None and block.attention.proj is not None:
+            last = block.attention.proj.linear
+        assert last is not None
+        return place.tensor, layer_scale(self.study.view, self.study.facts, last.output, last.out_features)
+
+    def _token_weights(self, shape: tuple[int, ...]) -> Array:
+        """How much the error of each token counts, broadcastable to an activation of this shape."""
+        if self.class_tokens is None or len(shape) != 3 or shape[1] != self.class_tokens:
+            return np.ones((1,) * len(shape), np.float32)
+        weights = np.ones((1, shape[1], 1), np.float32)
+        weights[:, 0] = self.settings.class_weight
+        return weights
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Full batches of samples of one shape, prepared once and kept in files.
+
+    Attributes:
+        feeds: input name -> (batches, *shape of one batch).
+        size: samples a batch.
+    """
+
+    feeds: dict[str, Array]
+    size: int
+
+    @property
+    def count(self) -> int:
+        """Number of batches."""
+        return len(next(iter(self.feeds.values())))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one batch by input name."""
+        return {name: tuple(array.shape[1:]) for name, array in self.feeds.items()}
+
+    @staticmethod
+    def open(study: Study, data: str | Path, options: CalibrationOptions, folder: Path) -> _Samples:
+        """Read the data.
+
+        Raises:
+            DataError: there are fewer than two batches.
+        """
+        session = _whole_session(study.view.model, [], options, folder / "look")
+        inputs = model_inputs(session)
+        del session
+        recipe = recipe_for(
+            study.view.model.path, options.preprocess, inputs[0].shape if len(inputs) == 1 else None
+        ).recipe
+        source = open_source(data, inputs, recipe, samples=options.samples, seed=options.seed, threads=options.threads)
+        size = batch_size(inputs, BATCH if source.count is None else max(1, min(BATCH, source.count // 4)))
+        feeds: dict[str, Array] = {}
+        count = 0
+        for each in batches(source, inputs, size):
+            if each.valid < size or any(a.shape != feeds[n].shape[1:] for n, a in each.feeds.items() if n in feeds):
+                continue  # an incomplete batch, or one of another image size
+            if not feeds:
+                most = (source.count or sum(1 for _ in batches(source, inputs, 1))) // size
+                for number, (name, array) in enumerate(each.feeds.items()):
+                    path = folder / f"input-{number}.npy"
+                    feeds[name] = np.lib.format.open_memmap(path, "w+", array.dtype, (most, *array.shape))
+            for name, array in each.feeds.items():
+                feeds[name][count] = array
+            count += 1
+        if count < 2:
+            raise DataError(
+                f"{source.description}: compensation: local trains on some batches and judges on others: "
+                "give more samples"
+            )
+        return _Samples({name: array[:count] for name, array in feeds.items()}, size)
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        for k in range(self.count):
+            yield {name: np.asarray(array[k]) for name, array in self.feeds.items()}
+
+
+@dataclass
+class _Stream:
+    """A model run over all samples up to some tensor, whose values lie in a file."""
+
+    name: str
+    view: GraphView
+    facts: Facts
+    samples: _Samples
+    options: CalibrationOptions
+    folder: Path
+    tensor: str | None = None
+    values: Array | None = None
+    version: int = field(default=0)
+
+    def advance(self, to: str) -> Array:
+        """Values (batches, *shape) of a tensor: from those at hand if nothing else is needed, else from the samples."""
+        if self.tensor == to and self.values is not None:
+            return self.values
+        if self.tensor is not None:
+            try:
+                piece = cut_piece(self.view, self.facts, self.tensor, to)
+            except MatchError:
+                pass
+            else:
+                return self.move(to, piece)
+        path = self.folder / f"{self.name}-model"
+        session = _whole_session(self.view.model, [to], self.options, path)
+        return self._store(to, (run(session, feeds, [to])[to] for feeds in self.samples))
+
+    def move(self, to: str, piece: onnx.ModelProto) -> Array:
+        """Run a piece that starts at the values at hand."""
+        assert self.values is not None
+        assert self.tensor is not None
+        model = to_float32(Model(piece, self.view.model.path))
+        path = write_draft(model, self.folder, f"{self.name}-piece.onnx")
+        session = make_session(path, self.options.provider, threads=self.options.threads)
+        start = self.tensor
+        return self._store(to, (run(session, {start: np.asarray(x)}, [to])[to] for x in self.values))
+
+    def _store(self, tensor: str, found: Iterator[Array]) -> Array:
+        first = next(found)
+        self.version += 1
+        path = self.folder / f"{self.name}-{self.version}.npy"
+        out = np.lib.format.open_memmap(path, "w+", np.float32, (self.samples.count, *first.shape))
+        for k, values in enumerate(chain([first], found)):
+            out[k] = values
+        if self.version > 1:
+            (self.folder / f"{self.name}-{self.version - 1}.npy").unlink()
+        self.tensor, self.values = tensor, out
+        return out
+
+
+def _whole_session(model: Model, names: list[str], options: CalibrationOptions, folder: Path) -> Any:
+    """A session of a model in float32, with tensors made outputs."""
+    folder.mkdir(exist_ok=True)
+    path = write_draft(to_float32(model), folder, "model.onnx")
+    proto = onnx.load(path, load_external_data=False)
+    if names:
+        del proto.graph.output[:]
+    onnx.save(expose(proto, names), path)
+    return make_session(path, options.provider, threads=options.threads)

@@ -1,0 +1,188 @@
+"""Local compensation: trained blocks come closer to the dense ones on unseen samples, and nothing else changes."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from tests import zoo
+from tests.pruning import look, run
+from toast_onnx.errors import BackendError, ConfigError, DataError
+from toast_onnx.matching.study import Study
+from toast_onnx.model import save_model
+from toast_onnx.planning.ratios import parse_ratios
+from toast_onnx.surgery.local import LocalResult, LocalSettings
+from toast_onnx.surgery.prune import Pruned, prune
+from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx_calibration.calibrate import CalibrationOptions
+from toast_onnx_calibration.local import refine_locally
+from toast_onnx_cli.main import main
+
+Exported = Callable[[zoo.Case], Path]
+RATIOS: dict[str, Any] = {
+    "version": 1,
+    "attention": {"qk": 0.35, "vo": 0.35},
+    "ffn": {"fc2": 0.35},
+    "align": 1,
+    "compensation": {"kind": "local"},
+}
+OPTIONS = CalibrationOptions(threads=1, batch=8)
+BRIEF = LocalSettings(steps=12, rate=0.01)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 random images of 64 x 64 as tensors; the last 16 are for judging."""
+    path = tmp_path_factory.mktemp("samples") / "images.npy"
+    np.save(path, np.random.default_rng(5).standard_normal((48, 3, 64, 64)).astype(np.float32))
+    return path
+
+
+@pytest.fixture(scope="module")
+def vit(exported: Exported) -> Study:
+    return look(exported(zoo.Case("timm-vit")))
+
+
+def trained(dense: Study, data: Path, settings: LocalSettings = BRIEF, ratios: dict[str, Any] = RATIOS) -> Pruned:
+    def refine(new: Any) -> Any:
+        return refine_locally(dense, new, data, OPTIONS, settings)
+
+    return prune(dense, parse_ratios(ratios), SyntheticStatistics(dense), refine=refine)
+
+
+def closed_form(dense: Study, ratios: dict[str, Any] = RATIOS) -> Pruned:
+    ridge = ratios | {"compensation": {"kind": "ridge"}}
+    return prune(dense, parse_ratios(ridge), SyntheticStatistics(dense))
+
+
+def error(pruned: Pruned, dense: Study, images: np.ndarray, folder: Path) -> float:
+    """Relative squared error of the logits."""
+    path = folder / "pruned.onnx"
+    save_model(pruned.model, path)
+    want, got = (run(p, {"input": images})[0].astype(np.float64) for p in (dense.view.model.path, path))
+    return float(((got - want) ** 2).sum() / (want**2).sum())
+
+
+def same(a: BlockWeights, b: BlockWeights) -> bool:
+    assert a.ffn is not None
+    assert b.ffn is not None
+    assert a.attention is not None
+    assert b.attention is not None
+    pairs = [(a.ffn.fc2, b.ffn.fc2)]
+    arrays = [(x, y) for p in pairs for x, y in zip(p[0] or (), p[1] or (), strict=True)]
+    for part in ("q", "k", "v", "proj"):
+        x, y = getattr(a.attention, part), getattr(b.attention, part)
+        arrays += [(x.weight, y.weight), (x.bias, y.bias)]
+    return all(np.array_equal(x, y) for x, y in arrays)
+
+
+def test_training_helps_on_unseen_images_and_passes_the_twin(vit: Study, samples: Path, tmp_path: Path) -> None:
+    first, second = trained(vit, samples), trained(vit, samples)
+    unseen = np.random.default_rng(6).standard_normal((16, 3, 64, 64)).astype(np.float32)
+    assert first.twin is not None
+    assert first.twin.worst < 1e-4
+    assert error(first, vit, unseen, tmp_path) < 0.9 * error(closed_form(vit), vit, unseen, tmp_path)
+    assert first.local[0].kept == "trained"
+    for result in first.local:
+        assert result.after is not None
+        assert result.before is not None
+        assert result.after < 0.95 * result.before
+    assert all(same(first.weights[b], second.weights[b]) for b in first.weights), "the same run twice differs"
+
+
+def test_what_gets_worse_is_not_kept(vit: Study, samples: Path) -> None:
+    pruned = trained(vit, samples, replace(BRIEF, rate=30.0))
+    assert all(r.kept in ("closed form", "mean") for r in pruned.local)
+    start = closed_form(vit)
+    for block, result in enumerate(pruned.local):
+        assert result.after is not None
+        assert result.before is not None
+        assert result.after <= result.before
+        assert same(pruned.weights[block], start.weights[block]) == (result.kept == "closed form") or (
+            result.kept == "mean"
+        )
+
+
+def test_parts_that_keep_their_width_are_left_alone(vit: Study, samples: Path) -> None:
+    only_values = RATIOS | {"attention": {"qk": 0, "vo": 0.5}, "ffn": {"fc2": 0}}
+    pruned = trained(vit, samples, ratios=only_values)
+    assert pruned.twin is not None
+    assert pruned.twin.worst < 1e-4
+    for weights in pruned.weights.values():
+        assert weights.ffn is None
+        assert weights.attention is not None
+        assert weights.attention.q is None
+
+
+@pytest.mark.parametrize("family", ["timm-swin", "hf-dinov2"])
+def test_other_families_are_cut_into_blocks(family: str, exported: Exported, tmp_path: Path) -> None:
+    dense = look(exported(zoo.Case(family)))
+    (shape,) = dense.counted_shapes.values()
+    data = tmp_path / "images.npy"
+    np.save(data, np.random.default_rng(7).standard_normal((12, *shape[1:])).astype(np.float32))
+    pruned = trained(dense, data, replace(BRIEF, steps=3))
+    assert pruned.twin is not None
+    assert pruned.twin.worst < 1e-4
+    assert [r.block for r in pruned.local] == sorted(pruned.weights)
+    assert all(r.note is None for r in pruned.local)
+    assert all(r.after is not None and r.before is not None and r.after <= r.before for r in pruned.local)
+
+
+def test_blocks_with_a_second_activation_keep_the_closed_form(exported: Exported, tmp_path: Path) -> None:
+    dense = look(exported(zoo.Case("hf-bert")))
+    feeds = zoo.inputs(dense.view.model.path, batch=8)
+    data = tmp_path / "texts.npz"
+    np.savez(data, **feeds)
+    pruned = trained(dense, data)
+    assert pruned.local == tuple(LocalResult(r.block, note=r.note) for r in pruned.local)
+    assert all(r.note is not None and "more than one activation" in r.note for r in pruned.local)
+
+
+def test_too_few_samples(vit: Study, tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.zeros((1, 3, 64, 64), np.float32))
+    with pytest.raises(DataError, match="give more samples"):
+        trained(vit, tmp_path / "one.npy")
+
+
+def test_without_samples_the_library_says_so(vit: Study) -> None:
+    with pytest.raises(ConfigError, match="--data"):
+        prune(vit, parse_ratios(RATIOS), SyntheticStatistics(vit))
+
+
+def test_without_torch(vit: Study, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *args: Any, **named: Any) -> Any:
+        if name == "torch":
+            raise ImportError(name)
+        return real(name, *args, **named)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(BackendError, match=r"toast-onnx\[torch\]"):
+        trained(vit, samples)
+
+
+def test_the_command(vit: Study, samples: Path, tmp_path: Path) -> None:
+    ratios = tmp_path / "ratios.yaml"
+    ratios.write_text("version: 1\nffn: {fc2: 0.5}\nalign: 1\ncompensation: {kind: local}\n")
+    model, out = str(vit.view.model.path), tmp_path / "out.onnx"
+    arguments = ["prune", model, "--ratios", str(ratios), "-o", str(out)]
+    bare = CliRunner().invoke(main, arguments)
+    assert bare.exit_code == 1
+    assert "--data" in bare.stderr
+    assert not out.exists()
+    done = CliRunner().invoke(main, [*arguments, "--data", str(samples), "--samples", "16", "--threads", "1"])
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert [each["block"] for each in report["local"]] == [0, 1]
+    assert all(each["after"] <= each["before"] for each in report["local"])
+    assert report["twin"]["worst"] < 1e-4

@@ -1,0 +1,85 @@
+"""From where to where a block runs: one tensor that everything in it comes from, one that everything in it goes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+from toast_onnx.errors import MatchError
+from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.linear import Linear
+
+#: How many activations before a block's first layer are tried as its input: a norm in pieces, a window partition.
+_TRIES = 100
+
+
+@dataclass(frozen=True)
+class Span:
+    """A block as a function of one tensor.
+
+    Attributes:
+        start: the only activation that the block reads; for pre-norm blocks the residual stream before it.
+        end: the sum of the block's last branch with the residual stream.
+    """
+
+    start: str
+    end: str
+
+
+def block_span(view: GraphView, facts: Facts, block: Block) -> Span:
+    """The span of a block.
+
+    Raises:
+        MatchError: the block reads other activations, too (a mask, a second stream), or nothing is added to its output.
+    """
+    layers = _layers(block)
+    end = _residual_sum(view, facts, max(layers, key=lambda each: each.node))
+    first = min(node for each in layers for node in each.nodes)
+    wanted = {each.node for each in layers}
+    before = (name for i in range(first - 1, -1, -1) for name in view.nodes[i].output)
+    activations = (n for n in before if n and not facts.is_constant(n) and facts.value(n) is None)
+    for start in islice(activations, _TRIES):
+        nodes = _between(view, facts, start, end)
+        if nodes is not None and wanted <= nodes:
+            return Span(start, end)
+    raise MatchError(f"block {block.index} ({block.name}) reads more than one activation")
+
+
+def _layers(block: Block) -> list[Linear]:
+    attention, ffn = block.attention, block.ffn
+    branches = [] if attention is None else [attention.q, attention.k, attention.v, attention.proj]
+    layers = [] if ffn is None else [*ffn.entries, ffn.fc2]
+    return [*(b.linear for b in branches if b is not None), *layers]
+
+
+def _residual_sum(view: GraphView, facts: Facts, last: Linear) -> str:
+    """The first sum, behind a block's last layer, of something that follows from it and something that does not."""
+    follows = {last.output}
+    for i in range(max(last.nodes) + 1, len(view.nodes)):
+        node = view.nodes[i]
+        theirs = [name for name in node.input if name and name not in follows]
+        if len(theirs) == len([name for name in node.input if name]):
+            continue
+        if node.op_type == "Add" and any(not facts.is_constant(n) and facts.value(n) is None for n in theirs):
+            return str(node.output[0])
+        follows.update(node.output)
+    raise MatchError(f"nothing is added to the output of '{last.output}'")
+
+
+def _between(view: GraphView, facts: Facts, start: str, end: str) -> set[int] | None:
+    """Nodes that compute `end` from `start`; None when something else is needed as well."""
+    nodes: set[int] = set()
+    pending, seen = [end], {start}
+    while pending:
+        name = pending.pop()
+        if name in seen or facts.value(name) is not None or facts.is_constant(name):
+            continue
+        seen.add(name)
+        i = view.producer.get(name)
+        if i is None:
+            return None
+        nodes.add(i)
+        pending.extend(n for n in view.nodes[i].input if n)
+    return nodes
