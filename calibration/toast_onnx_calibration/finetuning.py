@@ -18,6 +18,7 @@ from toast_onnx.model import Model, file_hash, load_model, save_model
 from toast_onnx.report.pruning import write_report
 from toast_onnx.runtime import random_inputs
 from toast_onnx_calibration.augment import augmentation
+from toast_onnx_calibration.class_token import class_token
 from toast_onnx_calibration.feeds import batch_size
 from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.recipe_files import recipe_for
@@ -43,6 +44,7 @@ class Job:
         epochs: passes over the training samples.
         evaluate: steps between evaluations; None takes a twentieth of all steps.
         distil: `auto`, `kl` or `mse`.
+        class_token: how often the class token counts in the stream, where the outputs are shown to read nothing else.
         augment: name of the augmentation.
         mirror: whether to mirror images; None as the augmentation has it.
         preprocess: recipe's name or file.
@@ -66,6 +68,7 @@ class Job:
     epochs: float | None = None
     evaluate: int | None = None
     distil: str = "auto"
+    class_token: float = 20.0
     augment: str = "light"
     mirror: bool | None = None
     preprocess: str | None = None
@@ -137,6 +140,8 @@ def finetune(
     dense = None if job.teacher is None else study(load_model(job.teacher), job.shapes)
     data = _open_data(job, model, hold_out)
     targets = choose_targets(pruned, dense, job.distil, data.labels is not None)
+    if class_token(pruned.view, pruned.facts) is not None:
+        targets = replace(targets, class_token=job.class_token)
     with processes(job.device) as group:
         settings = _settings(job, data, group.count)
         identity = _identity(job, settings, data, group.count)
@@ -161,6 +166,7 @@ def finetune(
                     "classifiers": list(targets.classifiers),
                     "others": list(targets.others),
                     "stream": list(targets.stream),
+                    "class_token": targets.class_token,
                 },
                 "data": data.samples.description,
                 "fingerprint": identity["data"],
@@ -211,6 +217,7 @@ def _identity(job: Job, settings: Settings, data: _Data, processes: int) -> dict
         "data": data.samples.fingerprint,
         "labels": None if data.labels is None else data.labels.description,
         "distil": job.distil,
+        "class token": job.class_token,
         "augment": augmentation(job.augment, job.mirror).describe(),
         "holdout": job.holdout,
         "processes": processes,

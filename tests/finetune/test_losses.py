@@ -61,3 +61,12 @@ def test_rate_rises_linearly_and_falls_along_a_cosine() -> None:
     assert rates[55] == pytest.approx(0.1)
     assert 0 < rates[99] < 1e-3
     assert rate_at(0, 1, 0.2, 0.1) == 0.2
+
+
+def test_the_class_token_counts_as_often_as_it_is_told_to() -> None:
+    student, teacher = RNG.standard_normal((2, 3, 5, 4))
+    weight = np.array([20, 1, 1, 1, 1])[None, :, None]
+    error = (weight * (student - teacher) ** 2).mean()
+    spread = (weight * (teacher - teacher.mean((0, 1))) ** 2).mean()
+    found = relative_mse(torch.from_numpy(student), torch.from_numpy(teacher), 20.0)
+    assert found.item() == pytest.approx(error / spread, rel=1e-5)

@@ -276,3 +276,43 @@ def test_biases_and_gains_are_not_decayed(monkeypatch: pytest.MonkeyPatch) -> No
     for name, now in weights(run.student).items():
         factor = 1 if now.ndim == 1 else 1 - 0.5 * 0.1
         torch.testing.assert_close(now, factor * before[name])
+
+
+def test_local_training_keeps_gradients_within_blocks() -> None:
+    """A loss at the second block's end moves the second block alone, as in a copy that starts from detached inputs."""
+    run = make_run()
+    module, x = run.student, torch.from_numpy(run.samples.x[:4])
+    module.cuts = frozenset({"r0"})
+    kept = module(x, keep=["r0", "r1"])
+    kept["r1"].square().sum().backward()
+    gradients = {n: p.grad for n, p in module.named_parameters()}
+    assert {n for n, g in gradients.items() if g is not None} == {n for n in gradients if n.startswith("blocks.1.")}
+    w1, b1, w2, b2 = (module.get_parameter(f"blocks.1.{n}").detach().requires_grad_() for n in ("w1", "b1", "w2", "b2"))
+    start = kept["r0"].detach()
+    (start + torch.relu(start @ w1 + b1) @ w2 + b2).square().sum().backward()
+    for name, want in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+        torch.testing.assert_close(gradients[f"blocks.1.{name}"], want.grad)
+    module.zero_grad()
+    module(x, keep=["r0"])["r0"].square().sum().backward()
+    assert module.get_parameter("blocks.0.w1").grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_local_training_learns_without_looking_at_outputs(recompute: bool) -> None:
+    """A student whose head is its teacher's: matching block ends brings the outputs together."""
+    run = make_run()
+    with torch.no_grad():
+        run.student.get_parameter("head").copy_(run.teacher.get_parameter("head"))
+    head = run.student.get_parameter("head").detach().clone()
+    outcome = train(
+        run, dataclasses.replace(SETTINGS, local=True, outputs=0.0, decay=0.0, steps=80, recompute=recompute)
+    )
+    assert outcome.best["outputs"] < 0.5 * outcome.start["outputs"]
+    assert torch.equal(run.student.get_parameter("head"), head)
+    assert run.student.cuts == frozenset()
+
+
+def test_local_training_needs_block_ends() -> None:
+    run = dataclasses.replace(make_run(), targets=Targets(("logits",), (), (), None))
+    with pytest.raises(ConfigError, match="block ends"):
+        train(run, dataclasses.replace(SETTINGS, local=True))

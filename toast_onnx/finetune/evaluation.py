@@ -49,5 +49,7 @@ def evaluate(
                 sums[key] = sums.get(key, 0.0) + value * n
             seen += n
     means = {key: value / max(seen, 1) for key, value in sums.items()}
-    loss = sum(getattr(settings, key) * means[key] for key in ("outputs", "labels") if key in means)
+    # Training on the stream alone is meant for the outputs, too.
+    weights = {"outputs": settings.outputs or settings.stream, "labels": settings.labels}
+    loss = sum(weight * means[key] for key, weight in weights.items() if key in means)
     return {"loss": loss} | means

@@ -14,17 +14,28 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
     return F.kl_div(s, t, reduction="batchmean", log_target=True) * temperature**2
 
 
-def relative_mse(student: Tensor, teacher: Tensor) -> Tensor:
+def relative_mse(student: Tensor, teacher: Tensor, class_token: float = 1.0) -> Tensor:
     """Mean squared error as a fraction of the teacher's variance; (B, ..., C).
 
     The variance is taken around each channel's mean over batch and tokens, so that the constant part that a residual
     stream carries does not hide the error. Where nothing varies, around zero.
+
+    Args:
+        student: what is trained.
+        teacher: what it should be.
+        class_token: how often token 0 of (B, N, C) tensors counts in both means, against once for the others.
     """
     s, t = student.float(), teacher.float()
     dims = list(range(t.ndim - 1))
-    spread = (t - t.mean(dims, keepdim=True)).square().mean() if t.numel() > t.shape[-1] else t.square().mean()
-    spread = torch.where(spread > 0, spread, t.square().mean())
-    return (s - t).square().mean() / spread.clamp_min(torch.finfo(torch.float32).tiny)
+    error = (s - t).square()
+    spread = (t - t.mean(dims, keepdim=True)).square() if t.numel() > t.shape[-1] else t.square()
+    if class_token != 1.0 and t.ndim == 3:
+        weight = torch.ones(t.shape[1], 1, device=t.device)
+        weight[0] = class_token
+        error, spread = error * weight, spread * weight
+    scale = spread.mean()
+    scale = torch.where(scale > 0, scale, t.square().mean())
+    return error.mean() / scale.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

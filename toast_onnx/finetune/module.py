@@ -16,6 +16,9 @@ from toast_onnx.finetune.plan import Plan, Step
 
 Env = dict[str, Any]
 
+#: Prefix of a cut tensor with its gradient, in the environment of a run.
+_WHOLE = "whole:"
+
 #: Sets of input shapes whose shape arithmetic is remembered.
 _REMEMBERED = 8
 
@@ -29,6 +32,8 @@ class GraphModule(nn.Module):
         plan: the graph.
         initializers: parameter name -> the graph's tensor name.
         boundaries: tensors at which gradient checkpointing cuts the graph; none: everything is kept for backward.
+        cuts: tensors behind which no gradient flows back: their readers see them as given, and a loss on the tensor
+            itself (asked for with `keep`) still reaches what made it.
     """
 
     def __init__(self, plan: Plan, names: Mapping[str, str]) -> None:
@@ -42,6 +47,7 @@ class GraphModule(nn.Module):
         self.plan = plan
         self.initializers: dict[str, str] = {}
         self.boundaries: tuple[str, ...] = ()
+        self.cuts: frozenset[str] = frozenset()
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._remembered: dict[Any, Env] = {}
         self._constants = {name: value for name, value in _all_constants(plan).items() if name not in names}
@@ -111,7 +117,9 @@ class GraphModule(nn.Module):
             env = self._run_in_parts(env, remembered, wanted)
         else:
             self._execute(self.plan, env, remembered, frozenset(wanted))
-        outputs = {name: self._tensor(name, env, remembered) for name in wanted}
+        outputs = {
+            name: self._tensor(_WHOLE + name if _WHOLE + name in env else name, env, remembered) for name in wanted
+        }
         if keep:
             return outputs
         return outputs[wanted[0]] if len(wanted) == 1 else tuple(outputs[name] for name in self.plan.outputs)
@@ -147,7 +155,7 @@ class GraphModule(nn.Module):
             def run(given: Env, plan: Plan = plan, keep: frozenset[str] = frozenset(keep)) -> Env:
                 inner = dict(given)
                 self._execute(plan, inner, remembered, keep)
-                return {name: value for name, value in inner.items() if name in keep}
+                return {name: value for name, value in inner.items() if name in keep or name.startswith(_WHOLE)}
 
             env = checkpoint(run, env, use_reentrant=False, preserve_rng_state=False)
         return env
@@ -198,7 +206,12 @@ class GraphModule(nn.Module):
                 f"the node '{node.label}' cannot run in PyTorch: {e}; export the model in another way"
             ) from e
         results = result if isinstance(result, tuple | list) else (result,)
-        env.update((name, value) for name, value in zip(node.outputs, results, strict=False) if name)
+        for name, value in zip(node.outputs, results, strict=False):
+            if name in self.cuts and torch.is_grad_enabled():
+                env[_WHOLE + name] = value
+                value = value.detach()
+            if name:
+                env[name] = value
 
     def _branch(self, step: Step, env: Env, remembered: Env) -> None:
         """`If`: the branch sees the outer tensors; its host values depend on the same shapes."""

@@ -28,12 +28,14 @@ class Targets:
         others: further output tensors, compared by relative squared error.
         stream: tensors at block ends, compared by relative squared error.
         scores: the tensor that labels are compared with, None where there is none.
+        class_token: how often token 0 counts in the stream, where the outputs read that token alone.
     """
 
     classifiers: tuple[str, ...]
     others: tuple[str, ...]
     stream: tuple[str, ...]
     scores: str | None
+    class_token: float = 1.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,7 +93,9 @@ def loss_parts(
         outputs += [relative_mse(student[n], teacher[n]) for n in targets.others]
         parts["outputs"] = torch.stack(outputs).mean()
         if targets.stream and settings.stream:
-            parts["stream"] = torch.stack([relative_mse(student[n], teacher[n]) for n in targets.stream]).mean()
+            parts["stream"] = torch.stack(
+                [relative_mse(student[n], teacher[n], targets.class_token) for n in targets.stream]
+            ).mean()
     if labels is not None and targets.scores is not None:
         parts["labels"] = cross_entropy(student[targets.scores], labels, settings.smoothing)
     return parts

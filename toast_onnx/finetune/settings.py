@@ -26,6 +26,8 @@ class Settings:
         outputs: weight of the distillation loss on the outputs.
         stream: weight of the loss on the residual stream at block ends.
         labels: weight of the cross-entropy with labels, where there are some.
+        local: whether every block learns on its own to end where the dense one's does, from the input that the blocks
+            before it give: no gradient crosses a block end.
         mixup: parameter of the Beta distribution that blends pairs of images; 0: none. With a teacher this is function
             matching (Beyer et al. 2022): the blend is one more image to agree on.
         smoothing: label smoothing.
@@ -49,6 +51,7 @@ class Settings:
     outputs: float = 1.0
     stream: float = 1.0
     labels: float = 1.0
+    local: bool = False
     mixup: float = 0.0
     smoothing: float = 0.0
     evaluate: int = 50

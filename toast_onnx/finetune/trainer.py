@@ -151,8 +151,11 @@ class _Session:
         self._student = run.student.to(self._device)
         self._teacher = None if run.teacher is None else run.teacher.to(self._device).requires_grad_(False)
         _freeze(self._student, settings.freeze)
+        if settings.local and not run.targets.stream:
+            raise ConfigError("block-local training needs block ends that both models share; there are none")
         # In the stream's names lie the block ends, where recomputation may cut.
         self._student.boundaries = run.targets.stream if settings.recompute else ()
+        self._student.cuts = frozenset(run.targets.stream) if settings.local else frozenset()
         self._trained = {n: p for n, p in self._student.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(_groups(self._trained, settings.decay), lr=settings.rate)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=settings.amp == "fp16")
@@ -270,7 +273,7 @@ class _Session:
     def finish(self) -> None:
         """Put the best weights into the student."""
         self._load(self._best)
-        self._student.boundaries = ()
+        self._student.boundaries, self._student.cuts = (), frozenset()
         self.outcome.steps = self.step
         self.outcome.images_per_second = self._samples_done / self._seconds if self._seconds else 0.0
 
