@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from deit import CALIBRATION, evaluation_images, export, export_deit, load_deit, logits
 
-from toast_onnx.errors import ConfigError
+from toast_onnx.errors import BackendError
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.macs import graph_macs
@@ -76,13 +76,14 @@ def main() -> None:
 
         rows = [judge("dense", dense) | {"ratio": 0.0}]
         look = study(load_model(dense))
-        measured = measure(look, data, folder, options)
+        measured, refine = measure(look, data, folder, options)
         for ratio in options.ratios:
-            for row in chain(
-                ours(look, measured, ratio, folder, judge),
+            others = (
                 onnxsim_rows(weights, data, ratio, folder, judge, options),
                 torch_pruning_rows(weights, rows, folder, judge),
-            ):
+            )
+            mine = ours(look, measured, refine, ratio, folder, judge, options.methods)
+            for row in chain(mine, *(others if options.methods is None else ())):
                 rows.append(row | {"ratio": ratio})
                 print(f"{ratio}: {row['method']}: {row['top1']:.1%}, KL {row['kl']:.3f}", file=sys.stderr)
     if options.json:
@@ -101,6 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=256, help="calibration images")
     parser.add_argument("--images", type=int, help="evaluation images; all by default")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these rows of ours, and no other tools")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
     if options.data is None:
@@ -109,8 +111,10 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def measure(look: Study, data: Path, folder: Path, options: argparse.Namespace) -> CalibratedStatistics:
-    """Statistics of all parts that any of the methods asks for, measured once."""
+def measure(
+    look: Study, data: Path, folder: Path, options: argparse.Namespace
+) -> tuple[CalibratedStatistics, Callable[[Any], Any]]:
+    """Statistics of all parts that any method asks for, measured once; and local training on the same images."""
     recipe = folder / "calibration.yaml"
     recipe.write_text(yaml.safe_dump(CALIBRATION))
     settings = CalibrationOptions(preprocess=str(recipe), samples=options.samples, threads=options.threads)
@@ -118,7 +122,13 @@ def measure(look: Study, data: Path, folder: Path, options: argparse.Namespace) 
     started = time.perf_counter()
     calibrate(look, images, out, everything(look, {"qk", "context", "hidden", "fc2"}), settings)
     print(f"calibrated in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    return CalibratedStatistics(look, out)
+
+    def refine(new: Any) -> Any:
+        from toast_onnx_calibration.local import refine_locally
+
+        return refine_locally(look, new, str(images), settings)
+
+    return CalibratedStatistics(look, out), refine
 
 
 def document(attention: dict[str, str], ffn: dict[str, str], kind: str, ratio: float, *, heads: bool) -> dict[str, Any]:
@@ -134,24 +144,33 @@ def document(attention: dict[str, str], ffn: dict[str, str], kind: str, ratio: f
 
 
 def ours(
-    look: Study, measured: CalibratedStatistics, ratio: float, folder: Path, judge: Judge
+    look: Study,
+    measured: CalibratedStatistics,
+    refine: Callable[[Any], Any],
+    ratio: float,
+    folder: Path,
+    judge: Judge,
+    methods: list[str] | None,
 ) -> Iterator[dict[str, Any]]:
     """This project's rows: simpler settings first, then no data at all, then the feed-forward networks alone."""
     for name, settings in METHODS.items():
-        try:
-            yield judge(name, pruned(look, document(*settings, ratio, heads=True), measured, folder))
-        except ConfigError as error:
-            print(f"{name}: left out: {error}", file=sys.stderr)
+        if methods is None or name in methods:
+            try:
+                yield judge(name, pruned(look, document(*settings, ratio, heads=True), measured, folder, refine))
+            except BackendError as error:  # no PyTorch to train with
+                print(f"{name}: left out: {error}", file=sys.stderr)
+    if methods is not None:
+        return
     best = METHODS["ours (select: subspace)"]
     synthetic = SyntheticStatistics(look)
     yield judge("ours, no data", pruned(look, document(*best, ratio, heads=True), synthetic, folder))
     yield judge("ours, FFN only", pruned(look, document(*best, ratio, heads=False), measured, folder))
 
 
-def pruned(look: Study, ratios: dict[str, Any], statistics: Any, folder: Path) -> Path:
+def pruned(look: Study, ratios: dict[str, Any], statistics: Any, folder: Path, refine: Any = None) -> Path:
     """The model pruned by the library, proven by its twin, as a file."""
     out = folder / "pruned.onnx"
-    save_model(prune(look, parse_ratios(ratios), statistics).model, out)
+    save_model(prune(look, parse_ratios(ratios), statistics, refine=refine).model, out)
     return out
 
 
