@@ -161,9 +161,11 @@ POISONED = {
     "qkv weight": _of_block("MatMul", 1, (96, 288), 2),
     "qkv bias": _of_block("Add", 1, (288,), 2),
     "proj weight": _of_block("MatMul", 1, (96, 96), 2),
+    "proj bias": _of_block("Add", 1, (96,), 4),
     "fc1 weight": _of_block("MatMul", 1, (96, 384), 2),
     "fc1 bias": _of_block("Add", 1, (384,), 2),
     "fc2 weight": _of_block("MatMul", 1, (384, 96), 2),
+    "fc2 bias": _of_block("Add", 1, (96,), 5),
     "norm1 gain": _of_block("LayerNormalization", 1, (96,), 4),
     "norm2 bias": _of_block("LayerNormalization", 2, (96,), 5),
 }

@@ -45,11 +45,12 @@ def match_attention(
     for name in walks:
         walks[name] = _before_outsiders(view, facts, core, walks, name)
     outcomes = {name: _operand(view, facts, other, core, name, walks, reasons) for name in ("Q", "K", "V")}
+    _complete_layers(outcomes)
     proj, proj_reason = _projection(view, facts, other, core, linears)
     (q, q_reason), (k, k_reason), (v, v_reason) = (outcomes[n] for n in "QKV")
     qk_reason, vo_reason = q_reason or k_reason, v_reason or proj_reason
     divisions = _length_divisions(view, facts, core, q, k)
-    if divisions:
+    if divisions and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
         qk_reason = None
     if q is not None and k is not None and q.layout.channels.shape != k.layout.channels.shape:
         qk_reason = "Q and K have different numbers of heads or dimensions"
@@ -117,6 +118,18 @@ def _operand(
     except Decline as e:
         return None, str(e)
     return Branch(walk, layout), walk.blocked
+
+
+def _complete_layers(outcomes: dict[str, Outcome]) -> None:
+    """Decline what shares a layer with channels that are not understood: they could not be carried along (in place)."""
+    for name, (branch, _) in list(outcomes.items()):
+        if branch is None:
+            continue
+        partners = [b for b, _ in outcomes.values() if b is not None and b.linear.output == branch.linear.output]
+        if sum(b.layout.channels.size for b in partners) != branch.linear.out_features:
+            others = "; ".join(reason for b, reason in outcomes.values() if b is None and reason is not None)
+            reason = f"its layer also makes channels that are not understood ({others or 'none of Q, K and V'})"
+            outcomes[name] = (branch, f"{name}: {reason}")
 
 
 def _before_outsiders(view: GraphView, facts: Facts, core: Core, walks: Mapping[str, Walk], name: str) -> Walk:

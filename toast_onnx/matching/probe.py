@@ -107,8 +107,7 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
     if not found:
         raise Decline(f"{what} is made of constants (learned queries), not by a linear layer")
     if len(found) > 1:
-        blocker = f" (one of them through {view.label(max(opaque))})" if opaque else ""
-        raise Decline(f"{what} comes from {len(found)} linear layers{blocker}")
+        raise Decline(f"{what} comes from {len(found)} linear layers")
     (linear,) = found.values()
     if linear.quantized:
         raise Decline(f"the weights of {what} are quantized; prune first, then quantize")

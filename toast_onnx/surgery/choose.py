@@ -118,7 +118,7 @@ class _Solver:
             assert attention.q is not None
             assert attention.k is not None
             old_q, old_k = (head_weights(view, facts, b) for b in (attention.q, attention.k))
-            self._check(old_q.weight, old_k.weight)
+            self._check(old_q.weight, old_q.bias, old_k.weight, old_k.bias)
             arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
             if subspace:
                 assert found is not None
@@ -138,7 +138,7 @@ class _Solver:
             linear = attention.proj.linear
             wo = weights(view, facts, linear)[attention.proj.layout.channels]  # (H, d, C_out)
             bo, gamma = self._bias(linear), layer_scale(view, facts, linear.output, linear.out_features)
-            self._check(old_v.weight, wo)
+            self._check(old_v.weight, old_v.bias, wo, bo)
             if subspace:
                 assert found is not None
                 solved = solve_vo_subspace(
@@ -174,7 +174,7 @@ class _Solver:
         inputs = entries = units = exit_ = None
         entry_weights = tuple(weights(view, facts, e) for e in ffn.entries)
         w2, b2 = weights(view, facts, ffn.fc2), self._bias(ffn.fc2)
-        self._check(*entry_weights, w2)
+        self._check(*entry_weights, *(self._bias(e) for e in ffn.entries), w2, b2)
         if fc2 is not None:
             gamma = layer_scale(view, facts, ffn.fc2.output, ffn.fc2.out_features)
             # by unit: the parts of a gated form side by side; behind an inner norm fc2's rows alone count

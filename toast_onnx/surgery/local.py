@@ -32,7 +32,7 @@ class LocalSettings:
     """How a block is trained.
 
     Attributes:
-        steps: Adam steps.
+        steps: Adam steps; 0 only restores the mean of each block's output, and needs no PyTorch.
         rate: peak learning rate, as a fraction of a tensor's root mean square; falls to 0 by a cosine.
         group: batches a step.
         held_out: fraction of the batches that only judge the result.
@@ -90,28 +90,24 @@ def require_torch() -> Any:
 def train_block(
     piece: Model,
     masks: Mapping[str, Array],
-    bias: str | None,
-    scale: Array | None,
     inputs: Array,
     targets: Array,
     weights: Array,
     settings: LocalSettings,
-) -> tuple[dict[str, Array], float, float, str]:
+) -> tuple[dict[str, Array], float]:
     """Train a block's weights on pairs of input and wanted output; held-out pairs decide what is kept.
 
     Args:
         piece: the block as a model of one input and one output.
         masks: initializer name -> (its shape) True where it may change; all others stay.
-        bias: initializer that is added to the block's output along the last axis, for matching its mean; None without.
-        scale: layer scale (channels,) between that bias and the output.
         inputs: (batches, *shape of the piece's input).
         targets: (batches, *shape of its output).
         weights: broadcastable to a target: how much each element's error counts.
         settings: how to train.
 
     Returns:
-        The new values by initializer name (empty when nothing was better than the start), the error before, the error
-        after (fractions of the targets' energy, held-out batches), and which weights were kept.
+        The new values by initializer name, and the error with them on the held-out batches as a fraction of the
+        targets' energy; no values when the start was better.
 
     Raises:
         ModelError: an operator of the piece has no counterpart in PyTorch.
@@ -124,34 +120,24 @@ def train_block(
         p.requires_grad_(False)
     free = {t: parameters[by_tensor[t]] for t in masks if t in by_tensor}
     problem = _Problem(module, inputs, targets, torch.as_tensor(weights, dtype=torch.float32))
-    fit, judge = _split(len(inputs), settings.held_out)
-    start = {t: p.detach().clone() for t, p in free.items()}
-    before, best, kept, values = problem.error(judge), 0.0, "closed form", start
-    best = before
-    if bias in free and masks[bias].all():
-        shift = problem.mean_error(fit)
-        live = np.ones(len(shift)) if scale is None else np.asarray(scale, np.float64)
-        shift = np.where(live != 0, shift / np.where(live != 0, live, 1.0), 0.0)
-        free[bias].data -= torch.from_numpy(shift).to(free[bias].dtype)
-        matched = problem.error(judge)
-        if matched < best:
-            best, kept, values = matched, "mean", {t: p.detach().clone() for t, p in free.items()}
-        else:
-            free[bias].data.copy_(start[bias])
-    if settings.steps:
-        _fit(problem, free, {t: torch.from_numpy(masks[t]) for t in free}, fit, settings)
-        trained = problem.error(judge)
-        if trained < best:
-            best, kept, values = trained, "trained", {t: p.detach().clone() for t, p in free.items()}
-    if kept == "closed form":
-        return {}, before, best, kept
-    return {t: v.numpy() for t, v in values.items()}, before, best, kept
+    fit, judge = split(len(inputs), settings.held_out)
+    before = problem.error(judge)
+    _fit(problem, free, {t: torch.from_numpy(masks[t]) for t in free}, fit, settings)
+    after = problem.error(judge)
+    return ({t: p.detach().numpy() for t, p in free.items()}, after) if after < before else ({}, before)
 
 
-def _split(count: int, held_out: float) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to train on and of those that judge: the last ones, at least one."""
+def split(count: int, held_out: float) -> tuple[list[int], list[int]]:
+    """Numbers of the batches to train on and of those that judge: the last ones, at least one of each."""
     judges = min(max(1, round(count * held_out)), count - 1)
     return list(range(count - judges)), list(range(count - judges, count))
+
+
+def relative_error(output: Array, target: Array, weights: Array) -> float:
+    """Weighted squared error of a batch as a fraction of the target's energy."""
+    wanted = np.asarray(target, np.float64)
+    found = (weights * (output - wanted) ** 2).sum() / (weights * wanted**2).sum()
+    return float(found) if math.isfinite(found) else math.inf
 
 
 class _Problem:
@@ -176,20 +162,6 @@ class _Problem:
         with torch.no_grad():
             found = float(np.mean([float(self.loss(k)) for k in batches]))
         return found if math.isfinite(found) else math.inf
-
-    def mean_error(self, batches: list[int]) -> NDArray[np.float64]:
-        """Weighted mean of (output - target) over everything but the last axis, (channels,)."""
-        import torch
-
-        total, count = np.zeros(1), np.zeros(1)
-        with torch.no_grad():
-            for k in batches:
-                x, y = self.batch(k)
-                w = self.weights.expand_as(y)
-                axes = tuple(range(y.ndim - 1))
-                total = total + (w * (self.module(x) - y)).double().sum(axes).numpy()
-                count = count + w.double().sum(axes).numpy()
-        return np.asarray(total / count, np.float64)
 
 
 def _fit(

@@ -22,7 +22,7 @@ from toast_onnx.surgery.weights import BlockWeights
 
 #: Called after each unit of work with what was done.
 Progress = Callable[[str], None]
-#: Trains closed-form weights, by block number, on samples; made by `toast_onnx_calibration.local`.
+#: Corrects closed-form weights, by block number, on samples; made by `toast_onnx_calibration.local`.
 Refine = Callable[[Mapping[int, BlockWeights]], tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]]
 
 
@@ -37,7 +37,7 @@ class Pruned:
         ratios: settings of every block.
         twin: outcome of the proof, None when it was not asked for.
         statistics: where the statistics came from.
-        local: what training did to each block, empty without `compensation: local`.
+        local: what correction on samples did to each block, empty where there was none.
     """
 
     model: Model
@@ -70,7 +70,7 @@ def prune(
         skip_unprunable: leave parts alone that a ratio asks for but that cannot be pruned.
         seed: seed of the twin's inputs.
         progress: called after every block and after the proof.
-        refine: trains the weights on samples, for `compensation: local`; not called for another kind.
+        refine: corrects the weights on samples; called for `compensation: local`, which needs it, and `ridge`.
 
     Raises:
         ConfigError: the ratios do not fit the model.
@@ -101,17 +101,25 @@ def prune(
             weights[block.index] = new
         progress(block.name)
     trained: tuple[LocalResult, ...] = ()
-    if local and refine is not None and weights:
+    if refine is not None and weights and ratios.compensation.kind in ("local", "ridge"):
         weights, trained = refine(weights)
+    model = _rewritten(study, weights)
+    twin = _prove(study, model, weights, seed) if check else None
+    progress("twin" if check else "no twin")
+    return Pruned(model, weights, widths, settings, twin, statistics.source, trained)
+
+
+def _rewritten(study: Study, weights: dict[int, BlockWeights]) -> Model:
+    """The model with new weights; the very same model when there are none."""
+    if not weights:
+        return study.view.model
     edit = GraphEdit(study.view)
-    for block in blocks:
+    for block in study.match.blocks:
         if block.index in weights:
             _rewrite(edit, study, block, weights[block.index])
     model = edit.apply()
     settle_shapes(model, edit, study.view, study.facts, study.other)
-    twin = _prove(study, model, weights, seed) if check else None
-    progress("twin" if check else "no twin")
-    return Pruned(model, weights, widths, settings, twin, statistics.source, trained)
+    return model
 
 
 def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights) -> None:
