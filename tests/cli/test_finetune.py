@@ -152,19 +152,18 @@ def test_two_processes_train_as_one_with_twice_the_batch(files: Path, tmp_path: 
     alone, together = tmp_path / "alone.onnx", tmp_path / "together.onnx"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # Without the stream, whose variance is of each process's own images, the mean gradient is that of the whole batch.
-    plain = ["--stream-weight", "0"]
-    two = [*launcher, *_command(*arguments(files, together, "--batch", "4", *plain, steps=4))]
+    two = [*launcher, *_command(*arguments(files, together, "--batch", "4", steps=4))]
     done = subprocess.run(two, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert invoke(*arguments(files, alone, *plain, steps=4)).exit_code == 0
+    assert invoke(*arguments(files, alone, steps=4)).exit_code == 0
     document = json.loads((tmp_path / "together.json").read_text())["finetune"]
     assert document["processes"] == 2
     ours, theirs, start = (
         np.concatenate([a.ravel() for a in _arrays(p)]) for p in (together, alone, files / "pruned.onnx")
     )
-    # Adam turns rounding of gradients that are zero (a key's bias) into whole steps, so this is about the sum of all.
-    assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs - start)
+    assert np.linalg.norm(theirs - start) > 0
+    # The stream's variance is of each process's own images, so the two are close and not equal.
+    assert np.linalg.norm(ours - theirs) < 0.2 * np.linalg.norm(theirs - start)
 
 
 def _arrays(path: Path) -> list[np.ndarray]:
