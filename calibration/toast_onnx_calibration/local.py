@@ -1,4 +1,7 @@
-"""Local compensation over a model: block after block, activations by ONNX Runtime, training by PyTorch."""
+"""What is left to correct behind the pruned blocks before: block after block, means matched, then weights trained.
+
+Activations come from ONNX Runtime; only training needs PyTorch (`toast_onnx.surgery.local`).
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,16 @@ from toast_onnx.errors import DataError, MatchError, ModelError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.norms import layer_scale
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, write_draft
 from toast_onnx.runtime import expose
-from toast_onnx.surgery.local import LocalResult, LocalSettings, require_torch, train_block
+from toast_onnx.surgery.local import LocalResult, LocalSettings, relative_error, require_torch, split, train_block
 from toast_onnx.surgery.piece import cut_piece
-from toast_onnx.surgery.places import masks, places, take_out
+from toast_onnx.surgery.places import Place, masks, places, take_out
 from toast_onnx.surgery.precision import to_float32
+from toast_onnx.surgery.solve.mean import match_mean
 from toast_onnx.surgery.span import Span, block_span
 from toast_onnx.surgery.twin import padded_twin
 from toast_onnx.surgery.weights import BlockWeights
@@ -51,7 +56,9 @@ def refine_locally(
     settings: LocalSettings | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]:
-    """Train the new weights of every block in turn on samples.
+    """Correct the new weights of every block in turn on samples: the mean of its output, then all weights by training.
+
+    What does not lower the error of held-out samples is not kept.
 
     Args:
         study: the dense model.
@@ -65,12 +72,13 @@ def refine_locally(
         The weights by block, of the same shapes, and what happened to each block.
 
     Raises:
-        BackendError: PyTorch is not installed.
+        BackendError: PyTorch is not installed, and there are steps to train.
         DataError: the data cannot be read, or are too few.
     """
-    require_torch()
     options = options or CalibrationOptions()
     settings = settings or LocalSettings(class_weight=options.class_weight, seed=options.seed)
+    if settings.steps:
+        require_torch()
     with tempfile.TemporaryDirectory(prefix="toast-local-") as folder:
         work = _Work(study, new, data, options, settings, Path(folder))
         results = []
@@ -118,36 +126,62 @@ class _Work:
         view, facts, arrays = self.twin.view, self.twin.facts, self.twin.view.model.arrays
         proto = cut_piece(view, facts, span.start, span.end)
         parts = places(view, block, new)
-        bias, scale = self._output_bias(block, parts)
-        found, before, after, kept = train_block(
-            Model(proto, view.model.path),
-            masks(parts, arrays),
-            bias,
-            scale,
-            inputs,
-            targets,
-            self._token_weights(facts.shape(span.end) or ()),
-            self.settings,
-        )
-        for name, value in found.items():
-            arrays[name] = value.astype(arrays[name].dtype)
-        for tensor in proto.graph.initializer:
-            if tensor.name in found:
-                tensor.CopyFrom(onnx.numpy_helper.from_array(arrays[tensor.name], tensor.name))
+        weights = self._token_weights(facts.shape(span.end) or ())
+        before, after = self._match_mean(block, parts, proto, inputs, targets, weights)
+        kept = "mean" if after < before else "closed form"
+        if self.settings.steps:
+            piece = Model(proto, view.model.path)
+            found, error = train_block(piece, masks(parts, arrays), inputs, targets, weights, self.settings)
+            if found:
+                self._change(proto, found)
+                after, kept = error, "trained"
         self.weights[block.index] = take_out(parts, arrays, new)
         self.twin.move(span.end, proto)
         return LocalResult(block.index, before, after, kept)
 
-    def _output_bias(self, block: Block, parts: Mapping[str, Any]) -> tuple[str | None, Array | None]:
-        """The bias that ends the block's last branch, with the layer scale behind it."""
+    def _match_mean(
+        self,
+        block: Block,
+        parts: Mapping[str, Place],
+        proto: onnx.ModelProto,
+        inputs: Array,
+        targets: Array,
+        weights: Array,
+    ) -> tuple[float, float]:
+        """Restore the mean of the block's output if held-out samples gain by it; their errors before and after."""
+        fit, judge = split(len(inputs), self.settings.held_out)
+        axes = tuple(range(targets.ndim - 2))
+        total: Any = 0.0
+        errors = []
+        for k, output in enumerate(self.twin.outputs(proto, inputs)):
+            if k in judge:
+                errors.append(relative_error(output, targets[k], weights))
+            else:
+                total = total + (weights * (output - targets[k].astype(np.float64))).sum(axis=axes)
+        before = float(np.mean(errors))
+        last = _last_layer(block)
         place = parts.get("fc2.bias" if block.ffn is not None else "proj.bias")
-        if place is None:
-            return None, None
-        last = block.ffn.fc2 if block.ffn is not None else None
-        if last is None and block.attention is not None and block.attention.proj is not None:
-            last = block.attention.proj.linear
-        assert last is not None
-        return place.tensor, layer_scale(self.study.view, self.study.facts, last.output, last.out_features)
+        if place is None or last is None or len(total) != last.out_features:
+            return before, before
+        old = self.twin.view.model.arrays[place.tensor]
+        gamma = layer_scale(self.study.view, self.study.facts, last.output, last.out_features)
+        count = len(fit) * np.broadcast_to(weights, targets.shape[1:])[..., 0].sum(dtype=np.float64)
+        self._change(proto, {place.tensor: match_mean(old, np.zeros(len(total)), total / count, gamma)})
+        outputs = self.twin.outputs(proto, inputs[judge[0] :])
+        after = float(np.mean([relative_error(o, targets[k], weights) for k, o in zip(judge, outputs, strict=True)]))
+        if after < before:
+            return before, after
+        self._change(proto, {place.tensor: old})
+        return before, before
+
+    def _change(self, proto: onnx.ModelProto, values: Mapping[str, Array]) -> None:
+        """Give initializers new values, in the twin and in a piece of it."""
+        arrays = self.twin.view.model.arrays
+        for name, value in values.items():
+            arrays[name] = value.astype(arrays[name].dtype)
+        for tensor in proto.graph.initializer:
+            if tensor.name in values:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(arrays[tensor.name], tensor.name))
 
     def _token_weights(self, shape: tuple[int, ...]) -> Array:
         """How much the error of each token counts, broadcastable to an activation of this shape."""
@@ -156,6 +190,14 @@ class _Work:
         weights = np.ones((1, shape[1], 1), np.float32)
         weights[:, 0] = self.settings.class_weight
         return weights
+
+
+def _last_layer(block: Block) -> Linear | None:
+    """The layer that ends a block's last branch."""
+    if block.ffn is not None:
+        return block.ffn.fc2
+    proj = None if block.attention is None else block.attention.proj
+    return None if proj is None else proj.linear
 
 
 @dataclass(frozen=True)
@@ -210,8 +252,7 @@ class _Samples:
             count += 1
         if count < 2:
             raise DataError(
-                f"{source.description}: compensation: local trains on some batches and judges on others: "
-                "give more samples"
+                f"{source.description}: blocks are corrected on some batches and judged on others: give more samples"
             )
         return _Samples({name: array[:count] for name, array in feeds.items()}, size)
 
@@ -250,14 +291,17 @@ class _Stream:
         return self._store(to, (run(session, feeds, [to])[to] for feeds in self.samples))
 
     def move(self, to: str, piece: onnx.ModelProto) -> Array:
-        """Run a piece that starts at the values at hand."""
+        """Run a piece that starts at the values at hand, and keep what it gives instead of them."""
         assert self.values is not None
-        assert self.tensor is not None
+        return self._store(to, self.outputs(piece, self.values))
+
+    def outputs(self, piece: onnx.ModelProto, inputs: Array) -> Iterator[Array]:
+        """What a piece of the model gives for each batch of its input."""
         model = to_float32(Model(piece, self.view.model.path))
         path = write_draft(model, self.folder, f"{self.name}-piece.onnx")
         session = make_session(path, self.options.provider, threads=self.options.threads)
-        start = self.tensor
-        return self._store(to, (run(session, {start: np.asarray(x)}, [to])[to] for x in self.values))
+        start, end = piece.graph.input[0].name, piece.graph.output[0].name
+        return (run(session, {start: np.asarray(x)}, [end])[end] for x in inputs)
 
     def _store(self, tensor: str, found: Iterator[Array]) -> Array:
         first = next(found)

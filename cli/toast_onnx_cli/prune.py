@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def command(
     dense = study(loaded, shapes)
     calibration = gather_options(settings, seed, given)
     seed = calibration.seed
-    samples = training_samples(settings, data)
+    samples = samples_to_refine(settings, data, statistics)
     with find_statistics(dense, settings, data, statistics, calibration) as found:
         steps = len(dense.match.blocks) * (1 if samples is None else 2) + 1
         with progress("pruning", steps) as advance:
@@ -84,10 +85,10 @@ def command(
                 skip_unprunable=skip_unprunable,
                 seed=seed,
                 progress=lambda note: advance(1, note),
-                refine=refinement(dense, samples, calibration, advance),
+                refine=refinement(dense, settings, samples, calibration, advance),
             )
         for result in pruned.local:
-            if result.note is not None:
+            if result.note is not None and settings.compensation.kind == "local":
                 click.echo(f"Note: block {result.block} keeps its closed-form weights: {result.note}", err=True)
         source = {"source": found.source} if isinstance(found, SyntheticStatistics) else found.to_document()
     options = {
@@ -107,17 +108,22 @@ def command(
         click.echo(summary(document, out, report))
 
 
-def training_samples(ratios: Ratios, data: str | None) -> str | None:
-    """Where the samples for `compensation: local` are; None for another kind, which trains nothing.
+def samples_to_refine(ratios: Ratios, data: str | None, statistics: Path | None) -> str | None:
+    """Where the samples are that blocks are corrected on, one after the other; None without such correction.
+
+    `compensation: local` needs samples, also beside a statistics file; `ridge` uses them where they are at hand anyway.
 
     Args:
         ratios: the ratios file; its `calibration: data:` counts where `data` is None.
         data: what was given on the command line.
+        statistics: file of earlier measurements.
 
     Raises:
         ConfigError: there are no samples.
         BackendError: PyTorch is not installed.
     """
+    if ratios.compensation.kind == "ridge":
+        return data or (ratios.calibration.data if statistics is None else None)
     if ratios.compensation.kind != "local":
         return None
     samples = data or ratios.calibration.data
@@ -131,21 +137,30 @@ def training_samples(ratios: Ratios, data: str | None) -> str | None:
     return samples
 
 
-def refinement(dense: Study, samples: str | None, options: CalibrationOptions, advance: Advance) -> Refine | None:
-    """What trains the new weights on samples, None where there are none to train on.
+def refinement(
+    dense: Study, ratios: Ratios, samples: str | None, options: CalibrationOptions, advance: Advance
+) -> Refine | None:
+    """What corrects the new weights on samples, None where there are none.
 
     Args:
         dense: the model.
-        samples: as `training_samples` found them.
+        ratios: the ratios file.
+        samples: as `samples_to_refine` found them.
         options: how to read and run them.
         advance: called after every block.
     """
     if samples is None:
         return None
+    from toast_onnx.surgery.local import LocalSettings
     from toast_onnx_calibration.local import refine_locally
 
+    trains = ratios.compensation.kind == "local"
+    chosen = LocalSettings(class_weight=options.class_weight, seed=options.seed)
+    chosen = chosen if trains else replace(chosen, steps=0)
+    note = "training" if trains else "matching means"
+
     def refine(new: Mapping[int, BlockWeights]) -> tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]:
-        return refine_locally(dense, new, samples, options, progress=lambda note: advance(1, f"training {note}"))
+        return refine_locally(dense, new, samples, options, chosen, lambda block: advance(1, f"{note} {block}"))
 
     return refine
 

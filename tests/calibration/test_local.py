@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,10 @@ from toast_onnx.errors import BackendError, ConfigError, DataError
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
 from toast_onnx.planning.ratios import parse_ratios
+from toast_onnx.runtime import run_model
 from toast_onnx.surgery.local import LocalResult, LocalSettings
 from toast_onnx.surgery.prune import Pruned, prune
+from toast_onnx.surgery.span import block_span
 from toast_onnx.surgery.synthetic import SyntheticStatistics
 from toast_onnx.surgery.weights import BlockWeights
 from toast_onnx_calibration.calibrate import CalibrationOptions
@@ -97,6 +100,34 @@ def test_training_helps_on_unseen_images_and_passes_the_twin(vit: Study, samples
         assert result.before is not None
         assert result.after < 0.95 * result.before
     assert all(same(first.weights[b], second.weights[b]) for b in first.weights), "the same run twice differs"
+
+
+def test_means_are_matched_without_torch(
+    vit: Study, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    ratios = RATIOS | {"compensation": {"kind": "ridge"}}
+    matched = trained(vit, samples, replace(BRIEF, steps=0), ratios)
+    assert [r.kept for r in matched.local] == ["mean", "mean"]
+    images = np.load(samples)
+    path = tmp_path / "matched.onnx"
+    save_model(matched.model, path)
+    seen = images[:40]  # the last of six batches judged
+    for block in vit.match.blocks:
+        end = block_span(vit.view, vit.facts, block).end
+        want, got = (stream(p, end, seen, tmp_path) for p in (vit.view.model.path, path))
+        weights = np.ones((1, want.shape[1], 1))
+        weights[:, 0] = 20
+        shift = (weights * (got - want)).mean(axis=(0, 1))
+        plain = (weights * want).mean(axis=(0, 1))
+        assert np.abs(shift).max() < 1e-4 * np.abs(plain).max()
+
+
+def stream(model: Path, tensor: str, images: np.ndarray, folder: Path) -> np.ndarray:
+    """A tensor inside a model, in float64."""
+    copy = folder / "copy.onnx"
+    copy.write_bytes(model.read_bytes())
+    return run_model(copy, [tensor], [{"input": images}], threads=1)[0][tensor].astype(np.float64)
 
 
 def test_what_gets_worse_is_not_kept(vit: Study, samples: Path) -> None:
@@ -186,3 +217,8 @@ def test_the_command(vit: Study, samples: Path, tmp_path: Path) -> None:
     assert [each["block"] for each in report["local"]] == [0, 1]
     assert all(each["after"] <= each["before"] for each in report["local"])
     assert report["twin"]["worst"] < 1e-4
+    ratios.write_text("version: 1\nffn: {fc2: 0.5}\nalign: 1\n")
+    done = CliRunner().invoke(main, [*arguments, "--data", str(samples), "--samples", "16", "--threads", "1"])
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert all(each["kept"] in ("mean", "closed form") for each in report["local"])
