@@ -3,9 +3,9 @@
     python benchmarks/finetune_cifar10.py --data cifar10_small.npz --out build/cifar10
 
 The archive holds `train_images` (N, 32, 32, 3) uint8, `train_labels`, `test_images`, `test_labels`. Two prunings are
-compared: the default (subspaces, second order, compensated), and the paper's plain removal (columns by `gm`, channels
-by their weights, nothing compensated). Accuracy is measured by `toast-onnx eval` on the test images, which no step trains
-or selects on. Recovered is (fine-tuned - pruned) / (dense - pruned).
+compared: the default (subspaces, second order, compensated), and the paper's plain removal (columns by `gm`,
+channels by their weights, nothing compensated). Accuracy is measured by `toast-onnx eval` on the test images, which no
+step trains or selects on. Recovered is (fine-tuned - pruned) / (dense - pruned).
 """
 
 from __future__ import annotations

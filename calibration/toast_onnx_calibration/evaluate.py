@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int | None], None]
 """Called with the samples done and, where it is known, the number of all."""
 
+
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` found: accuracy or the metric's values, and what they were measured on."""
