@@ -40,7 +40,7 @@ class LocalSettings:
         seed: of the order of batches.
     """
 
-    steps: int = 150
+    steps: int = 100
     rate: float = 0.01
     group: int = 1
     held_out: float = 0.125
