@@ -48,7 +48,8 @@ def export(model: Any, out: Path, opset: int = 17, *, dynamo: bool = False) -> P
     with torch.no_grad():
         if dynamo:
             shapes = ({0: torch.export.Dim("batch")},)
-            torch.onnx.export(model, (example,), out, dynamo=True, external_data=False, dynamic_shapes=shapes, **names)
+            names |= {"dynamic_shapes": shapes, "external_data": False, "verbose": False}
+            torch.onnx.export(model, (example,), out, dynamo=True, **names)
         else:
             axes = {"input": {0: "batch"}, "logits": {0: "batch"}}
             torch.onnx.export(model, (example,), out, dynamo=False, dynamic_axes=axes, **names)
