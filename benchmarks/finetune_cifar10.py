@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="archive with the images")
     parser.add_argument("--out", type=Path, required=True, help="folder for models and reports")
     parser.add_argument("--train-epochs", type=int, default=10, help="of the dense model")
-    parser.add_argument("--steps", type=int, default=160, help="of fine-tuning, 64 images each")
+    parser.add_argument("--steps", type=int, default=400, help="of fine-tuning, 64 images each")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     out: Path = options.out
@@ -140,7 +140,7 @@ def main() -> None:
         toast_onnx(
             "finetune", pruned, "--teacher", dense, "--data", out / "train.npz", "--labels", out / "train.npz",
             "--preprocess", out / "recipe.yaml", "--steps", str(options.steps), "--batch", "64", "--lr", "1e-3",
-            "--evaluate-every", "20", "--holdout", "0.05", "--seed", str(options.seed), "-o", tuned,
+            "--evaluate-every", "50", "--holdout", "0.05", "--seed", str(options.seed), "-o", tuned,
         )  # fmt: skip
         minutes = (time.monotonic() - began) / 60
         before, after = top1(pruned), top1(tuned)

@@ -68,7 +68,7 @@ class Job:
     epochs: float | None = None
     evaluate: int | None = None
     distil: str = "auto"
-    class_token: float = 20.0
+    class_token: float = 1.0
     augment: str = "light"
     mirror: bool | None = None
     preprocess: str | None = None

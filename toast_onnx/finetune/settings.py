@@ -42,7 +42,7 @@ class Settings:
     steps: int
     batch: int = 32
     accumulate: int = 1
-    rate: float = 2e-4
+    rate: float = 1e-4
     decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
