@@ -105,6 +105,20 @@ def test_how_far_two_tensors_are_apart(want: list[float], got: list[float], rela
     assert room._relative(np.asarray(want, np.float32), np.asarray(got, np.float32)) == relative
 
 
+def test_a_comparison_of_no_numbers_proves_nothing(tmp_path: Path) -> None:
+    """A poisoned norm behind the pruned layers makes both graphs all NaN: they agree, and nothing was compared."""
+    dense, pruned = pruned_tiny(tmp_path)
+    twin = padded_twin(dense.view, dense.facts, dense.match.blocks, pruned.weights)
+    for model in (twin, pruned.model):
+        gain = next(n for n in model.proto.graph.node if n.op_type == "LayerNormalization").input[1]
+        tensor = next(t for t in model.proto.graph.initializer if t.name == gain)
+        model.arrays[gain] = np.full(tuple(tensor.dims), np.nan, np.float32)
+    with pytest.raises(TwinError, match="holds no finite number"):
+        compare_with_twin(
+            dense.view, twin, pruned.model, dense.match.blocks, pruned.weights, twin_shapes(dense), seed=0
+        )
+
+
 def test_half_precision_is_compared_in_float32(tmp_path: Path) -> None:
     """Every kind of place that names a type: weights, interface, Cast, Constant."""
     info, half = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT16

@@ -197,11 +197,17 @@ def compare_with_twin(
     actual = _outputs(pruned, list(watched), feeds)
     for want, got in zip(expected, actual, strict=True):
         for name in watched:
-            worst[name] = max(worst[name], _relative(want[name], got[name]))
+            # numpy's maximum keeps a NaN, the built-in one may drop it
+            worst[name] = float(np.maximum(worst[name], _relative(want[name], got[name])))
     differences = tuple(Difference(name, watched[name], worst[name]) for name in watched)
     for d in differences:
         if not d.relative <= TOLERANCE:
             where = f"block {d.block} ({blocks[d.block].name})" if d.block is not None else f"the output '{d.tensor}'"
+            if np.isnan(d.relative):
+                raise TwinError(
+                    f"{where} holds no finite number on random inputs, dense as well as pruned, so nothing is proven; "
+                    "give shapes that fit with --shape, or skip the proof with --no-check"
+                )
             raise TwinError(
                 f"the rewritten graph differs from its padded twin, first at {where}: {d.relative:.1e} of its scale "
                 f"(allowed {TOLERANCE:.0e}); nothing was written. Please report the model"
@@ -242,6 +248,6 @@ def _relative(want: np.ndarray, got: np.ndarray) -> float:
     if not np.array_equal(finite, np.isfinite(got)) or not np.array_equal(want[~finite], got[~finite], equal_nan=True):
         return float("inf")
     if not finite.any():
-        return 0.0
+        return float("nan") if want.size else 0.0  # nothing was compared, so nothing was proven
     scale = max(float(np.abs(want[finite]).max()), float(np.finfo(np.float32).tiny))
     return float(np.abs(want[finite].astype(np.float64) - got[finite]).max()) / scale
