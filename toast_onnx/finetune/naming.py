@@ -114,9 +114,11 @@ def _clean(name: str) -> str:
 
 
 def _unique(name: str, taken: set[str]) -> str:
-    """`name`, numbered where it is taken, or where it would be a parameter and a module at once."""
+    """`name`, changed where it is taken, or where it would be a parameter and a module at once."""
+    while (parent := next((t for t in sorted(taken) if name.startswith(f"{t}.")), None)) is not None:
+        name = f"{parent}_{name[len(parent) + 1 :]}"  # one dot fewer each time, so this ends
     candidate, k = name, 1
-    while candidate in taken or any(t.startswith(f"{candidate}.") or candidate.startswith(f"{t}.") for t in taken):
+    while candidate in taken or any(t.startswith(f"{candidate}.") for t in taken):
         k += 1
         candidate = f"{name}_{k}"
     taken.add(candidate)
