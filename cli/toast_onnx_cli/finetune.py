@@ -73,7 +73,7 @@ _loss_options = _options(
         show_default=True,
         help="Of the class token in the stream, where outputs read nothing else.",
     ),
-    click.option("--local", is_flag=True, help="Each block learns on its own; for few images, with --output-weight 0."),
+    click.option("--local", is_flag=True, help="Each block learns on its own: no gradient crosses a block end."),
     click.option("--label-weight", type=click.FloatRange(0), default=1.0, show_default=True),
     click.option("--mixup", type=click.FloatRange(0), default=0.0, show_default=True, help="Blend pairs: Beta(a, a)."),
     click.option("--smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Of labels."),
