@@ -46,7 +46,7 @@ def _filled(shape: tuple[int, ...], value: float) -> torch.Tensor:
 
 def export_weightless(name: str, folder: Path) -> Path:
     """Export a timm model with a 1000-class head at 224x224 (TorchScript, opset 17); returns the file's path."""
-    zoo._declare_torchvision_operators()
+    zoo.declare_torchvision_operators()
     import timm
 
     # Swin computes masks from its parameters while it is built, which shapes alone do not allow.
