@@ -222,6 +222,9 @@ class Facts:
             ) from e
         except onnx.defs.SchemaError:
             return unknown
+        if not schema.has_type_and_shape_inference_function:
+            # GreaterOrEqual of opset 12 and the like: only their bodies tell
+            inferred = _infer_function(node, types, list(self.view.model.proto.opset_import))
         return [_type_shape(inferred.get(name)) for name in node.output]
 
 
@@ -253,6 +256,20 @@ def evaluate_node(
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in opsets.items()])
     results = iter(onnx.reference.ReferenceEvaluator(model).run(None, feeds))
     return [np.asarray(next(results)) if name else np.empty(0) for name in bare.output]
+
+
+def _infer_function(
+    node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto], opsets: Sequence[onnx.OperatorSetIdProto]
+) -> dict[str, onnx.TypeProto]:
+    """Output types of an operator that is defined as a function of others and has no inference of its own."""
+    graph = onnx.helper.make_graph(
+        [node],
+        "one",
+        [onnx.helper.make_value_info(name, proto) for name, proto in types.items()],
+        [onnx.helper.make_value_info(name, onnx.TypeProto()) for name in node.output if name],
+    )
+    model = onnx.shape_inference.infer_shapes(onnx.helper.make_model(graph, opset_imports=opsets))
+    return {o.name: o.type for o in model.graph.output if o.type.HasField("tensor_type")}
 
 
 def _constant_value(node: onnx.NodeProto) -> np.ndarray:
