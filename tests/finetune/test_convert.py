@@ -156,6 +156,22 @@ def test_formula_numbers_masks_and_statistics_are_no_weights() -> None:
     assert {n for n, _ in module.named_parameters()} == {"w", "bias_of_one", "gain", "shift"}
 
 
+def test_a_number_shared_by_a_formula_and_a_range_stays_constant() -> None:
+    """MaskFormer by dynamo: one initializer, 1.0, is GELU's constant and where a range of positions starts."""
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["p"]),
+        onnx.helper.make_node("Add", ["p", "one"], ["q"]),  # alone, this would be the bias of a one-channel layer
+        onnx.helper.make_node("Range", ["one", "limit", "one"], ["positions"]),
+        onnx.helper.make_node("Mul", ["q", "positions"], ["y"]),
+    ]
+    constants = {"w": np.ones((3, 1), np.float32), "one": np.array(1, np.float32), "limit": np.array(5, np.float32)}
+    model = graph_model(nodes, {"x": (FLOAT, ["n", 3])}, ["y"], constants)
+    module = to_torch(model)
+    assert [n for n, _ in module.named_parameters()] == ["w"]
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    np.testing.assert_allclose(module(torch.from_numpy(x)).detach(), run_onnx(model, {"x": x})[0], rtol=1e-6)
+
+
 def test_if_takes_the_branch_that_onnx_runtime_takes() -> None:
     branches = {}
     for name, op in (("then_branch", "Relu"), ("else_branch", "Neg")):

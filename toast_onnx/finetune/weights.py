@@ -18,9 +18,10 @@ _MASKED = -80.0
 def find_weights(plan: Plan) -> list[str]:
     """Names of the float constants that can be trained: those that a gradient reaches and that are no plain numbers.
 
-    Left alone are: what is read as sizes, stored statistics (BatchNorm's mean and variance), single numbers in
-    elementwise formulas unless they are the bias of a one-channel layer, attention masks (only 0 and below -80), and
-    tables that end in a comparison (the window numbers that Swin makes its masks from).
+    Left alone are: what is read as sizes (a number that an exporter shares between a formula and a range of positions
+    is one, too), stored statistics (BatchNorm's mean and variance), single numbers in elementwise formulas unless they
+    are the bias of a one-channel layer, attention masks (only 0 and below -80), and tables that end in a comparison
+    (the window numbers that Swin makes its masks from).
     """
     reached = _reached(plan)
     users: dict[str, list[tuple[int, Step]]] = {}
@@ -36,6 +37,7 @@ def find_weights(plan: Plan) -> list[str]:
         and value.size
         and not _is_mask(value)
         and name not in compared
+        and not any(_reads_on_host(step, slot) for slot, step in users.get(name, []))
         and not (value.size == 1 and all(_is_formula(name, step, made_by) for _, step in users.get(name, [])))
     ]
 
@@ -69,6 +71,10 @@ def _compared(plan: Plan) -> set[str]:
 
 def _is_mask(value: np.ndarray) -> bool:
     return bool(value.size > 1 and (value <= _MASKED).any() and ((value == 0) | (value <= _MASKED)).all())
+
+
+def _reads_on_host(step: Step, slot: int) -> bool:
+    return step.host or (step.operator is not None and slot in step.operator.host)
 
 
 def _is_formula(name: str, step: Step, made_by: dict[str, Step]) -> bool:
