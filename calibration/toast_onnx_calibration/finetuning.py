@@ -13,12 +13,12 @@ import numpy as np
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.finetune.require import require_torch
 from toast_onnx.finetune.settings import Settings
+from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.study import Study, input_shapes, study
 from toast_onnx.model import Model, file_hash, load_model, save_model
 from toast_onnx.report.pruning import write_report
 from toast_onnx.runtime import random_inputs
 from toast_onnx_calibration.augment import augmentation
-from toast_onnx_calibration.class_token import class_token
 from toast_onnx_calibration.feeds import batch_size
 from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.recipe_files import recipe_for

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError, MatchError, ModelError
 from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear
@@ -34,7 +35,6 @@ from toast_onnx.surgery.span import Span, block_span
 from toast_onnx.surgery.twin import padded_twin
 from toast_onnx.surgery.weights import BlockWeights
 from toast_onnx_calibration.calibrate import CalibrationOptions
-from toast_onnx_calibration.class_token import class_token
 from toast_onnx_calibration.feeds import batch_size, batches
 from toast_onnx_calibration.recipe_files import recipe_for
 from toast_onnx_calibration.sessions import make_session, model_inputs, run

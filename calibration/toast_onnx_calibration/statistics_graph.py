@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 
 from toast_onnx.matching.blocks import Attention, Block, Branch
+from toast_onnx.matching.class_token import ClassToken, class_token
 from toast_onnx.matching.layout import HEAD, Factor
 from toast_onnx.matching.study import Study
-from toast_onnx_calibration.class_token import ClassToken, class_token
 from toast_onnx_calibration.graph_writer import GraphWriter
 from toast_onnx_calibration.padding import Mask, masks
 from toast_onnx_calibration.tokens import Tokens, as_float, as_tokens

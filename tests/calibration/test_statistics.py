@@ -18,9 +18,9 @@ from tests.pruning import look
 from toast_onnx.errors import DataError
 from toast_onnx.importance.activation import attended_magnitude, token_channel_scores
 from toast_onnx.importance.moments import Moments
+from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.study import Study
 from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
-from toast_onnx_calibration.class_token import class_token
 from toast_onnx_calibration.needs import DEFAULT_PARTS, everything
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.statistics_graph import PARTS
