@@ -32,10 +32,7 @@ TRUE_RANK = {
 
 #: What cannot be pruned in a family, and why: part of the reason.
 UNPRUNABLE = {
-    "timm-eva02-unfused": "Mul",  # rotary embedding
-    "timm-eva02-base-unfused": "Mul",
     "timm-siglip": "learned queries",
-    "hf-vitdet": "also read by",  # decomposed relative positions
     "hf-mask2former": "learned queries",
 }
 WIDER_CASES = [

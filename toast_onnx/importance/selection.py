@@ -36,6 +36,25 @@ def top_k(scores: ArrayLike, kept: int, pairs: ArrayLike | None = None) -> Indic
     return np.sort(members[chosen].reshape(*values.shape[:-1], kept), axis=-1)
 
 
+def top_k_shared(scores: ArrayLike, kept: int, pairs: ArrayLike | None = None) -> Indices:
+    """The same indices for every head: those whose scores summed over the heads are highest.
+
+    Args:
+        scores: (heads, n).
+        kept: how many stay, 1..n.
+        pairs: as for `top_k`.
+
+    Returns:
+        (heads, kept), every row the same.
+
+    Raises:
+        ValueError: as for `top_k`.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    chosen = top_k(values.sum(axis=0), kept, pairs)
+    return np.tile(chosen, (values.shape[0], 1))
+
+
 def dropped(kept: ArrayLike, n: int) -> Indices:
     """The indices of 0..n-1 that are not in `kept` (k,), ascending."""
     return np.setdiff1d(np.arange(n, dtype=np.int64), np.asarray(kept, dtype=np.int64))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from toast_onnx.matching.blocks import Attention, Branch
 from toast_onnx.matching.cores import Core
 from toast_onnx.matching.cosine import length_division
+from toast_onnx.matching.dims import DimRegion, Operand, match_dims
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.layout import Layout, invert_labels, read_layout
@@ -52,6 +55,14 @@ def match_attention(
     divisions = _length_divisions(view, facts, core, q, k)
     if divisions and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
         qk_reason = None
+    regions: tuple[DimRegion, ...] = ()
+    units = None
+    if qk_reason is not None and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
+        try:
+            regions, units = _regions(view, facts, core, [b for b in (q, k, v) if b is not None])
+            qk_reason = None
+        except Decline as e:
+            qk_reason = f"{qk_reason}; {e}"
     if q is not None and k is not None and q.layout.channels.shape != k.layout.channels.shape:
         qk_reason = "Q and K have different numbers of heads or dimensions"
     if v is not None and proj is not None and v.layout.channels.shape != proj.layout.channels.shape:
@@ -71,7 +82,24 @@ def match_attention(
         qk_reason,
         vo_reason,
         () if qk_reason else divisions,
+        () if qk_reason else regions,
+        None if qk_reason else units,
     )
+
+
+def _regions(
+    view: GraphView, facts: Facts, core: Core, branches: Sequence[Branch]
+) -> tuple[tuple[DimRegion, ...], np.ndarray]:
+    """What lies between queries and keys and the scores, where it acts on dimensions singly or in pairs."""
+    q, k = branches[:2]
+    operands = [
+        Operand("Q", q.walk.target, core.q, -1),
+        Operand("K", k.walk.target, core.k, core.k_dim_axis),
+    ]
+    layers = [b.linear.output for b in branches]
+    found, units = match_dims(view, facts, core.nodes, operands, layers, q.layout.head_dim)
+    between = [r for r, b in zip(found, (q, k), strict=True) if b.walk.blocked is not None]
+    return tuple(between), units
 
 
 def _length_divisions(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from toast_onnx.matching.cores import Core
+from toast_onnx.matching.dims import DimRegion
 from toast_onnx.matching.layout import Layout
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.probe import Walk
@@ -44,6 +45,9 @@ class Attention:
         qk_reason: why queries and keys cannot be pruned, None when they can.
         vo_reason: why values and output projection cannot be pruned, None when they can.
         divisions: for cosine attention, the (Expand or None, Div) positions that do so.
+        regions: what acts on single dimensions or pairs of queries and keys before the scores: rotary embedding, tables
+            of relative positions. All heads share it, so all heads keep the same dimensions.
+        units: (qk_dim,) which dimensions stay or go together where there are regions; None where there are none.
     """
 
     core: Core
@@ -57,6 +61,20 @@ class Attention:
     qk_reason: str | None
     vo_reason: str | None
     divisions: tuple[tuple[int | None, int], ...] = ()
+    regions: tuple[DimRegion, ...] = ()
+    units: np.ndarray | None = None
+
+    @property
+    def pairs(self) -> np.ndarray | None:
+        """(qk_dim / 2, 2) dimensions that are turned into each other by rotary embedding; None where none are."""
+        if self.units is None or int(self.units.max()) + 1 == self.units.size:
+            return None
+        return np.argsort(self.units, kind="stable").reshape(-1, 2)
+
+    @property
+    def folds(self) -> bool:
+        """Whether keys may make up for removed queries: not where something between them and the scores would see."""
+        return not self.cosine and all(region.plain for region in self.regions)
 
     @property
     def cosine(self) -> bool:

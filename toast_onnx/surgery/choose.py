@@ -12,7 +12,7 @@ from toast_onnx.errors import MatchError, ModelError
 from toast_onnx.importance.attention import qk_energy, qk_scores, vo_energy, vo_scores
 from toast_onnx.importance.ffn import hidden_weight_scores, input_weight_scores, variance_scores
 from toast_onnx.importance.moments import Moments
-from toast_onnx.importance.selection import top_k
+from toast_onnx.importance.selection import top_k, top_k_shared
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.blocks import Attention, Block, Ffn
 from toast_onnx.matching.linear import Linear, bias, weights
@@ -66,6 +66,8 @@ def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunabl
             )
         align = ratios.align.head_dim if kind == "head_dim" else ratios.align.width
         count = kept_width(kind, original, removed, align=align, rounding=ratios.rounding)
+        if part == "qk" and a is not None and a.pairs is not None:
+            count += count % 2  # rotary embedding turns dimensions in pairs
         return None if count == original else count
 
     a, f = block.attention, block.ffn
@@ -120,15 +122,15 @@ class _Solver:
             old_q, old_k = (head_weights(view, facts, b) for b in (attention.q, attention.k))
             self._check(old_q.weight, old_q.bias, old_k.weight, old_k.bias)
             arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
-            if subspace:
+            if subspace and not attention.regions:
                 assert found is not None
                 solve = solve_qk_cosine if attention.cosine else solve_qk_subspace
                 new = solve(*arrays, found.s_qq, found.s_kk, qk)
             else:
-                kept = self._qk_indices(old_q, old_k, found, qk)
+                kept = self._qk_indices(attention, old_q, old_k, found, qk)
                 s_qq = found.s_qq if found is not None else np.empty(0)
-                # Folding into the keys alone would change their lengths.
-                fold: Kind = "none" if attention.cosine else self.compensation
+                # Folding into the keys alone would change their lengths, or mix what is turned by different angles.
+                fold: Kind = self.compensation if attention.folds else "none"
                 new = solve_qk_index(*arrays, s_qq, kept, fold, self.ridge)
             q, k = _qk_weights(new)
         if vo is not None:
@@ -151,13 +153,15 @@ class _Solver:
             v, proj = _vo_weights(solved)
         return AttentionWeights(q, k, v, proj)
 
-    def _qk_indices(self, q: HeadWeights, k: HeadWeights, found: Any, kept: int) -> np.ndarray:
+    def _qk_indices(self, attention: Attention, q: HeadWeights, k: HeadWeights, found: Any, kept: int) -> np.ndarray:
         score = self.ratio.score
-        if score in WEIGHT_SCORES:
-            return top_k(qk_scores(q.weight, k.weight, score, self.ratio.coupling), kept)
-        if score == "second-order":
+        if score in WEIGHT_SCORES and self.ratio.select != "subspace":
+            scores = qk_scores(q.weight, k.weight, score, self.ratio.coupling)
+        elif score == "second-order" and not attention.regions:
             return select_qk_second_order(found.s_qq, found.s_kk, kept)
-        return top_k(qk_energy(found.s_qq, found.s_kk), kept)
+        else:
+            scores = qk_energy(found.s_qq, found.s_kk)
+        return top_k_shared(scores, kept, attention.pairs) if attention.regions else top_k(scores, kept)
 
     def _vo_indices(
         self, v: HeadWeights, wo: np.ndarray, found: Any, kept: int, gamma: np.ndarray | None

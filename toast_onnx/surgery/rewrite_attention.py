@@ -16,12 +16,15 @@ import onnx.helper
 
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention, Branch
+from toast_onnx.matching.dims import DimRegion
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.layout import axis_origins
 from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.matching.probe import propagate
 from toast_onnx.surgery.edit import GraphEdit, OldShape
+from toast_onnx.surgery.shapes import own_origins
+from toast_onnx.surgery.shrink import shrink_node, shrunk_operand
 from toast_onnx.surgery.spell import collect, spread
 from toast_onnx.surgery.weights import AttentionWeights, HeadWeights
 
@@ -80,6 +83,8 @@ def rewrite_attention(
         _freeze_fused_scale(edit, view, attention)
         for expand, division in attention.divisions:
             _divide_unexpanded(edit, view, expand, division)
+        for region in attention.regions:
+            _shrink_region(edit, view, facts, other, region, attention, new.q)
     if new.proj is not None:
         _write_projection(edit, view, facts, other, attention, new, name)
 
@@ -189,6 +194,34 @@ def _divide_unexpanded(edit: GraphEdit, view: GraphView, expand: int | None, div
     node.input[1] = view.nodes[expand].input[0]
     edit.remove([expand, division])
     edit.insert(division, node)
+
+
+def _shrink_region(
+    edit: GraphEdit,
+    view: GraphView,
+    facts: Facts,
+    other: Facts,
+    region: DimRegion,
+    attention: Attention,
+    q: HeadWeights,
+) -> None:
+    """Cut everything between a layer and the scores to the dimensions that all heads keep."""
+    assert attention.units is not None
+    if not (q.slots == q.slots[:1]).all() or q.is_basis:
+        raise MatchError("all heads must keep the same dimensions where they share a rotary embedding or a table")
+    stays = np.isin(np.arange(attention.units.max() + 1), attention.units[q.slots[0]])
+    keep = {tensor: stays[unit] for tensor, unit in region.unit_of.items()}
+    for i in region.nodes:
+        shrink_node(edit, view, facts, other, region.axes, keep, i)
+    for table in region.tables:
+        node = onnx.NodeProto()
+        node.CopyFrom(view.nodes[table.node])
+        kept = keep[node.input[1 - table.operand]]
+        node.input[table.operand] = shrunk_operand(edit, facts, table.node, node.input[table.operand], table.axis, kept)
+        edit.remove([table.node])
+        edit.insert(table.node, node)
+    for tensor in region.unit_of:
+        edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
 
 
 def _freeze_fused_scale(edit: GraphEdit, view: GraphView, attention: Attention) -> None:

@@ -1,0 +1,313 @@
+"""Nodes between Q or K and the scores that act on a head's dimensions one by one or in pairs.
+
+Rotary embedding turns dimensions in pairs: q' = q * cos + turned(q) * sin, interleaved or in halves, with tables that
+all heads share (Su et al., RoFormer, 2021). Decomposed relative positions (ViTDet) read the queries a second time, in
+products with tables along the dimensions. In both cases restricting every tensor to the same dimensions of every head
+is exact as long as pairs stay together, whatever nodes an exporter writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.probe import PASSING, Decline, scalar_factor
+
+_MOVING = frozenset({"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Concat", "Flatten"})
+_LINEAR = frozenset({"Mul", "Div", "Add", "Sub", "Neg"})
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a product contracts a head's dimensions with, besides the scores.
+
+    Attributes:
+        node: position of the product.
+        operand: position of the table among its inputs.
+        axis: axis of the dimensions in the table, not negative.
+    """
+
+    node: int
+    operand: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class DimRegion:
+    """Everything between a tensor of queries or keys and the scores.
+
+    Attributes:
+        start: the tensor that its layer's data movement ends in.
+        nodes: positions of the nodes, in graph order.
+        tables: what the dimensions are contracted with besides the scores.
+        axes: tensor name -> axis along which the dimensions lie, for `start` and the tensors that the nodes make.
+        unit_of: tensor name -> (extent of that axis,) unit (a pair, or a single dimension) at each position.
+        plain: whether every dimension arrives at the scores as it was, but for one common factor.
+    """
+
+    start: str
+    nodes: tuple[int, ...]
+    tables: tuple[Table, ...]
+    axes: dict[str, int]
+    unit_of: dict[str, np.ndarray]
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Queries or keys: where they start and where the scores read them.
+
+    Attributes:
+        what: Q or K, in messages.
+        start: last tensor that is only moved.
+        end: the core's operand; the same tensor where nothing computes between them.
+        dim_axis: axis of the dimensions in `end`.
+    """
+
+    what: str
+    start: str
+    end: str
+    dim_axis: int
+
+
+def match_dims(
+    view: GraphView, facts: Facts, core: Sequence[int], operands: Sequence[Operand], layers: Sequence[str], dim: int
+) -> tuple[tuple[DimRegion, ...], np.ndarray]:
+    """Follow queries and keys to the scores through whatever acts on dimensions singly or in pairs.
+
+    Args:
+        view: the graph.
+        facts: its facts.
+        core: positions of the core's nodes.
+        operands: queries and keys.
+        layers: outputs of the attention's linear layers; tables must not depend on them.
+        dim: dimensions of a head.
+
+    Returns:
+        A region for every operand, and (dim,) the unit that each dimension belongs to. All units are equally large.
+
+    Raises:
+        Decline: something on the way mixes more than two dimensions or is not understood.
+    """
+    found = []
+    for operand in operands:
+        nodes, tables = _follow(view, facts, core, operand)
+        _check_tables(view, nodes, tables, operand, layers)
+        found.append((nodes, tables, _label(view, facts, nodes, operand, dim)))
+    units = _units([labels for _, _, labels in found], operands, dim)
+    regions = []
+    for operand, (nodes, tables, labels) in zip(operands, found, strict=True):
+        axes, unit_of = _axes(labels, units, operand)
+        _check_contractions(view, facts, tables, axes, unit_of)
+        plain = all(view.nodes[i].op_type not in _LINEAR or scalar_factor(view, facts, i) for i in nodes)
+        regions.append(DimRegion(operand.start, nodes, tables, axes, unit_of, plain))
+    return tuple(regions), units
+
+
+def _follow(
+    view: GraphView, facts: Facts, core: Sequence[int], operand: Operand
+) -> tuple[tuple[int, ...], tuple[Table, ...]]:
+    """The nodes from the operand's start to everything that reads its dimensions."""
+    nodes: set[int] = set()
+    tables: list[Table] = []
+    tensors = {operand.start}
+    pending = [operand.start]
+    while pending:
+        name = pending.pop()
+        if name in view.outputs:
+            raise Decline(f"'{name}' is also an output of the graph")
+        for i in view.consumers.get(name, []):
+            node = view.nodes[i]
+            if i in nodes or node.op_type in ("Shape", "Size") or (i in core and name == operand.end):
+                continue
+            if node.op_type in ("MatMul", "Einsum"):
+                tables.append(_table(view, facts, i, name))
+            elif node.domain in ("", "ai.onnx") and node.op_type in _MOVING | PASSING | _LINEAR:
+                nodes.add(i)
+                made = [t for t in node.output if t and t not in tensors]
+                tensors.update(made)
+                pending.extend(made)
+            else:
+                raise Decline(f"{operand.what} is read by {view.label(i)}")
+    if operand.end not in tensors:
+        raise Decline(f"the way of {operand.what} to the scores cannot be followed")
+    return tuple(sorted(nodes)), tuple(tables)
+
+
+def _table(view: GraphView, facts: Facts, i: int, name: str) -> Table:
+    """The other operand of a product over the last axis of `name`."""
+    node = view.nodes[i]
+    if list(node.input).count(name) != 1 or len(node.input) != 2:
+        raise Decline(f"it is multiplied by itself in {view.label(i)}")
+    mine = list(node.input).index(name)
+    rank, other = len(facts.shape(name) or ()), len(facts.shape(node.input[1 - mine]) or ())
+    if node.op_type == "MatMul" and rank > 1 and other > 1:
+        if mine == 0:
+            return Table(i, 1, other - 2)
+    elif node.op_type == "Einsum":
+        equation = attribute(node, "equation", b"")
+        assert isinstance(equation, bytes)
+        terms, _, result = equation.decode().replace(" ", "").partition("->")
+        split = terms.split(",")
+        letter = split[mine][-1:]
+        counts = [split[mine].count(letter), split[1 - mine].count(letter), result.count(letter)]
+        if letter.isalpha() and result and "." not in terms and counts == [1, 1, 0]:
+            return Table(i, 1 - mine, split[1 - mine].index(letter))
+    raise Decline(f"it is read by {view.label(i)}, not over the dimensions of a head")
+
+
+def _check_tables(
+    view: GraphView, nodes: Sequence[int], tables: Sequence[Table], operand: Operand, layers: Sequence[str]
+) -> None:
+    """Whatever enters from outside must not depend on the layers that shrink."""
+    inside = {operand.start} | {t for i in nodes for t in view.nodes[i].output}
+    outside = {t for i in nodes for t in view.nodes[i].input if view.nodes[i].op_type in _LINEAR and t not in inside}
+    outside |= {view.nodes[t.node].input[t.operand] for t in tables}
+    floor = min(view.producer[name] for name in layers)
+    seen: set[str] = set()
+    pending = list(outside)
+    while pending:
+        name = pending.pop()
+        if name in layers or name in inside:
+            raise Decline(f"{operand.what} meets a tensor that is made of Q, K or V")
+        i = view.producer.get(name, -1)
+        if i > floor and name not in seen and view.nodes[i].op_type not in ("Shape", "Size"):
+            pending.extend(view.nodes[i].input)
+        seen.add(name)
+
+
+def _label(
+    view: GraphView, facts: Facts, nodes: Sequence[int], operand: Operand, dim: int
+) -> dict[str, list[np.ndarray]]:
+    """Tensor name -> label arrays, one for each dimension that an element may be made of; labels are 1 + dimension."""
+    shape = facts.shape(operand.start)
+    if shape is None or facts.shape(operand.end) is None:
+        raise Decline(f"the shape of {operand.what} cannot be inferred")
+    axis = operand.dim_axis if operand.start == operand.end else -1
+    numbers = np.moveaxis(np.empty(shape, np.int32), axis, -1)
+    numbers[:] = np.arange(shape[axis], dtype=np.int32) % dim + 1
+    labels = {operand.start: [np.moveaxis(numbers, -1, axis)]}
+    for i in nodes:
+        node = view.nodes[i]
+        if node.op_type == "Concat":
+            _concat(view, facts, i, labels)
+        elif node.op_type in _MOVING:
+            _move(view, facts, i, labels)
+        else:
+            labels[node.output[0]] = _computed(view, facts, i, labels)
+    return labels
+
+
+def _computed(view: GraphView, facts: Facts, i: int, labels: Mapping[str, list[np.ndarray]]) -> list[np.ndarray]:
+    """Labels after a node that is linear in the dimensions, one by one."""
+    node = view.nodes[i]
+    mine = [name for name in node.input if name in labels]
+    both = len(mine) == len(node.input) or node.op_type in PASSING
+    if node.op_type in ("Add", "Sub") and not both:
+        raise Decline(f"{view.label(i)} adds something to single dimensions")
+    if (node.op_type == "Mul" and both) or (node.op_type == "Div" and mine != [node.input[0]]):
+        raise Decline(f"{view.label(i)} is not linear in the dimensions")
+    shapes = {facts.shape(name) for name in (*mine, node.output[0])}
+    if len(shapes) > 1 or None in shapes:
+        raise Decline(f"{view.label(i)} spreads the dimensions over new axes")
+    return [array for name in mine for array in labels[name]]
+
+
+def _concat(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
+    node = view.nodes[i]
+    if any(name not in labels for name in node.input):
+        raise Decline(f"{view.label(i)} puts the dimensions beside something else")
+    most = max(len(labels[name]) for name in node.input)
+    padded = [(labels[name] * most)[:most] for name in node.input]
+    axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
+    labels[node.output[0]] = [np.concatenate([p[k] for p in padded], axis=axis) for k in range(most)]
+
+
+def _move(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
+    node = view.nodes[i]
+    if node.input[0] not in labels:
+        raise Decline(f"{view.label(i)} uses the dimensions as numbers")
+    operands = [facts.value(name) if name else None for name in node.input[1:]]
+    if any(v is None and name for v, name in zip(operands, node.input[1:], strict=True)):
+        raise Decline(f"an operand of {view.label(i)} depends on the input's contents")
+    results = [facts.evaluate(node, [np.ascontiguousarray(array), *operands]) for array in labels[node.input[0]]]
+    for k, name in enumerate(node.output):
+        if name:
+            labels[name] = [r[k] for r in results]
+
+
+def _check_contractions(
+    view: GraphView, facts: Facts, tables: Sequence[Table], axes: Mapping[str, int], unit_of: Mapping[str, np.ndarray]
+) -> None:
+    """A table must meet the dimensions, all of them, on the last axis."""
+    for table in tables:
+        names = view.nodes[table.node].input
+        name, shape = names[1 - table.operand], facts.shape(names[table.operand])
+        last = len(facts.shape(name) or ()) - 1
+        if shape is None or axes[name] != last or shape[table.axis] != unit_of[name].size:
+            raise Decline(f"it is read by {view.label(table.node)}, not over the dimensions of a head")
+
+
+def _units(found: Sequence[Mapping[str, list[np.ndarray]]], operands: Sequence[Operand], dim: int) -> np.ndarray:
+    """(dim,) unit of each dimension: what meets in one element, and in one product of the scores, stays together."""
+    owner = np.arange(dim)
+
+    def join(a: int, b: int) -> None:
+        owner[owner == owner[b]] = owner[a]
+
+    arrived: list[list[int]] = [[] for _ in range(dim)]
+    for labels, operand in zip(found, operands, strict=True):
+        for arrays in labels.values():
+            for array in arrays[1:]:
+                for a, b in np.unique(np.stack([arrays[0].ravel(), array.ravel()]), axis=1).T:
+                    join(int(a) - 1, int(b) - 1)
+        array = np.moveaxis(labels[operand.end][0], operand.dim_axis, -1)
+        columns = array.reshape(-1, array.shape[-1])
+        if columns.shape[1] % dim:
+            raise Decline(f"only some of the dimensions of {operand.what} arrive")
+        for position in range(columns.shape[1]):
+            arrived[position % dim].extend(int(v) - 1 for v in np.unique(columns[:, position]))
+    for group in arrived:
+        for member in group[1:]:
+            join(group[0], member)
+    _, units = np.unique(owner, return_inverse=True)
+    sizes = np.bincount(units)
+    if sizes.max() > 2 or sizes.size == 1:
+        raise Decline(f"up to {sizes.max()} dimensions of a head are mixed with each other")
+    return _evened(units, sizes)
+
+
+def _evened(units: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Units of equal size: where only some dimensions are turned, the others stay in twos as well."""
+    if sizes.min() == sizes.max():
+        return units
+    single = np.flatnonzero(sizes[units] == 1)
+    if single.size % 2:
+        raise Decline("an odd number of dimensions is not part of the rotary embedding")
+    evened = units.copy()
+    evened[single] = units.max() + 1 + np.arange(single.size) // 2
+    return np.unique(evened, return_inverse=True)[1]
+
+
+def _axes(
+    labels: Mapping[str, list[np.ndarray]], units: np.ndarray, operand: Operand
+) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """Axis of the dimensions in every tensor, and the unit at each position of it."""
+    axes: dict[str, int] = {}
+    unit_of: dict[str, np.ndarray] = {}
+    for name, arrays in labels.items():
+        array = units[arrays[0] - 1]
+        for axis in range(array.ndim):
+            columns = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+            if (columns == columns[:1]).all() and (columns[0] != columns[0, 0]).any():
+                axes[name], unit_of[name] = axis, columns[0]
+                break
+        else:
+            raise Decline(f"the dimensions of {operand.what} are spread over several axes")
+    if axes[operand.end] != operand.dim_axis % labels[operand.end][0].ndim:
+        raise Decline(f"{operand.what} does not arrive with its dimensions where the scores need them")
+    return axes, unit_of
