@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--statistics", type=click.Path(path_type=Path), help="Statistics that `calibrate` wrote, not --data.")
 @calibration_options
 @click.option("--skip-unprunable", is_flag=True, help="Leave parts alone that cannot be pruned, instead of stopping.")
+@click.option("--normalize", is_flag=True, help="Write norms that are spelled out as LayerNormalization (opset >= 17).")
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
@@ -51,6 +52,7 @@ def command(
     data: str | None,
     statistics: Path | None,
     skip_unprunable: bool,
+    normalize: bool,
     no_check: bool,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
@@ -83,10 +85,13 @@ def command(
                 found,
                 check=not no_check,
                 skip_unprunable=skip_unprunable,
+                normalize=normalize,
                 seed=seed,
                 progress=lambda note: advance(1, note),
                 refine=refinement(dense, settings, samples, calibration, advance),
             )
+        if normalize:
+            click.echo(f"Note: {pruned.normalized} spelled-out norms became LayerNormalization", err=True)
         for result in pruned.local:
             if result.note is not None and settings.compensation.kind == "local":
                 click.echo(f"Note: block {result.block} keeps its closed-form weights: {result.note}", err=True)
@@ -96,6 +101,7 @@ def command(
         "seed": seed,
         "check": not no_check,
         "skip_unprunable": skip_unprunable,
+        "normalize": normalize,
     }
     with staged_model(pruned.model, out) as draft:  # a model never appears without its report
         document = pruning_report(pruned, dense, draft, options) | {"statistics": source}

@@ -14,6 +14,7 @@ from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.surgery.choose import Widths, plan_widths, solve_block
 from toast_onnx.surgery.edit import GraphEdit
 from toast_onnx.surgery.local import LocalResult
+from toast_onnx.surgery.normalize import normalize_layer_norms
 from toast_onnx.surgery.rewrite_attention import rewrite_attention
 from toast_onnx.surgery.rewrite_ffn import rewrite_ffn
 from toast_onnx.surgery.shapes import settle_shapes
@@ -38,6 +39,7 @@ class Pruned:
         twin: outcome of the proof, None when it was not asked for.
         statistics: where the statistics came from.
         local: what correction on samples did to each block, empty where there was none.
+        normalized: number of spelled-out norms that became LayerNormalization operators.
     """
 
     model: Model
@@ -47,6 +49,7 @@ class Pruned:
     twin: TwinResult | None
     statistics: str
     local: tuple[LocalResult, ...] = ()
+    normalized: int = 0
 
 
 def prune(
@@ -56,6 +59,7 @@ def prune(
     *,
     check: bool = True,
     skip_unprunable: bool = False,
+    normalize: bool = False,
     seed: int = 0,
     progress: Progress = lambda _: None,
     refine: Refine | None = None,
@@ -68,6 +72,7 @@ def prune(
         statistics: activation statistics for the solvers.
         check: prove the result with the padded twin.
         skip_unprunable: leave parts alone that a ratio asks for but that cannot be pruned.
+        normalize: write spelled-out norms as LayerNormalization operators (opset 17 and newer).
         seed: seed of the twin's inputs.
         progress: called after every block and after the proof.
         refine: corrects the weights on samples; called for `compensation: local`, which needs it, and `ridge`.
@@ -103,10 +108,12 @@ def prune(
     trained: tuple[LocalResult, ...] = ()
     if refine is not None and weights and ratios.compensation.kind in ("local", "ridge"):
         weights, trained = refine(weights)
-    model = _rewritten(study, weights)
+    model, normalized = _rewritten(study, weights), 0
+    if normalize:
+        model, normalized = normalize_layer_norms(model, study.counted_shapes)
     twin = _prove(study, model, weights, seed) if check else None
     progress("twin" if check else "no twin")
-    return Pruned(model, weights, widths, settings, twin, statistics.source, trained)
+    return Pruned(model, weights, widths, settings, twin, statistics.source, trained, normalized)
 
 
 def _rewritten(study: Study, weights: dict[int, BlockWeights]) -> Model:
