@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from toast_onnx.errors import ModelError
 from toast_onnx.model import (
     Model,
     file_hash,
+    follow_links,
     load_model,
     model_files,
     save_model,
@@ -28,6 +30,7 @@ from toast_onnx.model import (
     stored_bytes,
     write_bytes,
 )
+from toast_onnx_calibration.sessions import make_session
 
 SHAPE = (40, 30)
 
@@ -205,3 +208,48 @@ def test_a_weight_that_is_shorter_than_its_shape_says_which(tmp_path: Path) -> N
     model = Model(proto, tmp_path / "model.onnx")
     with pytest.raises(ModelError, match="'w'"):
         model.array(proto.graph.initializer[0])
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "/weights.bin"])
+def test_data_outside_the_models_folder_is_refused(location: str, tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    path = saved(tmp_path, external=True)
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    onnx.save(proto, tmp_path / "inner" / "model.onnx")
+    with pytest.raises(ModelError, match="outside the model's folder"):
+        load_model(tmp_path / "inner" / "model.onnx")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_weights_behind_links_as_download_caches_keep_them(link: Callable[..., None], tmp_path: Path) -> None:
+    store, view = tmp_path / "blobs", tmp_path / "snapshot"
+    store.mkdir()
+    view.mkdir()
+    path = saved(store, external=True)
+    for name in ("model.onnx", "weights.bin"):
+        (store / name).rename(store / f"blob-{name}")
+        link(store / f"blob-{name}", view / name)
+    path = view / "model.onnx"
+    model = load_model(path)
+    assert all(np.array_equal(model.array(t), onnx.numpy_helper.to_array(e)) for t, e in weights(model))
+    save_model(model, tmp_path / "new.onnx")
+    expected = FEEDS["x"] @ model_array(tiny(), "w") + model_array(tiny(), "b")
+    assert np.allclose(run(tmp_path / "new.onnx", FEEDS)[0], expected, atol=1e-5)
+
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    folder = follow_links(proto, model.base_dir)
+    session = make_session(proto.SerializeToString(), threads=1, external_data=folder)
+    assert np.allclose(session.run(None, FEEDS)[0], expected, atol=1e-5)
+
+
+def weights(model: Model) -> list[tuple[onnx.TensorProto, onnx.TensorProto]]:
+    return list(zip(model.proto.graph.initializer, tiny().graph.initializer, strict=True))
+
+
+def model_array(proto: onnx.ModelProto, name: str) -> np.ndarray:
+    return onnx.numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == name))

@@ -72,9 +72,22 @@ class Model:
         if tensor.name in self.arrays:
             return self.arrays[tensor.name]
         try:
-            return onnx.numpy_helper.to_array(tensor, str(self.base_dir))
-        except (OSError, ValueError, onnx.checker.ValidationError) as e:
+            return onnx.numpy_helper.to_array(self._with_bytes(tensor))
+        except (OSError, ValueError) as e:
             raise ModelError(f"{self.path}: cannot read the weight '{tensor.name}': {e}") from e
+
+    def _with_bytes(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        """The tensor with its bytes inside.
+
+        onnx's own reader refuses symbolic and hard links, which is how download caches and stores keep large files.
+        """
+        if not external.uses_external_data(tensor):
+            return tensor
+        info = external.ExternalDataInfo(tensor)
+        with (self.base_dir / info.location).open("rb") as stream:
+            stream.seek(info.offset or 0)
+            data = stream.read(-1 if info.length is None else info.length)
+        return onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=data)
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
@@ -151,6 +164,11 @@ def _check_external_files(proto: onnx.ModelProto, path: Path) -> None:
             continue
         info = external.ExternalDataInfo(tensor)
         file = path.parent / info.location
+        if os.path.isabs(info.location) or ".." in Path(info.location).parts:
+            raise ModelError(
+                f"{path}: its external data file '{info.location}' lies outside the model's folder; "
+                "put the data beside the model and save it with a plain file name"
+            )
         if not file.is_file():
             raise ModelError(f"{path}: external data file '{info.location}' is missing; put it beside the model")
         needed = (info.offset or 0) + (info.length or 0)
@@ -159,6 +177,28 @@ def _check_external_files(proto: onnx.ModelProto, path: Path) -> None:
                 f"{path}: external data file '{info.location}' is too short for the weight '{tensor.name}' "
                 f"({file.stat().st_size} bytes of {needed}); copy it again"
             )
+
+
+def follow_links(proto: onnx.ModelProto, base_dir: Path) -> Path | None:
+    """Point external references (in place) at the files behind symbolic links, which ONNX Runtime may refuse to follow.
+
+    Args:
+        proto: a model whose references are relative to `base_dir`.
+        base_dir: that folder.
+
+    Returns:
+        The folder that references are relative to from now on; None where there are none.
+    """
+    tensors = [t for t in proto.graph.initializer if external.uses_external_data(t)]
+    files = {name: (base_dir / name).resolve() for name in {external.ExternalDataInfo(t).location for t in tensors}}
+    if not files:
+        return None
+    folder = os.path.commonpath([file.parent for file in files.values()])
+    for tensor in tensors:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = os.path.relpath(files[entry.value], folder)
+    return Path(folder)
 
 
 def model_files(path: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import onnx
 from toast_onnx.errors import DataError, ModelError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import file_hash, load_model, stored_bytes
+from toast_onnx.model import file_hash, follow_links, load_model, stored_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.runtime import expose
 from toast_onnx.tensorrt.ortbench import benchmark
@@ -232,7 +232,7 @@ def _session(found: Study, names: Sequence[str], provider: str, threads: int | N
     model = found.view.model
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    folder = model.base_dir.resolve() if model.has_external_data else None
+    folder = follow_links(proto, model.base_dir)
     return make_session(expose(proto, names).SerializeToString(), provider, threads=threads, external_data=folder)
 
 
