@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError
 from toast_onnx.importance.moments import Moments
+from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.study import Study
-from toast_onnx.model import Model, file_hash
+from toast_onnx.model import Model, file_hash, follow_links, scratch_folder, write_draft
+from toast_onnx.surgery.twin import padded_twin
+from toast_onnx.surgery.weights import BlockWeights
 from toast_onnx_calibration.feeds import Batch, batches
 from toast_onnx_calibration.needs import Wanted, everything, passes
 from toast_onnx_calibration.recipe_files import recipe_for
@@ -67,6 +70,7 @@ def calibrate(
     wanted: Wanted | None = None,
     options: CalibrationOptions | None = None,
     progress: Progress | None = None,
+    behind: Mapping[int, BlockWeights] | None = None,
 ) -> Header:
     """Measure a model's activations on samples and write the statistics.
 
@@ -77,6 +81,7 @@ def calibrate(
         wanted: block number -> parts to measure; None takes what the defaults of pruning need.
         options: how to calibrate.
         progress: called after every batch.
+        behind: block number -> new weights to measure with in place of the model's own.
 
     Returns:
         What the statistics come from.
@@ -93,7 +98,7 @@ def calibrate(
     with write_statistics(out) as writer:
         for number, group in enumerate(groups):
             graph = measuring_graph(study, group, settings)
-            session = _session(graph, study.view.model, options)
+            session = _session(graph, study, behind or {}, options)
             inputs = model_inputs(session)
             if source is None:
                 source, found = _source(study.view.model.path, data, inputs, options)
@@ -219,10 +224,18 @@ def _repeated(batch: Batch) -> dict[str, Any]:
     return {name: np.repeat(array[-1:], size, axis=0) for name, array in batch.feeds.items()}
 
 
-def _session(graph: MeasuringGraph, model: Model, options: CalibrationOptions) -> ort.InferenceSession:
-    folder = model.base_dir.resolve() if model.has_external_data else None
+def _session(
+    graph: MeasuringGraph, study: Study, behind: Mapping[int, BlockWeights], options: CalibrationOptions
+) -> ort.InferenceSession:
+    model = study.view.model
+    if behind:  # what measures lies behind the model's nodes, which keep their positions
+        measuring = GraphView(Model(graph.proto, model.path))
+        with scratch_folder("toast-behind-") as folder:
+            padded = padded_twin(measuring, study.facts, study.match.blocks, behind)
+            return make_session(write_draft(padded, folder, "m.onnx"), options.provider, threads=options.threads)
+    external = follow_links(graph.proto, model.base_dir)
     return make_session(
-        graph.proto.SerializeToString(), options.provider, threads=options.threads, external_data=folder
+        graph.proto.SerializeToString(), options.provider, threads=options.threads, external_data=external
     )
 
 

@@ -93,11 +93,16 @@ def test_every_score_finds_its_statistics(kind: str, files: Path) -> None:
         assert result.exit_code == 0, (attention, ffn, result.stderr)
 
 
-def test_sequential_statistics_are_refused_not_ignored(files: Path) -> None:
+def test_sequential_statistics_need_samples(files: Path) -> None:
     (files / "s.yaml").write_text(RATIOS + "compensation: {statistics: sequential}\n")
-    result = run("prune", "m.onnx", "--ratios", "s.yaml", "--data", "x.npy")
-    assert result.exit_code == 1
-    assert "use one-shot" in result.stderr
+    assert run("calibrate", "m.onnx", "--data", "x.npy", "-o", "s.npz").exit_code == 0
+    for source in ([], ["--statistics", "s.npz"]):
+        result = run("prune", "m.onnx", "--ratios", "s.yaml", *source)
+        assert result.exit_code == 1
+        assert "give samples with --data" in result.stderr
+    result = run("prune", "m.onnx", "--ratios", "s.yaml", "--data", "x.npy", "-o", "p.onnx")
+    assert result.exit_code == 0, result.stderr
+    assert "each block behind the pruned ones" in result.stdout
 
 
 def test_merging_shards(files: Path) -> None:
