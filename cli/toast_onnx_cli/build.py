@@ -1,4 +1,4 @@
-"""`toast-onnx build`: a TensorRT engine, or ONNX Runtime's optimized model, from an ONNX file."""
+"""`toast-onnx build`: a TensorRT engine, ONNX Runtime's optimized model or a 16-bit graph, from an ONNX file."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ def size(text: str) -> int:
 @click.command("build")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="File to write; MODEL's name with .engine or .ort."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write; MODEL's name with .engine, .ort or .fp16.onnx.",
 )
-@click.option("--format", "form", type=click.Choice(["engine", "ort"]), default="engine", show_default=True)
+@click.option("--format", "form", type=click.Choice(["engine", "ort", "onnx"]), default="engine", show_default=True)
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--fp16-io", is_flag=True, help="float16 inputs and outputs too, with --precision fp16.")
@@ -76,16 +79,21 @@ def command(
     """Build an engine from MODEL, with a JSON beside it that says how it was made.
 
     Precision is put into the graph's types, as TensorRT 11 wants it; normalisations and Softmax stay in float32. The
-    tensorrt-rtx backend builds without a GPU. With --format ort the result is a model for ONNX Runtime instead.
+    tensorrt-rtx backend builds without a GPU. With --format ort the result is a model for ONNX Runtime instead, with
+    --format onnx the graph in 16 bits as an engine would be built from it.
     """
     from toast_onnx import tensorrt
+    from toast_onnx.tensorrt.convert import convert_file
     from toast_onnx.tensorrt.ortmodel import build_ort
 
     if verbose:
         logging.getLogger("toast_onnx.tensorrt").setLevel(logging.DEBUG)
-    target = output or model.with_suffix(".ort" if form == "ort" else ".engine")
+    suffix = f".{precision}.onnx" if form == "onnx" else f".{form}"
+    target = output or model.with_suffix(suffix)
     if form == "ort":
         record = build_ort(model, target, precision=precision, fp16_io=fp16_io, level=ort_level)
+    elif form == "onnx":
+        record = convert_file(model, target, precision=precision, fp16_io=fp16_io)
     else:
         request = tensorrt.BuildRequest(
             backend=backend,

@@ -25,6 +25,7 @@ SUBCOMMANDS: dict[str, str] = {
     "build": "Build a TensorRT engine from a model.",
     "bench": "Time models in ONNX Runtime, or engines with trtexec.",
     "check-engine": "Compare an engine's outputs with those of the model it was built from.",
+    "deploy": "Prune, convert, build, measure and check in one go, from one file.",
     "presets": "List the paper's published schedules, or print one as a ratios file.",
 }
 

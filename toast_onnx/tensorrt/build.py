@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.external_data_helper
+import onnx.numpy_helper
 
 import toast_onnx
 from toast_onnx.errors import ConfigError
@@ -17,7 +19,7 @@ from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_b
 from toast_onnx.tensorrt.backend import EngineOptions, Progress, choose, load
 from toast_onnx.tensorrt.cuda import gpu_name
 from toast_onnx.tensorrt.engine import build_engine
-from toast_onnx.tensorrt.precision import PRECISIONS, convert_precision, why_not_converted
+from toast_onnx.tensorrt.precision import PRECISIONS, convert_precision, stated_precision, why_not_converted
 from toast_onnx.tensorrt.profiles import Shape, build_profile, graph_inputs
 
 
@@ -132,14 +134,31 @@ def precise_file(model: Model, precision: str, folder: Path, *, fp16_io: bool = 
         ConfigError: `fp16_io` without `fp16`.
         BackendError: the conversion failed.
     """
-    if precision in ("fp32", "tf32") or why_not_converted(model.proto) is not None:
+    as_it_is = stated_precision(model.proto) is not None or why_not_converted(model.proto) is not None
+    if as_it_is or precision in ("fp32", "tf32"):
         _, notes = convert_precision(model.proto, precision, fp16_io=fp16_io)
         return model.path, notes
     whole = onnx.ModelProto()
     whole.CopyFrom(model.proto)
-    onnx.load_external_data_for_model(whole, str(model.base_dir))
+    for tensor in whole.graph.initializer:
+        if onnx.external_data_helper.uses_external_data(tensor):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(model.array(tensor), tensor.name))
     converted, notes = convert_precision(whole, precision, fp16_io=fp16_io)
     return write_draft(Model(converted, folder / model.path.name), folder, f"{precision}.onnx"), notes
+
+
+def with_weights(model: Model) -> onnx.ModelProto:
+    """A copy of a model's graph with all weights in memory.
+
+    Raises:
+        ModelError: an external weight cannot be read.
+    """
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model.proto)
+    for tensor in whole.graph.initializer:
+        if onnx.external_data_helper.uses_external_data(tensor):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(model.array(tensor), tensor.name))
+    return whole
 
 
 def _fixed_shapes(proto: onnx.ModelProto) -> dict[str, list[int]]:

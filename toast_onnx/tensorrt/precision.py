@@ -35,6 +35,8 @@ from toast_onnx.tensorrt.sensitive import SENSITIVE_OPS, ops_without, spelled_ou
 
 #: Precisions a build can be asked for. `tf32` is float32 storage with 10-bit mantissas inside matrix products.
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+#: Metadata key that a converted model carries, with its precision as the value: nobody converts it twice.
+MARK = "toast_onnx.precision"
 #: Weights above this many elements never decide a shape, so shape inference need not see their values.
 _SHAPE_SIZED = 1024
 
@@ -48,6 +50,21 @@ def why_not_converted(proto: onnx.ModelProto) -> str | None:
     return None
 
 
+def stated_precision(proto: onnx.ModelProto) -> str | None:
+    """The precision `convert_precision` put into a graph's types before; None for a graph it never saw."""
+    return next((entry.value for entry in proto.metadata_props if entry.key == MARK), None)
+
+
+def _check_stated(proto: onnx.ModelProto, stated: str, precision: str, fp16_io: bool) -> None:
+    """Refuse another precision than the one a graph was converted to."""
+    if stated != precision:
+        raise ConfigError(
+            f"the model was converted to {stated} before: use --precision {stated}, or give the float32 model"
+        )
+    if fp16_io and any(i.type.tensor_type.elem_type == TensorProto.FLOAT for i in proto.graph.input):
+        raise ConfigError("the model was converted with float32 inputs: leave --fp16-io out, or convert it again")
+
+
 def convert_precision(
     proto: onnx.ModelProto, precision: str, *, fp16_io: bool = False
 ) -> tuple[onnx.ModelProto, list[str]]:
@@ -59,17 +76,21 @@ def convert_precision(
         fp16_io: make float inputs and outputs float16 too (for `fp16` only).
 
     Returns:
-        The converted model, and sentences about what was not done as asked.
+        The converted model, marked as such, and sentences about what was not done as asked. A model that was
+        converted to this precision before comes back as it is.
 
     Raises:
-        ConfigError: an unknown precision, or `fp16_io` without `fp16`.
+        ConfigError: an unknown precision, `fp16_io` without `fp16`, or a model converted to another precision before.
         BackendError: the converter failed on this graph.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision '{precision}' is unknown; use one of {', '.join(PRECISIONS)}")
     if fp16_io and precision != "fp16":
         raise ConfigError("--fp16-io goes with --precision fp16 only; change one of them")
-    if precision in ("fp32", "tf32"):
+    stated = stated_precision(proto)
+    if stated is not None:
+        _check_stated(proto, stated, precision, fp16_io)
+    if stated is not None or precision in ("fp32", "tf32"):
         return proto, []
     reason = why_not_converted(proto)
     if reason is not None:
@@ -88,6 +109,7 @@ def convert_precision(
     drop_unused_initializers(converted.graph)
     unique_value_info(converted.graph)
     sort_nodes(converted.graph)
+    converted.metadata_props.add(key=MARK, value=precision)
     return converted, []
 
 

@@ -1,0 +1,73 @@
+"""16-bit graphs as files: what a build makes of one is what it makes of the float32 model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from tests.tensorrt import graphs
+from toast_onnx.errors import ConfigError
+from toast_onnx.tensorrt import BuildRequest, build, record_path
+from toast_onnx.tensorrt.convert import convert_file
+from toast_onnx.tensorrt.precision import convert_precision, stated_precision
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return graphs.save(graphs.mlp(), tmp_path / "m.onnx")
+
+
+def test_the_file_computes_what_the_model_does(model: Path) -> None:
+    record = convert_file(model, model.with_name("h.onnx"), precision="fp16")
+    x = np.random.default_rng(0).normal(size=(3, 4, 32)).astype(np.float32)
+    session = ort.InferenceSession(model.with_name("h.onnx"), providers=["CPUExecutionProvider"])
+    y = np.asarray(session.run(None, {"x": x})[0])
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, graphs.mlp_reference(graphs.mlp(), x), atol=2e-3)
+    assert record["engine_bytes"] == model.with_name("h.onnx").stat().st_size < model.stat().st_size
+    assert record_path(model.with_name("h.onnx")).exists()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_an_engine_built_from_the_file_is_the_one_built_from_the_model(model: Path, precision: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install tensorrt_rtx")
+    half = model.with_name("h.onnx")
+    convert_file(model, half, precision=precision)
+    request = BuildRequest(precision=precision, batch=(1, 2, 4))
+    build(model, model.with_name("a.engine"), request)
+    build(half, model.with_name("b.engine"), request)
+    assert model.with_name("a.engine").read_bytes() == model.with_name("b.engine").read_bytes()
+
+
+def test_weights_outside_the_file_are_converted_too(model: Path) -> None:
+    outside = model.with_name("outside.onnx")
+    onnx.save(graphs.mlp(), outside, save_as_external_data=True, location="w.bin", size_threshold=0)
+    for source, target in ((model, "a.onnx"), (outside, "b.onnx")):
+        convert_file(source, model.with_name(target), precision="bf16")
+    assert model.with_name("a.onnx").read_bytes() == model.with_name("b.onnx").read_bytes()
+
+
+def test_nothing_is_converted_twice() -> None:
+    once, _ = convert_precision(graphs.mlp(), "fp16")
+    assert stated_precision(graphs.mlp()) is None
+    assert stated_precision(once) == "fp16"
+    twice, notes = convert_precision(once, "fp16")
+    assert twice is once
+    assert notes == []
+    for other in ("bf16", "fp32", "tf32"):
+        with pytest.raises(ConfigError, match="was converted to fp16 before: use --precision fp16"):
+            convert_precision(once, other)
+    with pytest.raises(ConfigError, match="converted with float32 inputs"):
+        convert_precision(once, "fp16", fp16_io=True)
+
+
+def test_what_is_no_16_bit_file_is_refused(model: Path) -> None:
+    with pytest.raises(ConfigError, match="choose --precision fp16 or bf16, not tf32"):
+        convert_file(model, model.with_name("h.onnx"), precision="tf32")
+    with pytest.raises(ConfigError, match="is the model itself"):
+        convert_file(model, model, precision="fp16")
+    assert [p.name for p in model.parent.iterdir()] == ["m.onnx"]

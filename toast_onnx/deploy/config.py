@@ -1,0 +1,208 @@
+"""The keys of a deployment file, their defaults and what may stand there.
+
+A section that is there asks for its step; `check: {}` checks with the defaults. Paths are relative to the file's
+folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.planning.settings import Section, explain, invalid
+from toast_onnx.planning.strict_yaml import read_document
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _number(value: object) -> object:
+    """A decimal of the file as a float."""
+    return float(value) if isinstance(value, (int, Decimal)) and not isinstance(value, bool) else value
+
+
+def _several(value: object) -> object:
+    """One entry stands for a list of one."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _capabilities(value: object) -> object:
+    """`8.9` is written as a number as often as it is quoted."""
+    entries = value if isinstance(value, list) else [value]
+    return tuple(str(entry) if isinstance(entry, (int, Decimal)) else entry for entry in entries)
+
+
+def _as_text(value: object) -> object:
+    """One batch size is a number, a range is text."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+
+
+class StepSettings(Section):
+    """A section with keys that have no default."""
+
+    required: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        missing = [key for key in cls.required if isinstance(data, Mapping) and key not in data]
+        if missing:
+            raise invalid(f"has no {missing[0]}; add the key")
+        return data
+
+
+class Prune(StepSettings):
+    """Removes dimensions and channels.
+
+    Attributes:
+        ratios: A ratios file or a preset.
+        data: Samples to measure activations on; as in `prune --data`.
+        statistics: Measurements that `calibrate` wrote, instead of `data`.
+        samples: How many samples to draw.
+        seed: Of drawn samples and made-up tokens.
+        skip_unprunable: Leave parts alone that cannot be pruned.
+    """
+
+    required = ("ratios",)
+
+    ratios: Text = ""
+    data: Text | None = None
+    statistics: Text | None = None
+    samples: Count | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    skip_unprunable: bool = False
+
+
+class Build(StepSettings):
+    """Builds an engine, or ONNX Runtime's optimized model; see `toast-onnx build` for the options.
+
+    Attributes:
+        baseline: Build the dense model too, to compare with.
+    """
+
+    format: Literal["engine", "ort"] = "engine"
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
+    batch: Annotated[Text, BeforeValidator(_as_text)] | None = None
+    compute_capability: Annotated[tuple[Text, ...], BeforeValidator(_capabilities)] = ()
+    workspace: Text | None = None
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    timing_cache: Text | None = None
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    baseline: bool = True
+
+
+class Compare(StepSettings):
+    """Holds the model that ships against the dense one, in ONNX Runtime: agreement and drift. No GPU is needed."""
+
+    required = ("data",)
+
+    data: Text = ""
+    samples: Count | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+
+
+class Eval(StepSettings):
+    """Measures accuracy of the dense model and of the one that ships, on labelled data, in ONNX Runtime."""
+
+    required = ("data",)
+
+    data: Text = ""
+    labels: Text | None = None
+    metric: Text | None = None
+    samples: Count | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+
+
+class Bench(StepSettings):
+    """Times the dense model against the pruned one.
+
+    Attributes:
+        runtime: `onnxruntime`, `trtexec` (needs a GPU) or a list of both.
+        batch: Batch sizes.
+        provider: ONNX Runtime's execution provider. On the CPU the float32 models are timed, elsewhere those that ship.
+        blocks: Layer times by transformer block (trtexec).
+    """
+
+    runtime: Annotated[tuple[Literal["onnxruntime", "trtexec"], ...], BeforeValidator(_several)] = ("onnxruntime",)
+    batch: Annotated[tuple[Count, ...], BeforeValidator(_several), Field(min_length=1)] = (1,)
+    rounds: Count | None = None
+    threads: Count | None = None
+    provider: Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"] = "cpu"
+    duration: Number | None = None
+    blocks: bool = False
+
+
+class Check(StepSettings):
+    """Holds the engine's outputs against ONNX Runtime's (needs a GPU); random inputs where there is no `data`."""
+
+    data: Text | None = None
+    samples: Count | None = None
+    batch: Count | None = None
+    tolerance: Number | None = None
+
+
+class Deployment(Section):
+    """One deployment file.
+
+    Attributes:
+        model: The dense ONNX file.
+        output: Folder of everything that is written; by default the file's name without its ending.
+        precision: Of what ships; `fp16` and `bf16` add a step that converts the graph.
+        preprocess: The recipe of every step that reads images. By default a `preprocessor_config.json` beside the
+            model.
+    """
+
+    version: Literal[1] = 1
+    model: Text = ""
+    output: Text | None = None
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] = "fp32"
+    preprocess: Text | None = None
+    prune: Prune | None = None
+    build: Build | None = None
+    compare: Compare | None = None
+    eval: Eval | None = None
+    bench: Bench | None = None
+    check: Check | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        engine = self.build is not None and self.build.format == "engine"
+        if self.check is not None and not engine:
+            raise invalid("has the key check, which needs an engine; add `build: {}`, or use compare")
+        if self.bench is not None and "trtexec" in self.bench.runtime and not engine:
+            raise invalid("has bench.runtime: trtexec, which needs an engine; add `build: {}`, or use onnxruntime")
+        if self.build is not None and self.build.format == "ort" and self.precision not in ("fp32", "fp16"):
+            raise invalid(f"has precision: {self.precision} with build.format: ort, which takes fp32 or fp16")
+        if self.prune is not None and self.prune.data is not None and self.prune.statistics is not None:
+            raise invalid("has prune.data and prune.statistics; keep one")
+        if all(getattr(self, name) is None for name in ("prune", "build", "compare", "eval", "bench", "check")):
+            raise invalid("asks for no step; add one of prune, build, compare, eval, bench, check")
+        return self
+
+
+def load_deployment(path: str | os.PathLike[str]) -> Deployment:
+    """Reads a deployment file.
+
+    Raises:
+        ConfigError: In one line, the file, the key at fault, its value and what is allowed.
+    """
+    source, document = Path(path), read_document(path)
+    if not isinstance(document, Mapping):
+        raise ConfigError(f"{source} holds no keys; a deployment file starts with `version: 1` and `model: FILE`")
+    for key, line in (("version", "version: 1"), ("model", "model: model.onnx")):
+        if key not in document:
+            raise ConfigError(f"{source} has no {key}; add the line `{line}`")
+    try:
+        return Deployment.model_validate(dict(document))
+    except ValidationError as e:
+        raise ConfigError(f"{source}: {explain(e, document)}") from e
