@@ -1,0 +1,141 @@
+"""A latency table: how long the model runs when one part of its blocks keeps another width, on one machine.
+
+Every entry is the whole model's latency with one part of a group of equal blocks at one width and everything else
+dense. What a part of one block saves is the difference from the dense model, divided by the number of blocks; savings
+of different parts add up. The table is a JSON file, so that it can be measured where the model will run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.study import Study
+from toast_onnx.model import write_bytes
+from toast_onnx.planning.search import aligned_widths
+from toast_onnx.planning.width_costs import Part, dense_widths, prunable_widths
+
+FORMAT = "toast-onnx/costs/1"
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class PartTimes(_Strict):
+    """Latency by width of one part, in a group of blocks of the same shape.
+
+    Attributes:
+        blocks: numbers of the blocks that had this width together.
+        part: qk, vo, fc1 or fc2.
+        dense: the part's dense width.
+        milliseconds: kept count -> latency of the whole model.
+    """
+
+    blocks: Annotated[tuple[int, ...], Field(min_length=1)]
+    part: Part
+    dense: Annotated[int, Field(ge=1)]
+    milliseconds: Annotated[dict[int, Positive], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _within(self) -> PartTimes:
+        wrong = [k for k in self.milliseconds if not 1 <= k < self.dense]
+        if wrong:
+            raise ValueError(f"has a time for {wrong[0]} of {self.dense} kept")
+        return self
+
+
+class CostTable(_Strict):
+    """Measured latencies of one model.
+
+    Attributes:
+        format: version of this format.
+        model: file name of the model.
+        model_sha256: its hash.
+        runtime: what was measured with: program, version, provider, threads, machine.
+        batch: items in one call.
+        dense_milliseconds: latency of the dense model.
+        parts: latencies by part and width.
+    """
+
+    format: str = FORMAT
+    model: str
+    model_sha256: str
+    runtime: dict[str, str]
+    batch: Annotated[int, Field(ge=1)]
+    dense_milliseconds: Positive
+    parts: tuple[PartTimes, ...]
+
+    def widths(self, block: int, part: Part) -> tuple[int, ...]:
+        """Kept counts that were measured for a part of a block, and its dense width; nothing where it was not."""
+        return next(
+            ((*sorted(p.milliseconds), p.dense) for p in self.parts if p.part == part and block in p.blocks), ()
+        )
+
+    def saved(self, block: int, part: Part, kept: int) -> float:
+        """Milliseconds that a block gains when one part keeps so many; 0 at the dense width.
+
+        Raises:
+            KeyError: that width was not measured.
+        """
+        for p in self.parts:
+            if p.part == part and block in p.blocks:
+                return 0.0 if kept == p.dense else (self.dense_milliseconds - p.milliseconds[kept]) / len(p.blocks)
+        raise KeyError((block, part))
+
+
+def alike(blocks: Sequence[Block], shapes: Mapping[int, object]) -> list[tuple[int, ...]]:
+    """Numbers of blocks with the same parts, widths and tensor shapes: they cost the same.
+
+    Args:
+        blocks: the matched blocks.
+        shapes: block number -> anything hashable that its cost depends on besides its widths.
+    """
+    groups: dict[Any, list[int]] = {}
+    for b in blocks:
+        dense, prunable = (tuple(f(b).items()) for f in (dense_widths, prunable_widths))
+        groups.setdefault((dense, prunable, shapes[b.index]), []).append(b.index)
+    return [tuple(g) for g in groups.values()]
+
+
+def table_widths(dense: int, align: int, most: int = 24) -> tuple[int, ...]:
+    """Widths to measure below the dense one: all aligned ones, or `most` of them evenly spread."""
+    every = aligned_widths(dense, align)[:-1]
+    if len(every) <= most:
+        return every
+    return tuple(sorted({every[round(i * (len(every) - 1) / (most - 1))] for i in range(most)}))
+
+
+def write_table(table: CostTable, path: Path) -> None:
+    """Write a table whole or not at all."""
+    write_bytes(path, (json.dumps(table.model_dump(mode="json"), indent=1) + "\n").encode())
+
+
+def read_table(path: Path, study: Study, model_sha256: str) -> CostTable:
+    """A table for a model.
+
+    Raises:
+        ConfigError: the file cannot be read, is no such table, or speaks of another model.
+    """
+    try:
+        table = CostTable.model_validate_json(path.read_bytes())
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror}); `toast-onnx costs` writes a cost table") from e
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(f"{path}: {where}: {first['msg']}; measure the table again with `toast-onnx costs`") from e
+    if table.format != FORMAT:
+        raise ConfigError(f"{path}: cost table format {table.format}, but this release reads {FORMAT}; measure again")
+    if table.model_sha256 != model_sha256:
+        raise ConfigError(
+            f"{path}: was measured on another model than {study.view.model.path}; run `toast-onnx costs` on this one"
+        )
+    return table

@@ -1,0 +1,139 @@
+"""What a block costs as a function of its kept widths, in multiply-accumulates or in parameters.
+
+Every count is linear in the kept head dimensions and hidden units, but for fc1, whose matrix has kept inputs times kept
+units. So five numbers describe a block exactly, and a budget can be searched without building a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+
+from toast_onnx.matching.blocks import Attention, Block, Branch, Ffn
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.linear import Linear
+from toast_onnx.planning.macs import node_macs
+
+Part = Literal["qk", "vo", "fc1", "fc2"]
+PARTS: tuple[Part, ...] = ("qk", "vo", "fc1", "fc2")
+Resource = Literal["macs", "params"]
+
+
+@dataclass(frozen=True)
+class WidthCost:
+    """Cost of a block's prunable layers: `qk * d_qk + vo * d_vo + fc1 * inputs + fc2 * units + pair * inputs * units`.
+
+    Attributes:
+        qk: per query and key dimension of all heads together.
+        vo: per value dimension of all heads together.
+        fc1: per input of fc1, whatever the hidden width.
+        fc2: per hidden unit, whatever fc1 reads.
+        pair: per pair of an input of fc1 and a hidden unit.
+    """
+
+    qk: float = 0.0
+    vo: float = 0.0
+    fc1: float = 0.0
+    fc2: float = 0.0
+    pair: float = 0.0
+
+    def __add__(self, other: WidthCost) -> WidthCost:
+        return WidthCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def at(self, widths: Mapping[Part, int]) -> float:
+        """Cost at kept widths; a part that is missing from them costs nothing."""
+        inputs, units = widths.get("fc1", 0), widths.get("fc2", 0)
+        heads = self.qk * widths.get("qk", 0) + self.vo * widths.get("vo", 0)
+        return heads + self.fc1 * inputs + self.fc2 * units + self.pair * inputs * units
+
+
+def dense_widths(block: Block) -> dict[Part, int]:
+    """Widths of the parts that a block has: dimensions of a head, inputs of fc1, hidden units."""
+    found: dict[Part, int] = {}
+    if block.attention is not None:
+        found |= {"qk": block.attention.qk_dim, "vo": block.attention.vo_dim}
+    if block.ffn is not None:
+        found |= {"fc1": block.ffn.in_features, "fc2": block.ffn.width}
+    return found
+
+
+def prunable_widths(block: Block) -> dict[Part, int]:
+    """Widths of the parts of a block that can be pruned."""
+    reasons: dict[Part, str | None] = {}
+    if block.attention is not None:
+        reasons |= {"qk": block.attention.qk_reason, "vo": block.attention.vo_reason}
+    if block.ffn is not None:
+        reasons |= {"fc1": block.ffn.fc1_reason, "fc2": block.ffn.fc2_reason}
+    return {part: width for part, width in dense_widths(block).items() if reasons[part] is None}
+
+
+def width_cost(view: GraphView, facts: Facts, block: Block, resource: Resource) -> WidthCost:
+    """The cost of a block, what no width changes left out.
+
+    Args:
+        view: the graph.
+        facts: its facts at the shapes that MACs are counted for.
+        block: a matched block.
+        resource: `macs` or `params`.
+    """
+    found = WidthCost()
+    if block.attention is not None:
+        found += _attention(view, facts, block.attention, resource)
+    if block.ffn is not None:
+        found += _ffn(view, facts, block.ffn, resource)
+    return found
+
+
+def _attention(view: GraphView, facts: Facts, a: Attention, resource: Resource) -> WidthCost:
+    def columns(branch: Branch | None, dims: int) -> float:
+        """Cost of the outputs that make one dimension of all heads."""
+        if branch is None:
+            return 0.0
+        each = _by_output(view, facts, branch.linear, resource)
+        return each * np.unique(branch.layout.channels).size / dims
+
+    qk = columns(a.q, a.qk_dim) + columns(a.k, a.qk_dim)
+    vo = columns(a.v, a.vo_dim)
+    if a.proj is not None:
+        rows = np.unique(a.proj.layout.channels).size / a.vo_dim
+        vo += rows * _by_input(view, facts, a.proj.linear, resource)
+    if resource == "macs":
+        if a.core.qk == a.core.av:  # one fused node computes both products
+            both = node_macs(view, facts, a.core.qk) / (a.qk_dim + a.vo_dim)
+            qk, vo = qk + both, vo + both
+        else:
+            qk += node_macs(view, facts, a.core.qk) / a.qk_dim
+            vo += node_macs(view, facts, a.core.av) / a.vo_dim
+    return WidthCost(qk=qk, vo=vo)
+
+
+def _ffn(view: GraphView, facts: Facts, f: Ffn, resource: Resource) -> WidthCost:
+    unit = _by_input(view, facts, f.fc2, resource)
+    if resource == "macs":
+        weights = float(sum(node_macs(view, facts, e.node) for e in f.entries))
+        unit += sum(node_macs(view, facts, i) for i in f.nodes) / f.width
+        biases = 0.0
+    else:
+        weights = float(sum(e.in_features * e.out_features for e in f.entries))
+        biases = float(sum(e.out_features for e in f.entries if e.bias is not None))
+    if f.selects_at_exit:  # fc1 keeps all its outputs
+        return WidthCost(fc1=weights / f.in_features, fc2=unit)
+    return WidthCost(fc2=unit + biases / f.width, pair=weights / (f.in_features * f.width))
+
+
+def _by_output(view: GraphView, facts: Facts, linear: Linear, resource: Resource) -> float:
+    """Cost of one output of a linear layer."""
+    if resource == "macs":
+        return node_macs(view, facts, linear.node) / linear.out_features
+    return linear.in_features + (0 if linear.bias is None else 1)
+
+
+def _by_input(view: GraphView, facts: Facts, linear: Linear, resource: Resource) -> float:
+    """Cost of one input of a linear layer."""
+    if resource == "macs":
+        return node_macs(view, facts, linear.node) / linear.in_features
+    return float(linear.out_features)
