@@ -30,7 +30,7 @@ def test_ridge_curve_is_the_residual_of_least_squares(seed: int) -> None:
     for kept in range(10):
         design = np.column_stack([np.ones(len(x)), x[:, order[:kept]]])
         residual = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
-        assert found[kept] == pytest.approx(np.square(residual).sum() / len(x), rel=1e-3, abs=1e-6 * found[0])
+        assert found[kept] == pytest.approx(np.square(residual).sum() / len(x), rel=1e-3, abs=1e-4 * found[0])
 
 
 @given(st.integers(0, 999))
@@ -70,4 +70,4 @@ def test_dead_and_duplicated_channels_are_free() -> None:
     x = np.column_stack([x, x[:, 0], np.zeros(len(x))])
     w = np.vstack([w, np.ones((2, 3))])
     found = readout_losses(np.cov(x.T, bias=True), w, [0, 1, 2, 3, 4, 5])
-    assert found[4] == pytest.approx(0, abs=1e-5 * found[0])
+    assert found[4] == pytest.approx(0, abs=1e-4 * found[0])

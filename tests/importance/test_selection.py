@@ -75,6 +75,17 @@ def test_dead_and_duplicated_channels_go_first() -> None:
     assert len({1, 5} & set(kept.tolist())) == 1
 
 
+@pytest.mark.parametrize("batch", [1, 4, 10])
+def test_one_of_two_alike_channels_stays_however_many_go_at_once(batch: int) -> None:
+    """Each of the two costs nothing to remove, both together cost much. The sums are float32, as a session gives them."""
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((500, 10)).astype(np.float32)
+    both = np.concatenate([x, x], axis=1)
+    covariance = (both.T @ both / 500).astype(np.float64) + 1e-7 * rng.standard_normal((20, 20))
+    kept = keep_second_order((covariance + covariance.T) / 2, rng.standard_normal((20, 3)), 10, batch)
+    assert sorted(kept % 10) == list(range(10))
+
+
 def test_impossible_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot keep"):
         keep_second_order(np.eye(3), np.eye(3), 4)

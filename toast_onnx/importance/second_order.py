@@ -14,7 +14,11 @@ from toast_onnx.importance.selection import Indices
 
 Array = NDArray[np.float64]
 
-RELATIVE_JITTER = 1e-8  # of the mean variance; makes the inverse exist for dead and duplicated channels
+#: Of the mean variance. Makes the inverse exist, and lies above the rounding of sums taken in float32: without that, alike
+#: channels look different.
+RELATIVE_JITTER = 1e-6
+#: Candidates for each removal of a batch.
+POOL = 4
 
 
 def keep_second_order(
@@ -45,7 +49,8 @@ def keep_second_order(
     weights = np.array(w, dtype=np.float64)
     alive = np.arange(n, dtype=np.int64)
     while alive.size > kept * sizes.size:
-        gone = _cheapest(np.square(weights).sum(axis=1) / np.diagonal(inverse), labels[alive], kept, batch)
+        spare = np.bincount(labels[alive], minlength=sizes.size) - kept
+        gone = _cheapest(inverse, weights, labels[alive], spare, batch)
         stay = np.setdiff1d(np.arange(alive.size), gone)
         # Schur complement: inverse and solution of the channels that stay, given that the others are gone
         carry = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[np.ix_(gone, stay)])  # (b, k)
@@ -58,17 +63,41 @@ def keep_second_order(
     return np.stack([alive[labels[alive] == g] for g in range(sizes.size)])
 
 
-def _cheapest(costs: Array, labels: Indices, kept: int, batch: int) -> Indices:
-    """Positions of up to `batch` lowest costs, taking from no group more than it may lose."""
-    spare = np.bincount(labels) - kept
+def _cheapest(inverse: Array, weights: Array, labels: Indices, spare: Indices, batch: int) -> Indices:
+    """Positions of up to `batch` channels to remove before the next update of everything, ascending.
+
+    Removing one of two alike channels makes the other one dear, so each removal is carried out at once among the
+    cheapest candidates (their part of the inverse is small). Costs of the others only grow meanwhile, in practice, so
+    the batch ends where the cheapest candidate costs more than they did.
+
+    Args:
+        inverse: (n, n) inverse covariance of the channels still there.
+        weights: (n, m) current solution.
+        labels: (n,) group of each channel.
+        spare: (groups,) how many each group may lose.
+        batch: the most to remove.
+    """
+    costs = np.where(spare[labels] > 0, np.square(weights).sum(axis=1) / np.diagonal(inverse), np.inf)
+    order = np.argsort(costs, kind="stable")
+    pool, beyond = order[: POOL * batch], order[POOL * batch : POOL * batch + 1]
+    limit = costs[beyond].min(initial=np.inf)
+    small, rows, left = inverse[np.ix_(pool, pool)], weights[pool], spare.copy()
     chosen: list[int] = []
-    for position in np.argsort(costs, kind="stable"):
-        if spare[labels[position]] > 0:
-            spare[labels[position]] -= 1
-            chosen.append(int(position))
-            if len(chosen) == batch:
-                break
-    return np.array(sorted(chosen), dtype=np.int64)
+    while len(chosen) < batch:
+        open_ = left[labels[pool]] > 0
+        open_[chosen] = False
+        if not open_.any():
+            break
+        now = np.where(open_, np.square(rows).sum(axis=1) / np.where(open_, np.diagonal(small), 1.0), np.inf)
+        j = int(now.argmin())
+        if chosen and now[j] > limit:
+            break
+        column = small[:, j] / small[j, j]
+        rows = rows - np.outer(column, rows[j])
+        small = small - np.outer(column, small[j])
+        left[labels[pool[j]]] -= 1
+        chosen.append(j)
+    return np.sort(pool[chosen])
 
 
 def default_batch(n: int) -> int:
