@@ -244,7 +244,7 @@ def _write_projection(
     linear, walk = branch.linear, branch.walk
     dtype = weights(view, facts, linear).dtype
     heads, kept, out_features = new.proj.weight.shape
-    w = new.proj.weight.reshape(heads * kept, out_features).astype(dtype)
+    w = np.asarray(new.proj.weight.reshape(heads * kept, out_features), dtype)
     b = new.proj.bias.astype(dtype)
     edit.remove([*walk.nodes, *linear.nodes])
     at = linear.node

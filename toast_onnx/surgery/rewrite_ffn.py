@@ -91,4 +91,6 @@ def _replace(
     dtype = weights(view, facts, linear).dtype
     has_bias = linear.bias is not None or bool(b.any())
     edit.remove(linear.nodes)
-    edit.linear(linear.node, linear, x, w.astype(dtype), b.astype(dtype) if has_bias else None, linear.output, name)
+    # Not copied where the type is right: new weights are kept beside the new graph.
+    new_bias = np.asarray(b, dtype) if has_bias else None
+    edit.linear(linear.node, linear, x, np.asarray(w, dtype), new_bias, linear.output, name)
