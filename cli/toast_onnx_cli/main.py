@@ -18,6 +18,9 @@ from toast_onnx.errors import ToastError
 SUBCOMMANDS: dict[str, str] = {
     "inspect": "Show a model's blocks: widths, MACs, what can be pruned and why not.",
     "calibrate": "Measure a model's activations on images, for pruning.",
+    "sensitivity": "Prune one part of one block at a time and measure what breaks.",
+    "plan": "Find the ratios that fit a budget and hurt the output least.",
+    "costs": "Time a model at every width, for plans with a latency budget.",
     "prune": "Remove dimensions and channels from a model, as a ratios file says.",
     "compare": "Hold a pruned model against its dense original: agreement, drift, cost, latency.",
     "finetune": "Train a pruned model to imitate the dense one; same graph, better weights.",
@@ -26,6 +29,7 @@ SUBCOMMANDS: dict[str, str] = {
     "bench": "Time models in ONNX Runtime, or engines with trtexec.",
     "check-engine": "Compare an engine's outputs with those of the model it was built from.",
     "deploy": "Prune, convert, build, measure and check in one go, from one file.",
+    "report": "Make one HTML page of a pruned model and what was measured on it.",
     "presets": "List the paper's published schedules, or print one as a ratios file.",
 }
 

@@ -1,0 +1,291 @@
+"""One self-contained HTML page of a run: what became smaller, the proof, and what was measured afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from toast_onnx import __version__
+from toast_onnx.errors import BackendError
+from toast_onnx.report.deployment import headline
+from toast_onnx.report.page_charts import Line, costs_chart, lines_chart, widths_chart
+from toast_onnx.report.page_sources import Sources
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_PARTS = {
+    "qk": "queries and keys",
+    "vo": "values",
+    "fc1": "fc1 inputs",
+    "fc2": "hidden units",
+    "fc1+fc2": "fc1 and fc2",
+}
+
+
+def render_page(sources: Sources, title: str | None = None) -> str:
+    """The page as HTML text; it loads nothing from elsewhere, and the same sources give the same bytes.
+
+    Args:
+        sources: what to show.
+        title: heading; the pruned file's name where None.
+
+    Raises:
+        BackendError: matplotlib or Jinja is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as e:
+        raise BackendError("the page needs Jinja; install it with: pip install 'toast-onnx[report]'") from e
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    text: str = environment.get_template("page.html").render(page_context(sources, title))
+    return text
+
+
+def page_context(sources: Sources, title: str | None = None) -> dict[str, Any]:
+    """What the template shows: texts and SVG, no figures left to compute."""
+    run = sources.run
+    blocks = [b for b in run["blocks"] if b["before"]]
+    return {
+        "title": title or run["pruned"]["file"],
+        "dense_file": run["dense"]["file"],
+        "tiles": tiles(sources),
+        "widths": widths_chart(blocks),
+        "costs": costs_chart(blocks) if blocks else "",
+        "twin": run.get("twin"),
+        "finetune": run.get("finetune"),
+        "block_rows": [_block_row(b) for b in run["blocks"]],
+        "declined": run.get("declined", []),
+        "accuracy_rows": _accuracy_rows(sources),
+        "compare_rows": _compare_rows(sources),
+        "drift": _drift(sources),
+        "sensitivity": _sensitivity(sources),
+        "latency": _latency(sources),
+        "engine_rows": _engine_rows(sources),
+        "steps": _steps(sources),
+        "facts": _facts(sources),
+        "version": __version__,
+    }
+
+
+def tiles(sources: Sources) -> list[dict[str, str]]:
+    """The figures at the top: a name, the pruned value, the dense one and what is left of it."""
+    dense, pruned = sources.run["dense"], sources.run["pruned"]
+    found = [
+        _tile("MACs", dense["macs"], pruned["macs"], _count),
+        _tile("parameters", dense["params"], pruned["params"], _count),
+        _tile("file", dense["bytes"], pruned["bytes"], lambda v: f"{_count(v)}B"),
+    ]
+    accuracy = _top1(sources)
+    if len(accuracy) == 2:
+        before, after = accuracy
+        found.append(
+            {
+                "name": "top-1 accuracy",
+                "value": f"{after:.1%}",
+                "note": f"dense {before:.1%}, {100 * (after - before):+.1f} points",
+            }
+        )
+    for output, figures in list((sources.of("compare") or [{"outputs": {}}])[0]["outputs"].items())[:1]:
+        if "top1_agreement" in figures:
+            note = f"of the dense model's answers ({output})"
+            found.append({"name": "same answers", "value": f"{figures['top1_agreement']:.1%}", "note": note})
+    timed = [r for d in sources.of("bench") for r in d["results"] if r.get("speedup", 1.0) != 1.0]
+    if timed:
+        best = timed[0]
+        note = f"of the dense model's, batch {best['batch']}, {best['median_ms']:.2f} ms"
+        found.append({"name": "speed", "value": f"{best['speedup']:.2f} ×", "note": note})
+    return found
+
+
+def _tile(name: str, dense: float, pruned: float, show: Any) -> dict[str, str]:
+    left = f"{pruned / dense:.1%} of {show(dense)}" if dense else ""
+    return {"name": name, "value": show(pruned), "note": left}
+
+
+def _count(value: float) -> str:
+    """Three digits and a unit: 1.25 G."""
+    for unit in ("", " K", " M", " G"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}" if unit else f"{value:.3g} "
+        value /= 1000
+    return f"{value:.3g} T"
+
+
+def _block_row(block: dict[str, Any]) -> dict[str, Any]:
+    before, after = block["before"], block["after"] or {}
+    cells = []
+    for key in ("heads", "qk_dim", "vo_dim", "in_features", "width"):
+        old, new = before.get(key), after.get(key)
+        same = old is None or new is None or old == new
+        cells.append({"text": "–" if old is None else f"{old}" if same else f"{old} → {new}", "changed": not same})
+    return {"index": block["index"], "name": block["name"], "cells": cells}
+
+
+def _top1(sources: Sources) -> list[float]:
+    """Top-1 of the dense model and of the pruned one (its converted copy where that was measured too)."""
+    dense_file = sources.run["dense"]["file"]
+    found: dict[bool, float] = {}
+    for document in sources.of("eval"):
+        top1 = (document.get("accuracy") or {}).get("top1")
+        if top1 is not None:
+            found[Path(document["model"]).name != dense_file] = top1["accuracy"]
+    return [found[False], found[True]] if len(found) == 2 else []
+
+
+def _accuracy_rows(sources: Sources) -> list[list[str]]:
+    rows = []
+    for document in sources.of("eval"):
+        name = Path(document["model"]).name
+        accuracy = document.get("accuracy")
+        if accuracy is None:
+            rows += [[name, key, f"{value:.6g}", ""] for key, value in (document.get("metrics") or {}).items()]
+            continue
+        for key, label in (("top1", "top-1"), ("top5", "top-5")):
+            if key in accuracy:
+                low, high = accuracy[key]["interval95"]
+                about = f"{low:.1%} to {high:.1%}, {accuracy['samples']} samples"
+                rows.append([name, label, f"{accuracy[key]['accuracy']:.2%}", about])
+    return rows
+
+
+def _compare_rows(sources: Sources) -> list[list[str]]:
+    rows = []
+    for document in sources.of("compare"):
+        name = document["models"]["pruned"]["file"]
+        for output, figures in document["outputs"].items():
+            cells = [
+                _show(figures, "top1_agreement", ".1%"),
+                _show(figures, "kl", ".4f"),
+                _show(figures, "cosine", ".4f"),
+                _show(figures, "relative_error", ".2e"),
+            ]
+            rows.append([name, output, *cells, str(document["samples"])])
+    return rows
+
+
+def _show(figures: dict[str, Any], key: str, spec: str) -> str:
+    return format(figures[key], spec) if figures.get(key) is not None else "–"
+
+
+def _drift(sources: Sources) -> str:
+    """How far every block's branches are from the dense ones."""
+    if not sources.of("compare"):
+        return ""
+    blocks = sources.of("compare")[0]["blocks"]
+    lines = [
+        Line(heading, [(b["index"], b[part]["relative_error"]) for b in blocks if part in b])
+        for part, heading in (("attention", "attention"), ("ffn", "feed-forward network"))
+    ]
+    return lines_chart(lines, x="block", y="relative error of the branch")
+
+
+def _sensitivity(sources: Sources) -> list[dict[str, str]]:
+    """A chart a part: damage over the ratio removed, a line a block."""
+    charts = []
+    for document in sources.of("sensitivity"):
+        metric = document["metric"]
+        trials = [t for t in document["trials"] if metric in t["damage"]]
+        for part in dict.fromkeys(t["part"] for t in trials):
+            own = [t for t in trials if t["part"] == part]
+            lines = [
+                Line(f"block {index}", [(t["ratio"], t["damage"][metric]) for t in own if t["block"] == index])
+                for index in sorted({t["block"] for t in own})
+            ]
+            svg = lines_chart(lines, x=f"removed of the {_PARTS.get(part, part)}", y=metric)
+            charts.append({"heading": _PARTS.get(part, part), "svg": svg})
+    return charts
+
+
+def _latency(sources: Sources) -> list[dict[str, Any]]:
+    """A table a benchmark; `share` is the bar's length, of the slowest at the same batch."""
+    tables = []
+    for document in sources.of("bench"):
+        where = document.get("provider") or document.get("version") or ""
+        threads = f", {document['threads']} thread(s)" if document.get("threads") else ""
+        rows = []
+        for result in document["results"]:
+            slowest = max(r["median_ms"] for r in document["results"] if r["batch"] == result["batch"])
+            low, high = result["speedup_quartiles"]
+            rows.append(
+                {
+                    "model": Path(result["model"]).name,
+                    "batch": result["batch"],
+                    "median": f"{result['median_ms']:.3f}",
+                    "spread": f"{result['spread']:.1%}",
+                    "rate": f"{result['images_per_second']:.0f}",
+                    "speedup": f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})",
+                    "share": round(100 * result["median_ms"] / slowest, 1),
+                }
+            )
+        tables.append({"heading": f"{document['runtime']} {where}{threads}".strip(), "rows": rows})
+    return tables
+
+
+def _engine_rows(sources: Sources) -> list[list[str]]:
+    rows = []
+    for record in sources.of("build"):
+        capabilities = ", ".join(f"SM{c}" for c in record.get("compute_capabilities") or ())
+        kind = {"onnx": "16-bit ONNX", "onnxruntime": "ONNX Runtime"}.get(record["backend"])
+        rows.append(
+            [
+                record["engine"],
+                kind or f"{record['backend']} {record['backend_version']}",
+                record["precision"],
+                f"{_count(record['engine_bytes'])}B",
+                capabilities or "–",
+                f"{record['build_seconds']:.1f} s",
+            ]
+        )
+    for found in sources.of("check"):
+        worst = max(o["relative"] for o in found["outputs"].values())
+        verdict = "agrees" if found["passed"] else "DIFFERS"
+        name = Path(str(found.get("engine", "engine"))).name
+        rows.append([name, f"{verdict} with ONNX Runtime", f"{worst:.1e} of {found['tolerance']:g}", "", "", ""])
+    return rows
+
+
+def _steps(sources: Sources) -> list[list[str]]:
+    if sources.deploy is None:
+        return []
+    return [
+        [name, entry["status"], f"{entry['seconds']:.1f} s" if "seconds" in entry else "", headline(name, entry)]
+        for name, entry in sources.deploy["steps"].items()
+    ]
+
+
+def _facts(sources: Sources) -> list[tuple[str, str]]:
+    """What one needs to do the run again."""
+    run = sources.run
+    statistics = run.get("statistics") or {}
+    return [
+        ("dense model", f"{run['dense']['file']}, SHA-256 {run['dense']['sha256']}"),
+        ("pruned model", f"{run['pruned']['file']}, SHA-256 {run['pruned']['sha256']}"),
+        ("counted at", _joined(f"{name} {'x'.join(map(str, shape))}" for name, shape in run.get("inputs", {}).items())),
+        ("statistics", str(statistics.get("source", "–"))),
+        ("settings", _settings(run.get("options", {}).get("ratios", {}))),
+        ("versions", _joined(f"{name} {value}" for name, value in run.get("versions", {}).items())),
+        ("made from", _joined([sources.path.name, *sources.names])),
+    ]
+
+
+def _joined(parts: Any) -> str:
+    return ", ".join(parts) or "–"
+
+
+def _settings(ratios: dict[str, Any]) -> str:
+    parts = []
+    for section in ("attention", "ffn", "compensation", "align"):
+        inside: Any = ratios.get(section)
+        if isinstance(inside, dict):
+            parts.append(f"{section}: " + ", ".join(f"{key} {_short(value)}" for key, value in inside.items()))
+    return "; ".join(parts) or "–"
+
+
+def _short(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
