@@ -28,6 +28,8 @@ ffn:
   fc2: [0, 0.2, 0.3]
   score: variance
   mode: runtime
+  residual: kept
+  tokens: 0.1
 blocks:
   0: {attention: {qk: 0, vo: 0}}
   "*/layer.3/*": {ffn: {fc2: 0}}

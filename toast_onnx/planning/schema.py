@@ -20,6 +20,7 @@ AttentionScore = Literal["energy", "second-order", "gm", "l1", "l2"]
 Coupling = Literal["coupled", "q_only", "k_only", "proj_only", "average"]
 FfnScore = Literal["second-order", "variance", "activation", "l1", "l2"]
 Mode = Literal["static", "runtime"]
+Residual = Literal["masked", "kept"]
 
 WEIGHT_SCORES = ("gm", "l1", "l2")  # the scores that read weights alone, and the only ones that couplings apply to
 
@@ -78,6 +79,10 @@ def _tokens(value: object) -> Decimal | Literal["all"]:
     return fraction
 
 
+def _sampled(value: object) -> Decimal | Literal["auto", "all"]:
+    return "auto" if value == "auto" else _tokens(value)
+
+
 Ratio = Annotated[Decimal, PlainValidator(_one_block)]
 PerBlock = Annotated[Decimal | tuple[Decimal, ...], PlainValidator(_per_block)]
 ZERO = Decimal(0)
@@ -133,12 +138,18 @@ class Ffn(Section):
         fc2: Fraction of fc2's inputs (the hidden units) removed.
         score: How channels are ranked.
         mode: `static` shrinks the weights; `runtime` selects for each batch, as the paper does.
+        residual: Under `runtime`, what becomes of the channels that fc1 drops: `masked` zeroes them in the residual
+            stream, too, as the paper's release does; `kept` leaves the stream and the norm alone.
+        tokens: Under `runtime`, the tokens a score is taken from: `all`, a fraction, or `auto` for the paper's 2 % with
+            a class token and 20 % without.
     """
 
     fc1: PerBlock = ZERO
     fc2: PerBlock = ZERO
     score: FfnScore = "second-order"
     mode: Mode = "static"
+    residual: Residual = "masked"
+    tokens: Annotated[Decimal | Literal["auto", "all"], PlainValidator(_sampled)] = "auto"
 
 
 class AttentionOverride(Section):

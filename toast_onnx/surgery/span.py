@@ -35,7 +35,7 @@ def block_span(view: GraphView, facts: Facts, block: Block) -> Span:
         MatchError: the block reads other activations, too (a mask, a second stream), or nothing is added to its output.
     """
     layers = _layers(block)
-    end = _residual_sum(view, facts, max(layers, key=lambda each: each.node))
+    end = residual_sum(view, facts, max(layers, key=lambda each: each.node))
     first = min(node for each in layers for node in each.nodes)
     wanted = {each.node for each in layers}
     before = (name for i in range(first - 1, -1, -1) for name in view.nodes[i].output)
@@ -54,7 +54,7 @@ def _layers(block: Block) -> list[Linear]:
     return [*(b.linear for b in branches if b is not None), *layers]
 
 
-def _residual_sum(view: GraphView, facts: Facts, last: Linear) -> str:
+def residual_sum(view: GraphView, facts: Facts, last: Linear) -> str:
     """The first sum, behind a block's last layer, of something that follows from it and something that does not."""
     follows = {last.output}
     for i in range(max(last.nodes) + 1, len(view.nodes)):

@@ -175,6 +175,7 @@ def compare_with_twin(
     new: Mapping[int, BlockWeights],
     shapes: Sequence[Mapping[str, Sequence[int]]],
     seed: int = 0,
+    chosen: Sequence[str] = (),
 ) -> TwinResult:
     """Run the twin and the pruned graph on the same inputs and compare.
 
@@ -186,6 +187,7 @@ def compare_with_twin(
         new: block number -> new weights.
         shapes: input shapes to compare at.
         seed: seed of the random inputs.
+        chosen: tensors that the pruned graph makes and the twin takes as inputs: what it selects at run time.
 
     Raises:
         TwinError: a tensor differs by more than `TOLERANCE`; names the first block that does.
@@ -197,8 +199,9 @@ def compare_with_twin(
         padded = write_draft(to_float32(twin), folder, "twin.onnx")
         twin.arrays.clear()  # as large as the dense model, and not needed beside a session
         smaller = write_draft(to_float32(pruned), folder, "pruned.onnx")
-        actual = run_model(smaller, list(watched), feeds)
-        expected = run_model(padded, list(watched), feeds)
+        actual = run_model(smaller, [*watched, *chosen], feeds)
+        theirs = [each | {name: made[name] for name in chosen} for each, made in zip(feeds, actual, strict=True)]
+        expected = run_model(padded, list(watched), theirs)
     for want, got in zip(expected, actual, strict=True):
         for name in watched:
             # numpy's maximum keeps a NaN, the built-in one may drop it
