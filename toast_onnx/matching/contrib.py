@@ -33,7 +33,9 @@ def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape]
         shapes: list[Shape] = [first, statistics, statistics, first]
         return shapes[:count]
     if node.op_type == "EmbedLayerNormalization" and inputs[2] is not None:
-        return [(*first, inputs[2][-1])] + [None] * (count - 1)
+        embedded = (*first, inputs[2][-1])
+        lengths: list[Shape] = [embedded, first[:1], embedded]
+        return lengths[:count]
     if node.op_type == "FusedMatMul":
         return [_fused_matmul(node, first, inputs[1])] + [None] * (count - 1)
     if node.op_type == "Attention" and inputs[1] is not None:
@@ -42,7 +44,7 @@ def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape]
         return [(*first[:-1], int(hidden))] + [None] * (count - 1)
     if node.op_type == "MultiHeadAttention":
         value = inputs[2] if len(inputs) > 2 else None
-        hidden = first[-1]
+        hidden = first[-1] if len(first) == 3 else first[2] * first[4]  # packed: (batch, tokens, heads, 3, dim)
         if value is not None:
             hidden = value[-1] if len(value) == 3 else value[1] * value[-1]
         return [(*first[:2], hidden)] + [None] * (count - 1)

@@ -178,11 +178,10 @@ def _mha_core(view: GraphView, facts: Facts, i: int) -> Core:
     if any(name for name in node.input[6:8]):
         raise Decline("this MultiHeadAttention node carries a key/value cache")
     if len(node.input) > 3 and node.input[3]:
-        raise Decline("this MultiHeadAttention node adds its own bias to Q, K and V; optimize without bias fusion")
+        raise Decline("this MultiHeadAttention node adds a bias to Q, K and V that is not constant")
     return Core("mha", i, i, i, q=node.input[0], k=node.input[1], v=node.input[2], context=node.output[0], heads=heads)
 
 
 def _packed_core(view: GraphView, facts: Facts, i: int) -> Core:
-    raise Decline(
-        "this com.microsoft Attention node holds its weights inside; prune before ONNX Runtime's attention fusion"
-    )
+    # Those that do nothing else were spelled out before (see fused.py).
+    raise Decline("this com.microsoft Attention node carries a key/value cache, a rotary embedding or a packed mask")

@@ -9,6 +9,7 @@ from toast_onnx.errors import ModelError
 from toast_onnx.matching.blocks import Match
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.find import find_blocks
+from toast_onnx.matching.fused import SpelledOut, spell_out
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.model import Model
 
@@ -20,13 +21,15 @@ class Study:
     """Everything the other rooms need to know of a model.
 
     Attributes:
-        view: the graph.
+        view: the graph, attention nodes that hold their layers inside spelled out.
         facts: facts at probing shapes: two batch items where the batch is dynamic.
         other: facts at other sizes of every dynamic axis; differences mark what is dynamic.
         counted: facts at the shapes that MACs are counted for: one batch item unless given otherwise.
         counted_shapes: those shapes.
         dynamic_batch: whether the first axis of the inputs is dynamic.
         match: the blocks.
+        source: the model as it came.
+        spelled_out: the nodes that are spelled out in `view`.
     """
 
     view: GraphView
@@ -36,6 +39,8 @@ class Study:
     counted_shapes: Shapes
     dynamic_batch: bool
     match: Match
+    source: Model
+    spelled_out: tuple[SpelledOut, ...] = ()
 
 
 def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Study:
@@ -52,6 +57,10 @@ def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Stu
     view = GraphView(model)
     counted_shapes = input_shapes(view, given, 1)
     counted = Facts(view, counted_shapes)
+    plain, spelled = spell_out(view, counted)
+    if spelled:
+        view = GraphView(plain)
+        counted = Facts(view, counted_shapes)
     dynamic_batch = input_shapes(view, {}, 2) != input_shapes(view, {}, 3)
     if dynamic_batch:
         try:
@@ -64,7 +73,8 @@ def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Stu
     other = _other_facts(view, given, facts, dynamic_batch)
     facts.trust(other)
     other.trust(facts)
-    return Study(view, facts, other, counted, counted_shapes, dynamic_batch, find_blocks(view, facts, other))
+    match = find_blocks(view, facts, other)
+    return Study(view, facts, other, counted, counted_shapes, dynamic_batch, match, model, spelled)
 
 
 def _other_facts(view: GraphView, given: Mapping[str, Sequence[int]], facts: Facts, dynamic_batch: bool) -> Facts:

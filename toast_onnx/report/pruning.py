@@ -98,7 +98,18 @@ def _block(pruned: Pruned, dense: Study, block: Block, after: Study, smaller: Bl
         "before": _sizes(dense, block),
         "after": None if smaller is None else _sizes(after, smaller),
         "kept": _kept(weights),
+        "notes": _notes(block, weights, settings.select),
     }
+
+
+def _notes(block: Block, weights: BlockWeights | None, select: str) -> list[str]:
+    """Where a block was pruned in another form than was asked for."""
+    attention, new = block.attention, None if weights is None else weights.attention
+    if attention is None or new is None or new.q is None or not attention.regions or select == "index":
+        return []
+    why = "rotary embedding" if attention.pairs is not None else "a table along the dimensions"
+    what = "pairs of dimensions" if attention.pairs is not None else "dimensions"
+    return [f"qk: the same {what} are kept in every head, not a basis, because {why} acts on them"]
 
 
 def _sizes(found: Study, block: Block) -> dict[str, Any]:

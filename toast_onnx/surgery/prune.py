@@ -13,6 +13,7 @@ from toast_onnx.model import Model
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.surgery.choose import Widths, plan_widths, solve_block
 from toast_onnx.surgery.edit import GraphEdit
+from toast_onnx.surgery.fuse import fuse_again
 from toast_onnx.surgery.local import LocalResult
 from toast_onnx.surgery.normalize import normalize_layer_norms
 from toast_onnx.surgery.rewrite_attention import rewrite_attention
@@ -119,14 +120,14 @@ def prune(
 def _rewritten(study: Study, weights: dict[int, BlockWeights]) -> Model:
     """The model with new weights; the very same model when there are none."""
     if not weights:
-        return study.view.model
+        return study.source
     edit = GraphEdit(study.view)
     for block in study.match.blocks:
         if block.index in weights:
             _rewrite(edit, study, block, weights[block.index])
     model = edit.apply()
     settle_shapes(model, edit, study.view, study.facts, study.other)
-    return model
+    return fuse_again(model, study.spelled_out)
 
 
 def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights) -> None:
