@@ -49,7 +49,7 @@ def readout_losses(
     s = np.asarray(covariance, np.float64)[np.ix_(index, index)]
     rows = np.asarray(w, np.float64)[index]
     if compensation == "ridge":
-        factor = np.linalg.cholesky(_regular(s))
+        factor = _cholesky(s)
         each = np.square(factor.T @ rows).sum(axis=1)
     else:
         pairs = s * (rows @ rows.T)
@@ -107,7 +107,17 @@ def _refitted(s: Array, w: Array, kept: Indices) -> Array:
     return np.asarray(np.linalg.solve(_regular(s)[np.ix_(kept, kept)], s[kept] @ w))
 
 
-def _regular(s: Array) -> Array:
-    """A covariance with as much on its diagonal as makes it invertible where channels are dead or duplicated."""
-    jitter = RELATIVE_JITTER * max(float(np.trace(s)) / len(s), np.finfo(np.float64).tiny)
+def _cholesky(s: Array) -> Array:
+    """L with L L^T = S; as little as possible is added where rounding left S short of positive definite."""
+    for strength in (1e-9, 1e-7, 1e-5):
+        try:
+            return np.asarray(np.linalg.cholesky(_regular(s, strength)), np.float64)
+        except np.linalg.LinAlgError:
+            continue
+    return np.asarray(np.linalg.cholesky(_regular(s, 1e-3)), np.float64)
+
+
+def _regular(s: Array, strength: float = RELATIVE_JITTER) -> Array:
+    """A covariance with a fraction of the mean variance added, which makes dead and duplicated channels invertible."""
+    jitter = strength * max(float(np.trace(s)) / len(s), np.finfo(np.float64).tiny)
     return np.asarray(s + jitter * np.eye(len(s)))

@@ -1,0 +1,254 @@
+"""Planned ratios against uniform ones on DeiT-Tiny, and how well the plan's prediction ranks allocations.
+
+    TOAST_DATA=/data python benchmarks/plan.py
+
+The folder (`--data` or TOAST_DATA) holds weights/deit_tiny_patch16_224.safetensors, data/ilsvrc_val_300 and
+data/calibration_256. The 256 unlabelled images plan; the 300 labelled ones judge and are used for nothing else. Uniform
+ratios are not aligned, planned widths are multiples of 8; both graphs are pruned with the same selection and
+compensation. `--latency 0.7` adds a plan for a latency budget, timed on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.stats import spearmanr
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from deit import CALIBRATION, EVALUATION, export_deit
+
+from toast_onnx.matching.study import Study, study
+from toast_onnx.model import load_model, save_model
+from toast_onnx.planning.macs import graph_macs, graph_params
+from toast_onnx.planning.planned import planned_ratios
+from toast_onnx.planning.ratios import Ratios, parse_ratios
+from toast_onnx.planning.search import Found, Kept, PartChoice, search
+from toast_onnx.planning.width_costs import Part, dense_widths, width_cost
+from toast_onnx.surgery.prune import prune
+from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.costs import measure_costs, onnxruntime_runtime
+from toast_onnx_calibration.labels import open_labels
+from toast_onnx_calibration.planning import (
+    POINTS,
+    Budget,
+    counted_groups,
+    plan_counted,
+    plan_latency,
+    predicted_choices,
+    predicted_damage,
+    statistics_for,
+    time_plan,
+)
+from toast_onnx_calibration.sensitivity import Solver, identity_of, measure, resume, trial_grid
+from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
+from toast_onnx_calibration.statistics import CalibratedStatistics
+from toast_onnx_cli.console import print_table
+
+PARTS: tuple[Part, ...] = ("qk", "vo", "fc2")
+
+
+def main() -> None:
+    options = arguments()
+    with tempfile.TemporaryDirectory(prefix="toast-plan-benchmark-") as name:
+        folder = Path(name)
+        look = study(
+            load_model(export_deit(options.data / "weights" / "deit_tiny_patch16_224.safetensors", folder / "d.onnx"))
+        )
+        settings = parse_ratios({"version": 1})
+        started = time.perf_counter()
+        solver, choices = planner(look, settings, folder, options)
+        budget = 1 - options.cut * blocks_share(look)
+        plan = plan_counted(look, choices, Budget("macs", budget))
+        seconds = time.perf_counter() - started
+        judge = open_judge(look, folder, options)
+        results: dict[str, Any] = {
+            "cut": options.cut,
+            "planning_seconds": seconds,
+            "comparison": compare(look, settings, plan, solver, judge, options.cut),
+            "ranking": ranking(look, choices, solver, judge, budget, options.allocations),
+            "budgets": budgets(look, choices),
+        }
+        if options.latency:
+            results["latency"] = latency(look, choices, options)
+    if options.json:
+        print(json.dumps(results, indent=1))
+    else:
+        show(results)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("TOAST_DATA"), help="folder of weights and images")
+    parser.add_argument("--cut", type=float, default=0.35, help="share of the blocks' MACs that goes")
+    parser.add_argument("--samples", type=int, default=256, help="images to plan with")
+    parser.add_argument("--points", type=float, nargs="+", default=POINTS, help="ratios measured for each part")
+    parser.add_argument("--allocations", type=int, default=10, help="random allocations to rank")
+    parser.add_argument("--latency", type=float, help="also plan for this share of the latency")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("give --data or set TOAST_DATA")
+    options.data = Path(options.data)
+    return options
+
+
+def recipe(folder: Path, name: str, document: dict[str, Any]) -> str:
+    """Preprocessing as a file."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return str(path)
+
+
+def planner(
+    look: Study, settings: Ratios, folder: Path, options: argparse.Namespace
+) -> tuple[Solver, list[PartChoice]]:
+    """Statistics, measured points and predictions, from the unlabelled images."""
+    images, work = options.data / "data" / "calibration_256", folder / "planning"
+    work.mkdir()
+    reading = CalibrationOptions(
+        preprocess=recipe(folder, "calibration", CALIBRATION), samples=options.samples, threads=options.threads
+    )
+    calibrate(look, images, folder / "statistics.npz", statistics_for(look, settings, PARTS), reading)
+    statistics = CalibratedStatistics(look, folder / "statistics.npz")
+    trials = Trials(look, read_samples(look, images, reading, work), reading, work)
+    solver = Solver(look, settings, statistics)
+    found = resume(None, identity_of(look, trials, settings, statistics), "kl", None)
+    grid = trial_grid(look, settings, PARTS, options.points)
+
+    def note(done: int, total: int, what: str) -> None:
+        if done % 12 == 0:
+            print(f"planning: {done}/{total} {what}", file=sys.stderr)
+
+    measure(trials, solver, grid, found, progress=note)
+    return solver, predicted_choices(look, settings, statistics, found, PARTS)
+
+
+def open_judge(look: Study, folder: Path, options: argparse.Namespace) -> Trials:
+    """The labelled images, for judging only."""
+    images, work = options.data / "data" / "ilsvrc_val_300", folder / "judging"
+    work.mkdir()
+    reading = CalibrationOptions(preprocess=recipe(folder, "evaluation", EVALUATION), threads=options.threads)
+    labels = open_labels(images / "labels.csv", images)
+    return Trials(look, read_samples(look, images, reading, work), reading, work, labels=labels)
+
+
+def blocks_share(look: Study) -> float:
+    """The blocks' part of the model's MACs."""
+    blocks = sum(width_cost(look.view, look.counted, b, "macs").at(dense_widths(b)) for b in look.match.blocks)
+    return blocks / graph_macs(look.view, look.counted)
+
+
+def compare(
+    look: Study, settings: Ratios, plan: Found, solver: Solver, judge: Trials, cut: float
+) -> list[dict[str, Any]]:
+    """Uniform and planned ratios, both pruned and proven by the library, on images not used for planning."""
+    uniform = parse_ratios({"version": 1, "attention": {"qk": cut, "vo": cut}, "ffn": {"fc2": cut}, "align": 1})
+    planned = planned_ratios(settings, plan.kept, [dense_widths(b) for b in look.match.blocks])
+    rows = [{"ratios": "dense", "macs": graph_macs(look.view, look.counted), "top1": judge.dense_top1(), "kl": 0.0}]
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "pruned.onnx"
+        for title, ratios in (("uniform", uniform), ("planned", planned)):
+            pruned = prune(look, ratios, solver.statistics)
+            save_model(pruned.model, path)
+            small = study(load_model(path))
+            rows.append({"ratios": title, "macs": graph_macs(small.view, small.counted)} | judge.damage(pruned.weights))
+            print(f"{title}: {rows[-1]}", file=sys.stderr)
+    return rows
+
+
+def ranking(
+    look: Study, choices: list[PartChoice], solver: Solver, judge: Trials, budget: float, count: int
+) -> dict[str, Any]:
+    """Random allocations of equal MACs: what was predicted for them, what was measured, and the rank correlation."""
+    rows = []
+    for seed in range(count):
+        kept = random_allocation(look, choices, budget, seed)
+        damage = judge.damage(solver.weights(kept))
+        rows.append({"predicted": predicted_damage(choices, kept), "measured": damage["kl"], "top1": damage["top1"]})
+        print(f"allocation {seed}: {rows[-1]}", file=sys.stderr)
+    correlation = spearmanr([r["predicted"] for r in rows], [r["measured"] for r in rows]).statistic
+    return {"allocations": rows, "spearman": float(correlation)}
+
+
+def random_allocation(look: Study, choices: list[PartChoice], budget: float, seed: int) -> Kept:
+    """Widths within the budget that know nothing of the model: a random price for each part's removed fraction."""
+    rng = np.random.default_rng(seed)
+    priced = []
+    for c in choices:
+        price = np.exp(rng.normal(0, 1))
+        priced.append(PartChoice(c.block, c.part, c.widths, tuple(price * (1 - k / c.dense) ** 2 for k in c.widths)))
+    groups, total = counted_groups(look, priced, "macs")
+    return search(groups, budget, total, "macs").kept
+
+
+def budgets(look: Study, choices: list[PartChoice]) -> list[dict[str, Any]]:
+    """How closely budgets are met."""
+    rows = []
+    totals = {"macs": graph_macs(look.view, look.counted), "params": graph_params(look.view)}
+    for kind, share in (("macs", 0.6), ("macs", 0.4), ("params", 0.7), ("params", 0.5)):
+        found = plan_counted(look, choices, Budget(kind, share))  # type: ignore[arg-type]
+        rows.append({"budget": kind, "asked": share, "reached": found.cost / totals[kind]})
+    return rows
+
+
+def latency(look: Study, choices: list[PartChoice], options: argparse.Namespace) -> dict[str, Any]:
+    """A plan for a latency budget, and the planned model timed again."""
+    started = time.perf_counter()
+    runtime = onnxruntime_runtime(1, options.threads)
+    table = measure_costs(look, runtime, PARTS)
+    measuring = time.perf_counter() - started
+    known = [
+        PartChoice(c.block, c.part, *zip(*pairs, strict=True))
+        for c in choices
+        if (pairs := [(k, d) for k, d in zip(c.widths, c.damages, strict=True) if k in table.widths(c.block, c.part)])
+    ]
+    found, check = plan_latency(look, known, table, Budget("latency", options.latency), runtime)
+    again = time_plan(look, found.kept, runtime)
+    return {
+        "asked": options.latency,
+        "by_table": found.cost / table.dense_milliseconds,
+        "measured": check.share if check is not None else None,
+        "corrections": check.rounds if check is not None else None,
+        "measured_again": again.share,
+        "dense_milliseconds": again.dense_milliseconds,
+        "table_seconds": measuring,
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    """Tables."""
+    rows = [
+        [r["ratios"], f"{r['macs'] / 1e9:.3f}", f"{r['top1']:.1%}", f"{r['kl']:.3f}"] for r in results["comparison"]
+    ]
+    title = f"{results['cut']:.0%} of the blocks' MACs removed; planned in {results['planning_seconds']:.0f} s"
+    print_table(("ratios", "GMACs", "top-1", "KL"), rows, title=title)
+    uniform, planned = (r["kl"] for r in results["comparison"][1:])
+    print(f"KL of planned against uniform ratios: {planned / uniform - 1:+.1%}\n")
+    ranking = results["ranking"]
+    cells = [[str(i), f"{r['predicted']:.3f}", f"{r['measured']:.3f}"] for i, r in enumerate(ranking["allocations"])]
+    title = f"random allocations of equal MACs, Spearman {ranking['spearman']:.2f}"
+    print_table(("allocation", "predicted", "measured"), cells, title=title)
+    cells = [[r["budget"], f"{r['asked']:g}", f"{r['reached']:.4f}"] for r in results["budgets"]]
+    print_table(("budget", "asked", "reached"), cells, title="budgets")
+    if "latency" in results:
+        found = results["latency"]
+        print(
+            f"latency: asked {found['asked']:g}, measured {found['measured']:.3f} after {found['corrections']} "
+            f"corrections, again {found['measured_again']:.3f} of {found['dense_milliseconds']:.1f} ms; "
+            f"table in {found['table_seconds']:.0f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

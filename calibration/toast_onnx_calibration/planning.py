@@ -1,0 +1,225 @@
+"""From measured sensitivity to widths within a budget: multiply-accumulates, parameters, or latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.importance.statistics import Statistics
+from toast_onnx.matching.study import Study
+from toast_onnx.model import save_model
+from toast_onnx.planning.cost_table import CostTable
+from toast_onnx.planning.macs import graph_macs, graph_params
+from toast_onnx.planning.prediction import damage_curve
+from toast_onnx.planning.ratios import Ratios, resolve
+from toast_onnx.planning.search import Found, Group, Kept, PartChoice, aligned_widths, group_choices, search
+from toast_onnx.planning.width_costs import PARTS, Part, Resource, dense_widths, prunable_widths, width_cost
+from toast_onnx.surgery.losses import loss_curves
+from toast_onnx_calibration.costs import Runtime, variant
+from toast_onnx_calibration.needs import Wanted, everything
+from toast_onnx_calibration.sensitivity import Sensitivity
+
+BudgetKind = Literal["macs", "params", "latency"]
+#: Fractions removed at which every part of every block is measured.
+POINTS = (0.25, 0.6)
+#: A latency that was measured this close to the budget is met.
+TOLERANCE = 0.03
+#: Rounds of measuring a planned model and correcting the budget for what the table did not see.
+ROUNDS = 5
+
+_STATISTICS: dict[Part, str] = {"qk": "qk", "vo": "context", "fc1": "inputs", "fc2": "hidden"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be left.
+
+    Attributes:
+        kind: macs, params or latency.
+        share: of the whole dense model, above 0 and below 1.
+    """
+
+    kind: BudgetKind
+    share: float
+
+
+@dataclass(frozen=True)
+class LatencyCheck:
+    """A planned model timed in turns with the dense one.
+
+    Attributes:
+        share: planned over dense latency.
+        dense_milliseconds: latency of the dense model in the same rounds.
+        rounds: how often the plan was corrected before.
+    """
+
+    share: float
+    dense_milliseconds: float
+    rounds: int
+
+
+def statistics_for(study: Study, settings: Ratios, parts: Sequence[Part]) -> Wanted:
+    """The statistics that solving and predicting need for some parts of all blocks."""
+    names = {_STATISTICS[part] for part in parts}
+    scores = {settings.ffn.score, *(o.ffn.score for o in settings.blocks)}
+    names |= {part for part in parts if part in ("fc1", "fc2") and "activation" in scores}
+    return everything(study, names)
+
+
+def check_settings(settings: Ratios) -> None:
+    """Refuse settings that a plan cannot speak of.
+
+    Raises:
+        ConfigError: channels chosen at run time, sequential statistics, or the paper's rounding.
+    """
+    if settings.ffn.mode == "runtime" or any(o.ffn.mode == "runtime" for o in settings.blocks):
+        raise ConfigError("ffn.mode: runtime leaves the graph's widths as they are; plan with mode: static")
+    if settings.compensation.statistics == "sequential":
+        raise ConfigError("compensation.statistics: sequential is not in this release; use one-shot")
+    if settings.rounding == "paper":
+        raise ConfigError("rounding: paper belongs to the published schedules; leave it out to plan aligned widths")
+
+
+def predicted_choices(
+    study: Study,
+    settings: Ratios,
+    statistics: Statistics,
+    found: Sensitivity,
+    parts: Sequence[Part] = ("qk", "vo", "fc2"),
+    table: CostTable | None = None,
+) -> list[PartChoice]:
+    """What each part may keep, with the damage predicted from its losses and measured points.
+
+    Args:
+        study: the dense model.
+        settings: selection, compensation and alignment.
+        statistics: of the dense model.
+        found: measured points; a part without any stays dense.
+        parts: what may shrink.
+        table: only widths it knows are offered; None offers all aligned ones.
+    """
+    blocks = study.match.blocks
+    resolved = resolve(settings, [b.name for b in blocks], [b.node_names for b in blocks])
+    choices = []
+    for block, setting in zip(blocks, resolved, strict=True):
+        widths = prunable_widths(block)
+        measured = {p: found.measured(block.index, p) for p in PARTS if p in parts and p in widths}
+        present: list[Part] = [part for part, points in measured.items() if points]
+        curves = loss_curves(study, block, present, setting, settings.compensation.kind, statistics)
+        for part in present:
+            align = settings.align.head_dim if part in ("qk", "vo") else settings.align.width
+            offered = aligned_widths(widths[part], align)
+            if table is not None:
+                offered = tuple(k for k in offered if k in table.widths(block.index, part))
+            if len(offered) > 1:
+                damage = damage_curve(curves[part], measured[part])
+                choices.append(PartChoice(block.index, part, offered, tuple(float(damage[k]) for k in offered)))
+    return choices
+
+
+def predicted_damage(choices: Sequence[PartChoice], kept: Kept) -> float:
+    """Sum of the predicted damages of all parts at some kept counts, interpolated between widths on offer."""
+    return float(sum(np.interp(kept.get(c.block, {}).get(c.part, c.dense), c.widths, c.damages) for c in choices))
+
+
+def counted_groups(study: Study, choices: Sequence[PartChoice], resource: Resource) -> tuple[list[Group], float]:
+    """Groups for a budget of multiply-accumulates or parameters, and the dense model's total."""
+    blocks = study.match.blocks
+    costs = {b.index: width_cost(study.view, study.counted, b, resource) for b in blocks}
+    dense = {b.index: dense_widths(b) for b in blocks}
+    total = graph_macs(study.view, study.counted) if resource == "macs" else graph_params(study.view)
+    return group_choices(choices, costs, dense), float(total)
+
+
+def latency_groups(choices: Sequence[PartChoice], table: CostTable) -> tuple[list[Group], float]:
+    """Groups for a budget of milliseconds (what an option saves is a negative cost), and the dense model's total."""
+    groups = []
+    for c in choices:
+        costs = [-table.saved(c.block, c.part, kept) for kept in c.widths]
+        widths = np.array(c.widths, np.int64)[:, None]
+        groups.append(Group(c.block, (c.part,), widths, np.array(costs), np.array(c.damages)))
+    return groups, table.dense_milliseconds
+
+
+def plan_counted(study: Study, choices: Sequence[PartChoice], budget: Budget) -> Found:
+    """Kept counts within a budget of multiply-accumulates or parameters.
+
+    Raises:
+        ConfigError: the budget cannot be reached.
+    """
+    assert budget.kind != "latency"
+    groups, total = counted_groups(study, choices, budget.kind)
+    return search(groups, budget.share, total, budget.kind)
+
+
+def plan_latency(
+    study: Study, choices: Sequence[PartChoice], table: CostTable, budget: Budget, runtime: Runtime | None
+) -> tuple[Found, LatencyCheck | None]:
+    """Kept counts within a budget of latency; where it can be measured here, corrected until the model meets it.
+
+    A table adds up parts that were measured one at a time. What it gets wrong is measured on the planned model itself,
+    and the next plan aims that much lower or higher.
+
+    Args:
+        study: the dense model.
+        choices: what the parts may keep.
+        table: measured costs.
+        budget: the latency that may be left.
+        runtime: what the table was measured with; None where that is on another machine.
+
+    Raises:
+        ConfigError: the budget cannot be reached.
+    """
+    groups, total = latency_groups(choices, table)
+    found = search(groups, budget.share, total, "latency")
+    if runtime is None:
+        return found, None
+    best: tuple[float, Found, LatencyCheck] | None = None
+    aim = budget.share
+    for number in range(ROUNDS):
+        check = time_plan(study, found.kept, runtime, number)
+        miss = abs(check.share / budget.share - 1)
+        if best is None or miss < best[0]:
+            best = (miss, found, check)
+        if miss <= TOLERANCE:
+            break
+        # The saving, not the latency, is what the table scales: aim so that the observed saving comes out right.
+        gained = max(1 - check.share, 1e-3) / max(1 - aim, 1e-3)
+        aim = 1 - (1 - budget.share) / gained
+        try:
+            found = search(groups, aim, total, "latency")
+        except ConfigError:
+            break
+    assert best is not None
+    return best[1], best[2]
+
+
+def time_plan(study: Study, kept: Kept, runtime: Runtime, rounds: int = 0) -> LatencyCheck:
+    """Latency of the model at some kept counts as a share of the dense model's, measured now."""
+    with TemporaryDirectory(prefix="toast-plan-") as name:
+        path = Path(name) / "planned.onnx"
+        save_model(variant(study, kept), path, check=False)
+        dense, planned = runtime.timer([study.view.model.path, path])
+    return LatencyCheck(planned / dense, dense, rounds)
+
+
+def shares(study: Study, kept: Kept) -> dict[str, float]:
+    """Multiply-accumulates and parameters at some kept counts, as shares of the dense model's."""
+    found: dict[str, float] = {}
+    resource: Resource
+    for resource, total in (
+        ("macs", graph_macs(study.view, study.counted)),
+        ("params", graph_params(study.view)),
+    ):
+        removed = 0.0
+        for block in study.match.blocks:
+            cost, dense = width_cost(study.view, study.counted, block, resource), dense_widths(block)
+            removed += cost.at(dense) - cost.at({**dense, **kept.get(block.index, {})})
+        found[resource] = 1 - removed / total
+    return found

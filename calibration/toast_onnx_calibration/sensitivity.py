@@ -1,0 +1,263 @@
+"""What breaks first: damage at the output when one part of one block is pruned, for every block, part and ratio.
+
+Results go to a file after every trial. A run that finds its own unfinished file goes on where that one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from toast_onnx.errors import ConfigError, DataError
+from toast_onnx.importance.statistics import Statistics
+from toast_onnx.matching.study import Study
+from toast_onnx.model import file_hash, write_bytes
+from toast_onnx.planning.planned import selection_only
+from toast_onnx.planning.ratios import Ratios, resolve
+from toast_onnx.planning.search import Kept
+from toast_onnx.planning.width_costs import Part, prunable_widths
+from toast_onnx.planning.widths import kept_width
+from toast_onnx.surgery.choose import Widths, solve_block
+from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx_calibration.sensitivity_stream import Trials
+from toast_onnx_calibration.statistics import CalibratedStatistics
+
+FORMAT = "toast-onnx/sensitivity/1"
+#: What a trial may prune: one part, or both sides of the feed-forward network.
+TRIAL_PARTS: dict[str, tuple[Part, ...]] = {
+    "qk": ("qk",),
+    "vo": ("vo",),
+    "fc1": ("fc1",),
+    "fc2": ("fc2",),
+    "fc1+fc2": ("fc1", "fc2"),
+}
+Progress = Callable[[int, int, str], None]
+"""Called with the trials done, their number, and what was done last."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One part of one block pruned, all else dense.
+
+    Attributes:
+        block: number of the block.
+        part: a key of `TRIAL_PARTS`.
+        ratio: fraction removed that was asked for.
+        kept: part -> kept count.
+        damage: measure -> value, as `Trials.damage` gives them; empty before it is measured.
+    """
+
+    block: int
+    part: str
+    ratio: float
+    kept: dict[str, int]
+    damage: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[int, str, tuple[tuple[str, int], ...]]:
+        """What makes two trials the same: two ratios may keep the same counts."""
+        return self.block, self.part, tuple(sorted(self.kept.items()))
+
+
+@dataclass
+class Sensitivity:
+    """Trials measured on one model, one set of samples and one way of pruning.
+
+    Attributes:
+        identity: model, data, statistics, settings and output; results of different ones do not mix.
+        metric: the measure that adds up over blocks, `kl` or `relative_error` (squared, it adds up).
+        dense_top1: top-1 of the dense model, None without labels.
+        trials: what was measured.
+    """
+
+    identity: dict[str, Any]
+    metric: str
+    dense_top1: float | None = None
+    trials: list[Trial] = field(default_factory=list)
+
+    def to_document(self) -> dict[str, Any]:
+        """Plain data, as the file holds it."""
+        return {
+            "format": FORMAT,
+            **self.identity,
+            "metric": self.metric,
+            "dense_top1": self.dense_top1,
+            "trials": [asdict(t) for t in sorted(self.trials, key=_order)],
+        }
+
+    def measured(self, block: int, part: Part) -> dict[int, float]:
+        """Kept count -> damage that adds up, of the trials of one part."""
+        power = 1 if self.metric == "kl" else 2
+        return {
+            t.kept[part]: t.damage[self.metric] ** power for t in self.trials if t.block == block and t.part == part
+        }
+
+
+def trial_grid(
+    study: Study, settings: Ratios, parts: Sequence[str], ratios: Sequence[float], blocks: Iterable[int] | None = None
+) -> list[Trial]:
+    """The trials of a study, block by block; ratios that keep everything or repeat a count are left out.
+
+    Args:
+        study: the model.
+        settings: alignment and rounding.
+        parts: keys of `TRIAL_PARTS`.
+        ratios: fractions removed.
+        blocks: numbers of blocks; None takes all.
+    """
+    wanted = None if blocks is None else set(blocks)
+    found: dict[Any, Trial] = {}
+    for block in study.match.blocks:
+        if wanted is not None and block.index not in wanted:
+            continue
+        widths = prunable_widths(block)
+        for part in parts:
+            if not all(p in widths for p in TRIAL_PARTS[part]):
+                continue
+            for ratio in sorted(ratios):
+                kept = {p: _kept(p, widths[p], ratio, settings) for p in TRIAL_PARTS[part]}
+                if any(kept[p] < widths[p] for p in kept):
+                    trial = Trial(block.index, part, ratio, {str(p): count for p, count in kept.items()})
+                    found.setdefault(trial.key, trial)
+    return list(found.values())
+
+
+def _kept(part: Part, width: int, ratio: float, settings: Ratios) -> int:
+    heads = part in ("qk", "vo")
+    align = settings.align.head_dim if heads else settings.align.width
+    kind, exact = ("head_dim" if heads else "width"), Decimal(repr(ratio))
+    return kept_width(kind, width, exact, align=align, rounding=settings.rounding)  # type: ignore[arg-type]
+
+
+class Solver:
+    """New weights for kept counts, with one selection and compensation."""
+
+    def __init__(self, study: Study, settings: Ratios, statistics: Statistics) -> None:
+        blocks = study.match.blocks
+        self.study, self.ratios, self.statistics = study, settings, statistics
+        self.settings = resolve(settings, [b.name for b in blocks], [b.node_names for b in blocks])
+
+    def weights(self, kept: Kept) -> dict[int, BlockWeights]:
+        """Block number -> new weights, for the blocks that change."""
+        found = {}
+        for index, widths in sorted(kept.items()):
+            block = self.study.match.blocks[index]
+            dense = prunable_widths(block)
+            smaller = {part: count for part, count in widths.items() if count < dense[part]}
+            new = solve_block(self.study, block, Widths(**smaller), self.settings[index], self.ratios, self.statistics)
+            if new is not None:
+                found[index] = new
+        return found
+
+
+def identity_of(study: Study, trials: Trials, settings: Ratios, statistics: CalibratedStatistics) -> dict[str, Any]:
+    """What results belong to."""
+    path = study.view.model.path
+    measured = {k: v for k, v in statistics.to_document().items() if k not in ("source", "data", "notes")}
+    document = selection_only(settings).to_document()
+    return {
+        "model": {"file": path.name, "sha256": file_hash(path)},
+        "data": {
+            "source": trials.samples.description,
+            "fingerprint": trials.samples.fingerprint,
+            "preprocessing": trials.samples.preprocessing,
+            "samples": len(trials.samples.rows),
+        },
+        "statistics": measured,
+        "settings": {key: document[key] for key in ("attention", "ffn", "align", "compensation")}
+        | ({"blocks": document["blocks"]} if document.get("blocks") else {}),
+        "output": trials.output,
+    }
+
+
+def measure(
+    trials: Trials,
+    solver: Solver,
+    grid: Sequence[Trial],
+    found: Sensitivity,
+    path: Path | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Measure what is missing of a grid.
+
+    Args:
+        trials: where weights are run.
+        solver: makes the weights.
+        grid: what to measure.
+        found: results so far; the new ones are added.
+        path: file that is written after every trial; None writes none.
+        progress: called after every trial.
+    """
+    done = {t.key for t in found.trials}
+    missing = [t for t in sorted(grid, key=lambda t: t.block) if t.key not in done]
+    for number, trial in enumerate(missing, start=1):
+        new = solver.weights({trial.block: dict(trial.kept)})  # type: ignore[dict-item]
+        damage = trials.damage(new)
+        found.trials.append(Trial(trial.block, trial.part, trial.ratio, trial.kept, damage))
+        if path is not None:
+            write_results(found, path)
+        if progress is not None:
+            name = trials.study.match.blocks[trial.block].name
+            progress(number, len(missing), f"{name} {trial.part} {trial.ratio:g}")
+    return found
+
+
+def write_results(found: Sensitivity, path: Path) -> None:
+    """Write results whole or not at all."""
+    write_bytes(path, (json.dumps(found.to_document(), indent=1) + "\n").encode())
+
+
+def resume(path: Path | None, identity: dict[str, Any], metric: str, dense_top1: float | None) -> Sensitivity:
+    """Results of an earlier run of the same work, or none yet.
+
+    Args:
+        path: file of results; may be missing.
+        identity: of the present run.
+        metric: of the present run.
+        dense_top1: of the present run.
+
+    Raises:
+        ConfigError: the file's results are of another model, other data or other settings.
+        DataError: the file is damaged, or no results file.
+    """
+    fresh = Sensitivity(json.loads(json.dumps(identity)), metric, dense_top1)
+    if path is None or not path.exists():
+        return fresh
+    document = read_results(path)
+    for key, value in fresh.identity.items():
+        if _comparable(document.get(key)) != _comparable(value):
+            raise ConfigError(
+                f"{path}: its results were measured with another {key}; give the same again, remove the file, or name "
+                "another one with -o"
+            )
+    if document["metric"] != metric or (document["dense_top1"] is None) != (dense_top1 is None):
+        raise ConfigError(f"{path}: its results were measured with other labels; remove the file or choose another")
+    return Sensitivity(fresh.identity, metric, dense_top1, [Trial(**t) for t in document["trials"]])
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The document of a results file.
+
+    Raises:
+        DataError: it is missing, damaged, or of another format.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: cannot be read as sensitivity results ({e}); remove it and measure again") from e
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise DataError(f"{path}: is no file of sensitivity results; give one that `toast-onnx sensitivity` wrote")
+    return document
+
+
+def _order(trial: Trial) -> tuple[int, int, float]:
+    return trial.block, list(TRIAL_PARTS).index(trial.part), trial.ratio
+
+
+def _comparable(value: Any) -> Any:
+    """A part of the identity without what may differ between equal runs: names of files and folders."""
+    return {k: v for k, v in value.items() if k not in ("file", "source")} if isinstance(value, dict) else value

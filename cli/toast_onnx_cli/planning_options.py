@@ -1,0 +1,178 @@
+"""Options that `sensitivity` and `plan` share: what is measured, where, and how parts would be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.matching.study import Study
+from toast_onnx.planning.presets import read_ratios
+from toast_onnx.planning.ratios import Ratios
+from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, sample_progress
+from toast_onnx_cli.console import Advance
+from toast_onnx_cli.shapes import shape_option
+
+if TYPE_CHECKING:
+    from toast_onnx_calibration.calibrate import CalibrationOptions
+    from toast_onnx_calibration.sensitivity import Solver
+    from toast_onnx_calibration.sensitivity_stream import Trials
+    from toast_onnx_calibration.statistics import CalibratedStatistics
+
+
+def comma_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Words between commas."""
+    return tuple(word.strip() for word in (value or "").split(",") if word.strip())
+
+
+def fractions(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Fractions between 0 and 1, between commas."""
+    try:
+        found = tuple(float(word) for word in comma_list(ctx, param, value))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < f < 1 for f in found):
+        raise click.BadParameter(f"'{value}' is no list of fractions such as 0.25,0.5")
+    return found
+
+
+def counted(advance: Advance) -> Callable[[int, int, str], None]:
+    """Turns a running count (done, total, note) into steps of a progress display."""
+    seen = 0
+
+    def show(done: int, _total: int, note: str) -> None:
+        nonlocal seen
+        advance(done - seen, note)
+        seen = done
+
+    return show
+
+
+def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that adds what `prepare_settings` and `open_trials` read."""
+    options = (
+        click.option("--data", required=True, metavar="DATA", help=DATA_HELP),
+        click.option(
+            "--settings",
+            metavar="FILE",
+            help="Ratios file whose selection, scores, compensation and alignment are used; its ratios are not.",
+        ),
+        click.option("--compensation", type=click.Choice(["ridge", "bias", "none"]), help="Instead of the file's."),
+        click.option(
+            "--align-heads", type=click.IntRange(1), help="Multiple that kept head dimensions are; default 8."
+        ),
+        click.option("--align-width", type=click.IntRange(1), help="Multiple that kept FFN widths are; default 8."),
+        click.option(
+            "--statistics", type=click.Path(path_type=Path), help="What `calibrate` wrote; measured now without it."
+        ),
+        click.option("--labels", metavar="LABELS", help="CSV with columns file and label, or 'folders'; adds top-1."),
+        click.option("--output-name", metavar="NAME", help="Output to measure at; the class scores, else the first."),
+        calibration_options,
+        click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default."),
+        shape_option,
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def prepare_settings(
+    path: str | None, compensation: str | None, align_heads: int | None, align_width: int | None
+) -> Ratios:
+    """The ratios file's settings with what the command line says on top.
+
+    Raises:
+        ConfigError: the file cannot be read, or speaks of something that no plan can.
+    """
+    from toast_onnx_calibration.planning import check_settings
+
+    settings = Ratios() if path is None else read_ratios(path)
+    check_settings(settings)
+    changes: dict[str, Any] = {}
+    if align_heads is not None or align_width is not None:
+        align = settings.align
+        changes["align"] = align.model_copy(
+            update={"head_dim": align_heads or align.head_dim, "width": align_width or align.width}
+        )
+    if compensation is not None:
+        changes["compensation"] = settings.compensation.model_copy(update={"kind": compensation})
+    return settings.model_copy(update=changes)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a measuring command works with.
+
+    Attributes:
+        trials: runs new weights.
+        solver: makes them.
+        statistics: of the dense model.
+        statistics_sha256: hash of their file.
+    """
+
+    trials: Trials
+    solver: Solver
+    statistics: CalibratedStatistics
+    statistics_sha256: str
+
+
+@contextmanager
+def open_trials(
+    dense: Study,
+    settings: Ratios,
+    parts: tuple[str, ...],
+    data: str,
+    statistics: Path | None,
+    labels: str | None,
+    output: str | None,
+    options: CalibrationOptions,
+) -> Iterator[Work]:
+    """Statistics, samples and the dense model's answers, in a folder that is removed at the end.
+
+    Args:
+        dense: the model.
+        settings: how parts would be pruned.
+        parts: qk, vo, fc1, fc2.
+        data: samples.
+        statistics: file of earlier measurements; measured now where None.
+        labels: as for `labels.open_labels`; None leaves top-1 out.
+        output: name of the output to measure at.
+        options: how samples are read and run.
+
+    Raises:
+        ConfigError: nothing can be pruned.
+        DataError: data, labels or statistics cannot be read.
+    """
+    import hashlib
+
+    from toast_onnx_calibration.calibrate import calibrate
+    from toast_onnx_calibration.labels import open_labels
+    from toast_onnx_calibration.planning import statistics_for
+    from toast_onnx_calibration.sensitivity import Solver
+    from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
+    from toast_onnx_calibration.statistics import CalibratedStatistics
+
+    wanted = statistics_for(dense, settings, parts)  # type: ignore[arg-type]
+    if not wanted:
+        raise ConfigError(f"no block has a prunable part among {', '.join(parts)}; see `toast-onnx inspect`")
+    known = None if labels is None else open_labels(labels, data)
+    with TemporaryDirectory(prefix="toast-planning-") as name:
+        folder = Path(name)
+        path = statistics
+        if path is None:
+            path = folder / "statistics.npz"
+            with sample_progress("calibrating") as show:
+                calibrate(dense, data, path, wanted, options, show)
+        found = CalibratedStatistics(dense, path)
+        samples = read_samples(dense, data, options, folder)
+        for note in samples.notes:
+            click.echo(f"Note: {note}", err=True)
+        trials = Trials(dense, samples, options, folder, output, known)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        yield Work(trials, Solver(dense, settings, found), found, digest)

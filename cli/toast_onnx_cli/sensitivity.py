@@ -1,0 +1,129 @@
+"""`toast-onnx sensitivity`: how much the output suffers when one part of one block is pruned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.matching.study import study
+from toast_onnx.model import load_model
+from toast_onnx_cli.calibration_options import gather_options
+from toast_onnx_cli.console import print_json, print_table, progress
+from toast_onnx_cli.planning_options import (
+    comma_list,
+    counted,
+    fractions,
+    open_trials,
+    planning_options,
+    prepare_settings,
+)
+
+if TYPE_CHECKING:
+    from toast_onnx_calibration.sensitivity import Sensitivity
+
+DEFAULT_RATIOS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
+ALL_PARTS = "qk,vo,fc1,fc2,fc1+fc2"
+
+
+@click.command("sensitivity")
+@click.argument("model", type=click.Path(path_type=Path))
+@planning_options
+@click.option("--ratios", callback=fractions, default=DEFAULT_RATIOS, show_default=True, help="Fractions removed.")
+@click.option("--parts", callback=comma_list, default=ALL_PARTS, show_default=True, help="What to prune in turn.")
+@click.option("--blocks", callback=comma_list, help="Numbers of blocks, such as 0,5,11; all by default.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Results; default MODEL.sensitivity.json.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves of every block to this image file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def command(
+    model: Path,
+    data: str,
+    settings: str | None,
+    compensation: str | None,
+    align_heads: int | None,
+    align_width: int | None,
+    statistics: Path | None,
+    labels: str | None,
+    output_name: str | None,
+    seed: int | None,
+    shapes: dict[str, tuple[int, ...]],
+    ratios: tuple[float, ...],
+    parts: tuple[str, ...],
+    blocks: tuple[str, ...],
+    output: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Prune one part of one block of MODEL at a time and measure what it does to the output.
+
+    The damage is the KL divergence from the dense model's class probabilities, or the relative error of an output that
+    holds no class scores; no labels are needed. Results are written after every trial, and the same command goes on
+    where it was stopped.
+    """
+    from toast_onnx_calibration.sensitivity import TRIAL_PARTS, identity_of, measure, resume, trial_grid, write_results
+
+    unknown = [p for p in parts if p not in TRIAL_PARTS]
+    if unknown:
+        raise click.UsageError(f"--parts knows {', '.join(TRIAL_PARTS)}, not {unknown[0]}")
+    out = output or model.with_name(f"{model.stem}.sensitivity.json")
+    pruning = prepare_settings(settings, compensation, align_heads, align_width)
+    if plot is not None:
+        from toast_onnx.report.sensitivity import require_matplotlib
+
+        require_matplotlib()  # before the work, not after it
+    dense = study(load_model(model), shapes)
+    grid = trial_grid(dense, pruning, parts, ratios, _numbers(blocks, len(dense.match.blocks)))
+    if not grid:
+        raise ConfigError("nothing to try: no block has a prunable part that these ratios would make smaller")
+    single = tuple(dict.fromkeys(p for t in grid for p in t.kept))
+    options = gather_options(pruning, seed, given)
+    with open_trials(dense, pruning, single, data, statistics, labels, output_name, options) as work:
+        metric = "kl" if work.trials.classes else "relative_error"
+        identity = identity_of(dense, work.trials, pruning, work.statistics)
+        found = resume(out, identity, metric, work.trials.dense_top1())
+        if found.trials:
+            click.echo(f"Note: {out} holds {len(found.trials)} trials already; going on from there", err=True)
+        with progress("measuring", len(grid)) as advance:
+            measure(work.trials, work.solver, grid, found, out, counted(advance))
+    write_results(found, out)
+    if plot is not None:
+        from toast_onnx.report.sensitivity import plot_sensitivity
+
+        plot_sensitivity(found.to_document(), plot)
+    if as_json:
+        print_json(found.to_document())
+    else:
+        _print(found, out, plot)
+
+
+def _numbers(blocks: tuple[str, ...], count: int) -> list[int] | None:
+    """Block numbers.
+
+    Raises:
+        ConfigError: one does not exist.
+    """
+    wrong = [b for b in blocks if not b.isdecimal() or int(b) >= count]
+    if wrong:
+        raise ConfigError(f"--blocks names block {wrong[0]}; the model has blocks 0 to {count - 1}")
+    return [int(b) for b in blocks] or None
+
+
+def _print(found: Sensitivity, out: Path, plot: Path | None) -> None:
+    columns = sorted({t.ratio for t in found.trials})
+    rows = []
+    for block, part in dict.fromkeys((t.block, t.part) for t in sorted(found.trials, key=lambda t: t.block)):
+        cells = {t.ratio: t.damage[found.metric] for t in found.trials if (t.block, t.part) == (block, part)}
+        rows.append([str(block), part, *(f"{cells[r]:.3g}" if r in cells else "" for r in columns)])
+    what = "KL in nats" if found.metric == "kl" else "relative error"
+    samples = found.identity["data"]["samples"]
+    alignment: list[Literal["left", "right"]] = ["right", "left", *(["right"] * len(columns))]  # type: ignore[list-item]
+    print_table(
+        ["block", "part", *(f"{r:g}" for r in columns)],
+        rows,
+        title=f"{what} at the output by fraction removed, {samples} samples",
+        align=alignment,
+    )
+    click.echo(f"results: {out}" + (f"; plot: {plot}" if plot is not None else ""))
