@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 Group = Callable[[Any], Any]
 EXIT_INTERRUPTED = 130
+#: What is not said on the command line. Without labels the model is matched to its teacher as a function, on images
+#: that never repeat (Beyer et al. 2022): a few hundred are soon known by heart. docs/finetune.md has the figures.
+WITH_LABELS = {"augment": "light", "mixup": 0.0, "ema": 0.0}
+WITHOUT_LABELS = {"augment": "strong", "mixup": 1.0, "ema": 0.95}
 
 
 def _options(*options: Group) -> Group:
@@ -28,6 +32,10 @@ def _options(*options: Group) -> Group:
         return function
 
     return add
+
+
+def _two_defaults(option: str, text: str) -> str:
+    return f"{text} Default: {WITHOUT_LABELS[option]}; with labels {WITH_LABELS[option]}."
 
 
 _path = click.Path(path_type=Path)
@@ -44,7 +52,9 @@ _data_options = _options(
         show_default=True,
         help="Fraction of the samples that is only evaluated on.",
     ),
-    click.option("--augment", type=click.Choice(["none", "light", "strong"]), default="light", show_default=True),
+    click.option(
+        "--augment", type=click.Choice(["none", "light", "strong"]), help=_two_defaults("augment", "Random changes.")
+    ),
     click.option("--mirror/--no-mirror", default=None, help="Mirror images; off for text and digits."),
 )
 _output_options = _options(
@@ -63,8 +73,20 @@ _loss_options = _options(
         show_default=True,
         help="Loss on outputs: KL for class scores, relative squared error otherwise.",
     ),
-    click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True),
-    click.option("--output-weight", type=click.FloatRange(0), default=1.0, show_default=True),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(0, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Of the KL divergence.",
+    ),
+    click.option(
+        "--output-weight",
+        type=click.FloatRange(0),
+        default=1.0,
+        show_default=True,
+        help="Of the distance of the outputs.",
+    ),
     click.option("--stream-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="At block ends."),
     click.option(
         "--class-weight",
@@ -74,8 +96,10 @@ _loss_options = _options(
         help="Of the class token in the stream, where outputs read nothing else.",
     ),
     click.option("--local", is_flag=True, help="Each block learns on its own: no gradient crosses a block end."),
-    click.option("--label-weight", type=click.FloatRange(0), default=1.0, show_default=True),
-    click.option("--mixup", type=click.FloatRange(0), default=0.0, show_default=True, help="Blend pairs: Beta(a, a)."),
+    click.option(
+        "--label-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="Of the cross-entropy."
+    ),
+    click.option("--mixup", type=click.FloatRange(0), help=_two_defaults("mixup", "Blend pairs: Beta(a, a).")),
     click.option("--smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Of labels."),
 )
 _training_options = _options(
@@ -83,21 +107,43 @@ _training_options = _options(
     click.option("--steps", type=click.IntRange(1), help="Optimizer steps, instead of --epochs."),
     click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Samples a process and step."),
     click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches a step."),
-    click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-4, show_default=True),
-    click.option("--weight-decay", type=click.FloatRange(0), default=0.01, show_default=True),
-    click.option("--warmup", type=click.FloatRange(0, 1, max_open=True), default=0.1, show_default=True),
+    click.option(
+        "--lr",
+        type=click.FloatRange(0, min_open=True),
+        default=1e-4,
+        show_default=True,
+        help="Peak learning rate of AdamW.",
+    ),
+    click.option("--weight-decay", type=click.FloatRange(0), default=0.01, show_default=True, help="Of matrices."),
+    click.option(
+        "--warmup",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.1,
+        show_default=True,
+        help="Fraction of the steps.",
+    ),
     click.option("--clip", type=click.FloatRange(0), default=1.0, show_default=True, help="Gradient norm; 0: off."),
-    click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Decay of averaged weights."),
+    click.option(
+        "--ema", type=click.FloatRange(0, 1, max_open=True), help=_two_defaults("ema", "Decay of averaged weights.")
+    ),
     click.option("--freeze", multiple=True, metavar="PATTERN", help="Weights that stay, as in 'patch_embed.*'."),
     click.option("--recompute", is_flag=True, help="Gradient checkpointing: less memory, more time."),
     click.option("--evaluate-every", type=click.IntRange(1), help="Steps; a twentieth of all by default."),
     click.option(
         "--patience", type=click.IntRange(0), default=5, show_default=True, help="Evaluations; 0: never stop."
     ),
-    click.option("--amp", type=click.Choice(["auto", "off", "bf16", "fp16"]), default="auto", show_default=True),
+    click.option(
+        "--amp",
+        type=click.Choice(["auto", "off", "bf16", "fp16"]),
+        default="auto",
+        show_default=True,
+        help="Mixed precision; auto: bf16 on a GPU that has it.",
+    ),
     click.option("--device", metavar="cpu|cuda|cuda:N", help="A GPU where there is one, by default."),
     click.option("--threads", type=click.IntRange(1), help="CPU threads of PyTorch."),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of order, augmentation and blending."
+    ),
 )
 
 
@@ -124,6 +170,8 @@ def command(
     """
     if given["epochs"] is not None and given["steps"] is not None:
         raise click.UsageError("--epochs and --steps exclude each other")
+    for option, value in (WITH_LABELS if given["labels"] else WITHOUT_LABELS).items():
+        given[option] = value if given[option] is None else given[option]
     from toast_onnx.finetune.require import require_torch
 
     torch = require_torch()
