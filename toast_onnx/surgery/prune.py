@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.importance.statistics import Statistics
@@ -18,6 +19,9 @@ from toast_onnx.surgery.local import LocalResult
 from toast_onnx.surgery.normalize import normalize_layer_norms
 from toast_onnx.surgery.rewrite_attention import rewrite_attention
 from toast_onnx.surgery.rewrite_ffn import rewrite_ffn
+from toast_onnx.surgery.runtime_plan import Selection, plan_selections, static_widths
+from toast_onnx.surgery.runtime_rewrite import Chosen, select_at_run_time
+from toast_onnx.surgery.runtime_twin import check_scores, masked_twin
 from toast_onnx.surgery.shapes import settle_shapes
 from toast_onnx.surgery.twin import TwinResult, compare_with_twin, padded_twin
 from toast_onnx.surgery.weights import BlockWeights
@@ -26,6 +30,20 @@ from toast_onnx.surgery.weights import BlockWeights
 Progress = Callable[[str], None]
 #: Corrects closed-form weights, by block number, on samples; made by `toast_onnx_calibration.local`.
 Refine = Callable[[Mapping[int, BlockWeights]], tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]]
+
+
+@runtime_checkable
+class Sequential(Protocol):
+    """Statistics for `compensation: {statistics: sequential}`, made by `toast_onnx_calibration.sequential`."""
+
+    @property
+    def source(self) -> str:
+        """Where the statistics come from, for the report."""
+        ...
+
+    def behind(self, block: int, weights: Mapping[int, BlockWeights]) -> Statistics:
+        """Statistics of a block, measured with the new weights of the blocks before it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,7 @@ class Pruned:
         twin: outcome of the proof, None when it was not asked for.
         statistics: where the statistics came from.
         local: what correction on samples did to each block, empty where there was none.
+        selections: what the graph selects while it runs, empty where every network is static.
         normalized: number of spelled-out norms that became LayerNormalization operators.
     """
 
@@ -50,13 +69,14 @@ class Pruned:
     twin: TwinResult | None
     statistics: str
     local: tuple[LocalResult, ...] = ()
+    selections: tuple[Selection, ...] = ()
     normalized: int = 0
 
 
 def prune(
     study: Study,
     ratios: Ratios,
-    statistics: Statistics,
+    statistics: Statistics | Sequential,
     *,
     check: bool = True,
     skip_unprunable: bool = False,
@@ -70,11 +90,11 @@ def prune(
     Args:
         study: the model and its blocks.
         ratios: what to remove and how.
-        statistics: activation statistics for the solvers.
+        statistics: activation statistics for the solvers; `Sequential` where the ratios ask for that.
         check: prove the result with the padded twin.
         skip_unprunable: leave parts alone that a ratio asks for but that cannot be pruned.
         normalize: write spelled-out norms as LayerNormalization operators (opset 17 and newer).
-        seed: seed of the twin's inputs.
+        seed: seed of the twin's inputs, and of the tokens that selection at run time samples.
         progress: called after every block and after the proof.
         refine: corrects the weights on samples; called for `compensation: local`, which needs it, and `ridge`.
 
@@ -90,31 +110,44 @@ def prune(
             f"{study.view.model.path}: no transformer block was found; see `toast-onnx inspect` for the reasons"
         )
     settings = resolve(ratios, [b.name for b in blocks], [b.node_names for b in blocks])
-    if any(s.mode == "runtime" and (s.fc1 or s.fc2) for s in settings):
-        raise ConfigError(
-            "ffn mode 'runtime' (channels chosen while the model runs) is not in this release; use static"
-        )
     local = ratios.compensation.kind == "local"
     if local and refine is None:
         raise ConfigError(
             "compensation: local trains blocks on calibration samples: give them with --data, or choose kind: ridge"
         )
+    if ratios.compensation.statistics == "sequential" and not isinstance(statistics, Sequential):
+        raise ConfigError(
+            "compensation.statistics: sequential measures every block behind the pruned ones: give samples with "
+            "--data, or use one-shot"
+        )
     widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
+    selections = plan_selections(study, settings, widths, ratios, seed)
+    if local and selections:
+        raise ConfigError(
+            "compensation: local trains weights, which mode: runtime chooses anew for every batch; use ridge"
+        )
     weights: dict[int, BlockWeights] = {}
-    for block, width, setting in zip(blocks, widths, settings, strict=True):
-        new = solve_block(study, block, width, setting, ratios, statistics)
+    for block, whole, setting in zip(blocks, widths, settings, strict=True):
+        width = static_widths(whole, setting)
+        if width == Widths():
+            progress(block.name)
+            continue
+        found = statistics.behind(block.index, weights) if isinstance(statistics, Sequential) else statistics
+        new = solve_block(study, block, width, setting, ratios, found)
         if new is not None:
             weights[block.index] = new
         progress(block.name)
     trained: tuple[LocalResult, ...] = ()
-    if refine is not None and weights and ratios.compensation.kind in ("local", "ridge"):
+    # Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.
+    if refine is not None and weights and not selections and ratios.compensation.kind in ("local", "ridge"):
         weights, trained = refine(weights)
-    model, normalized = _rewritten(study, weights), 0
+    model, chosen = select_at_run_time(study, _rewritten(study, weights), selections)
+    normalized = 0
     if normalize:
         model, normalized = normalize_layer_norms(model, study.counted_shapes)
-    twin = _prove(study, model, weights, seed) if check else None
+    twin = _prove(study, model, weights, chosen, seed) if check else None
     progress("twin" if check else "no twin")
-    return Pruned(model, weights, widths, settings, twin, statistics.source, trained, normalized)
+    return Pruned(model, weights, widths, settings, twin, statistics.source, trained, selections, normalized)
 
 
 def _rewritten(study: Study, weights: dict[int, BlockWeights]) -> Model:
@@ -138,9 +171,17 @@ def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights) -> 
         rewrite_ffn(edit, study.view, study.facts, study.other, block.ffn, new.ffn, f"{block.name}/ffn")
 
 
-def _prove(study: Study, model: Model, weights: dict[int, BlockWeights], seed: int) -> TwinResult:
+def _prove(
+    study: Study, model: Model, weights: dict[int, BlockWeights], chosen: tuple[Chosen, ...], seed: int
+) -> TwinResult:
+    shapes = twin_shapes(study)
     twin = padded_twin(study.view, study.facts, study.match.blocks, weights)
-    return compare_with_twin(study.view, twin, model, study.match.blocks, weights, twin_shapes(study), seed)
+    if chosen:
+        check_scores(model, chosen, shapes, seed)
+        twin = masked_twin(study, twin, chosen)
+    changed = {c.selection.block: BlockWeights() for c in chosen} | weights
+    kept = [c.kept for c in chosen]
+    return compare_with_twin(study.view, twin, model, study.match.blocks, changed, shapes, seed, kept)
 
 
 def twin_shapes(study: Study) -> list[Shapes]:
