@@ -16,6 +16,7 @@ import pytest
 import yaml
 from _pytest.mark import ParameterSet
 
+from toast_onnx.deploy import load_deployment, plan_steps
 from toast_onnx.planning.ratios import load_ratios, resolve
 from toast_onnx_calibration.recipes import parse_recipe
 from toast_onnx_cli.main import SUBCOMMANDS, main
@@ -25,7 +26,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 EXAMPLE_FILES = sorted(p for p in (ROOT / "examples").iterdir() if p.is_file())
 BLOCK = re.compile(r"<!-- runnable(?:: (?P<kind>\w+))? -->\n```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
-DATA = ("ratios", "recipe")  # checked as data; any other word is a module that the block needs
+DATA = ("ratios", "recipe", "deployment")  # checked as data; any other word is a module that the block needs
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
 
@@ -78,6 +79,22 @@ def test_ratios_shown_are_read_and_fit_the_example(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.yaml"
         path.write_text(text, encoding="utf-8")
         assert len(resolve(load_ratios(path), names, [[name] for name in names])) == 6
+
+
+def test_deployments_shown_are_read_and_name_files_of_the_example(tmp_path: Path) -> None:
+    shown = [m["text"] for m in blocks(DOCS / "deploy.md") if m["kind"] == "deployment"]
+    shown.append((ROOT / "examples" / "deploy.yaml").read_text(encoding="utf-8"))
+    assert len(shown) == 2
+    for source in EXAMPLE_FILES:
+        shutil.copy(source, tmp_path)
+    for text in shown:
+        path = tmp_path / "shown.yaml"
+        path.write_text(text, encoding="utf-8")
+        written: set[str] = set()
+        for step in plan_steps(load_deployment(path), path):
+            known = {name for name in step.inputs if (tmp_path / name).exists() or name == "none"}
+            assert set(step.inputs) <= known | written
+            written |= set(step.outputs)
 
 
 def test_recipe_shown_is_read() -> None:
