@@ -18,6 +18,7 @@ from toast_onnx.errors import ToastError
 SUBCOMMANDS: dict[str, str] = {
     "inspect": "Show a model's blocks: widths, MACs, what can be pruned and why not.",
     "calibrate": "Measure a model's activations on images, for pruning.",
+    "analyze": "Show how redundant the feed-forward networks are: dead channels, R2, effective rank.",
     "sensitivity": "Prune one part of one block at a time and measure what breaks.",
     "plan": "Find the ratios that fit a budget and hurt the output least.",
     "costs": "Time a model at every width, for plans with a latency budget.",
