@@ -18,6 +18,7 @@ from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention, Branch
 from toast_onnx.matching.dims import DimRegion
 from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.flattening import before_flattening
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.layout import axis_origins
 from toast_onnx.matching.linear import Linear, bias, weights
@@ -174,7 +175,8 @@ def _write_operand(
 ) -> None:
     """Bring one part into the core's layout, scale it, and give it the operand's old name."""
     layout, walk = part.branch.layout, part.branch.walk
-    tensor = spread(edit, at, tensor, layout, part.weights.kept, name)
+    whole = before_flattening(view, facts, walk.linear, layout)
+    tensor = spread(edit, at, tensor, layout, part.weights.kept, name, whole)
     made, wanted = facts.elem_type(walk.linear.output), facts.elem_type(walk.target)
     if made != wanted:
         tensor = edit.emit(at, "Cast", [tensor], edit.fresh(f"{name}/cast"), f"{name}/Cast", to=wanted)

@@ -7,7 +7,7 @@ computed with Shape nodes at run time (ONNX Reshape, https://onnx.ai/onnx/operat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,16 +18,22 @@ from toast_onnx.surgery.edit import GraphEdit
 
 @dataclass(frozen=True)
 class Dynamic:
-    """A run-time extent: `times` x the product of axes of the tensor that is reshaped; unknown where `axes` is None."""
+    """A run-time extent: `times` x the product of axes of the tensor that is reshaped; unknown where `axes` is None.
+
+    An unknown one may still be read elsewhere: `like` is (tensor, axis).
+    """
 
     axes: tuple[int, ...] | None
     times: int = 1
+    like: tuple[str, int] | None = None
 
 
 Dim = int | Dynamic
 
 
-def spread(edit: GraphEdit, at: int, tensor: str, layout: Layout, head_dim: int, name: str) -> str:
+def spread(
+    edit: GraphEdit, at: int, tensor: str, layout: Layout, head_dim: int, name: str, whole: str | None = None
+) -> str:
     """Bring a linear layer's output (..., heads x head_dim) into an attention operand's layout.
 
     Args:
@@ -37,6 +43,7 @@ def spread(edit: GraphEdit, at: int, tensor: str, layout: Layout, head_dim: int,
         layout: where channels lie in the operand.
         head_dim: new number of dimensions per head.
         name: prefix for new names.
+        whole: a tensor whose axes but the last are those that the layer's first axis merges, None where there is none.
 
     Returns:
         Name of the operand tensor.
@@ -48,6 +55,11 @@ def spread(edit: GraphEdit, at: int, tensor: str, layout: Layout, head_dim: int,
     target = [f for factors in layout.axes for f in factors]
     if any(len(factors) != 1 for factors in groups):
         dims = [_extent(f, _whole_axis(f, layout), head_dim) for f in source]
+        if whole is not None:
+            dims[: len(groups[0])] = [
+                replace(d, like=(whole, k)) if isinstance(d, Dynamic) else d
+                for k, d in enumerate(dims[: len(groups[0])])
+            ]
         tensor = _reshape(edit, at, tensor, dims, f"{name}/split_heads")
     tensor = _transpose(edit, at, tensor, [source.index(f) for f in target], f"{name}/to_core")
     if any(len(factors) != 1 for factors in layout.axes):
@@ -141,7 +153,7 @@ def _reshape(edit: GraphEdit, at: int, tensor: str, dims: Sequence[Dim], name: s
     open_ = [k for k, w in enumerate(written) if w is None]
     # One extent can be left to Reshape to infer; the unknown one has the first claim.
     unknown = [k for k in open_ if isinstance(dims[k], Dynamic) and dims[k].axes is None]  # type: ignore[union-attr]
-    if len(unknown) > 1:
+    if len(unknown) > 1 and any(dims[k].like is None for k in unknown[1:]):  # type: ignore[union-attr]
         raise MatchError(f"{name}: two dynamic extents cannot be told apart; export with a fixed image size")
     inferred = unknown[0] if unknown else (open_[0] if open_ else None)
     if inferred is not None:
@@ -164,7 +176,10 @@ def _runtime_shape(
             pieces.append(edit.constant(f"{name}/extent_{k}", np.asarray([number], np.int64)))
             continue
         assert isinstance(dim, Dynamic)
-        assert dim.axes is not None
+        if dim.axes is None:
+            assert dim.like is not None
+            pieces.append(_extent_of(edit, at, *dim.like, f"{name}/extent_{k}"))
+            continue
         piece = ""
         for axis in dim.axes:
             index = edit.constant(f"{name}/axis_{k}", np.asarray([axis], np.int64))
@@ -177,3 +192,10 @@ def _runtime_shape(
             piece = edit.emit(at, "Mul", [piece, times], edit.fresh(f"{name}/product"), f"{name}/Mul")
         pieces.append(piece)
     return edit.emit(at, "Concat", pieces, edit.fresh(f"{name}/shape"), f"{name}/Concat", axis=0)
+
+
+def _extent_of(edit: GraphEdit, at: int, tensor: str, axis: int, name: str) -> str:
+    """Extent (1,) of one axis of a tensor."""
+    extents = edit.emit(at, "Shape", [tensor], edit.fresh(f"{name}/extents"), f"{name}/Shape")
+    index = edit.constant(f"{name}/axis", np.asarray([axis], np.int64))
+    return edit.emit(at, "Gather", [extents, index], edit.fresh(name), f"{name}/Gather", axis=0)
