@@ -130,7 +130,7 @@ _training_options = _options(
     click.option("--recompute", is_flag=True, help="Gradient checkpointing: less memory, more time."),
     click.option("--evaluate-every", type=click.IntRange(1), help="Steps; a twentieth of all by default."),
     click.option(
-        "--patience", type=click.IntRange(0), default=5, show_default=True, help="Evaluations; 0: never stop."
+        "--patience", type=click.IntRange(0), default=10, show_default=True, help="Evaluations; 0: never stop."
     ),
     click.option(
         "--amp",

@@ -55,7 +55,7 @@ class Settings:
     mixup: float = 0.0
     smoothing: float = 0.0
     evaluate: int = 50
-    patience: int = 5
+    patience: int = 10
     amp: str = "off"
     recompute: bool = False
     freeze: tuple[str, ...] = ()

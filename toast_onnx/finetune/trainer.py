@@ -186,9 +186,8 @@ class _Session:
                 shown[name] = shown.get(name, 0.0) + value.item() / settings.accumulate
         value = sum(getattr(settings, name) * part for name, part in shown.items())
         if any_of(not math.isfinite(value), self.run.group):
-            raise _Diverged(
-                f"the loss became {value} at step {self.step + 1} (rate {rate:.2g}); lower --lr, or use --amp off"
-            )
+            precise = "" if settings.amp == "off" else ", or use --amp off"
+            raise _Diverged(f"the loss became {value} at step {self.step + 1} (rate {rate:.2g}); lower --lr{precise}")
         self._scaler.unscale_(self._optimizer)
         if settings.clip:
             torch.nn.utils.clip_grad_norm_(list(self._trained.values()), settings.clip)
