@@ -1,9 +1,9 @@
 """Which families, exporters and aftermaths are matched, proven by the twin, and proven by planted dead dimensions.
 
-    python benchmarks/coverage.py [--family NAME ...] [--exporter NAME ...] [--after NAME ...] [--output FILE]
+    python benchmarks/coverage.py [--family NAME ...] [--way NAME ...] [--redo] [--output FILE] [--results FILE]
 
-Every cell exports a small model of `tests/zoo.py` with the real library (some take minutes) and prunes it. Results are
-kept in a JSON file beside the output, so that a run can be stopped and continued; `--redo` forgets them.
+Every cell exports a small model of `tests/zoo/` with the real library (some take minutes) and prunes it. Results are
+kept in a JSON file, so that a run can be stopped and continued; `--redo` measures the cells asked for once more.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,44 @@ from toast_onnx.errors import ToastError  # noqa: E402
 from toast_onnx.matching.study import Study  # noqa: E402
 
 PROOF = 1e-4
+#: Columns: an exporter as it is, or what is done to the export afterwards.
+WAYS = {
+    "TorchScript 17": ("torchscript-17", ""),
+    "dynamo 18": ("dynamo-18", ""),
+    "dynamo 20": ("dynamo-20", ""),
+    "dynamo 23": ("dynamo-23", ""),
+    "onnxsim": ("torchscript-17", "onnxsim"),
+    "onnxslim": ("torchscript-17", "onnxslim"),
+    "ORT basic": ("torchscript-17", "ort-basic"),
+}
+
+
+def case_of(family: str, way: str) -> zoo.Case:
+    """The case of a cell: a dynamic batch where it can be; aftermaths of dynamo 20 where TorchScript fails."""
+    exporter, after = WAYS[way]
+    exporters = [exporter, "dynamo-20"] if after else [exporter]
+    cases = [zoo.Case(family, e, batch, after=after) for e in exporters for batch in ("dynamic", "static")]
+    return next((case for case in cases if zoo.why_not(case) is None), cases[0])
 
 
 def cell(case: zoo.Case) -> dict[str, Any]:
-    """One row of the table: parts found, reasons, the twin's and the planted proof's largest differences."""
-    try:
-        path = zoo.export(case)
-        planted = zoo.export(zoo.Case(case.family, case.exporter, case.batch, planted=True, after=case.after))
-    except zoo.Unavailable as e:
-        return {"unavailable": str(e)}
+    """What became of a case: parts found, reasons, the twin's and the planted proof's largest differences."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "pruned.onnx"
         try:
+            path = zoo.export(case)
+            planted = zoo.export(zoo.Case(case.family, case.exporter, case.batch, planted=True, after=case.after))
+        except Exception as e:  # exporters and optimizers raise whatever they like
+            return {"unavailable": one_line(e)}
+        try:
             dense, pruned = prune_file(path, UNEVEN, skip_unprunable=True)
             prune_file(planted, TRUE_RANK, out, check=False, skip_unprunable=True)
+            feeds = [zoo.inputs(planted, b) for b in ((1, 3) if dense.dynamic_batch else (1,))]
+            proof = max(worst(run(out, f), run(planted, f)) for f in feeds)
         except ToastError as e:
-            return {"refused": str(e)}
-        batches = (1, 3) if dense.dynamic_batch else (1,)
-        feeds = [zoo.inputs(planted, b) for b in batches]
-        proof = max(worst(run(out, f), run(planted, f)) for f in feeds)
+            return {"refused": one_line(e)}
+        except Exception as e:  # a defect of ours, which must not stop the others' measurement
+            return {"failed": f"{type(e).__name__}: {one_line(e)}"}
     expected = zoo.expected(case.family)
     assert pruned.twin is not None
     return {
@@ -57,79 +77,116 @@ def cell(case: zoo.Case) -> dict[str, Any]:
     }
 
 
+def one_line(error: Exception) -> str:
+    """The part of an error's text that says something, in at most 160 characters."""
+    if isinstance(error, zoo.Unavailable):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:160].replace("|", "/")
+
+
 def reasons(dense: Study) -> list[str]:
-    """Why parts cannot be pruned, node names left out."""
-    found = []
+    """Why parts cannot be pruned, and what was declined; node names left out."""
+    found = [f"no block: {without_names(reason)}" for reason in dense.match.declined.values()]
     for block in dense.match.blocks:
-        parts = {}
+        parts: dict[str, str | None] = {}
         if block.attention is not None:
-            parts |= {"qk": block.attention.qk_reason, "vo": block.attention.vo_reason}
+            parts |= {"Q/K": block.attention.qk_reason, "V/Proj": block.attention.vo_reason}
         if block.ffn is not None:
             parts |= {"fc1": block.ffn.fc1_reason, "fc2": block.ffn.fc2_reason}
-        found += [f"{part}: {reason.split(chr(39))[0].strip()}" for part, reason in parts.items() if reason]
+        found += [f"{part}: {without_names(reason)}" for part, reason in parts.items() if reason]
     return sorted(set(found))
 
 
-def row(case: zoo.Case, found: dict[str, Any]) -> str:
-    """A line of the Markdown table."""
-    name = [case.family, case.exporter, case.batch, case.after or "-"]
-    if "unavailable" in found:
-        return f"| {' | '.join(name)} | the library cannot export it: {found['unavailable']} | | |"
-    if "refused" in found:
-        return f"| {' | '.join(name)} | refused: {found['refused']} | | |"
-    parts = f"{'/'.join(map(str, found['attentions']))} attention, {'/'.join(map(str, found['ffns']))} FFN"
-    note = f"; not pruned: {'; '.join(found['reasons'])}" if found["reasons"] else ""
-    return f"| {' | '.join(name)} | {parts}{note} | {found['twin']:.0e} | {found['planted']:.0e} |"
+def without_names(reason: str) -> str:
+    """A reason with quoted node names replaced by an ellipsis."""
+    pieces = reason.split("'")
+    quoted = [p if k % 2 == 0 else "..." for k, p in enumerate(pieces)] if len(pieces) % 2 else pieces[:1]
+    return "".join(quoted).strip()
+
+
+def mark(found: dict[str, Any], case: zoo.Case, note: Callable[[str], str]) -> str:
+    """A cell: parts found and whether both proofs hold, or a reference to the note that says why not."""
+    for key, words in (("unavailable", "cannot be made"), ("refused", "refused"), ("failed", "FAILS")):
+        if key in found:
+            return f"{words} {note(found[key])}"
+    parts = "+".join(
+        str(n) if n == wanted else f"{n} of {wanted}" for n, wanted in (found["attentions"], found["ffns"])
+    )
+    holds = found["twin"] < PROOF and found["planted"] < PROOF
+    notes = [note(reason) for reason in found["reasons"]]
+    notes += [note("batch and image size fixed: the library's export needs them to be")] * (case.batch == "static")
+    notes += [note("after dynamo 20")] * (bool(case.after) and case.exporter != "torchscript-17")
+    return " ".join(["" if holds else "FAILS", parts, *notes]).strip()
+
+
+class Notes:
+    """Numbered notes, each text once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, text: str) -> str:
+        """The reference to a note."""
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"[{self.texts.index(text) + 1}]"
+
+
+def page(done: dict[str, Any]) -> Iterator[str]:
+    """The whole page from all results so far."""
+    yield from (
+        "# Coverage",
+        "",
+        "Small models with random weights, built and exported by the real libraries (`tests/zoo/`), pruned by",
+        "different fractions in every part. A cell says how many attentions + feed-forward networks were found; where",
+        "that is less than what the PyTorch module holds, it says of how many. In every such cell two proofs hold.",
+        "*Twin*: the pruned graph against its padded twin. *Planted*: dimensions that are dead in the PyTorch module",
+        "are removed and no output changes. The last columns give the worst of a family, as a fraction of a tensor's",
+        f"scale; {PROOF:.0e} is allowed. onnxsim, onnxslim and ONNX Runtime's basic optimizer (ORT basic) work on the",
+        "export of TorchScript 17. Notes, which say what is not pruned and why, stand below the table.",
+        "Made by `python benchmarks/coverage.py`.",
+        "",
+        f"| family | {' | '.join(WAYS)} | twin | planted |",
+        "|---" * (len(WAYS) + 3) + "|",
+    )
+    notes = Notes()
+    for family in sorted(zoo.FAMILIES):
+        cells, measured = [], []
+        for way in WAYS:
+            found = done.get(f"{family}/{way}")
+            cells.append("not measured" if found is None else mark(found, case_of(family, way), notes))
+            measured += [found] if found is not None and "twin" in found else []
+        worsts = [f"{max(m[key] for m in measured):.0e}" if measured else "-" for key in ("twin", "planted")]
+        yield f"| {family} | {' | '.join([*cells, *worsts])} |"
+    yield from ("", *(f"{number}. {text}" for number, text in enumerate(notes.texts, start=1)), "")
 
 
 def main() -> None:
     """Fill the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="*", default=list(zoo.FAMILIES))
-    parser.add_argument("--exporter", nargs="*", default=["torchscript-17", "dynamo-18", "dynamo-20", "dynamo-23"])
-    parser.add_argument("--batch", nargs="*", default=["dynamic"])
-    parser.add_argument("--after", nargs="*", default=[""], help='aftermaths; "" is the export as it is')
+    parser.add_argument("--family", nargs="*", choices=zoo.FAMILIES, default=list(zoo.FAMILIES))
+    parser.add_argument("--way", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "coverage.md")
-    parser.add_argument("--results", type=Path, help="JSON file with results so far; default beside the output")
-    parser.add_argument("--redo", action="store_true")
+    parser.add_argument("--results", type=Path, required=True, help="JSON file with the results so far")
+    parser.add_argument("--redo", action="store_true", help="measure the cells asked for even if they were before")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    store = options.results or options.output.with_suffix(".json")
-    done = json.loads(store.read_text()) if store.exists() and not options.redo else {}
-    wanted = [
-        zoo.Case(family, exporter, batch, after=after)
-        for after in options.after
-        for exporter in options.exporter
-        for batch in options.batch
-        for family in options.family
-    ]
-    for case in wanted:
-        if case.id not in done:
-            done[case.id] = {"case": [case.family, case.exporter, case.batch, case.after], "found": cell(case)}
-            store.write_text(json.dumps(done, indent=1))
-        print(row(case, done[case.id]["found"]), flush=True)
-    options.output.write_text(page(done))
+    for way in options.way:
+        for family in options.family:
+            key, case = f"{family}/{way}", case_of(family, way)
+            if options.redo or key not in read(options.results):
+                found = cell(case)
+                # Read again: other cells may have been measured meanwhile.
+                options.results.write_text(json.dumps(read(options.results) | {key: found}, indent=1))
+                print(f"{key}: {mark(found, case, str)}", flush=True)
+    options.output.write_text("\n".join(page(read(options.results))))
 
 
-def page(done: dict[str, Any]) -> str:
-    """The whole page from all results so far."""
-    lines = [
-        "# Coverage",
-        "",
-        "Small models with random weights, built and exported by the real libraries (`tests/zoo.py`), pruned by",
-        "different fractions in every part. *Twin* is the largest difference between the pruned graph and its padded",
-        "twin; *planted* the largest change of the outputs when dimensions that are dead in the PyTorch module are",
-        f"removed. Both are fractions of a tensor's scale; {PROOF:.0e} is allowed. Made by",
-        "`python benchmarks/coverage.py`.",
-        "",
-        "| family | exporter | batch | afterwards | found | twin | planted |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = [
-        row(zoo.Case(f, e, b, after=a), entry["found"]) for entry in done.values() for f, e, b, a in [entry["case"]]
-    ]
-    return "\n".join([*lines, *sorted(rows), ""])
+def read(results: Path) -> dict[str, Any]:
+    """The results so far."""
+    return dict(json.loads(results.read_text())) if results.exists() else {}
 
 
 if __name__ == "__main__":
