@@ -1,0 +1,146 @@
+"""Plans on a small model: budgets met by the graph that prune writes, predictions, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import zoo
+from tests.pruning import look
+from toast_onnx.errors import ConfigError
+from toast_onnx.matching.study import Study
+from toast_onnx.model import save_model
+from toast_onnx.planning.cost_table import CostTable, PartTimes
+from toast_onnx.planning.macs import graph_macs, graph_params
+from toast_onnx.planning.planned import planned_ratios
+from toast_onnx.planning.ratios import parse_ratios
+from toast_onnx.planning.search import PartChoice
+from toast_onnx.planning.width_costs import dense_widths
+from toast_onnx.surgery.prune import prune
+from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx_calibration.costs import Runtime
+from toast_onnx_calibration.planning import (
+    Budget,
+    check_settings,
+    plan_counted,
+    plan_latency,
+    predicted_choices,
+    predicted_damage,
+    shares,
+)
+from toast_onnx_calibration.sensitivity import Sensitivity, Trial
+
+Exported = Callable[[zoo.Case], Path]
+SETTINGS = parse_ratios({"version": 1, "align": {"head_dim": 2, "width": 4}})
+
+
+@pytest.fixture(scope="module")
+def vit(exported: Exported) -> Study:
+    return look(exported(zoo.Case("timm-vit")))
+
+
+def choices_of(
+    dense: Study, parts: Sequence[str] = ("qk", "vo", "fc2"), table: CostTable | None = None
+) -> list[PartChoice]:
+    """Predictions from made-up measurements at half of every width: the later the block, the less it hurts."""
+    found = Sensitivity({}, "kl")
+    for block in dense.match.blocks:
+        for part, width in dense_widths(block).items():
+            found.trials.append(Trial(block.index, part, 0.5, {part: width // 2}, {"kl": 0.1 / (1 + block.index)}))
+    return predicted_choices(dense, SETTINGS, SyntheticStatistics(dense), found, parts, table)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("parts", [("qk", "vo", "fc2"), ("qk", "vo", "fc1", "fc2")])
+def test_the_pruned_graph_meets_the_budget(
+    kind: str, share: float, parts: tuple[str, ...], vit: Study, tmp_path: Path
+) -> None:
+    found = plan_counted(vit, choices_of(vit, parts), Budget(kind, share))  # type: ignore[arg-type]
+    ratios = planned_ratios(SETTINGS, found.kept, [dense_widths(b) for b in vit.match.blocks])
+    pruned = prune(vit, ratios, SyntheticStatistics(vit))
+    for widths, kept, block in zip(pruned.widths, found.kept.values(), vit.match.blocks, strict=True):
+        assert {p: getattr(widths, p) or dense_widths(block)[p] for p in kept} == kept
+    save_model(pruned.model, tmp_path / "p.onnx")
+    small = look(tmp_path / "p.onnx")
+    count = graph_macs(small.view, small.counted) if kind == "macs" else graph_params(small.view)
+    total = graph_macs(vit.view, vit.counted) if kind == "macs" else graph_params(vit.view)
+    assert 0.99 * share <= count / total <= share * 1.005  # new biases count, too
+    assert shares(vit, found.kept)[kind] == pytest.approx(count / total, rel=0.005)
+
+
+def test_less_is_taken_where_it_hurts_more(vit: Study) -> None:
+    found = plan_counted(vit, choices_of(vit, ["fc2"]), Budget("macs", 0.7))
+    first, last = found.kept[0]["fc2"], found.kept[1]["fc2"]
+    assert first > last
+
+
+def test_predictions_pass_through_what_was_measured(vit: Study) -> None:
+    choices = choices_of(vit)
+    half = {b.index: {"qk": dense_widths(b)["qk"] // 2} for b in vit.match.blocks}
+    assert predicted_damage(choices, half) == pytest.approx(0.1 + 0.05, rel=1e-6)  # type: ignore[arg-type]
+    assert predicted_damage(choices, {}) == 0
+
+
+def test_an_impossible_budget_says_what_is_possible(vit: Study) -> None:
+    with pytest.raises(ConfigError, match=r"still take 0\.\d+ of the dense model's macs; ask for at least 0\.\d+"):
+        plan_counted(vit, choices_of(vit), Budget("macs", 0.01))
+
+
+def test_what_no_plan_can_speak_of() -> None:
+    for document, match in (
+        ({"ffn": {"mode": "runtime"}}, "runtime"),
+        ({"compensation": {"statistics": "sequential"}}, "sequential"),
+        ({"rounding": "paper"}, "paper"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            check_settings(parse_ratios({"version": 1} | document))
+
+
+def table_for(dense: Study, slow: int | None = None) -> CostTable:
+    """20 ms dense; every fc2 unit of both blocks together takes 1/64 ms, but `slow` units are no faster than all."""
+    width = dense_widths(dense.match.blocks[0])["fc2"]
+    times = {k: 20.0 - (width - k) / 64 for k in range(width // 8, width, width // 8)}
+    if slow is not None:
+        times[slow] = 20.0
+    blocks = tuple(b.index for b in dense.match.blocks)
+    part = PartTimes(blocks=blocks, part="fc2", dense=width, milliseconds=times)
+    return CostTable(model="m", model_sha256="x", runtime={}, batch=1, dense_milliseconds=20.0, parts=(part,))
+
+
+def test_only_measured_widths_are_offered_and_slow_ones_not_bought(vit: Study) -> None:
+    width = dense_widths(vit.match.blocks[0])["fc2"]
+    table = table_for(vit, slow=width // 2)
+    choices = choices_of(vit, table=table)
+    assert {c.part for c in choices} == {"fc2"}
+    assert set(choices[0].widths) == set(table.widths(0, "fc2"))
+    for share in np.linspace(0.75, 0.99, 6):
+        found, check = plan_latency(vit, choices, table, Budget("latency", float(share)), None)
+        assert check is None
+        assert all(kept["fc2"] != width // 2 for kept in found.kept.values())
+        assert found.cost <= share * 20 + 1e-9
+
+
+def test_a_table_that_promises_too_much_is_corrected(vit: Study) -> None:
+    """The made-up machine gains half of what the table says."""
+    table = table_for(vit)
+    seen: list[float] = []
+
+    def timer(models: Sequence[Path]) -> list[float]:
+        small = look(models[1])
+        width = dense_widths(vit.match.blocks[0])["fc2"]
+        kept = [dense_widths(b)["fc2"] for b in small.match.blocks]
+        seen.append(20.0 - 1 / 2 * sum(width - k for k in kept) / 128)
+        return [20.0, seen[-1]]
+
+    found, check = plan_latency(
+        vit, choices_of(vit, table=table), table, Budget("latency", 0.88), Runtime(timer, {}, 1)
+    )
+    assert check is not None
+    assert check.share == pytest.approx(0.88, rel=0.05)
+    assert check.rounds > 0
+    assert len(seen) > 1
+    assert found.cost < 0.88 * 20

@@ -1,0 +1,68 @@
+"""Kept counts within a budget: groups, costs and the message where nothing fits."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.planning.search import PartChoice, aligned_widths, group_choices, search
+from toast_onnx.planning.width_costs import WidthCost
+
+COST = WidthCost(qk=10, vo=12, fc1=0, fc2=3, pair=1)
+DENSE = {0: {"qk": 16, "vo": 16, "fc1": 24, "fc2": 32}, 1: {"qk": 16, "vo": 16, "fc1": 24, "fc2": 32}}
+TOTAL = 5000.0
+
+
+def choices(parts: tuple[str, ...], seed: int = 0) -> list[PartChoice]:
+    """Damages that fall with the width, another scale for each part."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for block, widths in DENSE.items():
+        for part in parts:
+            offered = aligned_widths(widths[part], 8)
+            scale = rng.uniform(0.1, 3)
+            damages = tuple(float(scale * (1 - k / widths[part]) ** 2) for k in offered)
+            found.append(PartChoice(block, part, offered, damages))  # type: ignore[arg-type]
+    return found
+
+
+def test_aligned_widths() -> None:
+    assert aligned_widths(32, 8) == (8, 16, 24, 32)
+    assert aligned_widths(30, 8) == (8, 16, 24, 30)
+    assert aligned_widths(8, 8) == (8,)
+    assert aligned_widths(5, 8) == (5,)
+
+
+@pytest.mark.parametrize("parts", [("qk", "vo", "fc2"), ("fc1", "fc2"), ("qk",), ("fc1",)])
+@pytest.mark.parametrize("share", [0.5, 0.8, 1.0])
+def test_the_search_is_exhaustive(parts: tuple[str, ...], share: float) -> None:
+    offered = choices(parts)
+    groups = group_choices(offered, {0: COST, 1: COST}, DENSE)  # type: ignore[arg-type]
+    fixed = TOTAL - 2 * COST.at({"qk": 16, "vo": 16, "fc1": 24, "fc2": 32})
+    best, least = None, np.inf
+    for widths in product(*(c.widths for c in offered)):
+        kept: dict[int, dict[str, int]] = {b: dict(w) for b, w in DENSE.items()}
+        for c, k in zip(offered, widths, strict=True):
+            kept[c.block][c.part] = k
+        cost = fixed + sum(COST.at(w) for w in kept.values())  # type: ignore[arg-type]
+        damage = sum(c.damages[c.widths.index(k)] for c, k in zip(offered, widths, strict=True))
+        least = min(least, cost)
+        if cost <= share * TOTAL + 1e-6:
+            best = damage if best is None else min(best, damage)
+    if best is None:
+        with pytest.raises(ConfigError, match=f"still take {least / TOTAL:.3f}"):
+            search(groups, share, TOTAL, "macs")
+        return
+    found = search(groups, share, TOTAL, "macs")
+    assert found.damage == pytest.approx(best)
+    assert found.cost <= share * TOTAL + 1e-6
+    after = [COST.at({**DENSE[b], **kept}) for b, kept in found.kept.items()]  # type: ignore[dict-item]
+    assert found.cost == pytest.approx(fixed + sum(after))
+
+
+def test_nothing_to_choose() -> None:
+    with pytest.raises(ConfigError, match="no part"):
+        search([], 0.5, 1.0, "macs")
