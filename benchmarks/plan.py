@@ -60,10 +60,11 @@ PARTS: tuple[Part, ...] = ("qk", "vo", "fc2")
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory(prefix="toast-plan-benchmark-") as name:
-        folder = Path(name)
-        look = study(
-            load_model(export_deit(options.data / "weights" / "deit_tiny_patch16_224.safetensors", folder / "d.onnx"))
-        )
+        folder = options.work or Path(name)
+        folder.mkdir(exist_ok=True)
+        if not (folder / "dense.onnx").exists():
+            export_deit(options.data / "weights" / "deit_tiny_patch16_224.safetensors", folder / "dense.onnx")
+        look = study(load_model(folder / "dense.onnx"))
         settings = parse_ratios({"version": 1})
         started = time.perf_counter()
         solver, choices = planner(look, settings, folder, options)
@@ -94,6 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=float, nargs="+", default=POINTS, help="ratios measured for each part")
     parser.add_argument("--allocations", type=int, default=10, help="random allocations to rank")
     parser.add_argument("--latency", type=float, help="also plan for this share of the latency")
+    parser.add_argument("--work", type=Path, help="keep what was measured here, and go on from it")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
@@ -115,29 +117,31 @@ def planner(
 ) -> tuple[Solver, list[PartChoice]]:
     """Statistics, measured points and predictions, from the unlabelled images."""
     images, work = options.data / "data" / "calibration_256", folder / "planning"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     reading = CalibrationOptions(
         preprocess=recipe(folder, "calibration", CALIBRATION), samples=options.samples, threads=options.threads
     )
-    calibrate(look, images, folder / "statistics.npz", statistics_for(look, settings, PARTS), reading)
+    if not (folder / "statistics.npz").exists():
+        calibrate(look, images, folder / "statistics.npz", statistics_for(look, settings, PARTS), reading)
     statistics = CalibratedStatistics(look, folder / "statistics.npz")
     trials = Trials(look, read_samples(look, images, reading, work), reading, work)
     solver = Solver(look, settings, statistics)
-    found = resume(None, identity_of(look, trials, settings, statistics), "kl", None)
+    results = folder / "sensitivity.json"
+    found = resume(results, identity_of(look, trials, settings, statistics), "kl", None)
     grid = trial_grid(look, settings, PARTS, options.points)
 
     def note(done: int, total: int, what: str) -> None:
         if done % 12 == 0:
             print(f"planning: {done}/{total} {what}", file=sys.stderr)
 
-    measure(trials, solver, grid, found, progress=note)
+    measure(trials, solver, grid, found, results, note)
     return solver, predicted_choices(look, settings, statistics, found, PARTS)
 
 
 def open_judge(look: Study, folder: Path, options: argparse.Namespace) -> Trials:
     """The labelled images, for judging only."""
     images, work = options.data / "data" / "ilsvrc_val_300", folder / "judging"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     reading = CalibrationOptions(preprocess=recipe(folder, "evaluation", EVALUATION), threads=options.threads)
     labels = open_labels(images / "labels.csv", images)
     return Trials(look, read_samples(look, images, reading, work), reading, work, labels=labels)

@@ -125,9 +125,11 @@ def read_samples(study: Study, data: str | Path, options: CalibrationOptions, fo
 
 
 def _divisor(count: int | None, most: int) -> int:
-    """The largest divisor of `count` in the upper half of 1..most, so that batches are full; `most` without one."""
-    found = [b for b in range(most, most // 2, -1) if count and count % b == 0]
-    return found[0] if found else most
+    """The largest divisor of `count` in the upper half of 1..most, so that batches are full; else the most there are."""
+    if count is None:
+        return most
+    most = max(1, min(most, count))
+    return next((b for b in range(most, most // 2, -1) if count % b == 0), most)
 
 
 def chosen_output(study: Study, name: str | None) -> str:
