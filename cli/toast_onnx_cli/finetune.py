@@ -21,8 +21,8 @@ Group = Callable[[Any], Any]
 EXIT_INTERRUPTED = 130
 #: What is not said on the command line. Without labels the model is matched to its teacher as a function, on images
 #: that never repeat (Beyer et al. 2022): a few hundred are soon known by heart. docs/finetune.md has the figures.
-WITH_LABELS = {"augment": "light", "mixup": 0.0, "ema": 0.0}
-WITHOUT_LABELS = {"augment": "strong", "mixup": 1.0, "ema": 0.95}
+WITH_LABELS = {"augment": "light", "output_weight": 1.0, "mixup": 0.0, "ema": 0.0}
+WITHOUT_LABELS = {"augment": "strong", "output_weight": 0.3, "mixup": 1.0, "ema": 0.95}
 
 
 def _options(*options: Group) -> Group:
@@ -83,9 +83,7 @@ _loss_options = _options(
     click.option(
         "--output-weight",
         type=click.FloatRange(0),
-        default=1.0,
-        show_default=True,
-        help="Of the distance of the outputs.",
+        help=_two_defaults("output_weight", "Of the distance of the outputs."),
     ),
     click.option("--stream-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="At block ends."),
     click.option(

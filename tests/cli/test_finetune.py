@@ -48,8 +48,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(files: Path, out: Path, *more: str, steps: int = 6) -> list[str]:
     return [
         "finetune", str(files / "pruned.onnx"), "--teacher", str(DENSE), "--data", str(files / "data.npz"),
-        "--preprocess", "none", "--augment", "none", "--mixup", "0", "--ema", "0", "--steps", str(steps),
-        "--batch", "8", "--lr", "1e-3", "--evaluate-every", "2", "--device", "cpu", "-o", str(out), *more,
+        "--preprocess", "none", "--augment", "none", "--mixup", "0", "--ema", "0", "--output-weight", "1",
+        "--steps", str(steps), "--batch", "8", "--lr", "1e-3", "--evaluate-every", "2", "--device", "cpu",
+        "-o", str(out), *more,
     ]  # fmt: skip
 
 
@@ -217,23 +218,28 @@ def test_mistakes_are_told_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("labels", "augmentation", "mixup", "average"),
-    [(False, "random crops of 25% .. 100 % of the area", 1.0, 0.95), (True, "random crops of 60%", 0.0, 0.0)],
+    ("labels", "augmentation", "used"),
+    [
+        (False, "random crops of 25% .. 100 % of the area", (0.3, 1.0, 0.95)),
+        (True, "random crops of 60%", (1.0, 0.0, 0.0)),
+    ],
 )
 def test_without_labels_images_are_varied_more_unless_told_otherwise(
-    files: Path, tmp_path: Path, labels: bool, augmentation: str, mixup: float, average: float
+    files: Path, tmp_path: Path, labels: bool, augmentation: str, used: tuple[float, float, float]
 ) -> None:
     command = ["finetune", str(files / "pruned.onnx"), "--teacher", str(DENSE), "--data", str(files / "data.npz")]
     command += ["--preprocess", "none", "--steps", "1", "--batch", "8", "--device", "cpu"]
     if labels:
         np.savez(tmp_path / "labels.npz", labels=np.arange(48) % 10)
         command += ["--labels", str(tmp_path / "labels.npz")]
-    for k, more in enumerate(([], ["--augment", "none", "--mixup", "0.5", "--ema", "0.5"])):
+    told = ["--augment", "none", "--output-weight", "0.2", "--mixup", "0.5", "--ema", "0.4"]
+    for k, more in enumerate(([], told)):
         result = invoke(*command, *more, "-o", str(tmp_path / f"{k}.onnx"))
         assert result.exit_code == 0, result.output
         found = json.loads((tmp_path / f"{k}.json").read_text())["finetune"]
-        used = (found["settings"]["mixup"], found["settings"]["average"])
-        assert used == ((0.5, 0.5) if more else (mixup, average))
+        assert tuple(found["settings"][n] for n in ("outputs", "mixup", "average")) == (
+            (0.2, 0.5, 0.4) if more else used
+        )
         assert found["augmentation"].startswith("none" if more else augmentation)
 
 
