@@ -11,8 +11,9 @@ from toast_onnx.matching.cores import Core
 from toast_onnx.matching.cosine import length_division
 from toast_onnx.matching.dims import DimRegion, Operand, match_dims
 from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.flattening import before_flattening
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.layout import Layout, invert_labels, read_layout
+from toast_onnx.matching.layout import Layout, check_spelling, invert_labels, read_layout
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.probe import Decline, Walk, check_readers, propagate, walk_back, walk_forward
 
@@ -137,6 +138,8 @@ def _operand(
         heads = _heads_at(facts, core, walk.target, name)
     try:
         layout = _layout(view, facts, other, walk, walk.linear.output, walk.target, dim_axis, heads, name)
+        if before_flattening(view, facts, walk.linear, layout) is None:
+            check_spelling(layout, name)
         # A packed layer feeds Q, K and V: readers on the way of any of them are expected.
         shared = [w for w in walks.values() if w.linear.output == walk.linear.output]
         ends = {w.target for w in shared if w.blocked is not None}
@@ -227,6 +230,7 @@ def _projection(view: GraphView, facts: Facts, other: Facts, core: Core, linears
         inverse = invert_labels(labels[walk.target], context, what)
         axis = walk.linear.channel_axis % len(arrived)
         layout = read_layout(inverse, arrived, other_arrived, other_context, axis, -1, what, core.heads)
+        check_spelling(layout, what, backwards=True)
         tensors = [name for name in labels if name != walk.target] + [walk.target]
         check_readers(view, tensors, [*walk.nodes, walk.linear.node], what)
     except Decline as e:

@@ -7,7 +7,7 @@ heads, or the dimensions of a head. From this description the same movement can 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -110,10 +110,10 @@ def read_layout(
     channels = _channel_table(coordinates[channel_axis], axes, what)
     _check_reconstruction(coordinates, axes, channels, channel_axis, what)
     dynamic = tuple(a != b for a, b in zip(sizes, other_sizes, strict=True))
-    moving = [a != b for a, b in zip(labels.shape, other_shape, strict=True)]
+    others = _other_extents(axes, sizes, other_sizes, labels.shape, other_shape, what)
     marked = tuple(
-        tuple(_mark(f, len(factors), moving[axis], sizes, dynamic, what) for f in factors)
-        for axis, factors in enumerate(axes)
+        tuple(replace(f, dynamic=f.size != extent) for f, extent in zip(factors, extents, strict=True))
+        for factors, extents in zip(axes, others, strict=True)
     )
     return Layout(marked, sizes, dynamic, channel_axis, channels)
 
@@ -270,17 +270,63 @@ def _check_reconstruction(
         raise Decline(f"{what}: one channel is used twice")
 
 
-def _mark(
-    factor: Factor, parts: int, axis_moves: bool, sizes: tuple[int, ...], dynamic: tuple[bool, ...], what: str
-) -> Factor:
-    if factor.source in (HEAD, DIM):
-        return factor
-    if factor.size == sizes[factor.source]:
-        moves = dynamic[factor.source]
-    elif parts == 1:
-        moves = axis_moves
-    elif not axis_moves and not dynamic[factor.source]:
-        moves = False
-    else:
+def _other_extents(
+    axes: list[list[Factor]],
+    sizes: tuple[int, ...],
+    other_sizes: tuple[int, ...],
+    shape: tuple[int, ...],
+    other_shape: tuple[int, ...],
+    what: str,
+) -> list[list[int]]:
+    """Size of every factor at the other input shapes.
+
+    An axis is the product of its factors, in the operand as in the layer's output: what is known of one side gives the
+    other, one factor at a time.
+    """
+    places = [(a, k) for a, factors in enumerate(axes) for k in range(len(factors))]
+    factor = {(a, k): axes[a][k] for a, k in places}
+    known = {p: f.size for p, f in factor.items() if f.source in (HEAD, DIM)}
+    for (a, k), f in factor.items():
+        if f.source >= 0 and shape[a] == other_shape[a] and sizes[f.source] == other_sizes[f.source]:
+            known[a, k] = f.size
+    products = [([p for p in places if p[0] == a], extent) for a, extent in enumerate(other_shape)]
+    for source, extent in enumerate(other_sizes):
+        members = [p for p in places if factor[p].source == source]
+        if members or sizes[source] == 1:
+            products.append((members, extent))
+    progress = True
+    while progress:
+        progress = False
+        for members, extent in products:
+            missing = [p for p in members if p not in known]
+            rest = int(np.prod([known[p] for p in members if p in known], dtype=np.int64))
+            if len(missing) == 1 and extent % rest == 0:
+                known[missing[0]] = extent // rest
+                progress = True
+    if len(known) < len(places):
         raise Decline(f"{what}: a dynamic axis is split and merged at once")
-    return Factor(factor.source, factor.stride, factor.size, moves)
+    if any(int(np.prod([known[p] for p in members], dtype=np.int64)) != extent for members, extent in products):
+        raise Decline(f"{what}: its layout changes with the input's shape")
+    return [[known[a, k] for k in range(len(factors))] for a, factors in enumerate(axes)]
+
+
+def check_spelling(layout: Layout, what: str, backwards: bool = False) -> None:
+    """Make sure that the movement can be written with Reshape: it can infer one extent that nothing else tells.
+
+    Args:
+        layout: the layout.
+        what: name of the operand in messages.
+        backwards: whether the movement is from the operand to the layer.
+
+    Raises:
+        Decline: two extents that only run time knows would have to be taken apart.
+    """
+    if backwards:
+        open_ = [f for factors in layout.axes if len(factors) > 1 for f in factors if f.dynamic]
+    else:
+        every = [f for factors in layout.axes for f in factors if f.source >= 0 and f.dynamic]
+        open_ = [f for f in every if f.size != layout.sizes[f.source]]
+    if len(open_) > 1:
+        raise Decline(
+            f"{what} merges {len(open_)} dynamic extents, which cannot be told apart; export with a fixed image size"
+        )
