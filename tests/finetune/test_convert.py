@@ -49,6 +49,32 @@ def test_outputs_are_those_of_onnx_runtime_and_gradients_reach_every_weight(case
     assert [n for n in silent if not n.endswith(ZERO_GRADIENT)] == []
 
 
+#: What simplifiers and optimizers make of an export; the transformer optimizer fuses attention in BERT alone.
+AFTER = [
+    pytest.param(
+        zoo.Case(family, after=after), id=f"{family}/{after}", marks=() if after == "fp16" else pytest.mark.slow
+    )
+    for family in ("hf-bert-eager", "hf-swin")
+    for after in zoo.AFTERMATHS
+]
+#: ONNX Runtime rounds every tensor of a half-precision graph to 11 bits, the module computes in float32. Through two
+#: blocks about twenty roundings follow one another, each of at most half a unit, 2^-11 of its tensor's scale.
+HALF_ROUNDING = 20 * 2.0**-11
+
+
+@pytest.mark.parametrize("case", AFTER)
+def test_optimized_and_half_precision_files_convert_too(case: zoo.Case, exported: Exported) -> None:
+    path = exported(case)
+    module = to_torch(load_model(path))
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+    for batch in (1, 3):
+        feeds = zoo.inputs(path, batch)
+        with torch.no_grad():
+            outputs = module(*(torch.from_numpy(feeds[name]) for name in module.input_names), keep=module.output_names)
+        for name, want in zip(module.output_names, run(path, feeds), strict=True):
+            assert relative(outputs[name], want) <= (HALF_ROUNDING if case.after == "fp16" else 1e-4)
+
+
 @pytest.mark.parametrize("family", ["timm-vit", "timm-deit-distilled", "hf-dinov2", "torchvision-vit"])
 def test_the_weights_are_the_library_modules_parameters(family: str, exported: Exported) -> None:
     """As many numbers are trained as the original module has parameters that its outputs depend on."""
