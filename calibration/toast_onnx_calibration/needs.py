@@ -91,6 +91,8 @@ def _parts(ratio: BlockRatios, compensation: str) -> frozenset[str]:
     if ratio.select == "subspace" or ratio.score not in WEIGHT_SCORES or compensation != "none":
         parts |= {"qk"} if ratio.qk else set()
         parts |= {"context"} if ratio.vo else set()
+    if ratio.mode == "runtime":  # scores the batch that it is given
+        return frozenset(parts)
     by_moments = ratio.ffn_score in ("second-order", "variance") or compensation != "none"
     for removed, moments, magnitude in ((ratio.fc1, "inputs", "fc1"), (ratio.fc2, "hidden", "fc2")):
         if removed:

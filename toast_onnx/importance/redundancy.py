@@ -15,7 +15,7 @@ from toast_onnx.importance.moments import Moments
 Array = NDArray[np.float64]
 
 #: A channel is nearly dead below this fraction of the layer's mean activity.
-DEAD = 0.1
+DEAD = 0.2
 #: Added to the correlations' diagonal, so that exact copies stay solvable; it lowers an R^2 by about as much.
 _JITTER = 1e-6
 #: A sum of channels counts as constant below this share of the mean channel's variance.

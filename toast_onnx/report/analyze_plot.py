@@ -50,7 +50,7 @@ def plot_analysis(document: Mapping[str, Any], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
-    figure.suptitle(f"{document['model']}: {document['source']}", fontsize=9)
+    figure.suptitle(document["model"], fontsize=10)
     with drafts(path) as folder:
         draft = folder / path.name
         figure.savefig(draft, dpi=150)

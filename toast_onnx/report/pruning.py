@@ -23,6 +23,7 @@ from toast_onnx.planning.macs import (
     linear_params,
 )
 from toast_onnx.surgery.prune import Pruned
+from toast_onnx.surgery.runtime_plan import Selection
 from toast_onnx.surgery.weights import BlockWeights, HeadWeights
 
 
@@ -88,7 +89,8 @@ def _block(pruned: Pruned, dense: Study, block: Block, after: Study, smaller: Bl
         "select": settings.select,
         "score": settings.score,
         "coupling": settings.coupling,
-        "ffn_score": settings.ffn_score,
+        "ffn_score": "activation" if settings.mode == "runtime" else settings.ffn_score,
+        "mode": settings.mode,
         "defaults": sorted(settings.defaults),
     }
     return {
@@ -97,7 +99,7 @@ def _block(pruned: Pruned, dense: Study, block: Block, after: Study, smaller: Bl
         "settings": chosen,
         "before": _sizes(dense, block),
         "after": None if smaller is None else _sizes(after, smaller),
-        "kept": _kept(weights),
+        "kept": _kept(weights) | {s.part: _selected(s) for s in pruned.selections if s.block == block.index},
         "notes": _notes(block, weights, settings.select),
     }
 
@@ -133,7 +135,7 @@ def _sizes(found: Study, block: Block) -> dict[str, Any]:
 
 
 def _kept(weights: BlockWeights | None) -> dict[str, Any]:
-    """Kept indices of each part: a list (a list a head for attention), "basis", or None where all stay."""
+    """Kept indices of each static part: a list (a list a head for attention), "basis", or None where all stay."""
     kept: dict[str, Any] = {"qk": None, "vo": None, "fc1": None, "fc2": None}
     if weights is None:
         return kept
@@ -144,6 +146,13 @@ def _kept(weights: BlockWeights | None) -> dict[str, Any]:
         kept["fc1"] = None if weights.ffn.inputs is None else weights.ffn.inputs.tolist()
         kept["fc2"] = None if weights.ffn.units is None else weights.ffn.units.tolist()
     return kept
+
+
+def _selected(selection: Selection) -> dict[str, Any]:
+    """What a graph chooses for every batch, and from which tokens."""
+    tokens = None if selection.tokens is None else selection.tokens.tolist()
+    chosen = {"runtime": selection.kept, "tokens": tokens}
+    return chosen | ({"residual": selection.residual} if selection.part == "fc1" else {})
 
 
 def _heads(part: HeadWeights | None) -> list[list[int]] | str | None:
