@@ -30,7 +30,7 @@ from toast_onnx.model import (
     stored_bytes,
     write_bytes,
 )
-from toast_onnx_calibration.sessions import make_session
+from toast_onnx_calibration.sessions import make_session, model_session
 
 SHAPE = (40, 30)
 
@@ -253,3 +253,19 @@ def weights(model: Model) -> list[tuple[onnx.TensorProto, onnx.TensorProto]]:
 
 def model_array(proto: onnx.ModelProto, name: str) -> np.ndarray:
     return onnx.numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == name))
+
+
+def test_weights_of_a_large_file_stay_in_it_and_come_back_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path)
+    monkeypatch.setattr(room, "LEAVE_INSIDE", 1)
+    model = load_model(path)
+    assert not model.proto.graph.initializer[0].raw_data
+    assert not model.has_external_data
+    assert all(np.array_equal(model.array(t), onnx.numpy_helper.to_array(e)) for t, e in weights(model))
+    save_model(model, tmp_path / "new.onnx")
+    assert not (tmp_path / "new.onnx.data").exists()
+    assert onnx.load(tmp_path / "new.onnx").graph == tiny().graph
+    session = model_session(model, threads=1)
+    assert np.allclose(session.run(None, FEEDS)[0], run(path, FEEDS)[0], atol=1e-6)

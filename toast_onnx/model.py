@@ -1,7 +1,7 @@
 """Loading and saving ONNX models: lazy weights, external data, atomic writes, errors that name the file.
 
-A `Model` keeps the protobuf without its external data; weights are read one at a time when asked for, so that a 2.5 GB
-file costs its graph and not its weights. Saving writes to temporary names beside the target and renames at the end: a
+A `Model` keeps the protobuf without its external data, and without the weights inside a large file; weights are read one
+at a time when asked for, so that a 2.5 GB model costs its graph and not its weights. Saving writes to temporary names beside the target and renames at the end: a
 file appears whole or not at all.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import heapq
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ from toast_onnx.errors import ModelError
 INLINE_LIMIT = 1_900_000_000
 #: Offset alignment of large tensors in a data file: lets runtimes map them into memory.
 ALIGNMENT = 4096
+#: Weights inside a file of this size and above are left there. They are then referred to by the file's absolute path, which
+#: no model that was read can contain.
+LEAVE_INSIDE = 64_000_000
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Model:
     """An ONNX model whose external weights stay on disk until they are read.
 
     Attributes:
-        proto: the model; external initializers are references into files under `base_dir`.
+        proto: the model; external initializers are references into files under `base_dir`, or into the model's own file.
         path: the file it came from.
         arrays: values that replace initializers of the same name (not yet part of `proto`'s bytes).
     """
@@ -61,7 +65,7 @@ class Model:
     @property
     def has_external_data(self) -> bool:
         """Whether any initializer lies in a file of its own."""
-        return any(external.uses_external_data(t) for t in self.proto.graph.initializer)
+        return any(external.uses_external_data(t) and not is_inside(t) for t in self.proto.graph.initializer)
 
     def array(self, tensor: onnx.TensorProto) -> np.ndarray:
         """Value of an initializer; read from disk when it is external.
@@ -72,22 +76,46 @@ class Model:
         if tensor.name in self.arrays:
             return self.arrays[tensor.name]
         try:
-            return onnx.numpy_helper.to_array(self._with_bytes(tensor))
+            if not external.uses_external_data(tensor):
+                return onnx.numpy_helper.to_array(tensor)
+            whole = onnx.TensorProto()
+            whole.CopyFrom(tensor)
+            self._bring_in(whole)
+            return onnx.numpy_helper.to_array(whole)
         except (OSError, ValueError) as e:
             raise ModelError(f"{self.path}: cannot read the weight '{tensor.name}': {e}") from e
 
-    def _with_bytes(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
-        """The tensor with its bytes inside.
+    def inline(self, tensor: onnx.TensorProto) -> None:
+        """Put an external initializer's value inside, in place: that in `arrays`, or its bytes from the file.
+
+        Raises:
+            ModelError: the data file is missing or short.
+        """
+        if tensor.name in self.arrays:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(self.arrays[tensor.name], tensor.name))
+        elif external.uses_external_data(tensor):
+            try:
+                self._bring_in(tensor)
+            except OSError as e:
+                raise ModelError(f"{self.path}: cannot read the weight '{tensor.name}': {e}") from e
+
+    def _bring_in(self, tensor: onnx.TensorProto) -> None:
+        """Read an external tensor's bytes.
 
         onnx's own reader refuses symbolic and hard links, which is how download caches and stores keep large files.
         """
-        if not external.uses_external_data(tensor):
-            return tensor
         info = external.ExternalDataInfo(tensor)
         with (self.base_dir / info.location).open("rb") as stream:
             stream.seek(info.offset or 0)
             data = stream.read(-1 if info.length is None else info.length)
-        return onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=data)
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+        tensor.raw_data = data
+
+
+def is_inside(tensor: onnx.TensorProto) -> bool:
+    """Whether an external initializer refers to a place inside its model's own file (see `LEAVE_INSIDE`)."""
+    return os.path.isabs(external.ExternalDataInfo(tensor).location)
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
@@ -118,7 +146,24 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
     _sort_nodes(proto.graph, path)
+    if path.stat().st_size >= LEAVE_INSIDE:
+        _leave_inside(proto.graph, path)
     return Model(proto, path)
+
+
+def _leave_inside(graph: onnx.GraphProto, path: Path) -> None:
+    """Replace weights by references to where their bytes lie in the model's file."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = 0
+        for tensor in graph.initializer:
+            data = tensor.raw_data
+            if len(data) < 1024 or external.uses_external_data(tensor):
+                continue
+            found = content.find(data, start)  # they lie there in this order
+            if found >= 0:
+                external.set_external_data(tensor, str(path.resolve()), found, len(data))
+                tensor.ClearField("raw_data")
+                start = found + len(data)
 
 
 def _sort_nodes(graph: onnx.GraphProto, path: Path) -> None:
@@ -249,7 +294,8 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
         ModelError: writing there failed.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        # Where files that a session has mapped cannot be deleted (Windows), they are left behind.
+        with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
             yield Path(folder)
     except OSError as e:
         raise ModelError(
@@ -317,17 +363,23 @@ def staged_model(model: Model, path: Path, *, check: bool = True) -> Iterator[Pa
         os.replace(draft, path)
 
 
-def write_draft(model: Model, folder: Path, name: str) -> Path:
-    """Write `name` (and `name.data` where weights go outside) into `folder`; no atomicity, no check."""
+def write_draft(model: Model, folder: Path, name: str, *, outside: bool = False) -> Path:
+    """Write `name` (and `name.data` where weights go outside) into `folder`; no atomicity, no check.
+
+    Args:
+        model: the model.
+        folder: where to write.
+        name: of the graph's file.
+        outside: put weights into the data file even where they lie inside and are small enough to stay there.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     total = sum(_tensor_bytes(model, t) for t in proto.graph.initializer)
-    if model.has_external_data or total >= INLINE_LIMIT:
+    if outside or model.has_external_data or total >= INLINE_LIMIT:
         _stream_weights(model, proto, folder / f"{name}.data")
     else:
         for tensor in proto.graph.initializer:
-            if tensor.name in model.arrays:
-                tensor.CopyFrom(onnx.numpy_helper.from_array(model.arrays[tensor.name], tensor.name))
+            model.inline(tensor)
     _write_synced(folder / name, proto.SerializeToString(deterministic=True))
     return folder / name
 
@@ -345,8 +397,7 @@ def _stream_weights(model: Model, proto: onnx.ModelProto, data_path: Path) -> No
     with data_path.open("wb") as stream:
         for tensor in proto.graph.initializer:
             if _tensor_bytes(model, tensor) < 1024 and not external.uses_external_data(tensor):
-                if tensor.name in model.arrays:
-                    tensor.CopyFrom(onnx.numpy_helper.from_array(model.arrays[tensor.name], tensor.name))
+                model.inline(tensor)
                 continue
             moved = onnx.numpy_helper.from_array(model.array(tensor), tensor.name)
             stream.write(b"\0" * (-stream.tell() % ALIGNMENT))

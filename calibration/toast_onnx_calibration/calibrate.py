@@ -14,13 +14,14 @@ from toast_onnx.errors import DataError
 from toast_onnx.importance.moments import Moments
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.study import Study
-from toast_onnx.model import Model, file_hash, follow_links, scratch_folder, write_draft
+from toast_onnx.model import Model, file_hash
+from toast_onnx.surgery.edit import tidy
 from toast_onnx.surgery.twin import padded_twin
 from toast_onnx.surgery.weights import BlockWeights
 from toast_onnx_calibration.feeds import Batch, batches
 from toast_onnx_calibration.needs import Wanted, everything, passes
 from toast_onnx_calibration.recipe_files import recipe_for
-from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, run
+from toast_onnx_calibration.sessions import ModelInput, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source, open_source
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
 from toast_onnx_calibration.store import Header, StatisticsWriter, per_head, write_statistics
@@ -33,7 +34,7 @@ Progress = Callable[[int, int | None, str], None]
 """Called with the samples measured, their number over all passes where it is known, and a note."""
 
 #: Memory for the statistics of one pass, in bytes; more blocks take more passes over the data.
-BUDGET = 2_000_000_000
+BUDGET = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -199,10 +200,14 @@ def _add(
     sums: dict[str, Array], session: ort.InferenceSession, graph: MeasuringGraph, feeds: dict[str, Any], factor: float
 ) -> None:
     found = run(session, feeds, list(dict.fromkeys(graph.outputs.values())))
-    for key, value in unshift({key: found[tensor] for key, tensor in graph.outputs.items()}).items():
-        if key not in sums:
-            sums[key] = np.zeros(value.shape)
-        sums[key] += value if factor == 1.0 else factor * value.astype(np.float64)
+    parts: dict[str, dict[str, NDArray[Any]]] = {}
+    for key, tensor in graph.outputs.items():
+        parts.setdefault(key.rpartition(".")[0], {})[key] = found[tensor]
+    for part in parts.values():  # one at a time in float64
+        for key, value in unshift(part).items():
+            if key not in sums:
+                sums[key] = np.zeros(value.shape)
+            sums[key] += value if factor == 1.0 else factor * value.astype(np.float64)
 
 
 def unshift(found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -227,16 +232,16 @@ def _repeated(batch: Batch) -> dict[str, Any]:
 def _session(
     graph: MeasuringGraph, study: Study, behind: Mapping[int, BlockWeights], options: CalibrationOptions
 ) -> ort.InferenceSession:
-    model = study.view.model
+    """A session of a measuring graph, which is emptied: the session has all of it."""
+    measuring = Model(graph.proto, study.view.model.path)
     if behind:  # what measures lies behind the model's nodes, which keep their positions
-        measuring = GraphView(Model(graph.proto, model.path))
-        with scratch_folder("toast-behind-") as folder:
-            padded = padded_twin(measuring, study.facts, study.match.blocks, behind)
-            return make_session(write_draft(padded, folder, "m.onnx"), options.provider, threads=options.threads)
-    external = follow_links(graph.proto, model.base_dir)
-    return make_session(
-        graph.proto.SerializeToString(), options.provider, threads=options.threads, external_data=external
-    )
+        measuring = padded_twin(GraphView(measuring), study.facts, study.match.blocks, behind)
+    else:
+        tidy(measuring)  # ONNX Runtime would run what lies behind the last measured block
+    try:
+        return model_session(measuring, options.provider, threads=options.threads)
+    finally:
+        graph.proto.Clear()
 
 
 def _source(

@@ -13,14 +13,14 @@ import onnx
 from toast_onnx.errors import DataError, ModelError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import file_hash, follow_links, load_model, stored_bytes
+from toast_onnx.model import Model, file_hash, load_model, stored_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.runtime import expose
 from toast_onnx.tensorrt.ortbench import benchmark
 from toast_onnx_calibration.agreement import Agreement
 from toast_onnx_calibration.feeds import batch_size, batches
 from toast_onnx_calibration.recipe_files import recipe_for
-from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, run
+from toast_onnx_calibration.sessions import ModelInput, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -232,8 +232,7 @@ def _session(found: Study, names: Sequence[str], provider: str, threads: int | N
     model = found.view.model
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    folder = follow_links(proto, model.base_dir)
-    return make_session(expose(proto, names).SerializeToString(), provider, threads=threads, external_data=folder)
+    return model_session(Model(expose(proto, names), model.path), provider, threads=threads)
 
 
 def _check_alike(sessions: Sequence[ort.InferenceSession], pruned: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import BackendError, DataError, ModelError
+from toast_onnx.model import Model, follow_links, scratch_folder, write_draft
 from toast_onnx_calibration.recipes import Dim
 
 if TYPE_CHECKING:
@@ -113,6 +114,26 @@ def make_session(
     if wanted not in session.get_providers():
         raise BackendError(unusable)
     return session
+
+
+def model_session(model: Model, provider: str = "cpu", *, threads: int | None = None) -> ort.InferenceSession:
+    """A session of a model that is in memory, whose weights ONNX Runtime maps from files.
+
+    Args:
+        model: the model; references to external data may come out changed.
+        provider: as for `make_session`.
+        threads: as for `make_session`.
+
+    Raises:
+        BackendError: as for `make_session`.
+        ModelError: as for `make_session`.
+    """
+    if model.has_external_data and not model.arrays:
+        folder = follow_links(model.proto, model.base_dir)
+        return make_session(model.proto.SerializeToString(), provider, threads=threads, external_data=folder)
+    with scratch_folder("toast-session-") as scratch:
+        path = write_draft(model, scratch, "model.onnx", outside=True)
+        return make_session(path, provider, threads=threads)
 
 
 def model_inputs(session: ort.InferenceSession) -> list[ModelInput]:

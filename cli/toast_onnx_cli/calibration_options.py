@@ -50,7 +50,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--memory",
             type=click.FloatRange(0, min_open=True),
             metavar="GB",
-            help="For the statistics of one pass; less memory takes more passes over the data. 2 by default.",
+            help="For the statistics of one pass; less memory takes more passes over the data. 0.5 by default.",
         ),
     )
     for option in reversed(options):
