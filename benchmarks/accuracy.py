@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,23 +34,28 @@ from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.macs import graph_macs
 from toast_onnx.planning.ratios import parse_ratios
+from toast_onnx.surgery.local import LocalSettings
 from toast_onnx.surgery.prune import prune
 from toast_onnx.surgery.synthetic import SyntheticStatistics
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything
+from toast_onnx_calibration.sequential import SequentialStatistics
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_cli.console import print_table
 
 INDEX = {"select": "index"}
-#: name -> (attention settings, FFN settings, compensation)
-METHODS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
-    "paper's scores, plain removal": (INDEX | {"score": "gm"}, {"score": "activation"}, "none"),
-    "variance + bias (VBP)": (INDEX | {"score": "energy"}, {"score": "variance"}, "bias"),
-    "index pairs + ridge (CORP's form)": (INDEX | {"score": "energy"}, {"score": "variance"}, "ridge"),
-    "ours, select: index": (INDEX | {"score": "second-order"}, {"score": "second-order"}, "ridge"),
-    "ours (select: subspace)": ({"select": "subspace"}, {"score": "second-order"}, "ridge"),
-    "ours + local": ({"select": "subspace"}, {"score": "second-order"}, "local"),
+OURS = ({"select": "subspace"}, {"score": "second-order"})
+#: name -> (attention settings, FFN settings, compensation, what corrects the blocks one after the other)
+METHODS: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], str | None]] = {
+    "paper's scores, plain removal": (INDEX | {"score": "gm"}, {"score": "activation"}, {"kind": "none"}, None),
+    "variance + bias (VBP)": (INDEX | {"score": "energy"}, {"score": "variance"}, {"kind": "bias"}, None),
+    "index pairs + ridge (CORP's form)": (INDEX | {"score": "energy"}, {"score": "variance"}, {"kind": "ridge"}, None),
+    "ours, select: index": (INDEX | {"score": "second-order"}, {"score": "second-order"}, {"kind": "ridge"}, None),
+    "ours (select: subspace)": (*OURS, {"kind": "ridge"}, None),
+    "ours, sequential statistics": (*OURS, {"kind": "ridge", "statistics": "sequential"}, None),
+    "ours + means": (*OURS, {"kind": "ridge"}, "means"),
+    "ours + local": (*OURS, {"kind": "local"}, "local"),
 }
 Judge = Callable[[str, Path], dict[str, Any]]
 
@@ -76,13 +82,13 @@ def main() -> None:
 
         rows = [judge("dense", dense) | {"ratio": 0.0}]
         look = study(load_model(dense))
-        measured, refine = measure(look, data, folder, options)
+        source = Measured(look, data, folder, options)
         for ratio in options.ratios:
             others = (
                 onnxsim_rows(weights, data, ratio, folder, judge, options),
                 torch_pruning_rows(weights, rows, folder, judge),
             )
-            mine = ours(look, measured, refine, ratio, folder, judge, options.methods)
+            mine = ours(look, source, ratio, folder, judge, options.methods)
             for row in chain(mine, *(others if options.methods is None else ())):
                 rows.append(row | {"ratio": ratio})
                 print(f"{ratio}: {row['method']}: {row['top1']:.1%}, KL {row['kl']:.3f}", file=sys.stderr)
@@ -111,27 +117,37 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def measure(
-    look: Study, data: Path, folder: Path, options: argparse.Namespace
-) -> tuple[CalibratedStatistics, Callable[[Any], Any]]:
-    """Statistics of all parts that any method asks for, measured once; and local training on the same images."""
-    recipe = folder / "calibration.yaml"
-    recipe.write_text(yaml.safe_dump(CALIBRATION))
-    settings = CalibrationOptions(preprocess=str(recipe), samples=options.samples, threads=options.threads)
-    images, out = data / "data" / "calibration_256", folder / "statistics.npz"
-    started = time.perf_counter()
-    calibrate(look, images, out, everything(look, {"qk", "context", "hidden", "fc2"}), settings)
-    print(f"calibrated in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+class Measured:
+    """Statistics of all parts that any method asks for, measured once; what else reads the same images."""
 
-    def refine(new: Any) -> Any:
+    def __init__(self, look: Study, data: Path, folder: Path, options: argparse.Namespace) -> None:
+        recipe = folder / "calibration.yaml"
+        recipe.write_text(yaml.safe_dump(CALIBRATION))
+        self.look, self.folder, self.images = look, folder, data / "data" / "calibration_256"
+        self.options = CalibrationOptions(preprocess=str(recipe), samples=options.samples, threads=options.threads)
+        started = time.perf_counter()
+        parts = everything(look, {"qk", "context", "hidden", "fc2"})
+        calibrate(look, self.images, folder / "statistics.npz", parts, self.options)
+        print(f"calibrated in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        self.statistics = CalibratedStatistics(look, folder / "statistics.npz")
+
+    def sequential(self) -> SequentialStatistics:
+        """Statistics behind the pruned blocks."""
+        wanted = everything(self.look, {"qk", "context", "hidden"})
+        return SequentialStatistics(self.look, self.images, wanted, self.options, self.folder)
+
+    def refine(self, correction: str) -> Callable[[Any], Any]:
+        """Means, or means and local training, block by block."""
         from toast_onnx_calibration.local import refine_locally
 
-        return refine_locally(look, new, str(images), settings)
+        settings = LocalSettings(class_weight=self.options.class_weight, seed=self.options.seed)
+        settings = settings if correction == "local" else replace(settings, steps=0)
+        return lambda new: refine_locally(self.look, new, self.images, self.options, settings)
 
-    return CalibratedStatistics(look, out), refine
 
-
-def document(attention: dict[str, str], ffn: dict[str, str], kind: str, ratio: float, *, heads: bool) -> dict[str, Any]:
+def document(
+    attention: dict[str, str], ffn: dict[str, str], compensation: dict[str, str], ratio: float, *, heads: bool
+) -> dict[str, Any]:
     """A ratios file; without `heads` only the feed-forward networks shrink."""
     removed = {"qk": ratio, "vo": ratio} if heads else {}
     return {
@@ -139,32 +155,29 @@ def document(attention: dict[str, str], ffn: dict[str, str], kind: str, ratio: f
         "attention": attention | removed,
         "ffn": ffn | {"fc2": ratio},
         "align": 1,
-        "compensation": {"kind": kind},
+        "compensation": compensation,
     }
 
 
 def ours(
-    look: Study,
-    measured: CalibratedStatistics,
-    refine: Callable[[Any], Any],
-    ratio: float,
-    folder: Path,
-    judge: Judge,
-    methods: list[str] | None,
+    look: Study, source: Measured, ratio: float, folder: Path, judge: Judge, methods: list[str] | None
 ) -> Iterator[dict[str, Any]]:
     """This project's rows: simpler settings first, then no data at all, then the feed-forward networks alone."""
-    for name, settings in METHODS.items():
-        if methods is None or name in methods:
-            try:
-                yield judge(name, pruned(look, document(*settings, ratio, heads=True), measured, folder, refine))
-            except BackendError as error:  # no PyTorch to train with
-                print(f"{name}: left out: {error}", file=sys.stderr)
+    for name, (*settings, correction) in METHODS.items():
+        if methods is not None and name not in methods:
+            continue
+        ratios = document(*settings, ratio, heads=True)
+        statistics = source.sequential() if "statistics" in ratios["compensation"] else source.statistics
+        try:
+            refine = None if correction is None else source.refine(correction)
+            yield judge(name, pruned(look, ratios, statistics, folder, refine))
+        except BackendError as error:  # no PyTorch to train with
+            print(f"{name}: left out: {error}", file=sys.stderr)
     if methods is not None:
         return
-    best = METHODS["ours (select: subspace)"]
-    synthetic = SyntheticStatistics(look)
+    best, synthetic = METHODS["ours (select: subspace)"][:3], SyntheticStatistics(look)
     yield judge("ours, no data", pruned(look, document(*best, ratio, heads=True), synthetic, folder))
-    yield judge("ours, FFN only", pruned(look, document(*best, ratio, heads=False), measured, folder))
+    yield judge("ours, FFN only", pruned(look, document(*best, ratio, heads=False), source.statistics, folder))
 
 
 def pruned(look: Study, ratios: dict[str, Any], statistics: Any, folder: Path, refine: Any = None) -> Path:
