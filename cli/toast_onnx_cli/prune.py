@@ -27,6 +27,7 @@ from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrate import CalibrationOptions
+    from toast_onnx_calibration.sequential import SequentialStatistics
     from toast_onnx_calibration.statistics import CalibratedStatistics
 
 
@@ -174,8 +175,8 @@ def refinement(
 @contextmanager
 def find_statistics(
     dense: Study, ratios: Ratios, data: str | None, statistics: Path | None, options: CalibrationOptions
-) -> Iterator[SyntheticStatistics | CalibratedStatistics]:
-    """Statistics for a run: of a file, measured now into a temporary one, or made up where there is no data.
+) -> Iterator[SyntheticStatistics | CalibratedStatistics | SequentialStatistics]:
+    """Statistics for a run: of a file, measured now (for sequential ones, block by block), or made up without data.
 
     Args:
         dense: the model.
@@ -185,20 +186,16 @@ def find_statistics(
         options: how to measure.
 
     Raises:
-        ConfigError: the ratios ask for sequential statistics.
+        ConfigError: the ratios do not fit the model.
         DataError: the data or the file do not fit the model.
     """
-    if ratios.compensation.statistics == "sequential":
-        raise ConfigError(
-            "compensation.statistics: sequential, every block measured behind the pruned ones, lost accuracy when "
-            "it was tried (docs/method.md) and is not in this release; use one-shot"
-        )
     data = data or (ratios.calibration.data if statistics is None else None)
     if data is None and statistics is None:
         yield SyntheticStatistics(dense, options.seed)
         return
     from toast_onnx_calibration.calibrate import calibrate
     from toast_onnx_calibration.needs import needed
+    from toast_onnx_calibration.sequential import SequentialStatistics
     from toast_onnx_calibration.statistics import CalibratedStatistics
 
     if statistics is not None:
@@ -210,12 +207,21 @@ def find_statistics(
         yield SyntheticStatistics(dense, options.seed)
         return
     with tempfile.TemporaryDirectory(prefix="toast-statistics-") as folder:
+        if ratios.compensation.statistics == "sequential":
+            behind = SequentialStatistics(dense, data, wanted, options, Path(folder))
+            yield behind
+            _show_notes(behind.notes)
+            return
         path = Path(folder) / "statistics.npz"
         with sample_progress("calibrating") as show:
             header = calibrate(dense, data, path, wanted, options, show)
-        for note in header.notes:
-            click.echo(f"Note: {note}", err=True)
+        _show_notes(header.notes)
         yield CalibratedStatistics(dense, path)
+
+
+def _show_notes(notes: Sequence[str]) -> None:
+    for note in dict.fromkeys(notes):
+        click.echo(f"Note: {note}", err=True)
 
 
 def check_destinations(inputs: Sequence[Path], out: Path, report: Path) -> None:
