@@ -209,6 +209,31 @@ def test_layers_that_join_no_residual_stream_are_no_feed_forward_network(tmp_pat
     assert "joined by relu, but their output joins no residual stream" in reason
 
 
+def test_hidden_units_times_an_input_are_no_matter_of_the_layers_alone(tmp_path: Path) -> None:
+    """A gate that is an input of the graph, as wide as the hidden layer: declined aloud, never passed over."""
+    graph, y = block(activated=lambda g, name: g.add("Mul", name, "gate"))
+    path = graph.save(tmp_path / "model.onnx", y)
+    model = onnx.load(path)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("gate", onnx.TensorProto.FLOAT, [TOKENS, HIDDEN]))
+    onnx.save(model, path)
+    match = look(path).match
+    assert [b.ffn for b in match.blocks] == [None]
+    assert match.declined == {
+        "'fc2/MatMul' (MatMul)": "the hidden channels before 'fc2/MatMul' (MatMul) are joined with 'gate'"
+    }
+
+
+def test_layers_of_different_tensors_that_are_joined_say_so(tmp_path: Path) -> None:
+    def gated(graph: Graph, name: str) -> str:
+        return graph.add("Mul", name, graph.linear("x", WIDTH, HIDDEN, "gate"))
+
+    graph, y = block(activated=gated)
+    match = look(graph.save(tmp_path / "model.onnx", y)).match
+    assert [b.ffn for b in match.blocks] == [None]
+    (reason,) = match.declined.values()
+    assert "read different tensors" in reason
+
+
 def test_quantized_weights_say_prune_first(tmp_path: Path) -> None:
     def quantized(graph: Graph, name: str) -> str:
         values = graph.constant(np.ones((WIDTH, WIDTH)), np.int8)

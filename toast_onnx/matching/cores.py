@@ -13,6 +13,7 @@ from toast_onnx.matching.probe import Decline
 _BETWEEN = frozenset(
     {"Add", "Sub", "Mul", "Div", "Cast", "Reshape", "Where", "Identity", "Clip", "Max", "Min", "Tanh", "Unsqueeze"}
     | {"Squeeze", "Expand", "IsNaN", "Dropout", "IsInf", "Or", "Not", "And"}
+    | {"QuantizeLinear", "DequantizeLinear"}  # found, so that it can be declined with the reason
 )
 
 

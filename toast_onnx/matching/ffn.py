@@ -11,7 +11,7 @@ import numpy as np
 from toast_onnx.matching.activations import activation_name, is_activation
 from toast_onnx.matching.blocks import Ffn
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import QUANTIZED, GraphView, attribute
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.probe import MOVEMENT, PASSING, Decline, check_readers
 
@@ -21,16 +21,23 @@ _REDUCING = frozenset(
     {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "ReduceMean", "ReduceL2", "ReduceSum"}
     | {"Softmax", "InstanceNormalization", "GroupNormalization", "ReduceSumSquare", "LpNormalization"}
 )
+_QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _CONTRIB_ACTIVATIONS = frozenset({"Gelu", "FastGelu", "BiasGelu", "QuickGelu"})
 
 
 @dataclass
 class _Region:
-    """Nodes between the entries and fc2, and what normalises over the hidden channels, if anything does."""
+    """Nodes between the entries and fc2.
+
+    Attributes:
+        norm: what normalises over the hidden channels, if anything does.
+        foreign: a tensor that enters and is made by no linear layer, if one does.
+    """
 
     entries: dict[str, Linear] = field(default_factory=dict)
     nodes: set[int] = field(default_factory=set)
     norm: str | None = None
+    foreign: str | None = None
 
 
 def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2: Linear) -> Ffn | None:
@@ -40,20 +47,28 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
         Decline: it looks like one, but its parts do not fit.
     """
     region = _walk_back(view, facts, linears, fc2)
-    if region is None or len({e.input for e in region.entries.values()}) != 1:
+    if region is None:
         return None
     nodes = tuple(sorted(region.nodes))
     activation = activation_name(view, facts, nodes)
+    if activation is None and any(view.nodes[i].op_type in _QDQ for i in nodes):
+        activation = "relu"  # quantizers leave it to the range of the quantized numbers
     if activation is None:
         return None
     entries = tuple(sorted(region.entries.values(), key=lambda e: e.node))
     where = view.label(fc2.node)
+    if region.foreign is not None or len({e.input for e in entries}) > 1:
+        if not any(_returns_to_residual(view, facts, e.input, fc2.output) for e in entries):
+            return None
+        if region.foreign is not None:
+            raise Decline(f"the hidden channels before {where} are joined with '{region.foreign}'")
+        raise Decline(f"the layers that are joined before {where} read different tensors")
     if not _returns_to_residual(view, facts, entries[0].input, fc2.output):
         raise Decline(
             f"the layers before {where} are joined by {activation}, but their output joins no residual stream"
         )
-    if any(e.quantized for e in (*entries, fc2)):
-        quantized = "the weights are quantized; prune first, then quantize"
+    if any(e.quantized for e in (*entries, fc2)) or any(view.nodes[i].op_type in QUANTIZED for i in nodes):
+        quantized = "the network is quantized; prune first, then quantize"
         return Ffn(entries, fc2, nodes, (), {}, {}, activation, quantized, quantized)
     fc1_reason = None if entries[0].channel_axis == -1 else "fc1 is a convolution: its inputs are not selected"
     if region.norm is not None:
@@ -84,7 +99,8 @@ def _walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2
             continue
         i = view.producer.get(tensor)
         if i is None:
-            return None
+            region.foreign = tensor
+            continue
         if i in region.nodes:
             continue
         node = view.nodes[i]
@@ -110,7 +126,7 @@ def _acts_per_channel(view: GraphView, facts: Facts, i: int) -> bool:
         return bool(weight) and attribute(node, "group", 1) == weight[0] and weight[1] == 1  # type: ignore[index]
     if node.op_type == "BatchNormalization":
         return True
-    return is_activation(node) or node.op_type in _BINARY | _UNARY | MOVEMENT | PASSING
+    return is_activation(node) or node.op_type in _BINARY | _UNARY | MOVEMENT | PASSING | _QDQ
 
 
 def _label(
@@ -263,7 +279,7 @@ def _returns_to_residual(view: GraphView, facts: Facts, source: str, output: str
 
 
 def _keeps_stream(op_type: str) -> bool:
-    return op_type in MOVEMENT | PASSING or op_type in ("Mul", "Add", "Div") or "Normalization" in op_type
+    return op_type in MOVEMENT | PASSING | _QDQ or op_type in ("Mul", "Add", "Div") or "Normalization" in op_type
 
 
 def _is_ancestor(view: GraphView, ancestor: str, tensor: str) -> bool:

@@ -12,7 +12,7 @@ from toast_onnx.matching.blocks import Attention, Block, Ffn, Match
 from toast_onnx.matching.cores import find_cores
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.ffn import match_ffn
-from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.graph import QUANTIZED, GraphView
 from toast_onnx.matching.linear import find_linears
 from toast_onnx.matching.probe import Decline
 
@@ -47,6 +47,9 @@ def find_blocks(view: GraphView, facts: Facts, other: Facts) -> Match:
         if ffn is not None:
             parts.append((fc2.node, ffn))
     parts.sort(key=lambda p: p[0])
+    quantized = [i for i, node in enumerate(view.nodes) if node.op_type in QUANTIZED]
+    if quantized and not parts:
+        declined[view.label(quantized[0])] = f"{len(quantized)} nodes are quantized; prune first, then quantize"
     return Match(tuple(_group(view, [p for _, p in parts])), declined)
 
 

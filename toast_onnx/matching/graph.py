@@ -6,6 +6,13 @@ import onnx
 
 from toast_onnx.model import Model, reads
 
+#: Operators that quantize, dequantize or compute on quantized numbers: of ONNX, and of ONNX Runtime (com.microsoft).
+QUANTIZED = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul", "MatMulInteger", "QLinearConv"}
+    | {"ConvInteger", "QGemm", "QAttention", "QLinearAdd", "QLinearMul", "QLinearSoftmax", "DynamicQuantizeMatMul"}
+    | {"MatMulIntegerToFloat", "MatMulNBits", "MatMulBnb4", "QOrderedMatMul", "QOrderedAttention"}
+)
+
 
 class GraphView:
     """Index over the nodes of a model's main graph. Nodes are named by their position.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.graph import QUANTIZED, GraphView
 from toast_onnx.matching.linear import Linear
 
 #: Operators that move elements and compute nothing. Their first input is the data (all inputs for Concat).
@@ -101,6 +101,8 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
             pending.extend(data_inputs(view, i))
         elif (scaled := scalar_factor(view, facts, i)) is not None:
             pending.append(scaled[0])
+        elif view.nodes[i].op_type in QUANTIZED:
+            raise Decline(f"{what} passes through {view.label(i)}; prune first, then quantize")
         else:
             opaque.add(i)
             pending.extend(_activations(view, facts, i))
@@ -163,7 +165,7 @@ def _reaches(view: GraphView, facts: Facts, start: str, goal: str, nodes: set[in
 
 def _hint(view: GraphView, i: int) -> str:
     node = view.nodes[i]
-    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+    if node.op_type in QUANTIZED:
         return "; prune first, then quantize"
     if "Normalization" in node.op_type:
         return " across the channels of a head (q/k norm)"
