@@ -164,9 +164,10 @@ def test_static_attention_and_run_time_networks_together(exported: Exported) -> 
     assert {s.block for s in pruned.selections} == {1, 2}
 
 
-def test_half_precision(exported: Exported) -> None:
+@pytest.mark.parametrize("attention", [{}, {"qk": 0.5}])
+def test_half_precision(attention: dict[str, Any], exported: Exported) -> None:
     """Compared in float32: what half precision would round is kept apart from what it rounds."""
-    document = ratios() | {"attention": {"qk": 0.5}}
+    document = ratios() | {"attention": attention}
     _, pruned = prune_at_run_time(exported(zoo.Case("timm-deit", after="fp16")), document)
     assert pruned.twin is not None
     assert pruned.twin.worst < 1e-4

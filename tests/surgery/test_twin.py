@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import onnx.numpy_helper
 import onnxruntime as ort
 import pytest
 
+from tests import zoo
 from tests.matching.tiny import Graph, block
-from tests.pruning import UNEVEN, look
+from tests.pruning import UNEVEN, look, prune_file
 from toast_onnx.errors import ModelError, TwinError
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
@@ -22,6 +24,8 @@ from toast_onnx.surgery.precision import to_float32
 from toast_onnx.surgery.prune import Pruned, prune, twin_shapes
 from toast_onnx.surgery.synthetic import SyntheticStatistics
 from toast_onnx.surgery.twin import TwinResult, compare_with_twin, padded_twin
+
+Exported = Callable[[zoo.Case], Path]
 
 
 def pruned_tiny(folder: Path, **bends: Any) -> tuple[Study, Pruned]:
@@ -117,6 +121,14 @@ def test_a_comparison_of_no_numbers_proves_nothing(tmp_path: Path) -> None:
         compare_with_twin(
             dense.view, twin, pruned.model, dense.match.blocks, pruned.weights, twin_shapes(dense), seed=0
         )
+
+
+def test_a_scale_that_a_half_precision_graph_computes_is_rounded_alike(exported: Exported) -> None:
+    """The attention is left alone, so its scale still comes from a shape: the pruned copy would compute it exactly."""
+    path = exported(zoo.Case("timm-deit", after="fp16"))
+    _, pruned = prune_file(path, {"version": 1, "ffn": {"fc2": 0.5, "score": "l2"}, "compensation": {"kind": "none"}})
+    assert pruned.twin is not None
+    assert pruned.twin.worst < 1e-5
 
 
 def test_half_precision_is_compared_in_float32(tmp_path: Path) -> None:

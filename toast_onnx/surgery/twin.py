@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import onnx
+import onnx.helper
 
 from toast_onnx.errors import TwinError
 from toast_onnx.matching.blocks import Attention, Block, Branch, Ffn
@@ -106,6 +108,24 @@ def _freeze_half_scalars(edit: GraphEdit, view: GraphView, facts: Facts) -> None
             edit.emit(i, "Identity", [frozen], node.output[0], f"{node.name or node.output[0]}/frozen")
 
 
+def _rounded_alike(pruned: Model, twin: Model) -> Model:
+    """The pruned graph with the twin's frozen scalars wherever it still computes them itself, to be compared."""
+    aliases = {n.output[0]: n.input[0] for n in twin.proto.graph.node if n.op_type == "Identity"}
+    frozen = {name: source for name, source in aliases.items() if source == f"{name}/frozen"}
+    if not any(name in frozen for n in pruned.proto.graph.node for name in n.output):
+        return pruned
+    proto, arrays = onnx.ModelProto(), dict(pruned.arrays)
+    proto.CopyFrom(pruned.proto)
+    for node in proto.graph.node:
+        if len(node.output) == 1 and node.output[0] in frozen:
+            source = frozen[node.output[0]]
+            node.CopyFrom(onnx.helper.make_node("Identity", [source], list(node.output), name=node.name))
+            value = arrays[source] = twin.arrays[source]
+            kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+            proto.graph.initializer.append(onnx.TensorProto(name=source, data_type=kind, dims=value.shape))
+    return Model(proto, pruned.path, arrays)
+
+
 @dataclass
 class _Padded:
     linear: Linear
@@ -195,6 +215,7 @@ def compare_with_twin(
     watched = _watched(view, blocks, new)
     worst: dict[str, float] = dict.fromkeys(watched, 0.0)
     feeds = [random_inputs(twin.proto, s, seed + k) for k, s in enumerate(shapes)]
+    pruned = _rounded_alike(pruned, twin)
     with scratch_folder("toast-twin-") as folder:
         padded = write_draft(to_float32(twin), folder, "twin.onnx")
         twin.arrays.clear()  # as large as the dense model, and not needed beside a session
