@@ -5,7 +5,10 @@ Lengths survive any orthogonal change of basis and any zero padding, so Q and K 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import onnx
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
@@ -17,6 +20,8 @@ _GUARDS = frozenset({"Clip", "Max", "Add"})
 def length_division(view: GraphView, facts: Facts, tensor: str, operand: str) -> tuple[int | None, int] | None:
     """Recognise operand = moved(tensor / max(||tensor||_2, eps)), the length taken over the last axis.
 
+    ONNX Runtime's optimizer moves a Transpose behind the length: then both sides of the division are transposed alike.
+
     Args:
         view: the graph.
         facts: its facts.
@@ -27,13 +32,21 @@ def length_division(view: GraphView, facts: Facts, tensor: str, operand: str) ->
         (position of the Expand that spreads the length, None when there is none; position of the Div), or None when
         something else happens between the two tensors.
     """
-    readers = [view.nodes[i] for i in view.consumers.get(tensor, []) if view.nodes[i].op_type not in ("Shape", "Size")]
-    if sorted(n.op_type for n in readers) != ["Div", "ReduceL2"] or tensor in view.outputs:
-        return None
-    division, norm = sorted(readers, key=lambda n: n.op_type)
-    if not _over_last_axis(view, facts, norm, len(facts.shape(tensor) or ())):
+    readers, rank = _readers(view, tensor), len(facts.shape(tensor) or ())
+    norm = readers.pop("ReduceL2", None)
+    if norm is None or tensor in view.outputs or not _over_last_axis(view, facts, norm, rank):
         return None
     name, expand = norm.output[0], None
+    if list(readers) == ["Transpose"]:
+        moved, turned = readers["Transpose"], _readers(view, name)
+        perm: Any = attribute(moved, "perm")
+        if list(turned) != ["Transpose"] or perm != attribute(turned["Transpose"], "perm") or perm[-1] != rank - 1:
+            return None
+        tensor, name = moved.output[0], turned["Transpose"].output[0]
+        readers = _readers(view, tensor)
+    if list(readers) != ["Div"]:
+        return None
+    division = readers["Div"]
     while name != division.input[1]:
         following = view.consumers.get(name, [])
         if len(following) != 1:
@@ -47,6 +60,14 @@ def length_division(view: GraphView, facts: Facts, tensor: str, operand: str) ->
     if division.input[0] != tensor or not _moved(view, division.output[0], operand):
         return None
     return expand, view.producer[division.output[0]]
+
+
+def _readers(view: GraphView, tensor: str) -> dict[str, onnx.NodeProto]:
+    """The nodes that read a tensor's values, not just its shape, by operator; none where two are of one kind."""
+    nodes = [view.nodes[i] for i in view.consumers.get(tensor, [])]
+    nodes = [node for node in nodes if node.op_type not in ("Shape", "Size")]
+    found = {node.op_type: node for node in nodes}
+    return found if len(found) == len(nodes) else {}
 
 
 def _over_last_axis(view: GraphView, facts: Facts, norm: object, rank: int) -> bool:
