@@ -20,8 +20,9 @@ from toast_onnx.model import Model, file_hash, save_model
 from toast_onnx.planning.cost_table import CostTable, PartTimes, alike, table_widths
 from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import parse_ratios
+from toast_onnx.planning.schema import Align
 from toast_onnx.planning.search import Kept
-from toast_onnx.planning.width_costs import Part, dense_widths, prunable_widths, width_cost
+from toast_onnx.planning.width_costs import Part, dense_widths, prunable_widths, width_cost, width_step
 from toast_onnx.surgery.prune import prune
 from toast_onnx.surgery.synthetic import SyntheticStatistics
 
@@ -136,7 +137,7 @@ def measure_costs(
     study: Study,
     runtime: Runtime,
     parts: Sequence[Part] = ("qk", "vo", "fc2"),
-    align: Mapping[str, int] | None = None,
+    align: Align | None = None,
     most: int = 24,
     progress: Progress | None = None,
 ) -> CostTable:
@@ -146,21 +147,21 @@ def measure_costs(
         study: the dense model.
         runtime: what to measure with.
         parts: what a plan may prune.
-        align: `head_dim` and `width`, the multiples that widths are.
+        align: the multiples that widths are.
         most: widths a part at most; more are thinned out evenly.
         progress: called after every group of variants.
 
     Raises:
         MatchError: there is nothing to prune.
     """
-    steps = {"head_dim": 8, "width": 8} | dict(align or {})
+    steps = align or Align()
     blocks = study.match.blocks
     groups = alike(blocks, {b.index: width_cost(study.view, study.counted, b, "macs") for b in blocks})
     wanted: list[tuple[tuple[int, ...], Part, int]] = []
     for members in groups:
         for part, dense in prunable_widths(blocks[members[0]]).items():
             if part in parts:
-                step = steps["head_dim" if part in ("qk", "vo") else "width"]
+                step = width_step(blocks[members[0]], part, steps)
                 wanted += [(members, part, kept) for kept in table_widths(dense, step, most)]
     if not wanted:
         raise MatchError("no part of any block can be pruned; see `toast-onnx inspect` for the reasons")

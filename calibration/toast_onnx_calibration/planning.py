@@ -19,7 +19,7 @@ from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.prediction import damage_curve
 from toast_onnx.planning.ratios import Ratios, resolve
 from toast_onnx.planning.search import Found, Group, Kept, PartChoice, aligned_widths, group_choices, search
-from toast_onnx.planning.width_costs import PARTS, Part, Resource, dense_widths, prunable_widths, width_cost
+from toast_onnx.planning.width_costs import PARTS, Part, Resource, dense_widths, prunable_widths, width_cost, width_step
 from toast_onnx.surgery.losses import loss_curves
 from toast_onnx_calibration.costs import Runtime, variant
 from toast_onnx_calibration.needs import Wanted, everything
@@ -113,8 +113,7 @@ def predicted_choices(
         present: list[Part] = [part for part, points in measured.items() if points]
         curves = loss_curves(study, block, present, setting, settings.compensation.kind, statistics)
         for part in present:
-            align = settings.align.head_dim if part in ("qk", "vo") else settings.align.width
-            offered = aligned_widths(widths[part], align)
+            offered = aligned_widths(widths[part], width_step(block, part, settings.align))
             if table is not None:
                 offered = tuple(k for k in offered if k in table.widths(block.index, part))
             if len(offered) > 1:

@@ -14,13 +14,14 @@ from typing import Any
 
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.importance.statistics import Statistics
+from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
 from toast_onnx.model import file_hash, write_bytes
 from toast_onnx.planning.planned import selection_only
 from toast_onnx.planning.ratios import Ratios, resolve
 from toast_onnx.planning.search import Kept
-from toast_onnx.planning.width_costs import Part, prunable_widths
-from toast_onnx.planning.widths import kept_width
+from toast_onnx.planning.width_costs import Part, prunable_widths, width_step
+from toast_onnx.planning.widths import kept_count
 from toast_onnx.surgery.choose import Widths, solve_block
 from toast_onnx.surgery.weights import BlockWeights
 from toast_onnx_calibration.sensitivity_stream import Trials
@@ -104,7 +105,7 @@ def trial_grid(
 
     Args:
         study: the model.
-        settings: alignment and rounding.
+        settings: alignment.
         parts: keys of `TRIAL_PARTS`.
         ratios: fractions removed.
         blocks: numbers of blocks; None takes all.
@@ -119,18 +120,15 @@ def trial_grid(
             if not all(p in widths for p in TRIAL_PARTS[part]):
                 continue
             for ratio in sorted(ratios):
-                kept = {p: _kept(p, widths[p], ratio, settings) for p in TRIAL_PARTS[part]}
+                kept = {p: _kept(block, p, widths[p], ratio, settings) for p in TRIAL_PARTS[part]}
                 if any(kept[p] < widths[p] for p in kept):
                     trial = Trial(block.index, part, ratio, {str(p): count for p, count in kept.items()})
                     found.setdefault(trial.key, trial)
     return list(found.values())
 
 
-def _kept(part: Part, width: int, ratio: float, settings: Ratios) -> int:
-    heads = part in ("qk", "vo")
-    align = settings.align.head_dim if heads else settings.align.width
-    kind, exact = ("head_dim" if heads else "width"), Decimal(repr(ratio))
-    return kept_width(kind, width, exact, align=align, rounding=settings.rounding)  # type: ignore[arg-type]
+def _kept(block: Block, part: Part, width: int, ratio: float, settings: Ratios) -> int:
+    return kept_count(width, Decimal(repr(ratio)), width_step(block, part, settings.align))
 
 
 class Solver:

@@ -9,6 +9,7 @@ import click
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.cost_table import CostTable, write_table
+from toast_onnx.planning.schema import Align
 from toast_onnx.planning.width_costs import PARTS
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.planning_options import comma_list, counted
@@ -65,7 +66,7 @@ def command(
     else:
         with_ = onnxruntime_runtime(batch, threads, provider, rounds or 15, shapes)
     with progress("timing widths") as advance:
-        align = {"head_dim": align_heads, "width": align_width}
+        align = Align(head_dim=align_heads, width=align_width)
         table = measure_costs(dense, with_, parts, align, widths, counted(advance))  # type: ignore[arg-type]
     write_table(table, out)
     if as_json:

@@ -135,9 +135,8 @@ def _costs(
     batch = table.batch if table is not None else 1
     runtime = onnxruntime_runtime(batch, given["threads"], given["provider"], shapes=shapes)
     if table is None:
-        align = {"head_dim": settings.align.head_dim, "width": settings.align.width}
         with progress("timing widths") as advance:
-            table = measure_costs(dense, runtime, parts, align, progress=counted(advance))  # type: ignore[arg-type]
+            table = measure_costs(dense, runtime, parts, settings.align, progress=counted(advance))  # type: ignore[arg-type]
         if path is not None:
             write_table(table, path)
     return table, runtime

@@ -13,6 +13,7 @@ from tests.tensorrt import standin
 from toast_onnx.errors import BackendError, MatchError
 from toast_onnx.matching.study import Study
 from toast_onnx.model import file_hash, load_model
+from toast_onnx.planning.schema import Align
 from toast_onnx.planning.width_costs import dense_widths
 from toast_onnx_calibration.costs import Runtime, measure_costs, onnxruntime_runtime, trtexec_runtime
 
@@ -34,7 +35,7 @@ def test_every_variant_is_timed_against_the_dense_model_of_its_turn(vit: Study) 
         return [speed * sum(w["fc2"] + w["qk"] for b in look(m).match.blocks if (w := dense_widths(b))) for m in models]
 
     done: list[int] = []
-    steps = {"head_dim": dense["qk"] // 2, "width": dense["fc2"] // 4}
+    steps = Align(head_dim=dense["qk"] // 2, width=dense["fc2"] // 4)
     table = measure_costs(
         vit, Runtime(timer, {"program": "made up"}, 3), ("qk", "fc2"), steps, progress=lambda d, *_: done.append(d)
     )
@@ -45,14 +46,14 @@ def test_every_variant_is_timed_against_the_dense_model_of_its_turn(vit: Study) 
         widths = table.widths(1, part)  # type: ignore[arg-type]
         assert len(widths) == count + 1
         for kept in widths:
-            assert table.saved(1, part, kept) == pytest.approx(each * (dense[part] - kept))  # type: ignore[arg-type]
+            assert table.saved(1, part, kept) == pytest.approx(each * (dense[part] - kept))  # type: ignore[arg-type, index]
     assert done[-1] == 4
 
 
 def test_onnxruntime(vit: Study) -> None:
     runtime = onnxruntime_runtime(threads=1, rounds=3)
     dense = dense_widths(vit.match.blocks[0])
-    table = measure_costs(vit, runtime, ("fc2",), {"width": dense["fc2"] // 2})
+    table = measure_costs(vit, runtime, ("fc2",), Align(width=dense["fc2"] // 2))
     assert table.runtime["program"] == "onnxruntime"
     assert table.dense_milliseconds > 0
     assert set(table.widths(0, "fc2")) == {dense["fc2"] // 2, dense["fc2"]}
@@ -62,7 +63,7 @@ def test_trtexec_builds_every_variant(vit: Study, tmp_path: Path) -> None:
     program = standin.write(tmp_path, 11)
     runtime = trtexec_runtime(2, str(program), rounds=1, duration=0.1)
     dense = dense_widths(vit.match.blocks[0])
-    table = measure_costs(vit, runtime, ("vo",), {"head_dim": dense["vo"] // 2})
+    table = measure_costs(vit, runtime, ("vo",), Align(head_dim=dense["vo"] // 2))
     assert (table.runtime["program"], table.runtime["version"]) == ("trtexec", "11.1.0")
     assert table.dense_milliseconds == pytest.approx(1.0, rel=0.02)  # the stand-in's clock
     assert len([c for c in standin.calls(program) if any(w.startswith("--onnx") for w in c)]) == 2

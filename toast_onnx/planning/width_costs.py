@@ -6,6 +6,7 @@ units. So five numbers describe a block exactly, and a budget can be searched wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -17,6 +18,7 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear
 from toast_onnx.planning.macs import node_macs
+from toast_onnx.planning.schema import Align
 
 Part = Literal["qk", "vo", "fc1", "fc2"]
 PARTS: tuple[Part, ...] = ("qk", "vo", "fc1", "fc2")
@@ -69,6 +71,13 @@ def prunable_widths(block: Block) -> dict[Part, int]:
     if block.ffn is not None:
         reasons |= {"fc1": block.ffn.fc1_reason, "fc2": block.ffn.fc2_reason}
     return {part: width for part, width in dense_widths(block).items() if reasons[part] is None}
+
+
+def width_step(block: Block, part: Part, align: Align) -> int:
+    """The multiple that kept counts of a part are: rotary embedding turns query and key dimensions in pairs."""
+    step = align.head_dim if part in ("qk", "vo") else align.width
+    paired = part == "qk" and block.attention is not None and block.attention.pairs is not None
+    return math.lcm(step, 2) if paired else step
 
 
 def width_cost(view: GraphView, facts: Facts, block: Block, resource: Resource) -> WidthCost:

@@ -7,6 +7,7 @@ grows with what is removed, and one measurement at the output says where it star
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,24 +68,25 @@ def loss_curves(
 
 def _qk(study: Study, a: Attention, settings: BlockRatios, kind: str, measured: AttentionStatistics) -> Array:
     s_qq, s_kk = measured.s_qq, measured.s_kk
-    if settings.select == "subspace" and a.cosine:
+    subspace = settings.select == "subspace" and not a.regions
+    if subspace and a.cosine:
         values = np.linalg.eigvalsh(unit_trace(s_qq) + unit_trace(s_kk))[:, ::-1]
         return tail_energies(np.sqrt(np.clip(values, 0, None)))
     root_k = root(s_kk)
-    if settings.select == "subspace":
+    if subspace:
         return tail_energies(np.linalg.svd(root(s_qq) @ root_k, compute_uv=False))
     assert a.q is not None
     assert a.k is not None
-    fold = "none" if a.cosine or kind != "ridge" else "ridge"
-    if settings.score == "second-order":
+    fold = "ridge" if a.folds and kind == "ridge" else "none"
+    if settings.score == "second-order" and not a.regions:
         orders = [elimination_order(s, r) for s, r in zip(s_qq, root_k, strict=True)]
     else:
-        if settings.score in WEIGHT_SCORES:
+        if settings.score in WEIGHT_SCORES and settings.select != "subspace":
             q, k = (head_weights(study.view, study.facts, b).weight for b in (a.q, a.k))
             scores = qk_scores(q, k, settings.score, settings.coupling)
         else:
             scores = qk_energy(s_qq, s_kk)
-        orders = [_ranked(s) for s in scores]
+        orders = [_ranked(s) for s in (_shared(scores, a.pairs) if a.regions else scores)]
     heads = [readout_losses(s, r, o, fold) for s, r, o in zip(s_qq, root_k, orders, strict=True)]
     return np.asarray(np.sum(heads, axis=0))
 
@@ -152,6 +154,14 @@ def _fc1(study: Study, block: Block, f: Ffn, settings: BlockRatios, kind: str, s
     else:
         order = _ranked(input_weight_scores(tuple(w1), None, score))
     return readout_losses(s if kind != "none" else moments.second, rows, order, kind)
+
+
+def _shared(scores: Array, pairs: NDArray[Any] | None) -> Array:
+    """Scores (H, d) where all heads keep the same dimensions, pairs (d / 2, 2) of them together."""
+    total = scores.sum(axis=0)
+    if pairs is not None:
+        total[pairs] = total[pairs].sum(axis=1, keepdims=True)
+    return np.tile(total, (len(scores), 1))
 
 
 def _ranked(scores: Array) -> Indices:

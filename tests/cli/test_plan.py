@@ -1,0 +1,160 @@
+"""`toast-onnx sensitivity`, `plan` and `costs` on a small classifier, from file to file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from tests import zoo
+from tests.pruning import look
+from toast_onnx.model import file_hash
+from toast_onnx.planning.macs import graph_macs
+from toast_onnx.planning.ratios import load_ratios
+from toast_onnx_cli.main import SUBCOMMANDS, main
+
+Exported = Callable[[zoo.Case], Path]
+QUICK = ("--threads", "1", "--align-heads", "16", "--align-width", "64")
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Exported) -> Path:
+    monkeypatch.chdir(tmp_path)
+    source = exported(zoo.Case("timm-vit"))
+    (tmp_path / "m.onnx").write_bytes(source.read_bytes())
+    np.save(tmp_path / "x.npy", zoo.inputs(source, 8)["input"])
+    np.save(tmp_path / "labels.npy", np.arange(8))
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def document(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def error(result: Result) -> str:
+    assert result.exit_code == 1, result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    return line
+
+
+def test_they_are_commands() -> None:
+    assert {"sensitivity", "plan", "costs"} <= set(SUBCOMMANDS)
+
+
+def test_a_plan_is_what_prune_keeps(files: Path) -> None:
+    common = ("m.onnx", "--data", "x.npy", *QUICK, "--points", "0.5")
+    found = document(run("plan", *common, "--macs", "0.7", "--json"))
+    text = (files / "m.ratios.yaml").read_text()
+    assert "# budget: --macs 0.7" in text
+    assert f"# statistics: sha256 {found['statistics_sha256']}" in text
+    assert f"{found['predicted']['damage']:.4f}" in text
+    assert found["model_sha256"] == file_hash(files / "m.onnx")
+    assert load_ratios(files / "m.ratios.yaml").align.width == 64
+    pruned = run("prune", "m.onnx", "--ratios", "m.ratios.yaml", "--data", "x.npy", "--threads", "1", "--json")
+    after = document(pruned)["blocks"]
+    for block, kept in found["kept"].items():
+        sizes = after[int(block)]["after"]
+        assert (sizes["qk_dim"], sizes["vo_dim"], sizes["width"]) == (kept["qk"], kept["vo"], kept["fc2"])
+    small = look(files / "m.pruned.onnx")
+    dense = look(files / "m.onnx")
+    share = graph_macs(small.view, small.counted) / graph_macs(dense.view, dense.counted)
+    assert share <= 0.7
+    assert share == pytest.approx(found["reached"]["macs"]["share"], abs=1e-9)
+
+
+def test_sensitivity_is_resumed_and_used_by_plan(files: Path) -> None:
+    pytest.importorskip("matplotlib")
+    common = ("m.onnx", "--data", "x.npy", *QUICK)
+    first = document(
+        run("sensitivity", *common, "--ratios", "0.5", "--parts", "vo,fc2,fc1+fc2", "--plot", "f.png", "--json")
+    )
+    assert {(t["block"], t["part"]) for t in first["trials"]} == {
+        (b, p) for b in (0, 1) for p in ("vo", "fc2", "fc1+fc2")
+    }
+    assert first["metric"] == "kl"
+    assert (files / "f.png").stat().st_size > 1000
+    again = run("sensitivity", *common, "--ratios", "0.5", "--parts", "vo,fc2,fc1+fc2")
+    assert again.exit_code == 0, again.stderr
+    assert "going on from there" in again.stderr
+    assert "fc1+fc2" in again.stdout
+    planned = run("plan", *common, "--params", "0.8", "--points", "0.5", "--sensitivity", "m.sensitivity.json")
+    assert planned.exit_code == 0, planned.stderr
+    assert "parameters" in planned.stdout
+    after = json.loads((files / "m.sensitivity.json").read_text())["trials"]
+    assert [t for t in after if t["part"] in ("vo", "fc2", "fc1+fc2")] == first["trials"]
+    assert {t["part"] for t in after} == {"qk", "vo", "fc2", "fc1+fc2"}
+    assert "another settings" in error(run("sensitivity", *common, "--compensation", "none", "--ratios", "0.5"))
+
+
+def test_top1_with_labels(files: Path) -> None:
+    found = document(
+        run(
+            "sensitivity", "m.onnx", "--data", "x.npy", "--labels", "labels.npy", *QUICK,
+            "--ratios", "0.5", "--parts", "qk", "--blocks", "1", "--json",
+        )
+    )  # fmt: skip
+    (trial,) = found["trials"]
+    assert trial["block"] == 1
+    assert 0 <= trial["damage"]["top1"] <= 1
+    assert found["dense_top1"] is not None
+
+
+def test_a_plan_for_latency(files: Path) -> None:
+    timed = run("costs", "m.onnx", "--threads", "1", "--rounds", "2", "--align-heads", "32", "--align-width", "256")
+    assert timed.exit_code == 0, timed.stderr
+    assert "of dense" in timed.stdout
+    table = json.loads((files / "m.costs.json").read_text())
+    # a machine where half of the hidden units of both blocks take half of the time
+    table["dense_milliseconds"] = 10.0
+    for part in table["parts"]:
+        part["milliseconds"] = {k: 10 - 5 * (1 - int(k) / part["dense"]) for k in part["milliseconds"]}
+    (files / "t.json").write_text(json.dumps(table))
+    common = ("plan", "m.onnx", "--data", "x.npy", "--threads", "1", "--points", "0.5", "--latency", "0.8")
+    widths = ("--align-heads", "32", "--align-width", "256")
+    found = document(run(*common, *widths, "--costs", "t.json", "--no-timing", "--json"))
+    assert found["latency"]["predicted_share"] <= 0.8
+    assert found["latency"]["measured_share"] is None
+    assert "not measured here" in (files / "m.ratios.yaml").read_text()
+    here = document(run(*common, *widths, "--costs", "t.json", "--json"))
+    assert here["latency"]["measured_share"] > 0
+    assert "still take" in error(run(*common[:-1], "0.05", *widths, "--costs", "t.json", "--no-timing"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("plan", "--data", "x.npy"), 2, "one budget"),
+        (("plan", "--data", "x.npy", "--macs", "0.5", "--params", "0.5"), 2, "one budget"),
+        (("plan", "--data", "x.npy", "--macs", "1.5"), 2, "--macs"),
+        (("plan", "--data", "x.npy", "--macs", "0.5", "--parts", "fc3"), 2, "fc1"),
+        (("plan", "--data", "x.npy", "--macs", "0.5", "--costs", "t.json"), 2, "--latency"),
+        (("plan", "--data", "x.npy", "--latency", "0.5", "--no-timing"), 2, "--costs"),
+        (("plan", "--data", "x.npy", "--latency", "0.5", "--costs", "none.json", "--no-timing"), 1, "toast-onnx costs"),
+        (("plan", "--data", "none", "--macs", "0.5"), 1, "none"),
+        (("sensitivity", "--data", "x.npy", "--parts", "mlp"), 2, "fc1+fc2"),
+        (("sensitivity", "--data", "x.npy", "--ratios", "0.5,1.2"), 2, "fractions"),
+        (("sensitivity", "--data", "x.npy", "--blocks", "7"), 1, "blocks 0 to 1"),
+        (("costs", "--parts", "x"), 2, "fc1"),
+    ],
+)
+def test_wrong_use(arguments: tuple[str, ...], status: int, message: str, files: Path) -> None:
+    result = run(arguments[0], "m.onnx", *arguments[1:])
+    assert result.exit_code == status, result.output
+    assert message in result.stderr
+
+
+def test_impossible_budgets_say_the_least(files: Path) -> None:
+    result = run("plan", "m.onnx", "--data", "x.npy", *QUICK, "--points", "0.5", "--macs", "0.02")
+    assert "ask for at least 0." in error(result)
+    assert not (files / "m.ratios.yaml").exists()
