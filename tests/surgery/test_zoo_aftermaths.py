@@ -25,6 +25,11 @@ CASES = [
     for after in AFTERMATHS
     for case in [zoo.Case(family, after=after)]
 ]
+#: After dynamo, onnxsim leaves the biases of Q, K and V behind a Split.
+CASES += [
+    pytest.param(zoo.Case(family, "dynamo-20", after="onnxsim"), id=f"{family}/dynamo/onnxsim", marks=pytest.mark.slow)
+    for family in ("hf-dinov2-registers", "timm-eva02-base", "hf-vit")
+]
 #: Largest change of an output, as a fraction of its scale, that planted dimensions may leave: rounding.
 ROUNDING = {"fp16": 1e-2}
 

@@ -11,6 +11,7 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.find import find_blocks
 from toast_onnx.matching.fused import SpelledOut, spell_out
 from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.split_bias import join_split_biases
 from toast_onnx.model import Model
 
 Shapes = dict[str, tuple[int, ...]]
@@ -54,7 +55,7 @@ def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Stu
         ModelError: a shape contradicts the model, or the graph does not fit any shapes tried.
     """
     given = given or {}
-    view = GraphView(model)
+    view = GraphView(join_split_biases(model))
     counted_shapes = input_shapes(view, given, 1)
     counted = Facts(view, counted_shapes)
     plain, spelled = spell_out(view, counted)
