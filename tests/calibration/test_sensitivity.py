@@ -91,6 +91,21 @@ def test_other_models(name: str, exported: Exported, tmp_path: Path) -> None:
     assert ("kl" in found) == trials.classes
 
 
+def test_blocks_that_read_a_mask_run_in_the_whole_model(exported: Exported, tmp_path: Path) -> None:
+    path = exported(zoo.Case("hf-bert-eager"))
+    dense = look(path)
+    feeds = zoo.inputs(path, 4)
+    np.savez(tmp_path / "x.npz", **feeds)
+    trials = Trials(dense, read_samples(dense, tmp_path / "x.npz", OPTIONS, tmp_path), OPTIONS, tmp_path)
+    kept: Kept = {1: {"fc2": 16}}
+    found = trials.damage(Solver(dense, SETTINGS, SyntheticStatistics(dense)).weights(kept))
+    ratios = planned_ratios(SETTINGS, kept, [dense_widths(b) for b in dense.match.blocks])
+    save_model(prune(dense, ratios, SyntheticStatistics(dense)).model, tmp_path / "p.onnx")
+    at = [o.name for o in dense.view.model.proto.graph.output].index(trials.output)
+    a, b = (run(p, feeds)[at].astype(np.float64) for p in (path, tmp_path / "p.onnx"))
+    assert found["relative_error"] == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-2, abs=1e-6)
+
+
 def test_labels_add_top1(vit: Study, tmp_path: Path) -> None:
     path = data(tmp_path, vit.view.model.path)
     answers = run(vit.view.model.path, {"input": np.load(path)})[0].argmax(axis=1)
