@@ -27,6 +27,9 @@ CASES = [pytest.param(c, id=c.id, marks=() if c in FAST else pytest.mark.slow) f
 #: original, too.
 ZERO_GRADIENT = "decoder.layers.0.self_attn.v_proj.weight"
 
+#: ONNX Runtime has no GridSample for the float64 grid in this file, so the library's own module says what is right.
+NO_KERNEL = "hf-mask2former/torchscript-17/static"
+
 
 def relative(found: torch.Tensor, want: np.ndarray) -> float:
     assert tuple(found.shape) == want.shape
@@ -41,7 +44,8 @@ def test_outputs_are_those_of_onnx_runtime_and_gradients_reach_every_weight(case
     for batch in (1, 3) if case.batch == "dynamic" else (1,):
         feeds = zoo.inputs(path, batch)
         outputs = module(*(torch.from_numpy(feeds[name]) for name in module.input_names), keep=module.output_names)
-        for name, want in zip(module.output_names, run(path, feeds), strict=True):
+        wanted = zoo.reference(zoo.build(case.family), feeds) if case.id == NO_KERNEL else run(path, feeds)
+        for name, want in zip(module.output_names, wanted, strict=True):
             assert relative(outputs[name], want) <= 1e-4
     floats = [o for o in outputs.values() if o.requires_grad]
     torch.stack([o.square().sum() for o in floats]).sum().backward()

@@ -172,6 +172,14 @@ def test_grid_sample() -> None:
     compare("GridSample", noise(1, 2, 5, 6), grid, align_corners=0)
 
 
+def test_grid_sample_takes_a_grid_of_another_type() -> None:
+    """As Mask2Former's static export has it; ONNX Runtime has no kernel for that, so the middle pixel is known."""
+    nodes = [onnx.helper.make_node("GridSample", ["x", "grid"], ["y"], align_corners=0)]
+    model = graph_model(nodes, {"x": (FLOAT, [1, 1, 3, 3])}, ["y"], {"grid": np.zeros((1, 1, 1, 2))})
+    x = torch.arange(9.0).reshape(1, 1, 3, 3)
+    assert to_torch(model)(x).item() == 4.0
+
+
 def test_clip_with_one_bound() -> None:
     compare("Clip", noise(9), None, np.array(0.3, np.float32))
 

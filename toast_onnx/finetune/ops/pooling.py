@@ -61,4 +61,5 @@ def grid_sample(node: Node, x: Tensor, grid: Tensor) -> Tensor:
     """Samples at the points of a grid in -1..1; opset 20 renamed the modes."""
     mode = {"linear": "bilinear", "cubic": "bicubic"}.get(node.get("mode", "bilinear"), node.get("mode", "bilinear"))
     padding = node.get("padding_mode", "zeros")
-    return F.grid_sample(x, grid, mode, padding, bool(node.get("align_corners", 0)))
+    # ONNX lets the two differ in type, PyTorch does not.
+    return F.grid_sample(x, grid.to(x.dtype), mode, padding, bool(node.get("align_corners", 0)))
