@@ -29,8 +29,8 @@ from toast_onnx_calibration.images import decode, find_images
 from toast_onnx_calibration.recipes import NAMED
 
 HALF = {"version": 1, "attention": {"qk": 0.5, "vo": 0.5}, "ffn": {"fc2": 0.5}}
-#: The stream alone, on blends that never repeat: 256 images are soon known by heart, their logits first of all.
-TRAINING = ["--output-weight", "0", "--mixup", "1", "--augment", "strong", "--batch", "16", "--evaluate-every", "15"]
+#: Everything else is what the command does by itself where there are no labels.
+TRAINING = ("--batch", "16", "--evaluate-every", "20", "--patience", "0")
 
 
 def toast_onnx(*arguments: str | Path) -> str:
@@ -68,7 +68,9 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help="folder of images to calibrate and train on")
     parser.add_argument("--test", type=Path, required=True, help="folder of other images")
     parser.add_argument("--out", type=Path, required=True, help="folder for models and reports")
-    parser.add_argument("--steps", type=int, default=150, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--amp", default="off", help="as for the command; bf16 is faster on CPUs that have it")
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -79,19 +81,9 @@ def main() -> None:
         toast_onnx("prune", options.model, "--ratios", out / "half.yaml", *data, "-o", pruned)
     began = time.monotonic()
     toast_onnx(
-        "finetune",
-        pruned,
-        "--teacher",
-        options.model,
-        *data,
-        "--steps",
-        str(options.steps),
-        *TRAINING,
-        "--patience",
-        "0",
-        "-o",
-        tuned,
-    )
+        "finetune", pruned, "--teacher", options.model, *data, "--steps", str(options.steps), *TRAINING,
+        "--amp", options.amp, "--seed", str(options.seed), "-o", tuned,
+    )  # fmt: skip
     minutes = (time.monotonic() - began) / 60
 
     names = find_images(options.test)
