@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -78,7 +79,7 @@ def cell(case: zoo.Case) -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    """The part of an error's text that says something, in at most 160 characters."""
+    """The part of an error's text that says something, in at most 160 characters; stated reasons whole."""
     if isinstance(error, zoo.Unavailable):
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -99,10 +100,8 @@ def reasons(dense: Study) -> list[str]:
 
 
 def without_names(reason: str) -> str:
-    """A reason with quoted node names replaced by an ellipsis."""
-    pieces = reason.split("'")
-    quoted = [p if k % 2 == 0 else "..." for k, p in enumerate(pieces)] if len(pieces) % 2 else pieces[:1]
-    return "".join(quoted).strip()
+    """A reason with the names of nodes and tensors left out; their operators stay."""
+    return re.sub(r"(?<!\w)'[^']+'", "...", re.sub(r"(?<!\w)'[^']+' \((\w+)\)", r"\1", reason))
 
 
 def mark(found: dict[str, Any], case: zoo.Case, note: Callable[[str], str]) -> str:
