@@ -172,6 +172,12 @@ def identity_of(study: Study, trials: Trials, settings: Ratios, statistics: Cali
     }
 
 
+def missing(grid: Sequence[Trial], found: Sensitivity) -> list[Trial]:
+    """The trials of a grid that were not measured yet, in the order of their blocks."""
+    done = {t.key for t in found.trials}
+    return [t for t in sorted(grid, key=lambda t: t.block) if t.key not in done]
+
+
 def measure(
     trials: Trials,
     solver: Solver,
@@ -190,9 +196,8 @@ def measure(
         path: file that is written after every trial; None writes none.
         progress: called after every trial.
     """
-    done = {t.key for t in found.trials}
-    missing = [t for t in sorted(grid, key=lambda t: t.block) if t.key not in done]
-    for number, trial in enumerate(missing, start=1):
+    left = missing(grid, found)
+    for number, trial in enumerate(left, start=1):
         new = solver.weights({trial.block: dict(trial.kept)})  # type: ignore[dict-item]
         damage = trials.damage(new)
         found.trials.append(Trial(trial.block, trial.part, trial.ratio, trial.kept, damage))
@@ -200,7 +205,7 @@ def measure(
             write_results(found, path)
         if progress is not None:
             name = trials.study.match.blocks[trial.block].name
-            progress(number, len(missing), f"{name} {trial.part} {trial.ratio:g}")
+            progress(number, len(left), f"{name} {trial.part} {trial.ratio:g}")
     return found
 
 

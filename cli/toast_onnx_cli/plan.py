@@ -155,14 +155,14 @@ def _plan(
 ) -> tuple[dict[str, Any], Ratios]:
     """The plan as plain data, and as ratios."""
     from toast_onnx_calibration.planning import plan_counted, plan_latency, predicted_choices, shares
-    from toast_onnx_calibration.sensitivity import identity_of, measure, resume, trial_grid
+    from toast_onnx_calibration.sensitivity import identity_of, measure, missing, resume, trial_grid
 
     metric = "kl" if work.trials.classes else "relative_error"
     found = resume(
         results, identity_of(dense, work.trials, settings, work.statistics), metric, work.trials.dense_top1()
     )
     grid = trial_grid(dense, settings, parts, points)
-    with progress("measuring", len(grid)) as advance:
+    with progress("measuring", len(missing(grid, found))) as advance:
         measure(work.trials, work.solver, grid, found, results, counted(advance))
     choices = predicted_choices(dense, settings, work.statistics, found, parts, table)  # type: ignore[arg-type]
     timed = None

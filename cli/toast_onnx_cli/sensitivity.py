@@ -63,7 +63,15 @@ def command(
     holds no class scores; no labels are needed. Results are written after every trial, and the same command goes on
     where it was stopped.
     """
-    from toast_onnx_calibration.sensitivity import TRIAL_PARTS, identity_of, measure, resume, trial_grid, write_results
+    from toast_onnx_calibration.sensitivity import (
+        TRIAL_PARTS,
+        identity_of,
+        measure,
+        missing,
+        resume,
+        trial_grid,
+        write_results,
+    )
 
     unknown = [p for p in parts if p not in TRIAL_PARTS]
     if unknown:
@@ -86,7 +94,7 @@ def command(
         found = resume(out, identity, metric, work.trials.dense_top1())
         if found.trials:
             click.echo(f"Note: {out} holds {len(found.trials)} trials already; going on from there", err=True)
-        with progress("measuring", len(grid)) as advance:
+        with progress("measuring", len(missing(grid, found))) as advance:
             measure(work.trials, work.solver, grid, found, out, counted(advance))
     write_results(found, out)
     if plot is not None:
