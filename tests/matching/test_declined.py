@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.matching.tiny import DIM, HIDDEN, TOKENS, WIDTH, Graph, block
+from tests.matching.tiny import DIM, HEADS, HIDDEN, TOKENS, WIDTH, Graph, block
 from tests.pruning import look, prune_file
 from toast_onnx.errors import MatchError
 
@@ -126,6 +126,33 @@ def test_a_bent_part_says_why_and_is_refused(case: str, tmp_path: Path) -> None:
     assert pruned.weights == {}
     for other in {"qk", "vo", "fc2"} - {part}:  # and can still be pruned, proven by the twin
         prune_file(path, ratios(other))
+
+
+def test_queries_that_are_constant_leave_values_prunable(tmp_path: Path) -> None:
+    """Attention pooling: exporters fold the layer of learned queries away."""
+    graph, y = block(q=lambda g, _: g.random(1, HEADS, TOKENS, DIM))
+    path = graph.save(tmp_path / "model.onnx", y)
+    found = reasons(path)
+    assert found["qk"] == "Q is made of constants (learned queries), not by a linear layer"
+    assert found["vo"] is None
+    prune_file(path, ratios("vo"), tmp_path / "pruned.onnx")
+
+
+def test_small_learned_queries_that_are_repeated_for_the_batch_are_tokens(tmp_path: Path) -> None:
+    """Their values are known at every batch size, and still they go through a layer."""
+
+    def queries(graph: Graph, _: str) -> str:
+        batch = graph.add("Slice", graph.add("Shape", "x"), graph.constant([0]), graph.constant([1]))
+        repeats = graph.add("Concat", batch, graph.constant([1, 1]), axis=0)
+        repeated = graph.add("Tile", graph.random(1, TOKENS, WIDTH), repeats)
+        scaled = graph.add("Mul", graph.linear(repeated, WIDTH, WIDTH, "learned"), graph.constant(0.5, np.float32))
+        return graph.heads(scaled)
+
+    graph, y = block(q=queries)
+    path = graph.save(tmp_path / "model.onnx", y)
+    assert reasons(path)["qk"] is None
+    _, pruned = prune_file(path, ratios("qk"), tmp_path / "pruned.onnx")
+    assert pruned.twin is not None
 
 
 def test_two_layers_side_by_side_for_one_operand(tmp_path: Path) -> None:

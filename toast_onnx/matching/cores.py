@@ -106,13 +106,14 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
     )
 
 
-def _is_product(view: GraphView, facts: Facts, i: int) -> bool:
+def _is_product(view: GraphView, facts: Facts, i: int, learned: bool = False) -> bool:
+    """Whether a node multiplies two activations; with `learned`, the first may be constant (learned queries)."""
     node = view.nodes[i]
     if node.op_type == "FusedMatMul" and node.domain == "com.microsoft":
         plain = not any(attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))
     else:
         plain = node.op_type == "MatMul" and node.domain in ("", "ai.onnx")
-    return plain and not any(facts.is_constant(name) for name in node.input)
+    return plain and not any(facts.is_constant(name) for name in (node.input[1:] if learned else node.input))
 
 
 def _products_before(view: GraphView, facts: Facts, tensor: str) -> list[int]:
@@ -125,7 +126,7 @@ def _products_before(view: GraphView, facts: Facts, tensor: str) -> list[int]:
         if i is None or i in seen:
             continue
         seen.add(i)
-        if _is_product(view, facts, i):
+        if _is_product(view, facts, i, learned=True):
             found.append(i)
         elif view.nodes[i].op_type in _BETWEEN:
             pending.extend(name for name in view.nodes[i].input if name and not facts.is_constant(name))

@@ -66,7 +66,7 @@ def scalar_factor(view: GraphView, facts: Facts, i: int) -> tuple[str, float] | 
         return None
     for k in (1, 0) if node.op_type == "Mul" else (1,):
         value = facts.value(node.input[k])
-        if value is not None and value.size == 1 and facts.value(node.input[1 - k]) is None:
+        if value is not None and value.size == 1 and _is_data(facts, node.input[1 - k]):
             factor = float(value.reshape(()))
             return node.input[1 - k], factor if node.op_type == "Mul" else 1.0 / factor
     return None
@@ -94,8 +94,9 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
         if i in nodes:
             continue
         if i is None or facts.is_constant(tensor):
-            source = "a constant" if facts.is_constant(tensor) else f"the graph input '{tensor}'"
-            raise Decline(f"{what} comes from {source}, not from a linear layer")
+            if facts.is_constant(tensor):
+                raise Decline(f"{what} is made of constants (learned queries), not by a linear layer")
+            raise Decline(f"{what} comes from the graph input '{tensor}', not from a linear layer")
         nodes.add(i)
         if is_plain(view, i):
             pending.extend(data_inputs(view, i))
@@ -122,7 +123,13 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
 
 
 def _activations(view: GraphView, facts: Facts, i: int) -> list[str]:
-    return [name for name in view.nodes[i].input if name and facts.value(name) is None and not facts.is_constant(name)]
+    return [name for name in view.nodes[i].input if name and _is_data(facts, name)]
+
+
+def _is_data(facts: Facts, name: str) -> bool:
+    """Whether a tensor is neither a weight nor shape arithmetic; small tokens that are repeated for the batch are."""
+    value = facts.value(name)
+    return not facts.is_constant(name) and (value is None or (value.size > 1 and value.dtype.kind == "f"))
 
 
 def _total_scale(view: GraphView, facts: Facts, nodes: Iterable[int], what: str) -> float:
