@@ -127,7 +127,7 @@ def _panels(count: int, columns: int) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     rows = -(-count // columns)
-    figure = Figure(figsize=(9.6, 2.5 * rows), layout="constrained")
+    figure: Any = Figure(figsize=(9.6, 2.5 * rows), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[count:]:
