@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.matching.tiny import HEADS, TOKENS, WIDTH, Graph
 from tests.pruning import look, prune_file, run, worst
 from toast_onnx.matching.blocks import Attention
+from toast_onnx.report.pruning import pruning_report
 
 DIM = 8
 HALF_QK = {
@@ -214,7 +215,8 @@ def test_tables_lose_the_same_dimensions_of_every_head(spelling: str, tmp_path: 
 def test_a_basis_falls_back_to_shared_dimensions(tmp_path: Path) -> None:
     """`select: subspace` is the default; Q and K that are turned keep pairs, V keeps its basis."""
     built = attention(tmp_path / "model.onnx", halves)
-    _, pruned = prune_file(built.path, {"version": 1, "attention": {"qk": 0.5, "vo": 0.5}, "align": 1})
+    out = tmp_path / "pruned.onnx"
+    dense, pruned = prune_file(built.path, {"version": 1, "attention": {"qk": 0.5, "vo": 0.5}, "align": 1}, out)
     weights = pruned.weights[0].attention
     assert weights is not None
     assert weights.q is not None
@@ -222,6 +224,10 @@ def test_a_basis_falls_back_to_shared_dimensions(tmp_path: Path) -> None:
     assert not weights.q.is_basis
     assert weights.v.is_basis
     assert (weights.q.slots == weights.q.slots[0]).all()
+    (block,) = pruning_report(pruned, dense, out, {})["blocks"]
+    assert block["kept"]["qk"] == weights.q.slots.tolist()
+    assert block["kept"]["vo"] == "basis"
+    assert "pairs of dimensions are kept in every head" in block["notes"][0]
 
 
 def test_an_odd_count_becomes_even(tmp_path: Path) -> None:

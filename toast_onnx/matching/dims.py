@@ -263,14 +263,15 @@ def _units(found: Sequence[Mapping[str, list[np.ndarray]]], operands: Sequence[O
     for labels, operand in zip(found, operands, strict=True):
         for arrays in labels.values():
             for array in arrays[1:]:
-                for a, b in np.unique(np.stack([arrays[0].ravel(), array.ravel()]), axis=1).T:
-                    join(int(a) - 1, int(b) - 1)
+                for a, b in _meetings(arrays[0], array, dim):
+                    join(a - 1, b - 1)
         array = np.moveaxis(labels[operand.end][0], operand.dim_axis, -1)
         columns = array.reshape(-1, array.shape[-1])
         if columns.shape[1] % dim:
             raise Decline(f"only some of the dimensions of {operand.what} arrive")
-        for position in range(columns.shape[1]):
-            arrived[position % dim].extend(int(v) - 1 for v in np.unique(columns[:, position]))
+        positions = np.broadcast_to(np.arange(columns.shape[1], dtype=np.int32) % dim, columns.shape)
+        for position, label in _meetings(positions, columns, dim):
+            arrived[position].append(label - 1)
     for group in arrived:
         for member in group[1:]:
             join(group[0], member)
@@ -279,6 +280,12 @@ def _units(found: Sequence[Mapping[str, list[np.ndarray]]], operands: Sequence[O
     if sizes.max() > 2 or sizes.size == 1:
         raise Decline(f"up to {sizes.max()} dimensions of a head are mixed with each other")
     return _evened(units, sizes)
+
+
+def _meetings(a: np.ndarray, b: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """The different pairs of numbers, none above `most`, at the same place of two arrays."""
+    codes = np.flatnonzero(np.bincount(a.ravel().astype(np.int64) * (most + 1) + b.ravel()))
+    return [divmod(int(code), most + 1) for code in codes]
 
 
 def _evened(units: np.ndarray, sizes: np.ndarray) -> np.ndarray:
