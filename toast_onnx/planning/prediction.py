@@ -40,7 +40,6 @@ def damage_curve(losses: ArrayLike, measured: Mapping[int, float]) -> Array:
         points[at] = max(points.get(at, -np.inf), float(np.log(max(measured[kept], 1e-12))))
     xs, ys = zip(*sorted(points.items()), strict=True)
     x, y = np.array(xs), np.array(ys)
-    y = np.maximum.accumulate(y)  # noise aside, removing more never helps
     slopes = np.diff(y) / np.diff(x) if x.size > 1 else np.array([1.0])
     low, high = np.clip(slopes[[0, -1]], *SLOPES) if x.size > 1 else (1.0, 1.0)
     log_damage = np.interp(log_loss, x, y)
