@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx.helper
 
-from toast_onnx.errors import MatchError, ModelError
+from toast_onnx.errors import MatchError
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.probe import MOVEMENT
@@ -78,7 +78,9 @@ def shrink_node(
 
 
 def shrunk_operand(edit: GraphEdit, facts: Facts, at: int, tensor: str, axis: int, kept: np.ndarray) -> str:
-    """An operand with the kept positions of one axis: a smaller constant, or a Gather where it is computed.
+    """An operand with the kept positions of one axis: a smaller constant, or a Gather where the graph computes it.
+
+    What is computed from weights is not computed here: in half precision it would not be rounded as the graph does.
 
     Args:
         edit: graph edit.
@@ -88,13 +90,23 @@ def shrunk_operand(edit: GraphEdit, facts: Facts, at: int, tensor: str, axis: in
         axis: axis of the channels in it, not negative.
         kept: (extent,) whether each position stays.
     """
-    try:
-        if facts.is_constant(tensor):
-            return edit.constant(f"{tensor}/kept", np.compress(kept, facts.array(tensor), axis=axis))
-    except ModelError:
-        pass  # made of weights by nodes that are not evaluated here
+    if _is_stored(facts, tensor):
+        return edit.constant(f"{tensor}/kept", np.compress(kept, facts.array(tensor), axis=axis))
     index = edit.constant(f"{tensor}/indices", np.flatnonzero(kept).astype(np.int64))
     return edit.emit(at, "Gather", [tensor, index], edit.fresh(f"{tensor}/kept"), f"{tensor}/Gather", axis=axis)
+
+
+def _is_stored(facts: Facts, tensor: str) -> bool:
+    """Whether a constant is a weight, moved at most."""
+    view = facts.view
+    while facts.is_constant(tensor):
+        node = view.producer_of(tensor)
+        if node is None or node.op_type == "Constant":
+            return True
+        if node.op_type not in MOVEMENT or node.op_type == "Concat" or node.domain not in ("", "ai.onnx"):
+            return False
+        tensor = node.input[0]
+    return False
 
 
 def _rank(facts: Facts, tensor: str) -> int:
