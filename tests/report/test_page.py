@@ -236,10 +236,16 @@ def test_a_deployment_brings_its_steps(run: Path) -> None:
         "check": {"status": "waiting", "reason": "it needs an NVIDIA GPU and none is here"},
     }
     put(run.with_name("deploy.json"), {"format": "toast-onnx/deploy/1", "steps": steps})
+    trial = {"block": 0, "part": "qk", "ratio": 0.5, "kept": {}, "damage": {"kl": 0.1}}
+    sensitivity = {"format": "toast-onnx/sensitivity/1", "model": {"sha256": DENSE}, "metric": "kl", "trials": [trial]}
+    put(run.with_name("sensitivity.json"), sensitivity)
+    put(run.with_name("old.json"), comparison())  # of an earlier run: the record's own steps are what counts
     for asked in (run, run.parent, run.with_name("deploy.json"), run.with_name("m.pruned.onnx")):
         text, _ = read(asked)
         assert "top-1 accuracy 85.0% dense 90.0%" in text
         assert "check waiting it needs an NVIDIA GPU" in text
+        assert "What each block can spare" in text
+        assert "Agreement with the dense model" not in text
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,9 @@ def _sensitivity(sources: Sources) -> list[dict[str, str]]:
                 Line(f"block {index}", [(t["ratio"], t["damage"][metric]) for t in own if t["block"] == index])
                 for index in sorted({t["block"] for t in own})
             ]
-            svg = lines_chart(lines, x=f"removed of the {_PARTS.get(part, part)}", y=metric)
+            spread = all(t["damage"][metric] > 0 for t in own)  # damage grows by orders of magnitude
+            label = {"kl": "KL from the dense output"}.get(metric, metric.replace("_", " "))
+            svg = lines_chart(lines, x=f"removed of the {_PARTS.get(part, part)}", y=label, log=spread)
             charts.append({"heading": _PARTS.get(part, part), "svg": svg})
     return charts
 

@@ -106,6 +106,7 @@ def lines_chart(lines: Sequence[Line], *, x: str, y: str, log: bool = False) -> 
     axes.set_ylabel(y, fontsize=9, color=INK)
     if log:
         axes.set_yscale("log")
+        axes.minorticks_off()
     else:
         axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, frameon=False, ncols=1 + len(drawn) // 9, loc="upper left", bbox_to_anchor=(1.0, 1.02))

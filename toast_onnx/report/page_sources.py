@@ -81,13 +81,20 @@ def find_sources(run: Path, extra: Sequence[Path] = ()) -> Sources:
     document = _read(path)
     kind = kind_of(document)
     if kind == "deploy":
-        return _add(_of_deployment(path, document), extra)
+        sources = _of_deployment(path, document)
+        _add_found(sources, _beside(path))
+        return _add(sources, extra)
     if kind not in ("prune", "finetune") or "blocks" not in document:
         raise ConfigError(f"{path} is no report of a pruning run; give the JSON that prune wrote beside its model")
     sources = Sources(document, path)
-    candidates = sorted(p for p in path.parent.glob("*.json") if p != path)
-    _add_found(sources, [(p, d) for p in candidates if (d := _try(p)) is not None])
+    _add_found(sources, _beside(path))
     return _add(sources, extra)
+
+
+def _beside(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """This program's other documents in the folder of one of them."""
+    others = sorted(p for p in path.parent.glob("*.json") if p != path)
+    return [(p, document) for p in others if (document := _try(p)) is not None]
 
 
 def _locate(run: Path) -> Path:
@@ -146,10 +153,11 @@ def _add_found(sources: Sources, candidates: Iterable[tuple[Path, dict[str, Any]
             inner = _of_deployment(path, document)
             sources.deploy, sources.found = inner.deploy, inner.found
             sources.names += inner.names
+    told = {"prune", "finetune", "deploy"}
     if sources.deploy is not None:
-        return  # the record holds what its steps wrote beside it
+        told.update(_STEP_KINDS.values())  # the record holds what its steps wrote beside it
     for path, document in candidates:
-        if kind_of(document) not in ("prune", "finetune", "deploy") and _is_about(sources.run, document):
+        if kind_of(document) not in told and _is_about(sources.run, document):
             _keep(sources, path, document)
 
 
