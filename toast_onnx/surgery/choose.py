@@ -128,7 +128,10 @@ class _Solver:
                 new = solve(*arrays, found.s_qq, found.s_kk, qk)
             else:
                 kept = self._qk_indices(attention, old_q, old_k, found, qk)
-                s_qq = found.s_qq if found is not None else np.empty(0)
+                # Where a rotary embedding stands before the heads are split, statistics are those of all heads together.
+                s_qq = (
+                    np.empty(0) if found is None else np.broadcast_to(found.s_qq, (*old_q.bias.shape, attention.qk_dim))
+                )
                 # Folding into the keys alone would change their lengths, or mix what is turned by different angles.
                 fold: Kind = self.compensation if attention.folds else "none"
                 new = solve_qk_index(*arrays, s_qq, kept, fold, self.ridge)
@@ -161,6 +164,7 @@ class _Solver:
             return select_qk_second_order(found.s_qq, found.s_kk, kept)
         else:
             scores = qk_energy(found.s_qq, found.s_kk)
+        scores = np.broadcast_to(scores, q.bias.shape)
         return top_k_shared(scores, kept, attention.pairs) if attention.regions else top_k(scores, kept)
 
     def _vo_indices(
