@@ -128,7 +128,7 @@ class _Solver:
                 new = solve(*arrays, found.s_qq, found.s_kk, qk)
             else:
                 kept = self._qk_indices(attention, old_q, old_k, found, qk)
-                # Where a rotary embedding stands before the heads are split, statistics are those of all heads together.
+                # Rotary embedding in front of the split into heads: statistics are those of all heads together.
                 s_qq = (
                     np.empty(0) if found is None else np.broadcast_to(found.s_qq, (*old_q.bias.shape, attention.qk_dim))
                 )
