@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import onnx
 import onnx.helper
 import pytest
 
+from tests import zoo
 from tests.matching.tiny import HEADS, HIDDEN, TOKENS, WIDTH, Graph
-from tests.pruning import look, prune_file, run, worst
+from tests.pruning import UNEVEN, look, prune_file, run, worst
+from tests.surgery.test_zoo_twin import TRUE_RANK
 from toast_onnx.matching.blocks import Attention
 
 DIM = 4
@@ -91,7 +94,7 @@ def core(path: Path) -> onnx.NodeProto:
     return next(n for n in onnx.load(path).graph.node if n.domain == "com.microsoft")
 
 
-def feeds(batch: int) -> dict[str, np.ndarray]:
+def tokens(batch: int) -> dict[str, np.ndarray]:
     return {"x": np.random.default_rng(3).standard_normal((batch, TOKENS, WIDTH)).astype(np.float32)}
 
 
@@ -124,7 +127,7 @@ def test_dead_dimensions_go_without_a_trace(spelling: str, tmp_path: Path) -> No
     reference = fused(tmp_path / "plain.onnx", "plain") if spelling.startswith("packed") else path
     prune_file(path, UNEVEN_HEADS, out, check=False)
     for batch in (1, 3):
-        assert worst(run(out, feeds(batch)), run(reference, feeds(batch))) < 1e-5
+        assert worst(run(out, tokens(batch)), run(reference, tokens(batch))) < 1e-5
 
 
 @pytest.mark.parametrize("part", ["qk", "vo"])
@@ -158,3 +161,25 @@ def test_attention_that_does_more_is_declined(name: str, value: int, tmp_path: P
     path = fused(tmp_path / "model.onnx", "attention", **{name: value})
     match = look(path).match
     assert "rotary embedding" in match.declined["'fused' (Attention)"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("after", "kind"), [("ort-fused", "Attention"), ("ort-fused-mha", "MultiHeadAttention")])
+def test_what_the_optimizer_fused_stays_fused(
+    after: str, kind: str, exported: Callable[[zoo.Case], Path], tmp_path: Path
+) -> None:
+    """BERT through `onnxruntime.transformers.optimizer`: layers, bias and mask in one node."""
+    out = tmp_path / "pruned.onnx"
+    case = zoo.Case("hf-bert-eager", after=after)
+    _, pruned = prune_file(exported(case), UNEVEN, out)
+    assert pruned.twin is not None
+    assert pruned.twin.worst < 1e-4
+    before, after_ = (onnx.load(p, load_external_data=False).graph.node for p in (exported(case), out))
+    count = sum(n.op_type == kind for n in before)
+    assert sum(n.op_type == kind for n in after_) == count == 2
+    assert all((a.qk_dim, a.vo_dim) == (32, 48) for b in look(out).match.blocks if (a := b.attention))
+    planted = exported(zoo.Case("hf-bert-eager", planted=True, after=after))
+    prune_file(planted, TRUE_RANK, out, check=False)
+    for batch in (1, 3):
+        feeds = zoo.inputs(planted, batch)
+        assert worst(run(out, feeds), run(planted, feeds)) < 1e-4
