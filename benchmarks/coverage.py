@@ -27,6 +27,7 @@ from tests.pruning import UNEVEN, prune_file, run, worst  # noqa: E402
 from tests.surgery.test_zoo_twin import TRUE_RANK  # noqa: E402
 from toast_onnx.errors import ToastError  # noqa: E402
 from toast_onnx.matching.study import Study  # noqa: E402
+from toast_onnx.model import write_bytes  # noqa: E402
 
 PROOF = 1e-4
 #: Columns: an exporter as it is, or what is done to the export afterwards.
@@ -178,7 +179,7 @@ def main() -> None:
             if options.redo or key not in read(options.results):
                 found = cell(case)
                 # Read again: other cells may have been measured meanwhile.
-                options.results.write_text(json.dumps(read(options.results) | {key: found}, indent=1))
+                write_bytes(options.results, json.dumps(read(options.results) | {key: found}, indent=1).encode())
                 print(f"{key}: {mark(found, case, str)}", flush=True)
     options.output.write_text("\n".join(page(read(options.results))))
 

@@ -31,11 +31,14 @@ HALF = "version: 1\nattention: {qk: 0.5, vo: 0.5}\nffn: {fc2: 0.5}\n"
 WEIGHTS_ALONE = (
     "version: 1\nattention: {qk: 0.5, vo: 0.5, score: l2}\nffn: {fc2: 0.5, score: l2}\ncompensation: {kind: none}\n"
 )
+BLOCK = "{attention: {qk: 0.5, vo: 0.5}, ffn: {fc2: 0.5}}"
+TWO_BLOCKS = f"version: 1\nblocks: {{0: {BLOCK}, 1: {BLOCK}}}\n"
 #: What is run: title, ratios file if any, and the command's arguments.
 STEPS: dict[str, tuple[str, str | None, list[str]]] = {
     "inspect": ("inspect", None, ["inspect", "MODEL"]),
     "weights": ("prune by weights alone, no twin", WEIGHTS_ALONE, ["prune", "MODEL", "--no-check"]),
     "twin": ("the same, with the twin", WEIGHTS_ALONE, ["prune", "MODEL"]),
+    "two": ("prune two blocks with the defaults, no twin", TWO_BLOCKS, ["prune", "MODEL", "--no-check"]),
     "prune": ("prune with the defaults, with the twin", HALF, ["prune", "MODEL"]),
     "calibrate": ("calibrate on 4 images", None, ["calibrate", "MODEL", "--data", "IMAGES", "-o", "STATISTICS"]),
 }
