@@ -322,7 +322,7 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def save_model(model: Model, path: Path, *, check: bool = True) -> None:
+def save_model(model: Model, path: str | os.PathLike[str], *, check: bool = True) -> None:
     """Write a model atomically; weights go to `<path>.data` when they were external or are too large to inline.
 
     Args:
@@ -338,7 +338,7 @@ def save_model(model: Model, path: Path, *, check: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def staged_model(model: Model, path: Path, *, check: bool = True) -> Iterator[Path]:
+def staged_model(model: Model, path: str | os.PathLike[str], *, check: bool = True) -> Iterator[Path]:
     """As `save_model`, but give the written draft first: it gets its name at the end, unless an exception comes up.
 
     Args:
@@ -349,6 +349,7 @@ def staged_model(model: Model, path: Path, *, check: bool = True) -> Iterator[Pa
     Raises:
         ModelError: as for `save_model`.
     """
+    path = Path(path)
     data_path = path.with_name(path.name + ".data")
     with drafts(path) as folder:
         draft = write_draft(model, folder, path.name)
