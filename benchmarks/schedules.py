@@ -65,7 +65,8 @@ def main() -> None:
         if (options.models and presets[0].short not in options.models) or presets[0].name in {r["name"] for r in rows}:
             continue
         with tempfile.TemporaryDirectory(prefix="toast-schedules-") as name:
-            rows += counted(presets, Path(name)) if model in COUNTED else measured(presets, Path(name), options.rounds)
+            count = options.count or model in COUNTED
+            rows += counted(presets, Path(name)) if count else measured(presets, Path(name), options.rounds)
         print(f"{model}: done", file=sys.stderr, flush=True)
         if options.results:
             options.results.write_text(json.dumps(rows, indent=1))
@@ -81,6 +82,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     short = list(dict.fromkeys(p.short for p in list_presets()))
     parser.add_argument("--models", nargs="+", choices=short, help="only these")
+    parser.add_argument("--count", action="store_true", help="count only: no files, no latency")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds")
     parser.add_argument("--results", type=Path, help="JSON file of rows: what it holds is not measured again")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")

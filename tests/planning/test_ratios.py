@@ -28,7 +28,7 @@ ffn:
   fc2: [0, 0.2, 0.3]
   score: variance
   mode: runtime
-  residual: kept
+  residual: masked
   tokens: 0.1
 blocks:
   0: {attention: {qk: 0, vo: 0}}

@@ -37,6 +37,6 @@ def test_the_report_names_what_is_selected_and_from_which_tokens(exported: Expor
     fc1, fc2 = pruned.selections[:2]
     assert fc1.tokens is not None
     assert fc2.tokens is not None
-    assert first["kept"]["fc1"] == {"runtime": 144, "tokens": fc1.tokens.tolist(), "residual": "masked"}
+    assert first["kept"]["fc1"] == {"runtime": 144, "tokens": fc1.tokens.tolist(), "residual": "kept"}
     assert first["kept"]["fc2"] == {"runtime": 384, "tokens": fc2.tokens.tolist()}
     assert first["after"]["qk_dim"] == 32

@@ -138,8 +138,8 @@ class Ffn(Section):
         fc2: Fraction of fc2's inputs (the hidden units) removed.
         score: How channels are ranked.
         mode: `static` shrinks the weights; `runtime` selects for each batch, as the paper does.
-        residual: Under `runtime`, what becomes of the channels that fc1 drops: `masked` zeroes them in the residual
-            stream, too, as the paper's release does; `kept` leaves the stream and the norm alone.
+        residual: Under `runtime`, what becomes of the channels that fc1 drops: `kept` leaves the residual stream and
+            the norm alone; `masked` zeroes them in the stream, too, as the paper's release does.
         tokens: Under `runtime`, the tokens a score is taken from: `all`, a fraction, or `auto` for the paper's 2 % with
             a class token and 20 % without.
     """
@@ -148,7 +148,7 @@ class Ffn(Section):
     fc2: PerBlock = ZERO
     score: FfnScore = "second-order"
     mode: Mode = "static"
-    residual: Residual = "masked"
+    residual: Residual = "kept"
     tokens: Annotated[Decimal | Literal["auto", "all"], PlainValidator(_sampled)] = "auto"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
@@ -80,6 +81,9 @@ def select_at_run_time(study: Study, model: Model, selections: Sequence[Selectio
         study: of the dense model.
         model: the graph with its static parts done.
         selections: what to write; nothing returns the very same model.
+
+    Raises:
+        MatchError: the graph holds no probabilities to weight patches with.
     """
     if not selections:
         return model, ()
@@ -88,6 +92,11 @@ def select_at_run_time(study: Study, model: Model, selections: Sequence[Selectio
     for selection in selections:
         ffn = study.match.blocks[selection.block].ffn
         assert ffn is not None
+        if selection.probabilities is not None and selection.probabilities not in target.view.producer:
+            raise MatchError(
+                f"block {selection.block}: {selection.part} cannot select at run time: one fused node is its attention "
+                "and hides what the class token attends to; export without attention fusion"
+            )
         write = _write_fc2 if selection.part == "fc2" else _write_fc1
         if selection.residual == "masked":
             write = _write_fc1_masked
