@@ -1,8 +1,8 @@
 """Loading and saving ONNX models: lazy weights, external data, atomic writes, errors that name the file.
 
-A `Model` keeps the protobuf without its external data, and without the weights inside a large file; weights are read one
-at a time when asked for, so that a 2.5 GB model costs its graph and not its weights. Saving writes to temporary names beside the target and renames at the end: a
-file appears whole or not at all.
+A `Model` keeps the protobuf without its external data, and without the weights inside a large file; weights are read
+one at a time when asked for, so that a 2.5 GB model costs its graph and not its weights. Saving writes to temporary
+names beside the target and renames at the end: a file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from toast_onnx.errors import ModelError
 INLINE_LIMIT = 1_900_000_000
 #: Offset alignment of large tensors in a data file: lets runtimes map them into memory.
 ALIGNMENT = 4096
-#: Weights inside a file of this size and above are left there. They are then referred to by the file's absolute path, which
-#: no model that was read can contain.
+#: Weights inside a file of this size and above are left there. They are then referred to by the file's absolute path,
+#: which no model that was read can contain.
 LEAVE_INSIDE = 64_000_000
 
 
@@ -43,7 +43,7 @@ class Model:
     """An ONNX model whose external weights stay on disk until they are read.
 
     Attributes:
-        proto: the model; external initializers are references into files under `base_dir`, or into the model's own file.
+        proto: the model; external initializers are references into files under `base_dir`, or into its own file.
         path: the file it came from.
         arrays: values that replace initializers of the same name (not yet part of `proto`'s bytes).
     """

@@ -125,7 +125,7 @@ def read_samples(study: Study, data: str | Path, options: CalibrationOptions, fo
 
 
 def _divisor(count: int | None, most: int) -> int:
-    """The largest divisor of `count` in the upper half of 1..most, so that batches are full; else the most there are."""
+    """The largest divisor of `count` in the upper half of 1..most, for full batches; else the most there are."""
     if count is None:
         return most
     most = max(1, min(most, count))

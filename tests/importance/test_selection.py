@@ -77,7 +77,7 @@ def test_dead_and_duplicated_channels_go_first() -> None:
 
 @pytest.mark.parametrize("batch", [1, 4, 10])
 def test_one_of_two_alike_channels_stays_however_many_go_at_once(batch: int) -> None:
-    """Each of the two costs nothing to remove, both together cost much. The sums are float32, as a session gives them."""
+    """Each of the two costs nothing to remove, both together cost much; sums are float32, as a session gives them."""
     rng = np.random.default_rng(4)
     x = rng.standard_normal((500, 10)).astype(np.float32)
     both = np.concatenate([x, x], axis=1)

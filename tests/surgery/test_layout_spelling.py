@@ -126,8 +126,7 @@ def run_if_possible(layout: Layout, write: object, x: np.ndarray, dim: int) -> n
     """
     try:
         check_spelling(layout, "Q", backwards=write is collect)
-    except Decline as reason:
-        assert "dynamic extents" in str(reason)
+    except Decline:
         with pytest.raises(MatchError, match="two dynamic extents"):
             run(layout, write, x, dim)
         return None

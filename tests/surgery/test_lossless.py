@@ -57,9 +57,9 @@ def test_pruning_to_the_true_rank_changes_no_output(
 def plant_redundancy(module: nn.Module, *, same_dims: bool) -> None:
     """Give every head and feed-forward network a rank below its width, in place.
 
-    Of each head's dimensions the second half becomes combinations of the first, in Q (in K too with `same_dims`, so that
-    the same dimensions can go in both) and in V. Of every 8 hidden units the last four depend on the first four and on
-    the fifth: gelu(z) - gelu(-z) = z makes a sum of pre-activations a sum of units; one is a copy, one is dead.
+    Of each head's dimensions the second half becomes combinations of the first, in Q (in K too with `same_dims`, so
+    that the same dimensions can go in both) and in V. Of every 8 hidden units the last three depend on the first five:
+    gelu(z) - gelu(-z) = z makes a sum of pre-activations a sum of units; one is a copy, one is dead.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

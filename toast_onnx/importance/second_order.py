@@ -14,8 +14,8 @@ from toast_onnx.importance.selection import Indices
 
 Array = NDArray[np.float64]
 
-#: Of the mean variance. Makes the inverse exist, and lies above the rounding of sums taken in float32: without that, alike
-#: channels look different.
+#: Of the mean variance. Makes the inverse exist, and lies above the rounding of sums taken in float32: without that,
+#: alike channels look different.
 RELATIVE_JITTER = 1e-6
 #: Candidates for each removal of a batch.
 POOL = 4

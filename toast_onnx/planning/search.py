@@ -125,8 +125,8 @@ def search(groups: Sequence[Group], budget: float, total: float, what: str) -> F
         least = fixed + sum(float(g.costs.min()) for g in groups)
         raise ConfigError(
             f"a {what} budget of {budget:g} cannot be reached: the cheapest widths still take {least / total:.3f} of "
-            f"the dense model's {what}; ask for at least {np.ceil(least / total * 1000) / 1000:.3f}, lower the alignment, "
-            "or plan more parts"
+            f"the dense model's {what}; ask for at least {np.ceil(least / total * 1000) / 1000:.3f}, lower the "
+            "alignment, or plan more parts"
         )
     kept: Kept = {}
     for group, index in zip(groups, found.chosen, strict=True):
