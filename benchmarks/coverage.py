@@ -84,7 +84,7 @@ def one_line(error: Exception) -> str:
     if isinstance(error, zoo.Unavailable):
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:160].replace("|", "/")
+    return without_names(lines[0] if lines else type(error).__name__)[:160].replace("|", "/")
 
 
 def reasons(dense: Study) -> list[str]:
