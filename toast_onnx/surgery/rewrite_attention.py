@@ -6,7 +6,7 @@ replaced by one canonical spelling; scales become constants. Scores, masks, posi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,8 +112,34 @@ def _write_heads(
             labels = propagate(view, facts, part.branch.walk.nodes, linear.output)
             labels[view.nodes[linear.node].output[0]] = labels[linear.output]
             _note_changes(edit, other, labels, linear.output, packed, linear.channel_axis)
+            if (whole := before_flattening(view, facts, linear, part.branch.layout)) is not None:
+                _note_by_extents(edit, facts, other, labels, whole)
         for part, output in zip(group, outputs, strict=True):
             _write_operand(edit, at, view, facts, part, output, f"{name}/{part.name}")
+
+
+def _note_by_extents(edit: GraphEdit, facts: Facts, other: Facts, tensors: Iterable[str], whole: str) -> None:
+    """Say where shapes of moved tensors can be read that the rows of a layer cannot tell: on the tensor they came from.
+
+    Args:
+        tensors: the moved tensors; those already noted stay as they are.
+        whole: tensor whose axes the layer's rows merge.
+    """
+    size, other_size = facts.shape(whole) or (), other.shape(whole) or ()
+    axes = [k for k, (a, b) in enumerate(zip(size, other_size, strict=False)) if a != b]
+    for tensor in tensors:
+        shape, elsewhere = facts.shape(tensor), other.shape(tensor)
+        if tensor in edit.changed or shape is None or elsewhere is None:
+            continue
+        origins: list[int | tuple[int, int]] = []
+        for a, b in zip(shape, elsewhere, strict=True):
+            fitting = [k for k in axes if a % size[k] == 0 and a * other_size[k] == b * size[k]]
+            if a == b:
+                origins.append(a)
+            elif len(fitting) == 1:
+                origins.append((fitting[0], a // size[fitting[0]]))
+        if len(origins) == len(shape):
+            edit.changed[tensor] = OldShape(whole, tuple(origins))
 
 
 def _note_changes(
