@@ -84,7 +84,8 @@ def one_line(error: Exception) -> str:
     if isinstance(error, zoo.Unavailable):
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_names(lines[0] if lines else type(error).__name__)[:160].replace("|", "/")
+    said = re.sub(r"^\S+\.onnx: ", "", lines[0] if lines else type(error).__name__)
+    return without_names(said)[:200].replace("|", "/")
 
 
 def reasons(dense: Study) -> list[str]:
