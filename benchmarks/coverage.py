@@ -23,11 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests import zoo  # noqa: E402
-from tests.pruning import UNEVEN, prune_file, run, worst  # noqa: E402
+from tests.pruning import UNEVEN, look, run, worst  # noqa: E402
 from tests.surgery.test_zoo_twin import TRUE_RANK  # noqa: E402
 from toast_onnx.errors import ToastError  # noqa: E402
 from toast_onnx.matching.study import Study  # noqa: E402
-from toast_onnx.model import write_bytes  # noqa: E402
+from toast_onnx.model import save_model, write_bytes  # noqa: E402
+from toast_onnx.planning.ratios import parse_ratios  # noqa: E402
+from toast_onnx.surgery.prune import Pruned, prune  # noqa: E402
+from toast_onnx.surgery.synthetic import SyntheticStatistics  # noqa: E402
 
 PROOF = 1e-4
 #: Columns: an exporter as it is, or what is done to the export afterwards.
@@ -60,8 +63,8 @@ def cell(case: zoo.Case) -> dict[str, Any]:
         except Exception as e:  # exporters and optimizers raise whatever they like
             return {"unavailable": one_line(e)}
         try:
-            dense, pruned = prune_file(path, UNEVEN, skip_unprunable=True)
-            prune_file(planted, TRUE_RANK, out, check=False, skip_unprunable=True)
+            dense, pruned = prune_case(case, path, UNEVEN)
+            save_model(prune_case(case, planted, TRUE_RANK, check=False)[1].model, out)
             feeds = [zoo.inputs(planted, b) for b in ((1, 3) if dense.dynamic_batch else (1,))]
             proof = max(worst(run(out, f), run(planted, f)) for f in feeds)
         except ToastError as e:
@@ -77,6 +80,13 @@ def cell(case: zoo.Case) -> dict[str, Any]:
         "twin": pruned.twin.worst,
         "planted": proof,
     }
+
+
+def prune_case(case: zoo.Case, path: Path, ratios: dict[str, Any], check: bool = True) -> tuple[Study, Pruned]:
+    """Prune a file at the sizes it was exported at: Mask2Former's dynamo graphs take no others."""
+    dense = look(path, **{name: tuple(t.shape) for name, t in zoo.build(case.family).inputs.items()})
+    statistics = SyntheticStatistics(dense)
+    return dense, prune(dense, parse_ratios(ratios), statistics, skip_unprunable=True, check=check)
 
 
 def one_line(error: Exception) -> str:
