@@ -55,7 +55,7 @@ def test_one_json_document(files: Path) -> None:
 
 
 def test_pruning_from_the_file_and_from_the_data_is_the_same(files: Path) -> None:
-    """With `bias`, that is: `ridge` goes on to match means block by block, for which a file of statistics is no data."""
+    """With `bias`: `ridge` goes on to match means block by block, for which a file of statistics is no data."""
     (files / "b.yaml").write_text(RATIOS + "compensation: {kind: bias}\n")
     assert run("calibrate", "m.onnx", "--data", "x.npy", "--ratios", "b.yaml", "-o", "s.npz").exit_code == 0
     first = run("prune", "m.onnx", "--ratios", "b.yaml", "-o", "a.onnx", "--statistics", "s.npz")
