@@ -21,6 +21,7 @@ from toast_onnx.tensorrt.cuda import gpu_name
 from toast_onnx.tensorrt.engine import build_engine
 from toast_onnx.tensorrt.precision import PRECISIONS, convert_precision, stated_precision, why_not_converted
 from toast_onnx.tensorrt.profiles import Shape, build_profile, graph_inputs
+from toast_onnx.tensorrt.uneven_attention import spell_out_uneven
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,15 @@ def build(model_path: Path, output: Path, request: BuildRequest, progress: Progr
     backend = choose(request.backend)
     notes = backend.check(options)
     with tempfile.TemporaryDirectory(prefix="toast-onnx-") as folder:
-        source, said = precise_file(model, request.precision, Path(folder), fp16_io=request.fp16_io)
+        spelled, uneven = spell_out_uneven(model)
+        if uneven:
+            spelled = load_model(write_draft(spelled, Path(folder), model.path.name))
+            notes = [
+                *notes,
+                f"{uneven} Attention nodes with keys and values of different widths are built from their parts: "
+                "TensorRT takes them fused where both widths are equal",
+            ]
+        source, said = precise_file(spelled, request.precision, Path(folder), fp16_io=request.fp16_io)
         started = time.perf_counter()
         engine = build_engine(backend, source, options, progress)
         seconds = time.perf_counter() - started
