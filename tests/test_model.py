@@ -269,3 +269,23 @@ def test_weights_of_a_large_file_stay_in_it_and_come_back_as_they_were(
     assert onnx.load(tmp_path / "new.onnx").graph == tiny().graph
     session = model_session(model, threads=1)
     assert np.allclose(session.run(None, FEEDS)[0], run(path, FEEDS)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_file_that_changed_after_loading_is_not_read_from(
+    external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other bytes at the old place would be a wrong graph that looks right."""
+    monkeypatch.setattr(room, "LEAVE_INSIDE", 1)
+    model = load_model(saved(tmp_path, external=external))
+    proto = tiny()
+    proto.producer_name = "x" * 4000
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.zeros(SHAPE, np.float32), "w"))
+    options = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 1024} if external else {}
+    (tmp_path / "weights.bin").unlink(missing_ok=True)
+    onnx.save(proto, tmp_path / "model.onnx", **options)
+    with pytest.raises(ModelError, match="changed after the model was loaded"):
+        save_model(model, tmp_path / "new.onnx")
+    assert not (tmp_path / "new.onnx").exists()
+    with pytest.raises(ModelError, match="changed after the model was loaded"):
+        model_session(model, threads=1)

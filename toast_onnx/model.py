@@ -106,11 +106,37 @@ class Model:
         """
         info = external.ExternalDataInfo(tensor)
         with (self.base_dir / info.location).open("rb") as stream:
+            _check_unchanged(info, os.fstat(stream.fileno()), self.path)
             stream.seek(info.offset or 0)
             data = stream.read(-1 if info.length is None else info.length)
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
         tensor.raw_data = data
+
+
+def _state(stat: os.stat_result) -> str:
+    """What changes when a file is written again or replaced."""
+    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+
+
+def _remember(tensor: onnx.TensorProto, stat: os.stat_result) -> None:
+    """Note the state of the file an external tensor lies in, in the entry that ONNX has for such a purpose."""
+    for entry in [e for e in tensor.external_data if e.key == "checksum"]:
+        tensor.external_data.remove(entry)
+    tensor.external_data.add(key="checksum", value=_state(stat))
+
+
+def _check_unchanged(info: external.ExternalDataInfo, stat: os.stat_result, path: Path) -> None:
+    """Other bytes at the same place would make a wrong graph that looks right.
+
+    Raises:
+        ModelError: the file was written or replaced since the model was loaded.
+    """
+    if info.checksum and info.checksum != _state(stat):
+        raise ModelError(
+            f"{path}: the file '{info.location}' that holds its weights changed after the model was loaded; "
+            "load it again"
+        )
 
 
 def is_inside(tensor: onnx.TensorProto) -> bool:
@@ -162,6 +188,7 @@ def _leave_inside(graph: onnx.GraphProto, path: Path) -> None:
             found = content.find(data, start)  # they lie there in this order
             if found >= 0:
                 external.set_external_data(tensor, str(path.resolve()), found, len(data))
+                _remember(tensor, os.fstat(stream.fileno()))
                 tensor.ClearField("raw_data")
                 start = found + len(data)
 
@@ -222,6 +249,7 @@ def _check_external_files(proto: onnx.ModelProto, path: Path) -> None:
                 f"{path}: external data file '{info.location}' is too short for the weight '{tensor.name}' "
                 f"({file.stat().st_size} bytes of {needed}); copy it again"
             )
+        _remember(tensor, file.stat())
 
 
 def follow_links(proto: onnx.ModelProto, base_dir: Path) -> Path | None:
@@ -233,13 +261,19 @@ def follow_links(proto: onnx.ModelProto, base_dir: Path) -> Path | None:
 
     Returns:
         The folder that references are relative to from now on; None where there are none.
+
+    Raises:
+        ModelError: a file was written or replaced since the model was loaded.
     """
     tensors = [t for t in proto.graph.initializer if external.uses_external_data(t)]
     files = {name: (base_dir / name).resolve() for name in {external.ExternalDataInfo(t).location for t in tensors}}
     if not files:
         return None
     folder = os.path.commonpath([file.parent for file in files.values()])
+    states = {name: file.stat() for name, file in files.items()}
     for tensor in tensors:
+        info = external.ExternalDataInfo(tensor)
+        _check_unchanged(info, states[info.location], base_dir)
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = os.path.relpath(files[entry.value], folder)

@@ -33,7 +33,7 @@ def test_a_pruned_export_computes_the_same_without_fused_nodes(family: str, expo
     assert worst(run(tmp_path / "spelled.onnx", feeds), run(tmp_path / "uneven.onnx", feeds)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [None, np.bool_, np.float32])
+@pytest.mark.parametrize("kind", [None, np.bool_, np.float32, np.float16])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_masks_and_scales(kind: type | None, scale: float | None, tmp_path: Path) -> None:
     path = save(tmp_path, d_v=6, mask=kind, **({} if scale is None else {"scale": scale}))
@@ -45,13 +45,15 @@ def test_masks_and_scales(kind: type | None, scale: float | None, tmp_path: Path
     feeds["v"] = feeds["v"][..., :6]
     if kind is np.bool_:
         feeds["mask"] = rng.random((5, 7)) < 0.7
-        feeds["mask"][:, 0] = True
+        feeds["mask"][3] = False  # a query that sees nothing
     elif kind is not None:
-        feeds["mask"] = rng.standard_normal((5, 7)).astype(np.float32)
+        feeds["mask"] = rng.standard_normal((5, 7)).astype(kind)
     assert worst(run(tmp_path / "spelled.onnx", feeds), run(path, feeds)) < 1e-5
 
 
-@pytest.mark.parametrize("what", [{"d_v": 8}, {"d_v": 6, "is_causal": 1}, {"d_v": 6, "softcap": 2.0}])
+@pytest.mark.parametrize(
+    "what", [{"d_v": 8}, {"d_v": 6, "is_causal": 1}, {"d_v": 6, "softcap": 2.0}, {"d_v": 6, "scale": -0.3}]
+)
 def test_what_is_even_or_of_another_form_stays(what: dict[str, float], tmp_path: Path) -> None:
     model = load_model(save(tmp_path, **what))
     assert spell_out_uneven(model) == (model, 0)

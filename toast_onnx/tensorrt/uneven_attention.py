@@ -18,6 +18,9 @@ from toast_onnx.matching.study import input_shapes
 from toast_onnx.model import Model
 from toast_onnx.surgery.edit import GraphEdit
 
+#: Scores of masked keys, by element type, where those of float32 do not fit.
+LOWEST: dict[int, float] = {onnx.TensorProto.FLOAT16: -65504.0}
+
 
 def spell_out_uneven(model: Model) -> tuple[Model, int]:
     """Write every `Attention` node with d_qk != d_v as MatMul, Softmax and MatMul.
@@ -59,7 +62,7 @@ def _is_uneven(facts: Facts, node: onnx.NodeProto) -> bool:
     if any(s is None or len(s) != 4 for s in shapes):
         return False
     q, k, v = (s for s in shapes if s is not None)
-    if q[1] != k[1] or k[3] == v[3]:
+    if q[1] != k[1] or k[3] == v[3] or float(attribute(node, "scale", 1.0)) <= 0:  # type: ignore[arg-type]
         return False
     mask = facts.shape(node.input[3]) if len(node.input) > 3 and node.input[3] else (1,)
     return mask is not None and mask[-1] in (1, k[2])
@@ -80,12 +83,15 @@ def _write(edit: GraphEdit, view: GraphView, facts: Facts, i: int) -> None:
     half = edit.constant(f"{name}/scale", np.asarray(math.sqrt(scale), dtype))
     keys = emit("Transpose", [emit("Mul", [k, half])], perm=[0, 1, 3, 2])
     scores = emit("MatMul", [emit("Mul", [q, half]), keys])
-    if len(node.input) > 3 and node.input[3]:
-        mask = node.input[3]
-        if facts.elem_type(mask) == onnx.TensorProto.BOOL:
-            scores = emit("Where", [mask, scores, edit.constant(f"{name}/masked", np.asarray(-np.inf, dtype))])
-        else:
-            scores = emit("Add", [scores, mask])
+    mask = node.input[3] if len(node.input) > 3 else ""
+    boolean = bool(mask) and facts.elem_type(mask) == onnx.TensorProto.BOOL
+    if boolean:
+        lowest = edit.constant(f"{name}/lowest", np.asarray(LOWEST.get(elem, -3e38), dtype))
+        scores = emit("Where", [mask, scores, lowest])
+    elif mask:
+        scores = emit("Add", [scores, mask if facts.elem_type(mask) == elem else emit("Cast", [mask], to=elem)])
     weights = emit("Softmax", [scores], axis=-1)
+    if boolean:  # a query that sees no key at all gives zeros
+        weights = emit("Where", [mask, weights, edit.constant(f"{name}/zero", np.asarray(0, dtype))])
     edit.remove([i])
     edit.emit(i, "MatMul", [weights, v], output, f"{name}/context")
