@@ -106,7 +106,7 @@ class Model:
         """
         info = external.ExternalDataInfo(tensor)
         with (self.base_dir / info.location).open("rb") as stream:
-            _check_unchanged(info, os.fstat(stream.fileno()), self.path)
+            _check_unchanged(tensor, os.fstat(stream.fileno()), self.path)
             stream.seek(info.offset or 0)
             data = stream.read(-1 if info.length is None else info.length)
         tensor.ClearField("external_data")
@@ -126,15 +126,16 @@ def _remember(tensor: onnx.TensorProto, stat: os.stat_result) -> None:
     tensor.external_data.add(key="checksum", value=_state(stat))
 
 
-def _check_unchanged(info: external.ExternalDataInfo, stat: os.stat_result, path: Path) -> None:
+def _check_unchanged(tensor: onnx.TensorProto, stat: os.stat_result, path: Path) -> None:
     """Other bytes at the same place would make a wrong graph that looks right.
 
     Raises:
         ModelError: the file was written or replaced since the model was loaded.
     """
-    if info.checksum and info.checksum != _state(stat):
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if entries.get("checksum", _state(stat)) != _state(stat):
         raise ModelError(
-            f"{path}: the file '{info.location}' that holds its weights changed after the model was loaded; "
+            f"{path}: the file '{entries['location']}' that holds its weights changed after the model was loaded; "
             "load it again"
         )
 
@@ -273,7 +274,7 @@ def follow_links(proto: onnx.ModelProto, base_dir: Path) -> Path | None:
     states = {name: file.stat() for name, file in files.items()}
     for tensor in tensors:
         info = external.ExternalDataInfo(tensor)
-        _check_unchanged(info, states[info.location], base_dir)
+        _check_unchanged(tensor, states[info.location], base_dir)
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = os.path.relpath(files[entry.value], folder)

@@ -17,6 +17,7 @@ from toast_onnx.model import load_model
 from toast_onnx.report.analysis import analysis
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import print_json, print_table, progress
+from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def command(
     """
     if (data is None) == (statistics is None):
         raise click.UsageError("give either --data or --statistics")
+    check_destinations([*read_files(model), data, statistics, given["preprocess"]], {"--plot": plot})
     if plot is not None:
         from toast_onnx.report.sensitivity import require_matplotlib
 

@@ -10,6 +10,7 @@ import click
 
 from toast_onnx.errors import BackendError
 from toast_onnx_cli.console import print_json, print_table, progress
+from toast_onnx_cli.destinations import check_destinations, read_files
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -78,6 +79,7 @@ def command(
     from toast_onnx.tensorrt import parse_shapes
     from toast_onnx.tensorrt.trtexec import BenchSettings
 
+    check_destinations([f for model in models for f in read_files(model)], {"--script": script})
     given = parse_shapes(shapes)
     if runtime == "onnxruntime":
         if dry_run or script is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress
+from toast_onnx_cli.destinations import check_destinations, read_files
 
 if TYPE_CHECKING:
     from toast_onnx.tensorrt import UnsupportedGraphError
@@ -90,6 +91,7 @@ def command(
         logging.getLogger("toast_onnx.tensorrt").setLevel(logging.DEBUG)
     suffix = f".{precision}.onnx" if form == "onnx" else f".{form}"
     target = output or model.with_suffix(suffix)
+    check_destinations(read_files(model), {"--timing-cache": timing_cache, "-o": target})
     if form == "ort":
         record = build_ort(model, target, precision=precision, fp16_io=fp16_io, level=ort_level)
     elif form == "onnx":

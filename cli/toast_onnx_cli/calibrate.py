@@ -12,6 +12,7 @@ from toast_onnx.model import load_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import format_bytes, print_json
+from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def command(
     from toast_onnx_calibration.store import merge_statistics
 
     out = output or model.with_name(f"{model.stem}.statistics.npz")
+    check_destinations([*read_files(model), ratios, data, given["preprocess"], *shards], {"-o": out})
     settings = None if ratios is None else read_ratios(ratios)
     data = data or (settings.calibration.data if settings is not None else None)
     if bool(shards) == (data is not None):

@@ -13,6 +13,7 @@ import click
 
 from toast_onnx.errors import BackendError
 from toast_onnx_cli.console import print_json, print_table
+from toast_onnx_cli.destinations import check_destinations, read_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +57,7 @@ def command(
     from toast_onnx.tensorrt.engine_check import TOLERANCES, EngineRunner, compare, require_gpu
     from toast_onnx_calibration.sessions import make_session
 
+    check_destinations([*read_files(model), engine, data, preprocess], {"--script": script})
     if cuda.driver() is None:
         _leave_command(script)
     gpu = require_gpu()

@@ -12,6 +12,7 @@ from toast_onnx.planning.cost_table import CostTable, write_table
 from toast_onnx.planning.schema import Align
 from toast_onnx.planning.width_costs import PARTS
 from toast_onnx_cli.console import print_json, print_table, progress
+from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.planning_options import comma_list, counted
 from toast_onnx_cli.shapes import shape_option
 
@@ -60,6 +61,7 @@ def command(
     if not parts or any(p not in PARTS for p in parts):
         raise click.UsageError(f"--parts takes some of {', '.join(PARTS)}")
     out = output or model.with_name(f"{model.stem}.costs.json")
+    check_destinations(read_files(model), {"-o": out})
     dense = study(load_model(model), shapes)
     if runtime == "trtexec":
         with_ = trtexec_runtime(batch, trtexec_path, rounds or 3, shapes=shapes)

@@ -17,6 +17,7 @@ from toast_onnx.planning.ratios import Ratios, dump_ratios
 from toast_onnx.planning.width_costs import PARTS, dense_widths
 from toast_onnx_cli.calibration_options import gather_options
 from toast_onnx_cli.console import format_count, print_json, print_table, progress
+from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.planning_options import (
     Work,
     comma_list,
@@ -94,6 +95,9 @@ def command(
     if no_timing and costs is None:
         raise click.UsageError("--no-timing needs a table: give --costs")
     out = output or model.with_name(f"{model.stem}.ratios.yaml")
+    inputs = [*read_files(model), data, settings, statistics, labels, given["preprocess"]]
+    # the two files that a plan may add to are no place for its result either
+    check_destinations(inputs, {"--sensitivity": results, "--costs": costs, "-o": out})
     pruning = prepare_settings(settings, compensation, align_heads, align_width)
     dense = study(load_model(model), shapes)
     options = gather_options(pruning, seed, given)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toast_onnx.errors import ConfigError, ModelError
+from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import load_model, model_files, staged_model
+from toast_onnx.model import load_model, staged_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.report.pruning import pruning_report, write_report
@@ -23,6 +23,7 @@ from toast_onnx.surgery.synthetic import SyntheticStatistics
 from toast_onnx.surgery.weights import BlockWeights
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import Advance, format_bytes, format_count, print_json, progress
+from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -69,11 +70,13 @@ def command(
         raise click.UsageError("give either --data or --statistics")
     out = output or model.with_name(f"{model.stem}.pruned.onnx")
     report = report or out.with_suffix(".json")
-    check_destinations([model, Path(ratios), *([statistics] if statistics else [])], out, report)
+    check_destinations(
+        [*read_files(model), ratios, statistics, data, given["preprocess"]],
+        # large weights go to a file of their own beside the model
+        {"-o": out, "-o (its weights)": out.with_name(f"{out.name}.data"), "--report": report},
+    )
     settings = read_ratios(ratios)
-    loaded = load_model(model)
-    check_destinations(model_files(model), out, report)  # weights may lie in files of their own
-    dense = study(loaded, shapes)
+    dense = study(load_model(model), shapes)
     calibration = gather_options(settings, seed, given)
     seed = calibration.seed
     samples = samples_to_refine(settings, data, statistics)
@@ -222,30 +225,6 @@ def find_statistics(
 def _show_notes(notes: Sequence[str]) -> None:
     for note in dict.fromkeys(notes):
         click.echo(f"Note: {note}", err=True)
-
-
-def check_destinations(inputs: Sequence[Path], out: Path, report: Path) -> None:
-    """Refuse to overwrite an input, before any work is done.
-
-    Args:
-        inputs: files that must stay.
-        out: the pruned model; its weights may go to a file of the same name with `.data` behind it.
-        report: the report.
-
-    Raises:
-        ModelError: an output is an input, is no regular file, or lies in a folder that does not exist.
-    """
-    for path in (out, out.with_name(f"{out.name}.data"), report):
-        for source in inputs:
-            if path.exists() and source.exists() and path.samefile(source):
-                same = "the input" if source == inputs[0] else f"the input file {source}"
-                raise ModelError(f"the output {path} is {same}; choose another name with -o or --report")
-        if path.exists() and not path.is_file():
-            raise ModelError(f"the output {path} exists and is not a regular file; choose another name")
-        if not path.parent.is_dir():
-            raise ModelError(f"the folder {path.parent} does not exist; make it or choose another place with -o")
-    if out.resolve() == report.resolve():
-        raise ModelError(f"the model and its report would both be {out}; choose another name with --report")
 
 
 def summary(document: dict[str, Any], out: Path, report: Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from toast_onnx.errors import ConfigError
+from toast_onnx_cli.destinations import check_destinations, read_files
 
 
 @click.command("report")
@@ -33,7 +33,8 @@ def command(run: Path, output: Path | None, extra: tuple[Path, ...], title: str 
 
     sources = find_sources(run, extra)
     target = output or sources.path.with_suffix(".html")
-    if any(target.resolve() == read.resolve() for read in (sources.path, run, *extra)):
-        raise ConfigError(f"{target} is what the page is made from; choose another name with -o")
+    folder = sources.path.parent
+    models = [file for side in ("dense", "pruned") for file in read_files(folder / sources.run[side]["file"])]
+    check_destinations([sources.path, run, *extra, *(folder / name for name in sources.names), *models], {"-o": target})
     write_bytes(target, render_page(sources, title).encode())
     click.echo(str(target))

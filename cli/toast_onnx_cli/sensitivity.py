@@ -12,6 +12,7 @@ from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx_cli.calibration_options import gather_options
 from toast_onnx_cli.console import print_json, print_table, progress
+from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.planning_options import (
     comma_list,
     counted,
@@ -77,6 +78,8 @@ def command(
     if unknown:
         raise click.UsageError(f"--parts knows {', '.join(TRIAL_PARTS)}, not {unknown[0]}")
     out = output or model.with_name(f"{model.stem}.sensitivity.json")
+    inputs = [*read_files(model), data, settings, statistics, labels, given["preprocess"]]
+    check_destinations(inputs, {"-o": out, "--plot": plot})
     pruning = prepare_settings(settings, compensation, align_heads, align_width)
     if plot is not None:
         from toast_onnx.report.sensitivity import require_matplotlib

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
@@ -158,3 +159,38 @@ def test_impossible_budgets_say_the_least(files: Path) -> None:
     result = run("plan", "m.onnx", "--data", "x.npy", *QUICK, "--points", "0.5", "--macs", "0.02")
     assert "ask for at least 0." in error(result)
     assert not (files / "m.ratios.yaml").exists()
+
+
+@pytest.mark.parametrize("victim", ["m.onnx", "x.npy", "labels.npy"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("costs", "-o"),
+        ("plan", "--data", "x.npy", "--labels", "labels.npy", "--macs", "0.7", "-o"),
+        ("sensitivity", "--data", "x.npy", "--labels", "labels.npy", "-o"),
+        ("sensitivity", "--data", "x.npy", "--labels", "labels.npy", "--plot"),
+        ("calibrate", "--data", "x.npy", "--preprocess", "labels.npy", "-o"),
+        ("analyze", "--data", "x.npy", "--preprocess", "labels.npy", "--plot"),
+        ("build", "--format", "ort", "-o"),
+    ],
+)
+def test_no_input_is_overwritten(arguments: tuple[str, ...], victim: str, files: Path) -> None:
+    if arguments[0] in ("costs", "build") and victim != "m.onnx":
+        pytest.skip("the command reads the model only")
+    before = (files / victim).read_bytes()
+    assert f"the output {victim} is the input" in error(run(arguments[0], "m.onnx", *arguments[1:], victim))
+    assert (files / victim).read_bytes() == before
+
+
+def test_a_plan_is_not_written_over_the_files_it_reads(files: Path) -> None:
+    common = ("plan", "m.onnx", "--data", "x.npy", "--latency", "0.7")
+    for option in ("--sensitivity", "--costs"):
+        assert f"{option} and -o would both be t.json" in error(run(*common, option, "t.json", "-o", "t.json"))
+    (files / "s.yaml").write_text("version: 1\n")
+    assert "is the input file s.yaml" in error(run(*common, "--settings", "s.yaml", "-o", "s.yaml"))
+
+
+def test_weights_beside_the_model_are_not_overwritten(files: Path) -> None:
+    proto = onnx.load(files / "m.onnx")
+    onnx.save(proto, files / "m.onnx", save_as_external_data=True, location="w.bin")
+    assert "is the input file w.bin" in error(run("costs", "m.onnx", "-o", "w.bin"))

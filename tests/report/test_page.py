@@ -278,5 +278,15 @@ def test_the_command_writes_beside_the_run_and_never_over_it(run: Path) -> None:
     assert run.with_suffix(".html").read_text().startswith("<!doctype html>")
     result = CliRunner().invoke(main, ["report", str(run), "-o", str(run)])
     assert result.exit_code == 1
-    assert "is what the page is made from" in result.stderr
+    assert "is the input" in result.stderr
     assert kind_of(json.loads(run.read_text())) == "prune"
+
+
+def test_the_page_does_not_replace_the_models_of_the_run(run: Path) -> None:
+    for side in ("dense", "pruned"):
+        model = run.parent / json.loads(run.read_text())[side]["file"]
+        model.write_bytes(b"weights")
+        result = CliRunner().invoke(main, ["report", str(run), "-o", str(model)])
+        assert result.exit_code == 1
+        assert f"is the input file {model}" in result.stderr
+        assert model.read_bytes() == b"weights"

@@ -10,8 +10,11 @@ import onnxruntime as ort
 import pytest
 
 from tests.tensorrt import graphs
-from toast_onnx.errors import ConfigError
+import toast_onnx.model as room
+from toast_onnx.errors import ConfigError, ModelError
+from toast_onnx.model import load_model
 from toast_onnx.tensorrt import BuildRequest, build, record_path
+from toast_onnx.tensorrt.build import with_weights
 from toast_onnx.tensorrt.convert import convert_file
 from toast_onnx.tensorrt.precision import convert_precision, stated_precision
 
@@ -49,6 +52,35 @@ def test_weights_outside_the_file_are_converted_too(model: Path) -> None:
     for source, target in ((model, "a.onnx"), (outside, "b.onnx")):
         convert_file(source, model.with_name(target), precision="bf16")
     assert model.with_name("a.onnx").read_bytes() == model.with_name("b.onnx").read_bytes()
+
+
+def test_a_graph_whose_weights_lie_in_a_file_is_refused_and_told_how(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "LEAVE_INSIDE", 1)
+    loaded = load_model(model)
+    wide = next(t.name for t in loaded.proto.graph.initializer if onnx.external_data_helper.uses_external_data(t))
+    with pytest.raises(ModelError, match=rf"'{wide}' lies in a file: give convert_precision with_weights\(model\)"):
+        convert_precision(loaded.proto, "fp16")
+    read, _ = convert_precision(with_weights(loaded), "fp16")
+    inside, _ = convert_precision(graphs.mlp(), "fp16")
+    assert read.SerializeToString(deterministic=True) == inside.SerializeToString(deterministic=True)
+
+
+def test_weights_in_memory_are_those_that_replace_the_file_s(model: Path) -> None:
+    loaded = load_model(model)
+    loaded.arrays["w1"] = np.full((32, 64), 0.25, np.float32)
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in with_weights(loaded).graph.initializer}
+    np.testing.assert_array_equal(tensors["w1"], loaded.arrays["w1"])
+    np.testing.assert_array_equal(tensors["b1"], onnx.numpy_helper.to_array(graphs.mlp().graph.initializer[3]))
+
+
+def test_the_record_names_the_default_operator_set_whatever_comes_first(model: Path) -> None:
+    proto = graphs.mlp()
+    del proto.opset_import[:]
+    proto.opset_import.extend([onnx.helper.make_opsetid("com.microsoft", 1), onnx.helper.make_opsetid("", 17)])
+    graphs.save(proto, model)
+    assert convert_file(model, model.with_name("h.onnx"), precision="fp16")["backend_version"] == "17"
 
 
 def test_nothing_is_converted_twice() -> None:

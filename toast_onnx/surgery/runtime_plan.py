@@ -172,8 +172,8 @@ def _stream(study: Study, ffn: Ffn, label: str) -> str:
     norm = view.producer_of(ffn.entries[0].input)
     if norm is None or norm.op_type != "LayerNormalization":
         raise MatchError(
-            f"{label} with residual: masked: no LayerNormalization node stands right before fc1; export to opset 17 or "
-            "newer, or write residual: kept"
+            f"{label} with residual: masked: no LayerNormalization node stands right before fc1; write it first (prune "
+            "--normalize with nothing to remove), export to opset 17 or newer, or write residual: kept"
         )
     stream = str(norm.input[0])
     rank = len(facts.shape(stream) or ())

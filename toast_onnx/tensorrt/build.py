@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.external_data_helper
-import onnx.numpy_helper
 
 import toast_onnx
 from toast_onnx.errors import ConfigError
@@ -141,23 +139,22 @@ def precise_file(model: Model, precision: str, folder: Path, *, fp16_io: bool = 
 
     Raises:
         ConfigError: `fp16_io` without `fp16`.
+        ModelError: an external weight cannot be read.
         BackendError: the conversion failed.
     """
     as_it_is = stated_precision(model.proto) is not None or why_not_converted(model.proto) is not None
     if as_it_is or precision in ("fp32", "tf32"):
         _, notes = convert_precision(model.proto, precision, fp16_io=fp16_io)
         return model.path, notes
-    whole = onnx.ModelProto()
-    whole.CopyFrom(model.proto)
-    for tensor in whole.graph.initializer:
-        if onnx.external_data_helper.uses_external_data(tensor):
-            tensor.CopyFrom(onnx.numpy_helper.from_array(model.array(tensor), tensor.name))
-    converted, notes = convert_precision(whole, precision, fp16_io=fp16_io)
+    converted, notes = convert_precision(with_weights(model), precision, fp16_io=fp16_io)
     return write_draft(Model(converted, folder / model.path.name), folder, f"{precision}.onnx"), notes
 
 
 def with_weights(model: Model) -> onnx.ModelProto:
-    """A copy of a model's graph with all weights in memory.
+    """A copy of a model's graph with all weights in memory, as `convert_precision` takes it.
+
+    Args:
+        model: the model; its `arrays` replace the weights of the same name. It is not changed.
 
     Raises:
         ModelError: an external weight cannot be read.
@@ -165,8 +162,7 @@ def with_weights(model: Model) -> onnx.ModelProto:
     whole = onnx.ModelProto()
     whole.CopyFrom(model.proto)
     for tensor in whole.graph.initializer:
-        if onnx.external_data_helper.uses_external_data(tensor):
-            tensor.CopyFrom(onnx.numpy_helper.from_array(model.array(tensor), tensor.name))
+        model.inline(tensor)
     return whole
 
 

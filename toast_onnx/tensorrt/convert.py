@@ -8,7 +8,7 @@ from typing import Any
 
 import toast_onnx
 from toast_onnx.errors import ConfigError
-from toast_onnx.model import Model, file_hash, load_model, save_model, stored_bytes
+from toast_onnx.model import Model, file_hash, load_model, opset_of, save_model, stored_bytes
 from toast_onnx.tensorrt.build import with_weights, write_record
 from toast_onnx.tensorrt.precision import convert_precision
 
@@ -45,7 +45,7 @@ def convert_file(model_path: Path, output: Path, *, precision: str, fp16_io: boo
         "model_bytes": stored_bytes(model_path),
         "model_sha256": file_hash(model_path),
         "backend": "onnx",
-        "backend_version": str(converted.opset_import[0].version),
+        "backend_version": str(opset_of(converted)),
         "toast_onnx_version": toast_onnx.__version__,
         "precision": precision,
         "converted": not notes,

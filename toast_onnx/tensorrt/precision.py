@@ -20,10 +20,11 @@ from __future__ import annotations
 import math
 
 import onnx
+import onnx.external_data_helper
 import onnx.shape_inference
 from onnx import TensorProto, numpy_helper
 
-from toast_onnx.errors import BackendError, ConfigError
+from toast_onnx.errors import BackendError, ConfigError, ModelError
 from toast_onnx.tensorrt.casts import (
     drop_unused_initializers,
     join_casts,
@@ -65,13 +66,25 @@ def _check_stated(proto: onnx.ModelProto, stated: str, precision: str, fp16_io: 
         raise ConfigError("the model was converted with float32 inputs: leave --fp16-io out, or convert it again")
 
 
+def _check_in_memory(proto: onnx.ModelProto) -> None:
+    """Refuse references to weights in files: the converter would look for their values in vain."""
+    outside = (t for t in proto.graph.initializer if onnx.external_data_helper.uses_external_data(t))
+    first = next(outside, None)
+    if first is not None:
+        raise ModelError(
+            f"the weight '{first.name}' lies in a file: give convert_precision with_weights(model), "
+            "of toast_onnx.tensorrt.build, instead of model.proto"
+        )
+
+
 def convert_precision(
     proto: onnx.ModelProto, precision: str, *, fp16_io: bool = False
 ) -> tuple[onnx.ModelProto, list[str]]:
     """Put a precision into a graph's types.
 
     Args:
-        proto: a model with its weights in memory; it is not changed.
+        proto: a model with its weights in memory; it is not changed. `load_model` leaves those of a large file there:
+            `toast_onnx.tensorrt.build.with_weights` reads them.
         precision: one of `PRECISIONS`; `fp32` and `tf32` return the model as it is.
         fp16_io: make float inputs and outputs float16 too (for `fp16` only).
 
@@ -81,6 +94,7 @@ def convert_precision(
 
     Raises:
         ConfigError: an unknown precision, `fp16_io` without `fp16`, or a model converted to another precision before.
+        ModelError: a weight that has to be converted is not in memory.
         BackendError: the converter failed on this graph.
     """
     if precision not in PRECISIONS:
@@ -95,6 +109,7 @@ def convert_precision(
     reason = why_not_converted(proto)
     if reason is not None:
         return proto, [f"{reason}: its types stay as they are, --precision {precision} changes nothing"]
+    _check_in_memory(proto)
     draft = onnx.ModelProto()
     draft.CopyFrom(proto)
     _name_nodes(draft.graph)
