@@ -9,8 +9,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from tests.tensorrt import graphs
 import toast_onnx.model as room
+from tests.tensorrt import graphs
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.model import load_model
 from toast_onnx.tensorrt import BuildRequest, build, record_path
@@ -73,14 +73,6 @@ def test_weights_in_memory_are_those_that_replace_the_file_s(model: Path) -> Non
     tensors = {t.name: onnx.numpy_helper.to_array(t) for t in with_weights(loaded).graph.initializer}
     np.testing.assert_array_equal(tensors["w1"], loaded.arrays["w1"])
     np.testing.assert_array_equal(tensors["b1"], onnx.numpy_helper.to_array(graphs.mlp().graph.initializer[3]))
-
-
-def test_the_record_names_the_default_operator_set_whatever_comes_first(model: Path) -> None:
-    proto = graphs.mlp()
-    del proto.opset_import[:]
-    proto.opset_import.extend([onnx.helper.make_opsetid("com.microsoft", 1), onnx.helper.make_opsetid("", 17)])
-    graphs.save(proto, model)
-    assert convert_file(model, model.with_name("h.onnx"), precision="fp16")["backend_version"] == "17"
 
 
 def test_nothing_is_converted_twice() -> None:
