@@ -75,6 +75,14 @@ def test_weights_in_memory_are_those_that_replace_the_file_s(model: Path) -> Non
     np.testing.assert_array_equal(tensors["b1"], onnx.numpy_helper.to_array(graphs.mlp().graph.initializer[3]))
 
 
+def test_the_record_names_the_default_operator_set_whatever_comes_first(model: Path) -> None:
+    proto = graphs.mlp()
+    del proto.opset_import[:]
+    proto.opset_import.extend([onnx.helper.make_opsetid("com.microsoft", 1), onnx.helper.make_opsetid("", 17)])
+    graphs.save(proto, model)
+    assert convert_file(model, model.with_name("h.onnx"), precision="fp16")["backend_version"] == "17"
+
+
 def test_nothing_is_converted_twice() -> None:
     once, _ = convert_precision(graphs.mlp(), "fp16")
     assert stated_precision(graphs.mlp()) is None
