@@ -81,7 +81,10 @@ def check_settings(settings: Ratios) -> None:
     if settings.ffn.mode == "runtime" or any(o.ffn.mode == "runtime" for o in settings.blocks):
         raise ConfigError("ffn.mode: runtime leaves the graph's widths as they are; plan with mode: static")
     if settings.compensation.statistics == "sequential":
-        raise ConfigError("compensation.statistics: sequential is not in this release; use one-shot")
+        raise ConfigError(
+            "plans are made from one-shot statistics: leave compensation.statistics: sequential out here, and put it "
+            "into the planned file for prune"
+        )
     if settings.rounding == "paper":
         raise ConfigError("rounding: paper belongs to the published schedules; leave it out to plan aligned widths")
 
