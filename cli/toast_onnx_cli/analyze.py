@@ -18,6 +18,7 @@ from toast_onnx.report.analysis import analysis
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ PARTS = ("inputs", "hidden")
 @click.option("--statistics", type=click.Path(path_type=Path), help="Statistics that `calibrate` wrote, not --data.")
 @click.option(
     "--dead",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=DEAD,
     show_default=True,
     help="Nearly dead: root mean square below this fraction of the layer's mean.",

@@ -11,6 +11,7 @@ import click
 from toast_onnx.errors import BackendError
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.numbers import FiniteRange
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -42,7 +43,7 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option(
     "--trtexec-version", default="11", show_default=True, help="Its version, where it is not on this machine."
 )
-@click.option("--duration", type=click.FloatRange(0.1), default=3.0, show_default=True, help="Seconds a run (trtexec).")
+@click.option("--duration", type=FiniteRange(0.1), default=3.0, show_default=True, help="Seconds a run (trtexec).")
 @click.option("--no-cuda-graph", is_flag=True, help="Launch kernel by kernel (trtexec).")
 @click.option("--transfers", is_flag=True, help="Include copies between host and device (trtexec).")
 @click.option("--no-spin-wait", is_flag=True, help="Sleep instead of polling for the end of a query (trtexec).")

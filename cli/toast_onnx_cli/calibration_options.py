@@ -10,6 +10,7 @@ import click
 
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx_cli.console import Advance, progress
+from toast_onnx_cli.numbers import FiniteRange
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrate import CalibrationOptions
@@ -40,7 +41,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--tokens", callback=parse_tokens, metavar="all|FRACTION", help="Tokens that count; default all."),
         click.option(
             "--class-weight",
-            type=click.FloatRange(0, min_open=True),
+            type=FiniteRange(0, min_open=True),
             help="Weight of the class token where the output reads nothing else; 20 by default.",
         ),
         click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True),
@@ -48,7 +49,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding."),
         click.option(
             "--memory",
-            type=click.FloatRange(0, min_open=True),
+            type=FiniteRange(0, min_open=True),
             metavar="GB",
             help="For the statistics of one pass; less memory takes more passes over the data. 0.5 by default.",
         ),

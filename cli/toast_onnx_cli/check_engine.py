@@ -14,6 +14,7 @@ import click
 from toast_onnx.errors import BackendError
 from toast_onnx_cli.console import print_json, print_table
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.numbers import FiniteRange
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For the draw of samples.")
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), help="As the engine's JSON says.")
-@click.option("--tolerance", type=click.FloatRange(0), help="Largest difference over the output's scale; by precision.")
+@click.option("--tolerance", type=FiniteRange(0), help="Largest difference over the output's scale; by precision.")
 @click.option("--script", type=click.Path(path_type=Path), help="Without a GPU: write the command to this file too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(

@@ -12,6 +12,7 @@ import click
 
 from toast_onnx.errors import ModelError
 from toast_onnx_cli.console import print_json, progress
+from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ _data_options = _options(
     click.option("--samples", type=click.IntRange(2), help="Draw so many samples instead of taking all."),
     click.option(
         "--holdout",
-        type=click.FloatRange(0, 0.9, min_open=True),
+        type=FiniteRange(0, 0.9, min_open=True),
         default=0.15,
         show_default=True,
         help="Fraction of the samples that is only evaluated on.",
@@ -75,54 +76,52 @@ _loss_options = _options(
     ),
     click.option(
         "--temperature",
-        type=click.FloatRange(0, min_open=True),
+        type=FiniteRange(0, min_open=True),
         default=1.0,
         show_default=True,
         help="Of the KL divergence.",
     ),
     click.option(
         "--output-weight",
-        type=click.FloatRange(0),
+        type=FiniteRange(0),
         help=_two_defaults("output_weight", "Of the distance of the outputs."),
     ),
-    click.option("--stream-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="At block ends."),
+    click.option("--stream-weight", type=FiniteRange(0), default=1.0, show_default=True, help="At block ends."),
     click.option(
         "--class-weight",
-        type=click.FloatRange(0, min_open=True),
+        type=FiniteRange(0, min_open=True),
         default=1.0,
         show_default=True,
         help="Of the class token in the stream, where outputs read nothing else.",
     ),
     click.option("--local", is_flag=True, help="Each block learns on its own: no gradient crosses a block end."),
-    click.option(
-        "--label-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="Of the cross-entropy."
-    ),
-    click.option("--mixup", type=click.FloatRange(0), help=_two_defaults("mixup", "Blend pairs: Beta(a, a).")),
-    click.option("--smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Of labels."),
+    click.option("--label-weight", type=FiniteRange(0), default=1.0, show_default=True, help="Of the cross-entropy."),
+    click.option("--mixup", type=FiniteRange(0), help=_two_defaults("mixup", "Blend pairs: Beta(a, a).")),
+    click.option("--smoothing", type=FiniteRange(0, 1, max_open=True), default=0.0, help="Of labels."),
 )
 _training_options = _options(
-    click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the data; 10 by default."),
+    click.option("--epochs", type=FiniteRange(0, min_open=True), help="Passes over the data; 10 by default."),
     click.option("--steps", type=click.IntRange(1), help="Optimizer steps, instead of --epochs."),
     click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Samples a process and step."),
     click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches a step."),
     click.option(
         "--lr",
-        type=click.FloatRange(0, min_open=True),
+        type=FiniteRange(0, min_open=True),
         default=1e-4,
         show_default=True,
         help="Peak learning rate of AdamW.",
     ),
-    click.option("--weight-decay", type=click.FloatRange(0), default=0.01, show_default=True, help="Of matrices."),
+    click.option("--weight-decay", type=FiniteRange(0), default=0.01, show_default=True, help="Of matrices."),
     click.option(
         "--warmup",
-        type=click.FloatRange(0, 1, max_open=True),
+        type=FiniteRange(0, 1, max_open=True),
         default=0.1,
         show_default=True,
         help="Fraction of the steps.",
     ),
-    click.option("--clip", type=click.FloatRange(0), default=1.0, show_default=True, help="Gradient norm; 0: off."),
+    click.option("--clip", type=FiniteRange(0), default=1.0, show_default=True, help="Gradient norm; 0: off."),
     click.option(
-        "--ema", type=click.FloatRange(0, 1, max_open=True), help=_two_defaults("ema", "Decay of averaged weights.")
+        "--ema", type=FiniteRange(0, 1, max_open=True), help=_two_defaults("ema", "Decay of averaged weights.")
     ),
     click.option("--freeze", multiple=True, metavar="PATTERN", help="Weights that stay, as in 'patch_embed.*'."),
     click.option("--recompute", is_flag=True, help="Gradient checkpointing: less memory, more time."),

@@ -18,6 +18,7 @@ from toast_onnx.planning.width_costs import PARTS, dense_widths
 from toast_onnx_cli.calibration_options import gather_options
 from toast_onnx_cli.console import format_count, print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planning_options import (
     Work,
     comma_list,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from toast_onnx_calibration.costs import Runtime
     from toast_onnx_calibration.planning import Budget
 
-share = click.FloatRange(0, 1, min_open=True, max_open=True)
+share = FiniteRange(0, 1, min_open=True, max_open=True)
 
 
 @click.command("plan")
