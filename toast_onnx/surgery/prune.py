@@ -141,7 +141,8 @@ def prune(
     # Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.
     if refine is not None and weights and not selections and ratios.compensation.kind in ("local", "ridge"):
         weights, trained = refine(weights)
-    model, chosen = select_at_run_time(study, _rewritten(study, weights), selections)
+    model = _rewritten(study, weights) if weights or selections else study.source
+    model, chosen = select_at_run_time(study, model, selections)
     normalized = 0
     if normalize:
         model, normalized = normalize_layer_norms(model, study.counted_shapes)
@@ -151,9 +152,7 @@ def prune(
 
 
 def _rewritten(study: Study, weights: dict[int, BlockWeights]) -> Model:
-    """The model with new weights; the very same model when there are none."""
-    if not weights:
-        return study.source
+    """The graph as it was studied, with new weights."""
     edit = GraphEdit(study.view)
     for block in study.match.blocks:
         if block.index in weights:
