@@ -203,6 +203,34 @@ def test_float32_needs_no_conversion_and_no_pruning_no_baseline(source: Path) ->
     assert steps[0].outputs == ("d/m.fp32.engine", "d/m.fp32.engine.json")
 
 
+@pytest.mark.parametrize(
+    ("settings", "timed"),
+    [
+        ({"precision": "fp16", "build": {"format": "ort"}}, ["m.onnx", "out/m.pruned.onnx"]),
+        ({"precision": "fp32", "build": {"format": "ort"}}, ["m.onnx", "out/m.pruned.fp32.ort"]),
+        ({"precision": "fp16", "build": {"format": "ort"}, "prune": None}, ["m.onnx"]),
+        ({"precision": "bf16"}, ["m.onnx", "out/m.pruned.onnx"]),
+        ({"precision": "fp16", "provider": "cuda"}, ["out/m.fp16.onnx", "out/m.pruned.fp16.onnx"]),
+        (
+            {"precision": "fp16", "provider": "cuda", "build": {"format": "ort"}},
+            ["out/m.fp16.onnx", "out/m.pruned.fp16.ort"],
+        ),
+        ({"precision": "fp16", "provider": "cuda", "build": {"baseline": False}}, ["out/m.pruned.fp16.onnx"]),
+        ({"precision": "fp32", "provider": "cuda", "build": {"baseline": False}}, ["m.onnx", "out/m.pruned.onnx"]),
+    ],
+)
+def test_models_that_are_timed_together_have_one_precision(
+    source: Path, settings: dict[str, object], timed: list[str]
+) -> None:
+    document = {"version": 1, "model": "m.onnx", "output": "out", "prune": {"ratios": "ratios.yaml"}, **settings}
+    document["bench"] = {"provider": document.pop("provider", "cpu")}
+    write(source, {key: value for key, value in document.items() if value is not None})
+    steps = plan_steps(load_deployment(source), source)
+    assert list(steps[-1].inputs) == timed
+    made = {name for step in steps for name in step.outputs} | {"m.onnx"}
+    assert made.issuperset(timed)
+
+
 def test_the_preprocessing_beside_the_dense_model_is_handed_on(source: Path) -> None:
     (source.parent / "preprocessor_config.json").write_text("{}")
     steps = {s.name: s for s in plan_steps(load_deployment(source), source)}

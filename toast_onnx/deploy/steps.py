@@ -213,6 +213,20 @@ def _measure(config: Deployment, files: Files, recipe: str | None) -> list[Step]
     return steps
 
 
+def _timed_in_onnxruntime(config: Deployment, files: Files) -> tuple[str | None, str]:
+    """The dense model and the pruned one in one precision: float32 on the CPU, that of what ships elsewhere.
+
+    The dense one is None where no step makes it in that precision.
+    """
+    float32 = config.bench is not None and config.bench.provider == "cpu"
+    optimized = config.build is not None and config.build.format == "ort"
+    if float32:
+        same = optimized and config.precision == "fp32"  # the optimized model is float32 too
+        return files.dense, files.engine if same else files.pruned
+    made = files.baseline in (files.dense, files.ships) or _wants_baseline(config)
+    return files.baseline if made else None, files.engine if optimized else files.ships
+
+
 def _bench(config: Deployment, files: Files) -> list[Step]:
     bench = config.bench
     if bench is None:
@@ -220,13 +234,9 @@ def _bench(config: Deployment, files: Files) -> list[Step]:
     sizes = ["--batch", ",".join(map(str, bench.batch))]
     steps = []
     if "onnxruntime" in bench.runtime:
-        float32 = bench.provider == "cpu"
-        dense, pruned = (files.dense, files.pruned) if float32 else (files.baseline, files.ships)
-        if config.build is not None and config.build.format == "ort":
-            pruned = files.engine
-        models = _some((dense if config.prune is not None or dense != pruned else None, pruned))
+        models = _some(_timed_in_onnxruntime(config, files))
         words = ["bench", *models, *sizes, *_options(bench, "rounds", "threads", "provider"), "--json"]
-        needs: Need | None = None if float32 else "gpu"
+        needs: Need | None = None if bench.provider == "cpu" else "gpu"
         steps.append(Step("bench-onnxruntime", tuple(words), models, needs=needs))
     if "trtexec" in bench.runtime:
         models = _some((files.dense_engine if _wants_baseline(config) else None, files.engine))
