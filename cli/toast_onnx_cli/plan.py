@@ -105,6 +105,8 @@ def command(
     table, runtime = (None, None) if latency is None else _costs(dense, pruning, parts, costs, no_timing, given, shapes)
     with open_trials(dense, pruning, parts, data, statistics, labels, output_name, options) as work:
         document, ratios = _plan(dense, pruning, chosen[0], parts, points, results, table, runtime, work)
+    if missed := _missed(document):
+        click.echo(f"Note: {missed}", err=True)
     dump_ratios(ratios, out, _comment(document))
     if as_json:
         print_json({"ratios_file": str(out), **document})
@@ -201,6 +203,7 @@ def _plan(
         document["latency"] = {
             "predicted_share": plan.cost / table.dense_milliseconds,
             "measured_share": None if timed is None else timed.share,
+            "met": None if timed is None else timed.meets(budget),
             "dense_milliseconds": table.dense_milliseconds if timed is None else timed.dense_milliseconds,
             "runtime": table.runtime,
             "batch": table.batch,
@@ -210,6 +213,18 @@ def _plan(
 
 def _metric(metric: str) -> str:
     return metric if metric == "kl" else f"{metric} squared"
+
+
+def _missed(document: dict[str, Any]) -> str | None:
+    """By how much a measured plan misses its latency budget; None where it does not, or was not measured."""
+    latency = document.get("latency", {})
+    if latency.get("met") is not False:
+        return None
+    return (
+        f"the latency budget of {document['budget']['share']:g} is missed: the planned model takes "
+        f"{latency['measured_share']:.3f} of the dense model's latency, the best of all corrections; "
+        "plan more parts, or lower the alignment"
+    )
 
 
 def _comment(document: dict[str, Any]) -> str:
@@ -231,6 +246,8 @@ def _comment(document: dict[str, Any]) -> str:
             + ("not measured here" if measured is None else f"{measured:.3f} measured")
             + f" ({latency['runtime'].get('program')}, batch {latency['batch']})"
         )
+    if missed := _missed(document):
+        lines.append(missed)
     lines.append(f"predicted damage: {predicted['metric']} {predicted['damage']:.4f}, the sum over parts")
     if document["measured"]:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in document["measured"].items())

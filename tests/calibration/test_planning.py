@@ -144,3 +144,25 @@ def test_a_table_that_promises_too_much_is_corrected(vit: Study) -> None:
     assert check.rounds > 0
     assert len(seen) > 1
     assert found.cost < 0.88 * 20
+
+
+@pytest.mark.parametrize(("factor", "met"), [(1.0, False), (0.9, False), (0.5, True)])
+def test_a_machine_that_does_not_follow_the_table(factor: float, met: bool, vit: Study) -> None:
+    """Whatever is planned takes the same time here: the same as the dense model, a little less, or half."""
+    table = table_for(vit)
+    budget = Budget("latency", 0.85)
+    runtime = Runtime(lambda _: [20.0, 20.0 * factor], {}, 1)
+    _, check = plan_latency(vit, choices_of(vit, table=table), table, budget, runtime)
+    assert check is not None
+    assert check.share == factor
+    assert check.meets(budget) is met
+
+
+def test_a_plan_within_the_budget_is_preferred_to_a_nearer_one_beyond_it(vit: Study) -> None:
+    table = table_for(vit)
+    observed = iter([0.90, 0.78, 0.90, 0.90, 0.90])
+    runtime = Runtime(lambda _: [20.0, 20.0 * next(observed)], {}, 1)
+    budget = Budget("latency", 0.85)
+    _, check = plan_latency(vit, choices_of(vit, table=table), table, budget, runtime)
+    assert check is not None
+    assert check.share == pytest.approx(0.78)

@@ -132,6 +132,21 @@ def test_a_plan_for_latency(files: Path) -> None:
     assert "still take" in error(run(*common[:-1], "0.05", *widths, "--costs", "t.json", "--no-timing"))
 
 
+@pytest.mark.parametrize(("share", "met"), [(0.95, False), (0.8, True)])
+def test_a_missed_latency_is_said(share: float, met: bool, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every smaller width alone halves the latency, and the planned model takes the given share of it."""
+    from toast_onnx_calibration.costs import Runtime
+    from toast_onnx_calibration.planning import LatencyCheck
+
+    clock = Runtime(lambda models: [10.0, *(5.0 for _ in models[1:])], {"program": "onnxruntime"}, 1)
+    monkeypatch.setattr("toast_onnx_calibration.costs.onnxruntime_runtime", lambda *_, **__: clock)
+    monkeypatch.setattr("toast_onnx_calibration.planning.time_plan", lambda *_: LatencyCheck(share, 10.0, 0))
+    result = run("plan", "m.onnx", "--data", "x.npy", *QUICK, "--points", "0.5", "--latency", "0.8", "--json")
+    assert document(result)["latency"]["met"] is met
+    for text in (result.stderr, (files / "m.ratios.yaml").read_text()):
+        assert ("the latency budget of 0.8 is missed" in text) is not met
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
