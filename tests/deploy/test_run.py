@@ -12,6 +12,7 @@ import yaml
 
 from tests.tensorrt import graphs
 from toast_onnx.deploy import Finished, deploy, load_deployment, plan_steps
+from toast_onnx.deploy.code import code_files
 from toast_onnx.errors import BackendError, ConfigError
 from toast_onnx.tensorrt import cuda
 
@@ -149,6 +150,43 @@ def test_data_that_only_the_ratios_file_names_counts(source: Path) -> None:
     assert go(source, player)[0] == ["prune"]
     (folder / "samples" / "0.png").write_bytes(b"changed")
     assert go(source, player)[0] == ["prune"]
+
+
+@pytest.mark.parametrize("file", ["metric.py", "metric/__init__.py", "metric/inner.py"])
+@pytest.mark.parametrize(
+    ("section", "key", "name"),
+    [("eval", "metric", "eval"), ("eval", "data", "eval"), ("compare", "data", "compare"), ("prune", "data", "prune")],
+)
+def test_python_code_that_a_step_calls_counts(source: Path, file: str, section: str, key: str, name: str) -> None:
+    player, code = Player(), source.parent / file
+    code.parent.mkdir(exist_ok=True)
+    code.write_text("def measure(outputs): return {'right': 1.0}\n")
+    document = {key: WHOLE[key] for key in ("version", "model", "output", "prune")}
+    document |= {"compare": {"data": "samples"}, "eval": {"data": "samples"}}
+    spec = "metric.inner:measure" if code.name == "inner.py" else "metric:measure"
+    document[section] = {**document[section], key: spec}  # type: ignore[dict-item]
+    write(source, document)
+    go(source, player)
+    (code.parent / "__pycache__").mkdir()
+    (code.parent / "__pycache__" / "metric.pyc").write_bytes(b"compiled")
+    assert go(source, player)[0] == []
+    elsewhere = shutil.copytree(source.parent, source.parent.parent / f"{source.parent.name}-elsewhere")
+    assert go(elsewhere / source.name, player)[0] == []
+    code.write_text("def measure(outputs): return {'right': 0.5}\n")
+    ran = go(source, player)[0]
+    assert set(ran) == {name}
+
+
+@pytest.mark.parametrize("name", ["nowhere_at_all:f", "m.onnx", "C:\\samples", "imagenet", "a:b:c", ":f"])
+def test_what_names_no_module_has_no_code(name: str, tmp_path: Path) -> None:
+    assert code_files(name, tmp_path) == []
+
+
+def test_code_in_the_folder_comes_before_installed_code(tmp_path: Path) -> None:
+    (installed,) = code_files("json.decoder:JSONDecoder", tmp_path)[1:2]
+    assert installed.parent == Path(json.__file__).parent
+    (tmp_path / "json.py").write_text("")
+    assert code_files("json:loads", tmp_path) == [tmp_path / "json.py"]
 
 
 def test_an_output_that_was_touched_or_lost_is_made_again(source: Path) -> None:

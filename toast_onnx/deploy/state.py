@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from toast_onnx import __version__
+from toast_onnx.deploy.code import code_files
 from toast_onnx.deploy.steps import Step
 from toast_onnx.errors import ConfigError
 from toast_onnx.model import model_files, write_bytes
@@ -21,20 +22,24 @@ RECORD = "deploy.json"
 
 
 class Digests:
-    """SHA-256 of files and folders below one folder, each read once as long as it does not change."""
+    """SHA-256 of files and folders below one folder, and of Python code; a file is read once until it changes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._known: dict[tuple[str, int, int], str] = {}
 
     def of(self, name: str) -> str | None:
-        """Digest of a file (an ONNX file with its external data) or of all files of a folder; None for neither."""
+        """Digest of a file (an ONNX file with its external data), a folder's files or a `module:function`'s code.
+
+        None for what is none of these. It does not depend on where the folder is.
+        """
         path = self._folder / name
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file())
             return _of_pairs((str(p.relative_to(path)), self._file(p)) for p in inside)
         if not path.is_file():
-            return None
+            code = code_files(name, self._folder)
+            return _of_pairs((p.name, self._file(p)) for p in code) if code else None
         return _of_pairs((p.name, self._file(p)) for p in _parts(path)) if path.suffix == ".onnx" else self._file(path)
 
     def of_all(self, names: Iterable[str]) -> dict[str, str | None]:

@@ -24,7 +24,8 @@ class Step:
     Attributes:
         name: what the record calls it.
         arguments: what follows `toast-onnx`; paths are relative to the deployment file's folder.
-        inputs: files and folders it reads; names that do not exist there (`module:function`, recipes) count as text.
+        inputs: files and folders it reads; of a `module:function` its code counts; names of anything else
+            (recipes, presets) count as text.
         outputs: files it writes.
         packages: distributions whose version decides the result.
         needs: what the machine must have.
@@ -208,7 +209,7 @@ def _measure(config: Deployment, files: Files, recipe: str | None) -> list[Step]
             if name == "eval" or path != model:
                 words = ["eval", path, *_options(config.eval, "data", "labels", "metric", "samples", "seed")]
                 words += [*_preprocess(recipe), "--json"]
-                inputs = _some((path, config.eval.data, config.eval.labels, recipe))
+                inputs = _some((path, config.eval.data, config.eval.labels, config.eval.metric, recipe))
                 steps.append(Step(name, tuple(words), inputs))
     return steps
 
