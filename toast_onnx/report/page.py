@@ -9,6 +9,7 @@ from typing import Any
 from toast_onnx import __version__
 from toast_onnx.errors import BackendError
 from toast_onnx.report.deployment import headline
+from toast_onnx.report.lineage import side_of
 from toast_onnx.report.page_charts import Line, costs_chart, lines_chart, widths_chart
 from toast_onnx.report.page_sources import Sources
 
@@ -91,16 +92,48 @@ def tiles(sources: Sources) -> list[dict[str, str]]:
                 "note": f"dense {before:.1%}, {100 * (after - before):+.1f} points",
             }
         )
-    for output, figures in list((sources.of("compare") or [{"outputs": {}}])[0]["outputs"].items())[:1]:
-        if "top1_agreement" in figures:
-            note = f"of the dense model's answers ({output})"
-            found.append({"name": "same answers", "value": f"{figures['top1_agreement']:.1%}", "note": note})
-    timed = [r for d in sources.of("bench") for r in d["results"] if r.get("speedup", 1.0) != 1.0]
-    if timed:
-        best = timed[0]
-        note = f"of the dense model's, batch {best['batch']}, {best['median_ms']:.2f} ms"
-        found.append({"name": "speed", "value": f"{best['speedup']:.2f} ×", "note": note})
-    return found
+    for document in _comparisons(sources)[:1]:
+        for output, figures in list(document["outputs"].items())[:1]:
+            if "top1_agreement" in figures:
+                note = f"of the dense model's answers ({output})"
+                found.append({"name": "same answers", "value": f"{figures['top1_agreement']:.1%}", "note": note})
+    return found + _speed(sources)
+
+
+def _comparisons(sources: Sources) -> list[dict[str, Any]]:
+    """Comparisons of this run's two models, those of the pruned file itself before those of its converted copies."""
+    dense, pruned = sources.dense, sources.pruned
+    own = []
+    for document in sources.of("compare"):
+        hashes = {side: document["models"].get(side, {}).get("sha256") for side in ("dense", "pruned")}
+        if hashes["dense"] in dense.hashes and hashes["pruned"] in pruned.hashes:
+            own.append((hashes["pruned"] != pruned.sha256, document))
+    return [document for _, document in sorted(own, key=lambda pair: pair[0])]
+
+
+def _speed(sources: Sources) -> list[dict[str, str]]:
+    """The pruned model's speed over the dense one's, from the first benchmark and batch that timed both."""
+    for document in sources.of("bench"):
+        for batch in dict.fromkeys(r["batch"] for r in document["results"]):
+            rows = [r for r in document["results"] if r["batch"] == batch]
+            dense, pruned = (_timed(sources, rows, side) for side in ("dense", "pruned"))
+            if dense is None or pruned is None:
+                continue
+            # Both speeds are relative to the benchmark's first model, whichever that is.
+            ratio = pruned["speedup"] / dense["speedup"]
+            names = [Path(r["model"]).name for r in (dense, pruned)]
+            plain = names == [sources.dense.file, sources.pruned.file]
+            note = "of the dense model's" if plain else f"{names[1]} over {names[0]}"
+            note += f", batch {batch}, {pruned['median_ms']:.2f} ms"
+            return [{"name": "speed", "value": f"{ratio:.2f} ×", "note": note}]
+    return []
+
+
+def _timed(sources: Sources, rows: list[dict[str, Any]], side: str) -> dict[str, Any] | None:
+    """A model's timing: the file itself before its converted copies; None where it was not timed."""
+    file = (sources.dense if side == "dense" else sources.pruned).file
+    own = [r for r in rows if side_of(r["model"], sources.dense, sources.pruned) == side]
+    return min(own, key=lambda r: Path(r["model"]).name != file, default=None)
 
 
 def _tile(name: str, dense: float, pruned: float, show: Any) -> dict[str, str]:
@@ -129,13 +162,17 @@ def _block_row(block: dict[str, Any]) -> dict[str, Any]:
 
 def _top1(sources: Sources) -> list[float]:
     """Top-1 of the dense model and of the pruned one (its converted copy where that was measured too)."""
-    dense_file = sources.run["dense"]["file"]
-    found: dict[bool, float] = {}
+    dense, pruned = sources.dense, sources.pruned
+    found: dict[str, dict[bool, float]] = {"dense": {}, "pruned": {}}
     for document in sources.of("eval"):
         top1 = (document.get("accuracy") or {}).get("top1")
-        if top1 is not None:
-            found[Path(document["model"]).name != dense_file] = top1["accuracy"]
-    return [found[False], found[True]] if len(found) == 2 else []
+        side = side_of(document["model"], dense, pruned)
+        if top1 is not None and side is not None:
+            is_copy = Path(document["model"]).name not in (dense.file, pruned.file)
+            found[side].setdefault(is_copy, top1["accuracy"])
+    if not (found["dense"] and found["pruned"]):
+        return []
+    return [found["dense"][min(found["dense"])], found["pruned"][max(found["pruned"])]]
 
 
 def _accuracy_rows(sources: Sources) -> list[list[str]]:
@@ -175,9 +212,10 @@ def _show(figures: dict[str, Any], key: str, spec: str) -> str:
 
 def _drift(sources: Sources) -> str:
     """How far every block's branches are from the dense ones."""
-    if not sources.of("compare"):
+    own = _comparisons(sources)
+    if not own:
         return ""
-    blocks = sources.of("compare")[0]["blocks"]
+    blocks = own[0]["blocks"]
     lines = [
         Line(heading, [(b["index"], b[part]["relative_error"]) for b in blocks if part in b])
         for part, heading in (("attention", "attention"), ("ffn", "feed-forward network"))
@@ -266,8 +304,10 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
     run = sources.run
     statistics = run.get("statistics") or {}
     return [
-        ("dense model", f"{run['dense']['file']}, SHA-256 {run['dense']['sha256']}"),
-        ("pruned model", f"{run['pruned']['file']}, SHA-256 {run['pruned']['sha256']}"),
+        *(
+            (f"{side} model", f"{run[side]['file']}, SHA-256 {run[side].get('sha256', '–')}")
+            for side in ("dense", "pruned")
+        ),
         ("counted at", _joined(f"{name} {'x'.join(map(str, shape))}" for name, shape in run.get("inputs", {}).items())),
         ("statistics", str(statistics.get("source", "–"))),
         ("settings", _settings(run.get("options", {}).get("ratios", {}))),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.report.lineage import Lineage, side_of, trace
 
 _MOST_BYTES = 64 << 20  # of one JSON; a page is made of figures, not of data
 #: Step of a deployment -> the kind of document that its result is.
@@ -36,6 +37,8 @@ class Sources:
         deploy: the record of a deployment, where there is one.
         found: kind (`compare`, `eval`, `bench`, `build`, `check`, `sensitivity`) to documents of it.
         names: the files read besides `path`.
+        dense: the dense model of the run and its converted copies.
+        pruned: the same of the pruned model.
     """
 
     run: dict[str, Any]
@@ -43,6 +46,16 @@ class Sources:
     deploy: dict[str, Any] | None = None
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    dense: Lineage = field(init=False)
+    pruned: Lineage = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trace(())
+
+    def trace(self, records: Iterable[dict[str, Any]]) -> None:
+        """Follow the run's models through the records of `build`: those shown already, and these."""
+        known = [*self.of("build"), *records]
+        self.dense, self.pruned = (trace(self.run[side], known, self.path.parent) for side in ("dense", "pruned"))
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """Documents of a kind, in the order they were found."""
@@ -80,15 +93,20 @@ def find_sources(run: Path, extra: Sequence[Path] = ()) -> Sources:
     path = _locate(run)
     document = _read(path)
     kind = kind_of(document)
+    beside = _beside(path)
     if kind == "deploy":
         sources = _of_deployment(path, document)
-        _add_found(sources, _beside(path))
-        return _add(sources, extra)
-    if kind not in ("prune", "finetune") or "blocks" not in document:
+    elif kind in ("prune", "finetune") and "blocks" in document:
+        sources = Sources(document, path)
+        _add_deployment(sources, beside)
+    else:
         raise ConfigError(f"{path} is no report of a pruning run; give the JSON that prune wrote beside its model")
-    sources = Sources(document, path)
-    _add_found(sources, _beside(path))
-    return _add(sources, extra)
+    named = [(file, _read(file)) for file in extra]
+    sources.trace(found for _, found in (*beside, *named) if kind_of(found) == "build")
+    _add_found(sources, beside)
+    for file, found in named:  # what the user named is shown whatever it speaks of
+        _keep(sources, file, found)
+    return sources
 
 
 def _beside(path: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -139,25 +157,26 @@ def _of_deployment(path: Path, document: dict[str, Any]) -> Sources:
     return sources
 
 
-def _add(sources: Sources, extra: Sequence[Path]) -> Sources:
-    """What the user named is shown whatever it speaks of."""
-    for path in extra:
-        document = _read(path)
-        _keep(sources, path, document)
-    return sources
-
-
-def _add_found(sources: Sources, candidates: Iterable[tuple[Path, dict[str, Any]]]) -> None:
+def _add_deployment(sources: Sources, candidates: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Take in the deployment that made this very pruned model, where it lies beside the run."""
     for path, document in candidates:
-        if kind_of(document) == "deploy" and sources.deploy is None and _is_about(sources.run, document):
+        if kind_of(document) != "deploy":
+            continue
+        step = document["steps"].get("prune", {})
+        made = (step.get("result") or {}).get("pruned", {}).get("sha256")
+        if step.get("status") == "done" and made is not None and made == sources.pruned.sha256:
             inner = _of_deployment(path, document)
             sources.deploy, sources.found = inner.deploy, inner.found
             sources.names += inner.names
+            return
+
+
+def _add_found(sources: Sources, candidates: Sequence[tuple[Path, dict[str, Any]]]) -> None:
     told = {"prune", "finetune", "deploy"}
     if sources.deploy is not None:
         told.update(_STEP_KINDS.values())  # the record holds what its steps wrote beside it
     for path, document in candidates:
-        if kind_of(document) not in told and _is_about(sources.run, document):
+        if kind_of(document) not in told and _is_about(sources, document):
             _keep(sources, path, document)
 
 
@@ -170,13 +189,30 @@ def _keep(sources: Sources, path: Path, document: dict[str, Any]) -> None:
     sources.names.append(path.name)
 
 
-def _is_about(run: dict[str, Any], document: dict[str, Any]) -> bool:
-    """Whether a document names one of the run's models: by hash where it has hashes, else by file name."""
-    text = json.dumps(document)
-    if any(run[side].get("sha256", "-") in text for side in ("dense", "pruned") if side in run):
+def _is_about(sources: Sources, document: dict[str, Any]) -> bool:
+    """Whether a document speaks of the run's models: by hash where its kind has one, else by file name.
+
+    Many pruned models come from one dense model, so the dense one's hash tells something only of documents about it.
+    """
+    dense, pruned = sources.dense, sources.pruned
+    kind = kind_of(document)
+    if kind == "compare":
+        return _sha256(document["models"], "pruned") in pruned.hashes
+    if kind == "build":
+        return document["model_sha256"] in dense.hashes | pruned.hashes
+    if kind == "sensitivity":
+        return _sha256(document, "model") in dense.hashes | pruned.hashes
+    rows = [r for r in document.get("results", ()) if isinstance(r, dict)]
+    named = [document.get("model"), document.get("engine"), *(r.get("model") for r in rows)]
+    sides = {side_of(name, dense, pruned) for name in named if isinstance(name, str)}
+    if "pruned" in sides:
         return True
-    stem = Path(run["pruned"]["file"]).stem
-    named = [document.get("model"), *(r.get("model") for r in document.get("results", []) if isinstance(r, dict))]
-    files = {Path(n).name for n in named if isinstance(n, str)}
-    # `m.pruned.onnx`, and what was made of it: `m.pruned.fp16.onnx`, `m.pruned.engine`.
-    return any(name == f"{stem}.onnx" or name.startswith(f"{stem}.") for name in files)
+    # A dense file's name is too common to go by, unless the hash stands beside it.
+    return kind == "eval" and "dense" in sides and dense.sha256 is not None and dense.sha256 in json.dumps(document)
+
+
+def _sha256(models: Any, key: str) -> str | None:
+    """Hash of a model in a document; None where there is none, as in another program's that looks alike."""
+    identity = models.get(key) if isinstance(models, dict) else None
+    found = identity.get("sha256") if isinstance(identity, dict) else None
+    return found if isinstance(found, str) else None
