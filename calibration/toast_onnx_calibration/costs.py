@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from toast_onnx.errors import BackendError, MatchError
+from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, file_hash, save_model
 from toast_onnx.planning.cost_table import CostTable, PartTimes, alike, table_widths
@@ -152,7 +153,7 @@ def measure_costs(
         progress: called after every group of variants.
 
     Raises:
-        MatchError: there is nothing to prune.
+        MatchError: there is nothing to prune, or the alignment leaves no smaller width.
     """
     steps = align or Align()
     blocks = study.match.blocks
@@ -164,7 +165,7 @@ def measure_costs(
                 step = width_step(blocks[members[0]], part, steps)
                 wanted += [(members, part, kept) for kept in table_widths(dense, step, most)]
     if not wanted:
-        raise MatchError("no part of any block can be pruned; see `toast-onnx inspect` for the reasons")
+        raise MatchError(no_smaller_width(blocks, parts, steps) or "a table needs at least one width a part")
     times: dict[tuple[tuple[int, ...], Part], dict[int, float]] = {}
     baselines: list[float] = []
     done = 0
@@ -202,6 +203,28 @@ def measure_costs(
         dense_milliseconds=typical,
         parts=entries,
     )
+
+
+def no_smaller_width(blocks: Sequence[Block], parts: Sequence[str], align: Align) -> str | None:
+    """Why no part of any block has a width below its dense one; None where one has.
+
+    Args:
+        blocks: of the dense model.
+        parts: qk, vo, fc1, fc2: what may shrink.
+        align: the multiples that widths are.
+    """
+    present = {
+        (part, width, width_step(block, part, align))
+        for block in blocks
+        for part, width in prunable_widths(block).items()
+        if part in parts
+    }
+    if not present:
+        return f"no block has a prunable part among {', '.join(parts)}; see `toast-onnx inspect` for the reasons"
+    if any(step < width for _, width, step in present):
+        return None
+    found = ", ".join(f"{part} is {width} wide in steps of {step}" for part, width, step in sorted(present))
+    return f"the alignment leaves no width below the dense ones ({found}); lower it"
 
 
 def variant(study: Study, kept: Kept) -> Model:

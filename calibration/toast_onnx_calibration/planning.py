@@ -21,7 +21,7 @@ from toast_onnx.planning.ratios import Ratios, resolve
 from toast_onnx.planning.search import Found, Group, Kept, PartChoice, aligned_widths, group_choices, search
 from toast_onnx.planning.width_costs import PARTS, Part, Resource, dense_widths, prunable_widths, width_cost, width_step
 from toast_onnx.surgery.losses import loss_curves
-from toast_onnx_calibration.costs import Runtime, variant
+from toast_onnx_calibration.costs import Runtime, no_smaller_width, variant
 from toast_onnx_calibration.needs import Wanted, everything
 from toast_onnx_calibration.sensitivity import Sensitivity
 
@@ -110,6 +110,9 @@ def predicted_choices(
         found: measured points; a part without any stays dense.
         parts: what may shrink.
         table: only widths it knows are offered; None offers all aligned ones.
+
+    Raises:
+        ConfigError: there is no choice at all; the message says why.
     """
     blocks = study.match.blocks
     resolved = resolve(settings, [b.name for b in blocks], [b.node_names for b in blocks])
@@ -126,7 +129,25 @@ def predicted_choices(
             if len(offered) > 1:
                 damage = damage_curve(curves[part], measured[part])
                 choices.append(PartChoice(block.index, part, offered, tuple(float(damage[k]) for k in offered)))
+    if not choices:
+        raise ConfigError(_why_no_choice(study, settings, found, parts))
     return choices
+
+
+def _why_no_choice(study: Study, settings: Ratios, found: Sensitivity, parts: Sequence[Part]) -> str:
+    """What left every part with its dense width alone: the graph, the alignment, the measured points or the table."""
+    blocks = study.match.blocks
+    if (reason := no_smaller_width(blocks, parts, settings.align)) is not None:
+        return reason
+    if not any(found.measured(block.index, part) for block in blocks for part in parts):
+        return (
+            "no part was measured at a smaller width: at this alignment the ratios tried round to the dense ones; "
+            "measure at larger ratios (plan --points), or lower the alignment"
+        )
+    return (
+        "no part has both a measured damage and a smaller width that the alignment and the cost table share; measure "
+        "the table with the alignment of the plan"
+    )
 
 
 def predicted_damage(choices: Sequence[PartChoice], kept: Kept) -> float:

@@ -79,3 +79,9 @@ def test_nothing_to_time(vit: Study) -> None:
     with pytest.raises(MatchError, match="toast-onnx inspect"):
         measure_costs(vit, Runtime(lambda _: [], {}, 1), ())
     assert load_model(vit.view.model.path)
+
+
+def test_an_alignment_that_leaves_no_width_is_named(vit: Study) -> None:
+    width = dense_widths(vit.match.blocks[0])["qk"]
+    with pytest.raises(MatchError, match=rf"alignment leaves no width.*qk is {width} wide in steps of {width}\)"):
+        measure_costs(vit, Runtime(lambda _: [], {}, 1), ("qk",), Align(head_dim=width))

@@ -166,3 +166,15 @@ def test_a_plan_within_the_budget_is_preferred_to_a_nearer_one_beyond_it(vit: St
     _, check = plan_latency(vit, choices_of(vit, table=table), table, budget, runtime)
     assert check is not None
     assert check.share == pytest.approx(0.78)
+
+
+def test_why_there_is_nothing_to_choose(vit: Study) -> None:
+    statistics = SyntheticStatistics(vit)
+    width = dense_widths(vit.match.blocks[0])["fc2"]
+    wide = parse_ratios({"version": 1, "align": {"head_dim": 2, "width": width}})
+    with pytest.raises(ConfigError, match=f"alignment leaves no width.*fc2 is {width} wide in steps of {width}"):
+        predicted_choices(vit, wide, statistics, Sensitivity({}, "kl"), ["fc2"])
+    with pytest.raises(ConfigError, match="no part was measured"):
+        predicted_choices(vit, SETTINGS, statistics, Sensitivity({}, "kl"))
+    with pytest.raises(ConfigError, match="cost table"):
+        choices_of(vit, ["qk"], table_for(vit))  # a table of fc2 alone

@@ -209,3 +209,11 @@ def test_weights_beside_the_model_are_not_overwritten(files: Path) -> None:
     proto = onnx.load(files / "m.onnx")
     onnx.save(proto, files / "m.onnx", save_as_external_data=True, location="w.bin")
     assert "is the input file w.bin" in error(run("costs", "m.onnx", "-o", "w.bin"))
+
+
+def test_points_and_alignments_that_leave_no_choice(files: Path) -> None:
+    common = ("plan", "m.onnx", "--data", "x.npy", "--threads", "1", "--macs", "0.7")
+    assert "no part was measured" in error(run(*common, "--points", "0.0001"))
+    coarse = ("--align-heads", "4096", "--align-width", "4096")
+    assert "alignment leaves no width" in error(run(*common, *coarse))
+    assert "alignment leaves no width" in error(run("costs", "m.onnx", *coarse))

@@ -66,3 +66,8 @@ def test_the_search_is_exhaustive(parts: tuple[str, ...], share: float) -> None:
 def test_nothing_to_choose() -> None:
     with pytest.raises(ConfigError, match="no part"):
         search([], 0.5, 1.0, "macs")
+
+
+def test_no_groups_are_not_called_unprunable() -> None:
+    with pytest.raises(ConfigError, match="nothing to choose from"):
+        search([], 0.5, TOTAL, "macs")

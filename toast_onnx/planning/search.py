@@ -118,7 +118,7 @@ def search(groups: Sequence[Group], budget: float, total: float, what: str) -> F
         ConfigError: no widths reach the budget; the message says what the least is. Or nothing can be chosen.
     """
     if not groups:
-        raise ConfigError("no part of any block can be pruned; see `toast-onnx inspect` for the reasons")
+        raise ConfigError("there is nothing to choose from: no part is offered a width below its dense one")
     fixed = total - sum(float(g.costs[np.lexsort(g.widths.T)[-1]]) for g in groups)  # the widest option is dense
     found = allocate([g.costs for g in groups], [g.damages for g in groups], budget * total - fixed)
     if found is None:
