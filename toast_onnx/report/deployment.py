@@ -55,4 +55,6 @@ def _timing(result: dict[str, Any]) -> str:
         worst = max(output["relative"] for output in result["outputs"].values())
         return f"within {result['tolerance']:g}: largest difference {worst:.2e} of scale"
     last = result["results"][-1]
-    return f"batch {last['batch']}: {last['median_ms']:.2f} ms, {last['speedup']:.2f} times the first model's speed"
+    time = f"batch {last['batch']}: {last['median_ms']:.2f} ms"
+    alone = len({each["model"] for each in result["results"]}) == 1
+    return time if alone else f"{time}, {last['speedup']:.2f} times the first model's speed"
