@@ -32,7 +32,7 @@ def r2_by_regression(x: np.ndarray) -> np.ndarray:
 @given(st.integers(0, 10_000))
 def test_r2_is_that_of_a_regression_on_all_others(seed: int) -> None:
     x = samples(seed)
-    assert reconstruction_r2(Moments.of(x).covariance) == pytest.approx(r2_by_regression(x), abs=1e-3)
+    assert reconstruction_r2(Moments.of(x).covariance) == pytest.approx(r2_by_regression(x), abs=1e-2)
 
 
 @settings(deadline=None, max_examples=20)

@@ -83,6 +83,7 @@ def _cheapest(inverse: Array, weights: Array, labels: Indices, spare: Indices, b
     limit = costs[beyond].min(initial=np.inf)
     small, rows, left = inverse[np.ix_(pool, pool)], weights[pool], spare.copy()
     chosen: list[int] = []
+    enough = max(1, batch // 4)  # where hundreds cost nothing, being exact among them is not worth an update each
     while len(chosen) < batch:
         open_ = left[labels[pool]] > 0
         open_[chosen] = False
@@ -90,7 +91,7 @@ def _cheapest(inverse: Array, weights: Array, labels: Indices, spare: Indices, b
             break
         now = np.where(open_, np.square(rows).sum(axis=1) / np.where(open_, np.diagonal(small), 1.0), np.inf)
         j = int(now.argmin())
-        if chosen and now[j] > limit:
+        if len(chosen) >= enough and now[j] > limit:
             break
         column = small[:, j] / small[j, j]
         rows = rows - np.outer(column, rows[j])

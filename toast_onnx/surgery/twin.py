@@ -238,7 +238,8 @@ def compare_with_twin(
                 )
             raise TwinError(
                 f"the rewritten graph differs from its padded twin, first at {where}: {d.relative:.1e} of its scale "
-                f"(allowed {TOLERANCE:.0e}); nothing was written. Please report the model"
+                f"(allowed {TOLERANCE:.0e}); nothing was written. With few samples the new weights can be so large "
+                "that rounding shows: give more, or `compensation: {ridge: 1e-3}`; otherwise please report the model"
             )
     batches = tuple(int(next(iter(s.values()))[0]) for s in shapes)
     return TwinResult(batches, TOLERANCE, max(worst.values(), default=0.0), differences)
