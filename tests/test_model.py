@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from tests.pruning import run
 from toast_onnx import model as room
 from toast_onnx.errors import ModelError
+from toast_onnx.external import follow_links
 from toast_onnx.model import (
     Model,
     file_hash,
-    follow_links,
     load_model,
     model_files,
     save_model,

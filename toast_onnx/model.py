@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import heapq
-import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -28,14 +27,12 @@ import onnx.shape_inference
 from google.protobuf.message import DecodeError
 
 from toast_onnx.errors import ModelError
+from toast_onnx.external import LEAVE_INSIDE, bring_in, check_files, is_inside, leave_inside
 
 #: Protobuf cannot serialise more than 2 GiB; above this, weights go to a file beside the graph.
 INLINE_LIMIT = 1_900_000_000
 #: Offset alignment of large tensors in a data file: lets runtimes map them into memory.
 ALIGNMENT = 4096
-#: Weights inside a file of this size and above are left there. They are then referred to by the file's absolute path,
-#: which no model that was read can contain.
-LEAVE_INSIDE = 64_000_000
 
 
 @dataclass
@@ -80,7 +77,7 @@ class Model:
                 return onnx.numpy_helper.to_array(tensor)
             whole = onnx.TensorProto()
             whole.CopyFrom(tensor)
-            self._bring_in(whole)
+            bring_in(whole, self.base_dir)
             return onnx.numpy_helper.to_array(whole)
         except (OSError, ValueError) as e:
             raise ModelError(f"{self.path}: cannot read the weight '{tensor.name}': {e}") from e
@@ -95,54 +92,9 @@ class Model:
             tensor.CopyFrom(onnx.numpy_helper.from_array(self.arrays[tensor.name], tensor.name))
         elif external.uses_external_data(tensor):
             try:
-                self._bring_in(tensor)
+                bring_in(tensor, self.base_dir)
             except OSError as e:
                 raise ModelError(f"{self.path}: cannot read the weight '{tensor.name}': {e}") from e
-
-    def _bring_in(self, tensor: onnx.TensorProto) -> None:
-        """Read an external tensor's bytes.
-
-        onnx's own reader refuses symbolic and hard links, which is how download caches and stores keep large files.
-        """
-        info = external.ExternalDataInfo(tensor)
-        with (self.base_dir / info.location).open("rb") as stream:
-            _check_unchanged(tensor, os.fstat(stream.fileno()), self.path)
-            stream.seek(info.offset or 0)
-            data = stream.read(-1 if info.length is None else info.length)
-        tensor.ClearField("external_data")
-        tensor.ClearField("data_location")
-        tensor.raw_data = data
-
-
-def _state(stat: os.stat_result) -> str:
-    """What changes when a file is written again or replaced."""
-    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
-
-
-def _remember(tensor: onnx.TensorProto, stat: os.stat_result) -> None:
-    """Note the state of the file an external tensor lies in, in the entry that ONNX has for such a purpose."""
-    for entry in [e for e in tensor.external_data if e.key == "checksum"]:
-        tensor.external_data.remove(entry)
-    tensor.external_data.add(key="checksum", value=_state(stat))
-
-
-def _check_unchanged(tensor: onnx.TensorProto, stat: os.stat_result, path: Path) -> None:
-    """Other bytes at the same place would make a wrong graph that looks right.
-
-    Raises:
-        ModelError: the file was written or replaced since the model was loaded.
-    """
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    if entries.get("checksum", _state(stat)) != _state(stat):
-        raise ModelError(
-            f"{path}: the file '{entries['location']}' that holds its weights changed after the model was loaded; "
-            "load it again"
-        )
-
-
-def is_inside(tensor: onnx.TensorProto) -> bool:
-    """Whether an external initializer refers to a place inside its model's own file (see `LEAVE_INSIDE`)."""
-    return os.path.isabs(external.ExternalDataInfo(tensor).location)
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
@@ -169,29 +121,13 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         raise ModelError(f"{path} is not an ONNX file or is truncated; export or copy it again") from e
     if not proto.graph.node or not proto.opset_import:
         raise ModelError(f"{path} holds no ONNX graph; export or copy it again")
-    _check_external_files(proto, path)
+    check_files(proto, path)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
     _sort_nodes(proto.graph, path)
     if path.stat().st_size >= LEAVE_INSIDE:
-        _leave_inside(proto.graph, path)
+        leave_inside(proto.graph, path)
     return Model(proto, path)
-
-
-def _leave_inside(graph: onnx.GraphProto, path: Path) -> None:
-    """Replace weights by references to where their bytes lie in the model's file."""
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start = 0
-        for tensor in graph.initializer:
-            data = tensor.raw_data
-            if len(data) < 1024 or external.uses_external_data(tensor):
-                continue
-            found = content.find(data, start)  # they lie there in this order
-            if found >= 0:
-                external.set_external_data(tensor, str(path.resolve()), found, len(data))
-                _remember(tensor, os.fstat(stream.fileno()))
-                tensor.ClearField("raw_data")
-                start = found + len(data)
 
 
 def _sort_nodes(graph: onnx.GraphProto, path: Path) -> None:
@@ -229,56 +165,6 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
             for inner in graph.node:
                 yield from reads(inner)
             yield from (output.name for output in graph.output)
-
-
-def _check_external_files(proto: onnx.ModelProto, path: Path) -> None:
-    for tensor in proto.graph.initializer:
-        if not external.uses_external_data(tensor):
-            continue
-        info = external.ExternalDataInfo(tensor)
-        file = path.parent / info.location
-        if os.path.isabs(info.location) or ".." in Path(info.location).parts:
-            raise ModelError(
-                f"{path}: its external data file '{info.location}' lies outside the model's folder; "
-                "put the data beside the model and save it with a plain file name"
-            )
-        if not file.is_file():
-            raise ModelError(f"{path}: external data file '{info.location}' is missing; put it beside the model")
-        needed = (info.offset or 0) + (info.length or 0)
-        if file.stat().st_size < needed:
-            raise ModelError(
-                f"{path}: external data file '{info.location}' is too short for the weight '{tensor.name}' "
-                f"({file.stat().st_size} bytes of {needed}); copy it again"
-            )
-        _remember(tensor, file.stat())
-
-
-def follow_links(proto: onnx.ModelProto, base_dir: Path) -> Path | None:
-    """Point external references (in place) at the files behind symbolic links, which ONNX Runtime may refuse to follow.
-
-    Args:
-        proto: a model whose references are relative to `base_dir`.
-        base_dir: that folder.
-
-    Returns:
-        The folder that references are relative to from now on; None where there are none.
-
-    Raises:
-        ModelError: a file was written or replaced since the model was loaded.
-    """
-    tensors = [t for t in proto.graph.initializer if external.uses_external_data(t)]
-    files = {name: (base_dir / name).resolve() for name in {external.ExternalDataInfo(t).location for t in tensors}}
-    if not files:
-        return None
-    folder = os.path.commonpath([file.parent for file in files.values()])
-    states = {name: file.stat() for name, file in files.items()}
-    for tensor in tensors:
-        info = external.ExternalDataInfo(tensor)
-        _check_unchanged(tensor, states[info.location], base_dir)
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = os.path.relpath(files[entry.value], folder)
-    return Path(folder)
 
 
 def model_files(path: Path) -> list[Path]:

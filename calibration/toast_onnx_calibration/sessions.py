@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import BackendError, DataError, ModelError
-from toast_onnx.model import Model, follow_links, scratch_folder, write_draft
+from toast_onnx.external import follow_links
+from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx_calibration.recipes import Dim
 
 if TYPE_CHECKING:
