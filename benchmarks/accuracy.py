@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from deit import CALIBRATION, evaluation_images, export, export_deit, load_deit, logits
+from deit import CALIBRATION, evaluation_images, export, export_deit, load_deit, logits, parser_with_data
 
 from toast_onnx.errors import BackendError
 from toast_onnx.matching.study import Study, study
@@ -102,19 +101,12 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("TOAST_DATA"), help="folder of weights and images")
+    parser = parser_with_data(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.35], help="share of qk, vo and fc2 removed")
     parser.add_argument("--samples", type=int, default=256, help="calibration images")
     parser.add_argument("--images", type=int, help="evaluation images; all by default")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these rows of ours, and no other tools")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    options = parser.parse_args()
-    if options.data is None:
-        parser.error("give --data or set TOAST_DATA")
-    options.data = Path(options.data)
-    return options
+    return parser.parse_args()
 
 
 class Measured:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import tempfile
 from decimal import Decimal
@@ -25,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from deit import evaluation_images, export_deit, logits
+from deit import evaluation_images, export_deit, logits, parser_with_data
 
 from toast_onnx.importance.attention import qk_scores, vo_scores
 from toast_onnx.importance.selection import top_k
@@ -96,19 +95,12 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("TOAST_DATA"), help="folder of weights and images")
+    parser = parser_with_data(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)])
     parser.add_argument("--images", type=int, help="evaluation images; all by default")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, help="JSON file of rows: what it holds is not measured again")
     parser.add_argument("--plot", type=Path, help="write the figure here (png, svg or pdf)")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    options = parser.parse_args()
-    if options.data is None:
-        parser.error("give --data or set TOAST_DATA")
-    options.data = Path(options.data)
-    return options
+    return parser.parse_args()
 
 
 def coupled(look: Study, ratio: float, coupling: str) -> Model:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,18 @@ MEAN_STD = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interp
 #: The evaluation images come scaled to 227 x 227; stretched to 224 x 224 the dense model has 236 of 300 right.
 EVALUATION = {"resize": [224, 224]} | MEAN_STD
 CALIBRATION = {"resize": 224, "crop": 224} | MEAN_STD
+
+
+def parser_with_data(description: str | None) -> argparse.ArgumentParser:
+    """Options that benchmarks on DeiT-Tiny share: the folder of weights and images, threads, JSON."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = os.environ.get("TOAST_DATA")
+    parser.add_argument(
+        "--data", type=Path, default=found, required=found is None, help="folder of weights and images (TOAST_DATA)"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    return parser
 
 
 def load_deit(weights: Path) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from deit import CALIBRATION, EVALUATION, export_deit
+from deit import CALIBRATION, EVALUATION, export_deit, parser_with_data
 
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
@@ -88,21 +87,14 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("TOAST_DATA"), help="folder of weights and images")
+    parser = parser_with_data(__doc__)
     parser.add_argument("--cut", type=float, default=0.35, help="share of the blocks' MACs that goes")
     parser.add_argument("--samples", type=int, default=256, help="images to plan with")
     parser.add_argument("--points", type=float, nargs="+", default=POINTS, help="ratios measured for each part")
     parser.add_argument("--allocations", type=int, default=10, help="random allocations to rank")
     parser.add_argument("--latency", type=float, help="also plan for this share of the latency")
     parser.add_argument("--work", type=Path, help="keep what was measured here, and go on from it")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args()
-    if options.data is None:
-        parser.error("give --data or set TOAST_DATA")
-    options.data = Path(options.data)
-    return options
+    return parser.parse_args()
 
 
 def recipe(folder: Path, name: str, document: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from deit import CALIBRATION, evaluation_images, export_deit, logits
+from deit import CALIBRATION, evaluation_images, export_deit, logits, parser_with_data
 
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
@@ -88,8 +87,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("TOAST_DATA"), help="folder of weights and images")
+    parser = parser_with_data(__doc__)
     parser.add_argument(
         "--cases", type=float, nargs="+", help="fc1 and fc2 ratios in turn, in place of the three cases"
     )
@@ -98,13 +96,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="evaluation images; all by default")
     parser.add_argument("--latency-batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds; 0 times nothing")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, help="add the rows to this JSON file, and print all it holds")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
-    if options.data is None:
-        parser.error("give --data or set TOAST_DATA")
-    options.data = Path(options.data)
     pairs = iter(options.cases or ())
     options.cases = tuple(zip(pairs, pairs, strict=True)) or CASES
     return options
