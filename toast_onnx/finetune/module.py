@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from toast_onnx.errors import ModelError
 from toast_onnx.finetune.host import HOST, Array, as_array
+from toast_onnx.finetune.ops.registry import Unsupported
 from toast_onnx.finetune.plan import Plan, Step
 
 Env = dict[str, Any]
@@ -201,7 +202,7 @@ class GraphModule(nn.Module):
         ]
         try:
             result = operator.function(node, *inputs)
-        except NotImplementedError as e:
+        except (Unsupported, NotImplementedError) as e:  # PyTorch raises the second where it lacks a kernel
             raise ModelError(
                 f"the node '{node.label}' cannot run in PyTorch: {e}; export the model in another way"
             ) from e

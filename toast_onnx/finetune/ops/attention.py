@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toast_onnx.finetune.ops.registry import Node, op
+from toast_onnx.finetune.ops.registry import Node, Unsupported, op
 
 
 @op("Attention")
@@ -27,7 +27,7 @@ def attention(
     Only the first output is made. Boolean masks mean "may look"; others are added.
     """
     if past_key is not None or past_value is not None or any(t is not None for t in more) or any(node.outputs[1:]):
-        raise NotImplementedError("Attention with a key-value cache")
+        raise Unsupported("Attention with a key-value cache")
     flat = q.ndim == 3
     if flat:
         q = split_heads(q, node.get("q_num_heads"))

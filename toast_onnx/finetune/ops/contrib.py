@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toast_onnx.finetune.ops.attention import attend, merge_heads, split_heads
-from toast_onnx.finetune.ops.registry import Node, op
+from toast_onnx.finetune.ops.registry import Node, Unsupported, op
 
 
 @op("com.microsoft/Gelu")
@@ -46,7 +46,7 @@ def bias_add(node: Node, x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
 def fused_matmul(node: Node, a: Tensor, b: Tensor) -> Tensor:
     """alpha A' B' with optional transposes of the last two axes."""
     if node.get("transBatchA", 0) or node.get("transBatchB", 0):
-        raise NotImplementedError("FusedMatMul with transposed batch axes")
+        raise Unsupported("FusedMatMul with transposed batch axes")
     a = a.transpose(-1, -2) if node.get("transA", 0) else a
     b = b.transpose(-1, -2) if node.get("transB", 0) else b
     alpha = node.get("alpha", 1.0)
@@ -97,11 +97,11 @@ def multi_head_attention(
 ) -> Tensor:
     """Attention of (B, S, H * d) operands, or of one packed (B, S, H, 3, d), or with keys (B, H, T, d) ready made."""
     if any(t is not None for t in more) or any(node.outputs[1:]):
-        raise NotImplementedError("MultiHeadAttention with a key-value cache")
+        raise Unsupported("MultiHeadAttention with a key-value cache")
     heads = node.get("num_heads")
     if k is None or v is None:
         if q.ndim != 5:
-            raise NotImplementedError("MultiHeadAttention with packed keys and values")
+            raise Unsupported("MultiHeadAttention with packed keys and values")
         q, k, v = (t.flatten(2) for t in q.unbind(3))
     if bias is not None:
         width_q, width_v = q.shape[-1], bias.shape[0] - 2 * q.shape[-1]
@@ -126,7 +126,7 @@ def packed_attention(
 ) -> Tensor:
     """Q, K and V from one weight (C, q + k + v), then attention; (B, S, C) -> (B, S, v)."""
     if past is not None or any(t is not None for t in more) or any(node.outputs[1:]):
-        raise NotImplementedError("Attention (com.microsoft) with a key-value cache")
+        raise Unsupported("Attention (com.microsoft) with a key-value cache")
     heads = node.get("num_heads")
     packed = torch.matmul(x, w)
     packed = packed if b is None else packed + b
@@ -143,7 +143,7 @@ def _score_bias(bias: Tensor | None, mask: Tensor | None, k: Tensor) -> Tensor |
     if mask.shape == (k.shape[0],):
         mask = torch.arange(k.shape[2], device=mask.device) < mask[:, None]
     if mask.shape != (k.shape[0], k.shape[2]):
-        raise NotImplementedError(f"attention with a mask of shape {tuple(mask.shape)}")
+        raise Unsupported(f"attention with a mask of shape {tuple(mask.shape)}")
     closed = torch.zeros_like(mask, dtype=k.dtype).masked_fill(mask == 0, torch.finfo(torch.float32).min)[:, None, None]
     return closed if bias is None else bias + closed
 

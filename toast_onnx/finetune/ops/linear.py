@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toast_onnx.finetune.ops.registry import Node, op
+from toast_onnx.finetune.ops.registry import Node, Unsupported, op
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -52,7 +52,7 @@ def conv_transpose(node: Node, x: Tensor, w: Tensor, b: Tensor | None = None) ->
     """Transposed convolution with explicit pads, (B, C, *space) with w (C, M / group, *kernel)."""
     rank = w.ndim - 2
     if node.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or node.get("output_shape"):
-        raise NotImplementedError("ConvTranspose with auto_pad or output_shape")
+        raise Unsupported("ConvTranspose with auto_pad or output_shape")
     pads = node.get("pads", [0] * 2 * rank)
     extra = node.get("output_padding", [0] * rank)
     stride = node.get("strides", [1] * rank)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toast_onnx.finetune.ops.registry import DTYPES, Node, Value, number, numbers, op
+from toast_onnx.finetune.ops.registry import DTYPES, Node, Unsupported, Value, number, numbers, op
 
 
 @op("Reshape", host=(1,))
@@ -167,7 +167,7 @@ def scatter_nd(node: Node, x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
     place, how = tuple(index.long().unbind(-1)), node.get("reduction", "none")
     if how in ("none", "add"):
         return x.clone().index_put(place, updates.to(x.dtype), accumulate=how == "add")
-    raise NotImplementedError(f"ScatterND with reduction '{how}'")
+    raise Unsupported(f"ScatterND with reduction '{how}'")
 
 
 @op("ScatterElements", discrete=(1,))
@@ -179,7 +179,7 @@ def scatter_elements(node: Node, x: Tensor, index: Tensor, updates: Tensor) -> T
         return x.scatter(axis, index, updates)
     if how == "add":
         return x.scatter_add(axis, index, updates)
-    raise NotImplementedError(f"ScatterElements with reduction '{how}'")
+    raise Unsupported(f"ScatterElements with reduction '{how}'")
 
 
 @op("ConstantOfShape", host=(0,))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toast_onnx.finetune.ops.linear import paddings
-from toast_onnx.finetune.ops.registry import Node, op
+from toast_onnx.finetune.ops.registry import Node, Unsupported, op
 
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -44,7 +44,7 @@ def average_pool(node: Node, x: Tensor) -> Tensor:
     stride = node.get("strides", [1] * rank)
     pads = paddings(node, x.shape[2:], kernel, stride, [1] * rank)
     if any(before != after for before, after in pads) or any(d != 1 for d in node.get("dilations", [1])):
-        raise NotImplementedError("AveragePool with unequal pads or dilations")
+        raise Unsupported("AveragePool with unequal pads or dilations")
     y: Tensor = _AVERAGE[rank](
         x,
         kernel,

@@ -14,6 +14,10 @@ Value = Tensor | np.ndarray | None
 Function = Callable[..., Any]
 
 
+class Unsupported(RuntimeError):
+    """A form of an operator that has no PyTorch implementation here; the message names it."""
+
+
 @dataclass(frozen=True)
 class Node:
     """One operator of a graph, its attributes decoded.

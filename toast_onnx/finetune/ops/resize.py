@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toast_onnx.finetune.ops.registry import Node, Value, numbers, op
+from toast_onnx.finetune.ops.registry import Node, Unsupported, Value, numbers, op
 
 
 @op("Resize", "Upsample", host=(1, 2, 3))
@@ -21,7 +21,7 @@ def resize(node: Node, x: Tensor, roi: Value = None, scales: Value = None, sizes
     wanted = numbers(sizes)
     factors = numbers(scales) or [w / x.shape[a] for w, a in zip(wanted, axes, strict=True)]
     if wanted and node.get("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise NotImplementedError("Resize that keeps the aspect ratio")
+        raise Unsupported("Resize that keeps the aspect ratio")
     for k, axis in enumerate(axes):
         size = x.shape[axis]
         # In float32, as runtimes do it: 0.7 of 10 is 7.
@@ -67,7 +67,7 @@ def _position(node: Node, o: int, size: int, out: int, scale: float) -> float:
     if how == "half_pixel_symmetric":
         centre = size / 2
         return centre * (1 - out / (scale * size)) + (o + 0.5) / scale - 0.5
-    raise NotImplementedError(f"Resize with coordinate_transformation_mode '{how}'")
+    raise Unsupported(f"Resize with coordinate_transformation_mode '{how}'")
 
 
 def _taps(node: Node, mode: str, where: float, scale: float, size: int) -> list[tuple[int, float]]:
