@@ -15,18 +15,19 @@ from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import Ratios, dump_ratios
 from toast_onnx.planning.width_costs import PARTS, dense_widths
-from toast_onnx_cli.calibration_options import gather_options
 from toast_onnx_cli.console import format_count, print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planning_options import (
+    Planning,
     Work,
     comma_list,
     counted,
     fractions,
+    gather_planning,
     open_trials,
+    planning_inputs,
     planning_options,
-    prepare_settings,
 )
 
 if TYPE_CHECKING:
@@ -59,16 +60,6 @@ def command(
     macs: float | None,
     params: float | None,
     latency: float | None,
-    data: str,
-    settings: str | None,
-    compensation: str | None,
-    align_heads: int | None,
-    align_width: int | None,
-    statistics: Path | None,
-    labels: str | None,
-    output_name: str | None,
-    seed: int | None,
-    shapes: dict[str, tuple[int, ...]],
     parts: tuple[str, ...],
     points: tuple[float, ...],
     results: Path | None,
@@ -96,15 +87,15 @@ def command(
     if no_timing and costs is None:
         raise click.UsageError("--no-timing needs a table: give --costs")
     out = output or model.with_name(f"{model.stem}.ratios.yaml")
-    inputs = [*read_files(model), data, settings, statistics, labels, given["preprocess"]]
     # the two files that a plan may add to are no place for its result either
-    check_destinations(inputs, {"--sensitivity": results, "--costs": costs, "-o": out})
-    pruning = prepare_settings(settings, compensation, align_heads, align_width)
-    dense = study(load_model(model), shapes)
-    options = gather_options(pruning, seed, given)
-    table, runtime = (None, None) if latency is None else _costs(dense, pruning, parts, costs, no_timing, given, shapes)
-    with open_trials(dense, pruning, parts, data, statistics, labels, output_name, options) as work:
-        document, ratios = _plan(dense, pruning, chosen[0], parts, points, results, table, runtime, work)
+    check_destinations(
+        [*read_files(model), *planning_inputs(given)], {"--sensitivity": results, "--costs": costs, "-o": out}
+    )
+    planning = gather_planning(given)
+    dense = study(load_model(model), planning.shapes)
+    table, runtime = (None, None) if latency is None else _costs(dense, planning, parts, costs, no_timing)
+    with open_trials(dense, planning, parts) as work:
+        document, ratios = _plan(dense, planning.settings, chosen[0], parts, points, results, table, runtime, work)
     if missed := _missed(document):
         click.echo(f"Note: {missed}", err=True)
     dump_ratios(ratios, out, _comment(document))
@@ -115,13 +106,7 @@ def command(
 
 
 def _costs(
-    dense: Study,
-    settings: Ratios,
-    parts: tuple[str, ...],
-    path: Path | None,
-    no_timing: bool,
-    given: dict[str, Any],
-    shapes: dict[str, tuple[int, ...]],
+    dense: Study, planning: Planning, parts: tuple[str, ...], path: Path | None, no_timing: bool
 ) -> tuple[CostTable, Runtime | None]:
     """The table, and what the planned model is timed with; a table that is not there yet is measured and written."""
     from toast_onnx_calibration.costs import measure_costs, onnxruntime_runtime
@@ -140,10 +125,11 @@ def _costs(
         assert table is not None
         return table, None
     batch = table.batch if table is not None else 1
-    runtime = onnxruntime_runtime(batch, given["threads"], given["provider"], shapes=shapes)
+    running = planning.calibration
+    runtime = onnxruntime_runtime(batch, running.threads, running.provider, shapes=planning.shapes)
     if table is None:
         with progress("timing widths") as advance:
-            table = measure_costs(dense, runtime, parts, settings.align, progress=counted(advance))  # type: ignore[arg-type]
+            table = measure_costs(dense, runtime, parts, planning.settings.align, progress=counted(advance))  # type: ignore[arg-type]
         if path is not None:
             write_table(table, path)
     return table, runtime

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
-from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, sample_progress
+from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import Advance
 from toast_onnx_cli.shapes import shape_option
 
@@ -55,7 +55,7 @@ def counted(advance: Advance) -> Callable[[int, int, str], None]:
 
 
 def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds what `prepare_settings` and `open_trials` read."""
+    """Decorator that adds the options of `gather_planning`."""
     options = (
         click.option("--data", required=True, metavar="DATA", help=DATA_HELP),
         click.option(
@@ -82,14 +82,59 @@ def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def prepare_settings(
-    path: str | None, compensation: str | None, align_heads: int | None, align_width: int | None
-) -> Ratios:
-    """The ratios file's settings with what the command line says on top.
+@dataclass(frozen=True)
+class Planning:
+    """The options that `planning_options` adds.
+
+    Attributes:
+        data: samples.
+        settings: how parts would be pruned.
+        statistics: file of earlier measurements; None measures now.
+        labels: as for `labels.open_labels`; None leaves top-1 out.
+        output: name of the output to measure at; None leaves the choice to `sensitivity_stream.chosen_output`.
+        shapes: concrete input shapes.
+        calibration: how samples are read and run.
+    """
+
+    data: str
+    settings: Ratios
+    statistics: Path | None
+    labels: str | None
+    output: str | None
+    shapes: dict[str, tuple[int, ...]]
+    calibration: CalibrationOptions
+
+
+def planning_inputs(given: Mapping[str, Any]) -> list[Path | str | None]:
+    """What the options name for reading, for `check_destinations`."""
+    return [given[name] for name in ("data", "settings", "statistics", "labels", "preprocess")]
+
+
+def gather_planning(given: dict[str, Any]) -> Planning:
+    """What was given on the command line.
+
+    Args:
+        given: the parameters that `planning_options` adds.
 
     Raises:
-        ConfigError: the file cannot be read, or speaks of something that no plan can.
+        ConfigError: the ratios file cannot be read, or speaks of something that no plan can.
     """
+    settings = _prepare_settings(given["settings"], given["compensation"], given["align_heads"], given["align_width"])
+    return Planning(
+        given["data"],
+        settings,
+        given["statistics"],
+        given["labels"],
+        given["output_name"],
+        given["shapes"],
+        gather_options(settings, given["seed"], given),
+    )
+
+
+def _prepare_settings(
+    path: str | None, compensation: str | None, align_heads: int | None, align_width: int | None
+) -> Ratios:
+    """The ratios file's settings with what the command line says on top."""
     from toast_onnx_calibration.planning import check_settings
 
     settings = Ratios() if path is None else read_ratios(path)
@@ -123,27 +168,13 @@ class Work:
 
 
 @contextmanager
-def open_trials(
-    dense: Study,
-    settings: Ratios,
-    parts: tuple[str, ...],
-    data: str,
-    statistics: Path | None,
-    labels: str | None,
-    output: str | None,
-    options: CalibrationOptions,
-) -> Iterator[Work]:
+def open_trials(dense: Study, planning: Planning, parts: tuple[str, ...]) -> Iterator[Work]:
     """Statistics, samples and the dense model's answers, in a folder that is removed at the end.
 
     Args:
         dense: the model.
-        settings: how parts would be pruned.
+        planning: how parts would be pruned, and on what that is measured.
         parts: qk, vo, fc1, fc2.
-        data: samples.
-        statistics: file of earlier measurements; measured now where None.
-        labels: as for `labels.open_labels`; None leaves top-1 out.
-        output: name of the output to measure at.
-        options: how samples are read and run.
 
     Raises:
         ConfigError: nothing can be pruned.
@@ -158,21 +189,21 @@ def open_trials(
     from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
     from toast_onnx_calibration.statistics import CalibratedStatistics
 
-    wanted = statistics_for(dense, settings, parts)  # type: ignore[arg-type]
+    wanted = statistics_for(dense, planning.settings, parts)  # type: ignore[arg-type]
     if not wanted:
         raise ConfigError(f"no block has a prunable part among {', '.join(parts)}; see `toast-onnx inspect`")
-    known = None if labels is None else open_labels(labels, data)
+    known = None if planning.labels is None else open_labels(planning.labels, planning.data)
     with TemporaryDirectory(prefix="toast-planning-") as name:
         folder = Path(name)
-        path = statistics
+        path = planning.statistics
         if path is None:
             path = folder / "statistics.npz"
             with sample_progress("calibrating") as show:
-                calibrate(dense, data, path, wanted, options, show)
+                calibrate(dense, planning.data, path, wanted, planning.calibration, show)
         found = CalibratedStatistics(dense, path)
-        samples = read_samples(dense, data, options, folder)
+        samples = read_samples(dense, planning.data, planning.calibration, folder)
         for note in samples.notes:
             click.echo(f"Note: {note}", err=True)
-        trials = Trials(dense, samples, options, folder, output, known)
+        trials = Trials(dense, samples, planning.calibration, folder, planning.output, known)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        yield Work(trials, Solver(dense, settings, found), found, digest)
+        yield Work(trials, Solver(dense, planning.settings, found), found, digest)

@@ -10,16 +10,16 @@ import click
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
-from toast_onnx_cli.calibration_options import gather_options
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.planning_options import (
     comma_list,
     counted,
     fractions,
+    gather_planning,
     open_trials,
+    planning_inputs,
     planning_options,
-    prepare_settings,
 )
 
 if TYPE_CHECKING:
@@ -40,16 +40,6 @@ ALL_PARTS = "qk,vo,fc1,fc2,fc1+fc2"
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(
     model: Path,
-    data: str,
-    settings: str | None,
-    compensation: str | None,
-    align_heads: int | None,
-    align_width: int | None,
-    statistics: Path | None,
-    labels: str | None,
-    output_name: str | None,
-    seed: int | None,
-    shapes: dict[str, tuple[int, ...]],
     ratios: tuple[float, ...],
     parts: tuple[str, ...],
     blocks: tuple[str, ...],
@@ -78,22 +68,20 @@ def command(
     if unknown:
         raise click.UsageError(f"--parts knows {', '.join(TRIAL_PARTS)}, not {unknown[0]}")
     out = output or model.with_name(f"{model.stem}.sensitivity.json")
-    inputs = [*read_files(model), data, settings, statistics, labels, given["preprocess"]]
-    check_destinations(inputs, {"-o": out, "--plot": plot})
-    pruning = prepare_settings(settings, compensation, align_heads, align_width)
+    check_destinations([*read_files(model), *planning_inputs(given)], {"-o": out, "--plot": plot})
+    planning = gather_planning(given)
     if plot is not None:
         from toast_onnx.report.sensitivity import require_matplotlib
 
         require_matplotlib()  # before the work, not after it
-    dense = study(load_model(model), shapes)
-    grid = trial_grid(dense, pruning, parts, ratios, _numbers(blocks, len(dense.match.blocks)))
+    dense = study(load_model(model), planning.shapes)
+    grid = trial_grid(dense, planning.settings, parts, ratios, _numbers(blocks, len(dense.match.blocks)))
     if not grid:
         raise ConfigError("nothing to try: no block has a prunable part that these ratios would make smaller")
     single = tuple(dict.fromkeys(p for t in grid for p in t.kept))
-    options = gather_options(pruning, seed, given)
-    with open_trials(dense, pruning, single, data, statistics, labels, output_name, options) as work:
+    with open_trials(dense, planning, single) as work:
         metric = "kl" if work.trials.classes else "relative_error"
-        identity = identity_of(dense, work.trials, pruning, work.statistics)
+        identity = identity_of(dense, work.trials, planning.settings, work.statistics)
         found = resume(out, identity, metric, work.trials.dense_top1())
         if found.trials:
             click.echo(f"Note: {out} holds {len(found.trials)} trials already; going on from there", err=True)
