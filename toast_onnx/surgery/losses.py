@@ -6,7 +6,7 @@ grows with what is removed, and one measurement at the output says where it star
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,7 @@ def _vo(study: Study, a: Attention, settings: BlockRatios, kind: str, context: M
         scores = vo_scores(head_weights(view, facts, a.v).weight, wo, settings.score, settings.coupling)
     else:
         scores = vo_energy(s, wo)
-    losses = readout_losses(s if kind != "none" else context.second, wo.reshape(heads * d, -1), by_head(scores), kind)
+    losses = readout_losses(_spread(context, kind), wo.reshape(heads * d, -1), by_head(scores), kind)
     return losses[::heads]
 
 
@@ -121,39 +121,62 @@ def _fc2(study: Study, block: Block, f: Ffn, settings: BlockRatios, kind: str, s
     moments = statistics.hidden(block.index)
     gamma = layer_scale(view, facts, f.fc2.output, f.fc2.out_features)
     w2 = _scaled(weights(view, facts, f.fc2), gamma)
-    s = moments.covariance
-    score = settings.ffn_score
-    if score == "second-order":
-        order = elimination_order(s, w2)
-    elif score == "activation":
-        order = _ranked(np.asarray(statistics.activation_scores(block.index, "fc2")))
-    elif score == "variance":
-        order = _ranked(variance_scores(moments, w2))
-    else:
+
+    def by_weight(score: str) -> Array:
         w1 = tuple(
             weights(view, facts, e)[:, u[:, p]]
             for e, u in zip(f.entries, f.units, strict=not f.selects_at_exit)
             for p in range(u.shape[1])
         )
-        order = _ranked(hidden_weight_scores(w1, w2, score))
-    return readout_losses(s if kind != "none" else moments.second, w2, order, kind)
+        return hidden_weight_scores(w1, w2, score)
+
+    def by_activation() -> Array:
+        return np.asarray(statistics.activation_scores(block.index, "fc2"))
+
+    order = _order(settings.ffn_score, moments, w2, by_activation, by_weight)
+    return readout_losses(_spread(moments, kind), w2, order, kind)
 
 
 def _fc1(study: Study, block: Block, f: Ffn, settings: BlockRatios, kind: str, statistics: Statistics) -> Array:
     moments = statistics.inputs(block.index)
-    w1 = [np.asarray(weights(study.view, study.facts, e), np.float64) for e in f.entries]
+    w1 = tuple(np.asarray(weights(study.view, study.facts, e), np.float64) for e in f.entries)
     rows = np.concatenate(w1, axis=1)
-    s = moments.covariance
-    score = settings.ffn_score
+    order = _order(
+        settings.ffn_score,
+        moments,
+        rows,
+        lambda: np.asarray(statistics.activation_scores(block.index, "fc1")),
+        lambda score: input_weight_scores(w1, None, score),
+    )
+    return readout_losses(_spread(moments, kind), rows, order, kind)
+
+
+def _order(
+    score: str,
+    moments: Moments,
+    readout: Array,
+    by_activation: Callable[[], Array],
+    by_weight: Callable[[str], Array],
+) -> Indices:
+    """Channels (n,) of a feed-forward layer, the one that stays longest first.
+
+    Args:
+        score: the ratios file's.
+        moments: of the channels.
+        readout: (n, out) weights that read them.
+        by_activation: scores (n,) measured along with the moments.
+        by_weight: scores (n,) of weights alone, by their name.
+    """
     if score == "second-order":
-        order = elimination_order(s, rows)
-    elif score == "activation":
-        order = _ranked(np.asarray(statistics.activation_scores(block.index, "fc1")))
-    elif score == "variance":
-        order = _ranked(variance_scores(moments, rows))
-    else:
-        order = _ranked(input_weight_scores(tuple(w1), None, score))
-    return readout_losses(s if kind != "none" else moments.second, rows, order, kind)
+        return elimination_order(moments.covariance, readout)
+    if score == "activation":
+        return _ranked(by_activation())
+    return _ranked(variance_scores(moments, readout) if score == "variance" else by_weight(score))
+
+
+def _spread(moments: Moments, kind: str) -> Array:
+    """(n, n) second moments of what is lost: around the mean where compensation restores it."""
+    return moments.covariance if kind != "none" else moments.second
 
 
 def _shared(scores: Array, pairs: NDArray[Any] | None) -> Array:
