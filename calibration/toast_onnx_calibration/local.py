@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,17 @@ from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.norms import layer_scale
 from toast_onnx.matching.study import Study
-from toast_onnx.model import Model, write_draft
-from toast_onnx.runtime import expose
+from toast_onnx.model import Model
 from toast_onnx.surgery.local import LocalResult, LocalSettings, relative_error, require_torch, split, train_block
 from toast_onnx.surgery.piece import cut_piece
 from toast_onnx.surgery.places import Place, masks, places, take_out
-from toast_onnx.surgery.precision import to_float32
 from toast_onnx.surgery.solve.mean import match_mean
 from toast_onnx.surgery.span import Span, block_span
 from toast_onnx.surgery.twin import padded_twin
 from toast_onnx.surgery.weights import BlockWeights
 from toast_onnx_calibration.calibrate import CalibrationOptions
-from toast_onnx_calibration.feeds import batch_size, batches
-from toast_onnx_calibration.recipe_files import recipe_for
-from toast_onnx_calibration.sessions import make_session, model_inputs, run
-from toast_onnx_calibration.sources import open_source
+from toast_onnx_calibration.sessions import run
+from toast_onnx_calibration.stored import Samples, piece_session, store_samples, store_values, whole_session
 
 Array = NDArray[Any]
 Progress = Callable[[str], None]
@@ -103,7 +98,7 @@ class _Work:
         folder: Path,
     ) -> None:
         self.study, self.weights, self.options = study, dict(new), options
-        samples = _Samples.open(study, data, options, folder)
+        samples = _open(study, data, options, folder)
         self.settings = replace(settings, group=max(1, BATCH // samples.size))
         twin = GraphView(padded_twin(study.view, study.facts, study.match.blocks, new))
         self.dense = _Stream("dense", study.view, Facts(study.view, samples.shapes), samples, options, folder)
@@ -200,65 +195,21 @@ def _last_layer(block: Block) -> Linear | None:
     return None if proj is None else proj.linear
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """Full batches of samples of one shape, prepared once and kept in files.
+def _open(study: Study, data: str | Path, options: CalibrationOptions, folder: Path) -> Samples:
+    """Read the samples.
 
-    Attributes:
-        feeds: input name -> (batches, *shape of one batch).
-        size: samples a batch.
+    Raises:
+        DataError: there are fewer than two batches.
     """
-
-    feeds: dict[str, Array]
-    size: int
-
-    @property
-    def count(self) -> int:
-        """Number of batches."""
-        return len(next(iter(self.feeds.values())))
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one batch by input name."""
-        return {name: tuple(array.shape[1:]) for name, array in self.feeds.items()}
-
-    @staticmethod
-    def open(study: Study, data: str | Path, options: CalibrationOptions, folder: Path) -> _Samples:
-        """Read the data.
-
-        Raises:
-            DataError: there are fewer than two batches.
-        """
-        session = _whole_session(study.view.model, [], options, folder / "look")
-        inputs = model_inputs(session)
-        del session
-        recipe = recipe_for(
-            study.view.model.path, options.preprocess, inputs[0].shape if len(inputs) == 1 else None
-        ).recipe
-        source = open_source(data, inputs, recipe, samples=options.samples, seed=options.seed, threads=options.threads)
-        size = batch_size(inputs, BATCH if source.count is None else max(1, min(BATCH, source.count // 4)))
-        feeds: dict[str, Array] = {}
-        count = 0
-        for each in batches(source, inputs, size):
-            if each.valid < size or any(a.shape != feeds[n].shape[1:] for n, a in each.feeds.items() if n in feeds):
-                continue  # an incomplete batch, or one of another image size
-            if not feeds:
-                most = (source.count or sum(1 for _ in batches(source, inputs, 1))) // size
-                for number, (name, array) in enumerate(each.feeds.items()):
-                    path = folder / f"input-{number}.npy"
-                    feeds[name] = np.lib.format.open_memmap(path, "w+", array.dtype, (most, *array.shape))
-            for name, array in each.feeds.items():
-                feeds[name][count] = array
-            count += 1
-        if count < 2:
-            raise DataError(
-                f"{source.description}: blocks are corrected on some batches and judged on others: give more samples"
-            )
-        return _Samples({name: array[:count] for name, array in feeds.items()}, size)
-
-    def __iter__(self) -> Iterator[dict[str, Array]]:
-        for k in range(self.count):
-            yield {name: np.asarray(array[k]) for name, array in self.feeds.items()}
+    samples = store_samples(
+        study, data, options, folder, lambda count: BATCH if count is None else max(1, min(BATCH, count // 4))
+    )
+    if samples.count < 2:
+        raise DataError(
+            f"{samples.source.description}: blocks are corrected on some batches and judged on others: "
+            "give more samples"
+        )
+    return samples
 
 
 @dataclass
@@ -268,12 +219,11 @@ class _Stream:
     name: str
     view: GraphView
     facts: Facts
-    samples: _Samples
+    samples: Samples
     options: CalibrationOptions
     folder: Path
     tensor: str | None = None
     values: Array | None = None
-    version: int = field(default=0)
 
     def advance(self, to: str) -> Array:
         """Values (batches, *shape) of a tensor: from those at hand if nothing else is needed, else from the samples."""
@@ -286,8 +236,7 @@ class _Stream:
                 pass
             else:
                 return self.move(to, piece)
-        path = self.folder / f"{self.name}-model"
-        session = _whole_session(self.view.model, [to], self.options, path)
+        session = whole_session(self.view.model, [to], self.options, self.folder)
         return self._store(to, (run(session, feeds, [to])[to] for feeds in self.samples))
 
     def move(self, to: str, piece: onnx.ModelProto) -> Array:
@@ -297,31 +246,12 @@ class _Stream:
 
     def outputs(self, piece: onnx.ModelProto, inputs: Array) -> Iterator[Array]:
         """What a piece of the model gives for each batch of its input."""
-        model = to_float32(Model(piece, self.view.model.path))
-        path = write_draft(model, self.folder, f"{self.name}-piece.onnx")
-        session = make_session(path, self.options.provider, threads=self.options.threads)
+        draft = self.folder / f"{self.name}-piece.onnx"
+        session = piece_session(piece, self.view.model.path, self.options, draft)
         start, end = piece.graph.input[0].name, piece.graph.output[0].name
         return (run(session, {start: np.asarray(x)}, [end])[end] for x in inputs)
 
     def _store(self, tensor: str, found: Iterator[Array]) -> Array:
-        first = next(found)
-        self.version += 1
-        path = self.folder / f"{self.name}-{self.version}.npy"
-        out = np.lib.format.open_memmap(path, "w+", np.float32, (self.samples.count, *first.shape))
-        for k, values in enumerate(chain([first], found)):
-            out[k] = values
-        if self.version > 1:
-            (self.folder / f"{self.name}-{self.version - 1}.npy").unlink()
-        self.tensor, self.values = tensor, out
-        return out
-
-
-def _whole_session(model: Model, names: list[str], options: CalibrationOptions, folder: Path) -> Any:
-    """A session of a model in float32, with tensors made outputs."""
-    folder.mkdir(exist_ok=True)
-    path = write_draft(to_float32(model), folder, "model.onnx")
-    proto = onnx.load(path, load_external_data=False)
-    if names:
-        del proto.graph.output[:]
-    onnx.save(expose(proto, names), path)
-    return make_session(path, options.provider, threads=options.threads)
+        values = store_values(self.folder / f"{self.name}.npy", found, self.samples.count)
+        self.tensor, self.values = tensor, values
+        return values

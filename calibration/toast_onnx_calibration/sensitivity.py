@@ -156,13 +156,14 @@ def identity_of(study: Study, trials: Trials, settings: Ratios, statistics: Cali
     """What results belong to."""
     path = study.view.model.path
     measured = {k: v for k, v in statistics.to_document().items() if k not in ("source", "data", "notes")}
+    source = trials.samples.source
     document = selection_only(settings).to_document()
     return {
         "model": {"file": path.name, "sha256": file_hash(path)},
         "data": {
-            "source": trials.samples.description,
-            "fingerprint": trials.samples.fingerprint,
-            "preprocessing": trials.samples.preprocessing,
+            "source": source.description,
+            "fingerprint": source.fingerprint,
+            "preprocessing": source.recipe.model_dump(mode="json") if source.recipe else None,
             "samples": len(trials.samples.rows),
         },
         "statistics": measured,

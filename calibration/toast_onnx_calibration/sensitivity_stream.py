@@ -7,8 +7,6 @@ that block. What lies behind the last changed block is one session for all of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,56 +19,22 @@ from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.study import Study
-from toast_onnx.model import Model, write_draft
-from toast_onnx.runtime import expose
+from toast_onnx.model import Model
 from toast_onnx.surgery.piece import cut_piece
-from toast_onnx.surgery.precision import to_float32
 from toast_onnx.surgery.span import Span, block_span
 from toast_onnx.surgery.twin import padded_twin
 from toast_onnx.surgery.weights import BlockWeights
 from toast_onnx_calibration.agreement import Agreement
 from toast_onnx_calibration.calibrate import CalibrationOptions
 from toast_onnx_calibration.compare import is_classifier
-from toast_onnx_calibration.feeds import batch_size, batches
 from toast_onnx_calibration.labels import Labels
-from toast_onnx_calibration.recipe_files import recipe_for
-from toast_onnx_calibration.sessions import make_session, model_inputs, run
-from toast_onnx_calibration.sources import open_source
+from toast_onnx_calibration.sessions import run
+from toast_onnx_calibration.stored import Samples, piece_session, store_samples, store_values, whole_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Full batches of samples of one shape, prepared once and kept in files.
-
-    Attributes:
-        feeds: input name -> (batches, *shape of one batch).
-        rows: names of the samples, in order.
-        description: one line on where they come from.
-        fingerprint: hash of them.
-        preprocessing: the recipe, None for ready tensors.
-        notes: what the user should know.
-    """
-
-    feeds: dict[str, Array]
-    rows: tuple[str, ...]
-    description: str
-    fingerprint: str
-    preprocessing: dict[str, Any] | None
-    notes: tuple[str, ...]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one batch by input name."""
-        return {name: tuple(array.shape[1:]) for name, array in self.feeds.items()}
-
-    def __iter__(self) -> Iterator[dict[str, Array]]:
-        for k in range(len(next(iter(self.feeds.values())))):
-            yield {name: np.asarray(array[k]) for name, array in self.feeds.items()}
 
 
 def read_samples(study: Study, data: str | Path, options: CalibrationOptions, folder: Path) -> Samples:
@@ -86,42 +50,12 @@ def read_samples(study: Study, data: str | Path, options: CalibrationOptions, fo
     Raises:
         DataError: the data cannot be read, or do not fill one batch.
     """
-    inputs = model_inputs(_session(study.view.model, None, options, folder))
-    choice = recipe_for(study.view.model.path, options.preprocess, inputs[0].shape if len(inputs) == 1 else None)
-    source = open_source(
-        data, inputs, choice.recipe, samples=options.samples, seed=options.seed, threads=options.threads
-    )
-    size = batch_size(inputs, _divisor(source.count, options.batch))
-    feeds: dict[str, Array] = {}
-    rows: list[str] = []
-    left_out = count = 0
-    for each in batches(source, inputs, size):
-        if each.valid < size or any(a.shape != feeds[n].shape[1:] for n, a in each.feeds.items() if n in feeds):
-            left_out += each.valid  # an incomplete batch, or one of another image size
-            continue
-        if not feeds:
-            most = (source.count or sum(1 for _ in batches(source, inputs, 1))) // size
-            for number, (name, array) in enumerate(each.feeds.items()):
-                path = folder / f"input-{number}.npy"
-                feeds[name] = np.lib.format.open_memmap(path, "w+", array.dtype, (most, *array.shape))
-        for name, array in each.feeds.items():
-            feeds[name][count] = array
-        count += 1
-        rows.extend(each.rows)
-    if not count:
-        raise DataError(f"{source.description}: fewer samples than the model's batch of {size}; give more")
-    notes = list(choice.notes) if source.recipe else []
-    notes += source.report.notes() if source.report else ()
-    if left_out:
-        notes.append(f"{left_out} samples are left out: they fill no batch of {size}, or differ in size")
-    return Samples(
-        {name: array[:count] for name, array in feeds.items()},
-        tuple(rows),
-        source.description,
-        source.fingerprint,
-        source.recipe.model_dump(mode="json") if source.recipe else None,
-        tuple(notes),
-    )
+    samples = store_samples(study, data, options, folder, lambda count: _divisor(count, options.batch))
+    if not samples.count:
+        raise DataError(
+            f"{samples.source.description}: fewer samples than the model's batch of {samples.size}; give more"
+        )
+    return samples
 
 
 def _divisor(count: int | None, most: int) -> int:
@@ -181,7 +115,7 @@ class Trials:
         self._front: tuple[str, Array] | None = None
         self._tail: tuple[str, ort.InferenceSession] | None = None
         self._spans: dict[int, Span | None] = {}
-        self.dense = self._store("dense", self._whole(study.view.model))
+        self.dense = store_values(folder / "dense.npy", self._whole(study.view.model), samples.count)
 
     def damage(self, new: Mapping[int, BlockWeights]) -> dict[str, float]:
         """Damage at the output of the model with these new weights.
@@ -210,10 +144,6 @@ class Trials:
         if tail is None:
             return self._judge(outputs)
         return self._judge(run(tail, {last.end: y}, [self.output])[self.output] for y in outputs)
-
-    def damage_metric(self, found: Mapping[str, float]) -> float:
-        """The one number that adds up over blocks: KL in nats, else the squared relative error."""
-        return found["kl"] if self.classes else found["relative_error"] ** 2
 
     def dense_top1(self) -> float | None:
         """Share of labelled samples that the dense model has right, None without labels."""
@@ -259,7 +189,8 @@ class Trials:
             else:
                 session, start, values = self._open(piece, "advance"), *self._front
                 outputs = (run(session, {start: np.asarray(x)}, [tensor])[tensor] for x in values)
-        stored = self._store("front", self._whole(view.model, tensor) if outputs is None else outputs)
+        found = self._whole(view.model, tensor) if outputs is None else outputs
+        stored = store_values(self.folder / "front.npy", found, self.samples.count)
         self._front = (tensor, stored)
         return stored
 
@@ -275,34 +206,8 @@ class Trials:
     def _whole(self, model: Model, tensor: str | None = None) -> Iterator[Array]:
         """The output, or another tensor, of a whole model for every batch."""
         name = tensor or self.output
-        session = _session(model, name, self.options, self.folder)
+        session = whole_session(model, [name], self.options, self.folder)
         return (run(session, feeds, [name])[name] for feeds in self.samples)
 
     def _open(self, piece: onnx.ModelProto, name: str) -> ort.InferenceSession:
-        model = to_float32(Model(piece, self.study.view.model.path))
-        path = write_draft(model, self.folder, f"{name}.onnx")
-        return make_session(path, self.options.provider, threads=self.options.threads)
-
-    def _store(self, name: str, found: Iterator[Array]) -> Array:
-        """Values in a file; the old ones may still be read while the new ones are made."""
-        first = next(found)
-        path, draft = self.folder / f"{name}.npy", self.folder / f"{name}.draft.npy"
-        count = len(next(iter(self.samples.feeds.values())))
-        out = np.lib.format.open_memmap(draft, "w+", np.float32, (count, *first.shape))
-        for k, values in enumerate(chain([first], found)):
-            out[k] = values
-        draft.replace(path)  # maps of the old file stay valid
-        return out
-
-
-def _session(model: Model, tensor: str | None, options: CalibrationOptions, folder: Path) -> ort.InferenceSession:
-    """A session of a whole model in float32, with one tensor as its only output, or its own outputs."""
-    path = write_draft(to_float32(model), folder, "model.onnx")
-    proto = onnx.load(path, load_external_data=False)
-    if tensor is not None:
-        outputs = [o for o in proto.graph.output if o.name == tensor]
-        del proto.graph.output[:]
-        proto.graph.output.extend(outputs)
-        expose(proto, [tensor])
-    onnx.save(proto, path)
-    return make_session(path, options.provider, threads=options.threads)
+        return piece_session(piece, self.study.view.model.path, self.options, self.folder / f"{name}.onnx")
