@@ -159,7 +159,7 @@ def both(slots: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def plot(document: dict[str, Any], path: Path) -> None:
     """Top-1 and KL over the fraction removed, one curve a coupling."""
-    from toast_onnx.report.sensitivity import require_matplotlib
+    from toast_onnx.report.drawing import require_matplotlib
 
     require_matplotlib()
     from matplotlib.figure import Figure

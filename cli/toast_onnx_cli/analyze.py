@@ -66,9 +66,9 @@ def command(
         raise click.UsageError("give either --data or --statistics")
     check_destinations([*read_files(model), data, statistics, given["preprocess"]], {"--plot": plot})
     if plot is not None:
-        from toast_onnx.report.sensitivity import require_matplotlib
+        from toast_onnx.report.drawing import require_matplotlib
 
-        require_matplotlib()  # before minutes of measuring
+        require_matplotlib(", or leave --plot out")  # before minutes of measuring
     dense = study(load_model(model), shapes)
     with _statistics(dense, data, statistics, seed, given) as measured:
         blocks = [b for b in dense.match.blocks if b.ffn is not None]

@@ -71,9 +71,9 @@ def command(
     check_destinations([*read_files(model), *planning_inputs(given)], {"-o": out, "--plot": plot})
     planning = gather_planning(given)
     if plot is not None:
-        from toast_onnx.report.sensitivity import require_matplotlib
+        from toast_onnx.report.drawing import require_matplotlib
 
-        require_matplotlib()  # before the work, not after it
+        require_matplotlib(", or leave --plot out")  # before the work, not after it
     dense = study(load_model(model), planning.shapes)
     grid = trial_grid(dense, planning.settings, parts, ratios, _numbers(blocks, len(dense.match.blocks)))
     if not grid:

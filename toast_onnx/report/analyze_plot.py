@@ -8,7 +8,7 @@ from typing import Any
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.model import drafts
-from toast_onnx.report.sensitivity import require_matplotlib
+from toast_onnx.report.drawing import require_matplotlib
 
 #: Key of a layer, label of the axis, factor; from left to right as in the paper's figure 4.
 PANELS = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toast_onnx.errors import BackendError
+from toast_onnx.report.drawing import require_matplotlib
 
 DENSE, PRUNED, SECOND, INK, GRID = "#d5d9e0", "#c2601c", "#2f6f8f", "#333a45", "#e8eaee"
 #: Key in a block's sizes -> heading. The order is that of a block's own data flow.
@@ -18,19 +18,6 @@ WIDTHS = {
     "in_features": "fc1 inputs",
     "width": "hidden units",
 }
-
-
-def require_matplotlib() -> Any:
-    """The matplotlib module.
-
-    Raises:
-        BackendError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise BackendError("charts need matplotlib; install it with: pip install 'toast-onnx[report]'") from e
-    return matplotlib
 
 
 def widths_chart(blocks: Sequence[dict[str, Any]]) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toast_onnx.errors import BackendError, ConfigError
+from toast_onnx.errors import ConfigError
 from toast_onnx.model import drafts
+from toast_onnx.report.drawing import require_matplotlib
 
 #: Panels from left to right; the three of the feed-forward network are those of the paper's figure 5.
 PANELS = {
@@ -17,20 +18,6 @@ PANELS = {
     "qk": "queries and keys",
     "vo": "values and projection",
 }
-
-
-def require_matplotlib() -> Any:
-    """matplotlib with a backend that needs no display.
-
-    Raises:
-        BackendError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise BackendError("plots need matplotlib: pip install 'toast-onnx[report]', or leave --plot out") from e
-    matplotlib.use("Agg")
-    return matplotlib
 
 
 def plot_sensitivity(document: Mapping[str, Any], path: Path) -> None:
