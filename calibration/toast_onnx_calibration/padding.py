@@ -11,6 +11,7 @@ import onnx
 from toast_onnx.matching.cores import Core
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.upstream import upstream
 
 _LAYERS = frozenset({"MatMul", "Gemm", "Conv", "Einsum", "Softmax", "Attention", "MultiHeadAttention"})
 
@@ -44,20 +45,11 @@ def comes_from_inputs(view: GraphView, facts: Facts, tensor: str) -> bool:
     or a mask of the model's own making.
     """
     from_input = False
-    seen: set[str] = set()
-    pending = [tensor]
-    while pending:
-        name = pending.pop()
-        if not name or name in seen or facts.is_constant(name) or facts.value(name) is not None:
-            continue
-        seen.add(name)
-        i = view.producer.get(name)
+    for i in upstream(view, facts, [tensor]):
         if i is None:
             from_input = True
         elif view.nodes[i].op_type in _LAYERS:
             return False
-        elif view.nodes[i].op_type not in ("Shape", "Size"):
-            pending.extend(view.nodes[i].input)
     return from_input
 
 

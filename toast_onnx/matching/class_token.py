@@ -8,6 +8,7 @@ import numpy as np
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.upstream import upstream
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,11 @@ def class_token(view: GraphView, facts: Facts) -> ClassToken | None:
     channels) tensor. A model that also returns its tokens, or averages them, has a path around it.
     """
     found: set[str] = set()
-    seen: set[str] = set()
-    pending = list(view.outputs)
-    while pending:
-        tensor = pending.pop()
-        if tensor in seen or not tensor or facts.is_constant(tensor) or facts.value(tensor) is not None:
-            continue
-        seen.add(tensor)
-        i = view.producer.get(tensor)
+    for i in upstream(view, facts, view.outputs, stop=lambda i: selects_first_token(view, facts, i)):
         if i is None:
             return None  # an input reached around the selection
         if selects_first_token(view, facts, i):
             found.add(view.nodes[i].input[0])
-        elif view.nodes[i].op_type not in ("Shape", "Size"):
-            pending.extend(view.nodes[i].input)
     if len(found) != 1:
         return None
     (source,) = found
