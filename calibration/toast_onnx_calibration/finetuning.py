@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from toast_onnx.errors import ConfigError, ModelError
+from toast_onnx.errors import ConfigError
 from toast_onnx.finetune.require import require_torch
 from toast_onnx.finetune.settings import Settings
 from toast_onnx.matching.class_token import class_token
@@ -273,20 +273,3 @@ def _save_state(student: Any, path: Path) -> None:
 def _device_name(device: Any) -> str:
     torch = require_torch()
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def check_destinations(job: Job) -> None:
-    """Refuse to overwrite what is read, before any work is done.
-
-    Raises:
-        ModelError: an output is an input, two outputs are the same, or a folder does not exist.
-    """
-    outputs = [p for p in (job.out, job.report, job.checkpoint, job.torch_export, job.save_module) if p is not None]
-    for path in outputs:
-        for read in (job.pruned, job.teacher):
-            if read is not None and path.exists() and read.exists() and path.samefile(read):
-                raise ModelError(f"the output {path} is an input; choose another name")
-        if not path.parent.is_dir():
-            raise ModelError(f"the folder {path.parent} does not exist; make it or choose another place")
-    if len({p.resolve() for p in outputs}) < len(outputs):
-        raise ModelError("two outputs would be the same file; give them different names")

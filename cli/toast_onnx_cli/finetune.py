@@ -12,11 +12,12 @@ import click
 
 from toast_onnx.errors import ModelError
 from toast_onnx_cli.console import print_json, progress
+from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.finetuning import Finetuned
+    from toast_onnx_calibration.finetuning import Finetuned, Job
 
 Group = Callable[[Any], Any]
 EXIT_INTERRUPTED = 130
@@ -174,7 +175,7 @@ def command(
     torch = require_torch()
     if threads is not None:
         torch.set_num_threads(threads)
-    from toast_onnx_calibration.finetuning import Job, check_destinations, finetune
+    from toast_onnx_calibration.finetuning import Job, finetune
 
     out: Path = given["output"] or pruned.with_name(f"{pruned.stem}.finetuned.onnx")
     job = Job(
@@ -201,7 +202,7 @@ def command(
         torch_export=given["torch_export"],
         save_module=given["save_module"],
     )
-    check_destinations(job)
+    _check_destinations(job)
     with _stop_on_signals() as should_stop, _training_progress() as show:
         result = finetune(job, should_stop=should_stop, progress=show)
     if result.document is None:
@@ -216,6 +217,18 @@ def command(
     if result.outcome.reason == "interrupted":
         click.echo(f"Interrupted after {result.outcome.steps} steps; the same command with --resume goes on.", err=True)
         click.get_current_context().exit(EXIT_INTERRUPTED)
+
+
+def _check_destinations(job: Job) -> None:
+    models = [file for model in (job.pruned, job.teacher) if model is not None for file in read_files(model)]
+    outputs = {
+        "-o": job.out,
+        "--report": job.report,
+        "--checkpoint": job.checkpoint,
+        "--torch-export": job.torch_export,
+        "--save-module": job.save_module,
+    }
+    check_destinations([*models, job.data, job.labels, job.preprocess], outputs)
 
 
 def _settings(given: dict[str, Any], torch: Any) -> Any:
