@@ -62,7 +62,6 @@ class Facts:
         self.view = view
         self._opsets = {o.domain: o.version for o in view.model.proto.opset_import}
         self._facts: dict[str, Fact] = {"": Fact(None)}
-        self._cache: dict[str, np.ndarray] = {}
         for value in view.model.proto.graph.input:
             if value.name in shapes:
                 self._facts[value.name] = Fact(tuple(shapes[value.name]), value.type.tensor_type.elem_type)

@@ -11,7 +11,7 @@ from math import prod
 
 import onnx
 
-from toast_onnx.matching.blocks import Attention, Block, Ffn
+from toast_onnx.matching.blocks import Attention, Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.linear import Linear
@@ -109,15 +109,3 @@ def graph_params(view: GraphView) -> int:
 def linear_params(linears: Iterable[Linear]) -> int:
     """Weights and biases of linear layers."""
     return sum(x.in_features * x.out_features + (0 if x.bias is None else x.out_features) for x in linears)
-
-
-def block_costs(view: GraphView, facts: Facts, block: Block) -> dict[str, int]:
-    """{"macs", "params"} of a block's attention and feed-forward network together."""
-    macs = params = 0
-    if block.attention is not None:
-        macs += attention_macs(view, facts, block.attention)
-        params += linear_params(attention_linears(block.attention))
-    if block.ffn is not None:
-        macs += ffn_macs(view, facts, block.ffn)
-        params += linear_params((*block.ffn.entries, block.ffn.fc2))
-    return {"macs": macs, "params": params}
