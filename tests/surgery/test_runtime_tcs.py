@@ -296,6 +296,17 @@ def test_what_cannot_be_is_refused_with_a_way_out(
         prune_at_run_time(path, document, refine=lambda weights: (dict(weights), ()))
 
 
+def test_a_layer_that_cannot_select_is_skipped_on_request(exported: Exported) -> None:
+    """Without a LayerNormalization node fc1 cannot mask the stream; fc2 needs none."""
+    path = exported(zoo.Case("timm-deit", "torchscript-14"))
+    dense, pruned = prune_at_run_time(path, ratios(), skip_unprunable=True)
+    last = [b.index for b in dense.match.blocks][1:]
+    assert [(s.block, s.part) for s in pruned.selections] == [(block, "fc2") for block in last]
+    assert [(w.fc1 is None, w.fc2 is None) for w in pruned.widths] == [(True, True), *[(True, False) for _ in last]]
+    _, same = prune_at_run_time(path, ratios(fc1=0))
+    assert pruned.model.proto.SerializeToString() == same.model.proto.SerializeToString()
+
+
 def test_without_a_layer_normalization_the_stream_can_be_kept(exported: Exported) -> None:
     _, pruned = prune_at_run_time(exported(zoo.Case("timm-deit", "torchscript-14")), ratios(residual="kept"))
     assert pruned.twin is not None

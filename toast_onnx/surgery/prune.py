@@ -19,7 +19,7 @@ from toast_onnx.surgery.local import LocalResult
 from toast_onnx.surgery.normalize import normalize_layer_norms
 from toast_onnx.surgery.rewrite_attention import rewrite_attention
 from toast_onnx.surgery.rewrite_ffn import rewrite_ffn
-from toast_onnx.surgery.runtime_plan import Selection, plan_selections, static_widths
+from toast_onnx.surgery.runtime_plan import Selection, plan_selections, settled_widths, static_widths
 from toast_onnx.surgery.runtime_rewrite import Chosen, select_at_run_time
 from toast_onnx.surgery.runtime_twin import check_scores, masked_twin
 from toast_onnx.surgery.shapes import settle_shapes
@@ -121,7 +121,8 @@ def prune(
             "--data, or use one-shot"
         )
     widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
-    selections = plan_selections(study, settings, widths, ratios, seed)
+    selections = plan_selections(study, settings, widths, ratios, seed, skip_unprunable)
+    widths = settled_widths(settings, widths, selections)
     if local and selections:
         raise ConfigError(
             "compensation: local trains weights, which mode: runtime chooses anew for every batch; use ridge"

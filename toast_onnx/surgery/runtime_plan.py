@@ -67,7 +67,12 @@ def static_widths(width: Widths, setting: BlockRatios) -> Widths:
 
 
 def plan_selections(
-    study: Study, settings: Sequence[BlockRatios], widths: Sequence[Widths], ratios: Ratios, seed: int
+    study: Study,
+    settings: Sequence[BlockRatios],
+    widths: Sequence[Widths],
+    ratios: Ratios,
+    seed: int,
+    skip_unprunable: bool = False,
 ) -> tuple[Selection, ...]:
     """What the graph is to select while it runs, in graph order; empty where every block is static.
 
@@ -77,10 +82,11 @@ def plan_selections(
         widths: kept counts of every block.
         ratios: how to sample tokens, and what happens to the residual stream.
         seed: of the sampled tokens.
+        skip_unprunable: leave layers alone that should select and cannot.
 
     Raises:
         ConfigError: a setting contradicts selection at run time.
-        MatchError: a network that should select cannot, with the reason.
+        MatchError: a layer that should select cannot, with the reason, unless skipped.
     """
     found: list[Selection] = []
     for block, setting, width in zip(study.match.blocks, settings, widths, strict=True):
@@ -92,9 +98,31 @@ def plan_selections(
                 "one score only; remove it, or write score: activation"
             )
         for part, kept in (("fc1", width.fc1), ("fc2", width.fc2)):
-            if kept is not None:
+            if kept is None:
+                continue
+            try:
                 found.append(_selection(study, block, block.ffn, part, kept, ratios, seed))  # type: ignore[arg-type]
+            except MatchError:
+                if not skip_unprunable:
+                    raise
     return tuple(found)
+
+
+def settled_widths(
+    settings: Sequence[BlockRatios], widths: Sequence[Widths], selections: Sequence[Selection]
+) -> tuple[Widths, ...]:
+    """Kept counts of every block, without those that the graph should select and cannot."""
+    selected = {(s.block, s.part) for s in selections}
+    return tuple(
+        replace(
+            width,
+            fc1=width.fc1 if (k, "fc1") in selected else None,
+            fc2=width.fc2 if (k, "fc2") in selected else None,
+        )
+        if setting.mode == "runtime"
+        else width
+        for k, (setting, width) in enumerate(zip(settings, widths, strict=True))
+    )
 
 
 def _selection(study: Study, block: Block, ffn: Ffn, part: Part, kept: int, ratios: Ratios, seed: int) -> Selection:
