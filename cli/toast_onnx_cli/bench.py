@@ -78,6 +78,7 @@ def command(
     trtexec they are engines (or .onnx files, built first) and latency is GPU time.
     """
     from toast_onnx.tensorrt import parse_shapes
+    from toast_onnx.tensorrt.build import model_hash
     from toast_onnx.tensorrt.trtexec import BenchSettings
 
     check_destinations([f for model in models for f in read_files(model)], {"--script": script})
@@ -102,7 +103,9 @@ def command(
             return
         document = {"runtime": runtime, **found}
     if as_json:
-        print_json(document)
+        hashes = {str(model): model_hash(model) for model in models}
+        results = [{"model": r["model"], "model_sha256": hashes[r["model"]], **r} for r in document["results"]]
+        print_json(document | {"results": results})
     else:
         _print(document["results"])
 

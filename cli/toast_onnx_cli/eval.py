@@ -46,6 +46,7 @@ def command(
     A metric is called once with an iterator of results, each with `.outputs`, `.inputs`, `.rows` (the samples' names)
     and `.labels`; it goes through all of them and returns a number or a dict of numbers.
     """
+    from toast_onnx.tensorrt.build import model_hash
     from toast_onnx_calibration.evaluate import evaluate
 
     if metric is not None and output is not None:
@@ -77,7 +78,7 @@ def command(
             progress=show,
         )
     if as_json:
-        print_json({"model": str(model), **result.to_json()})
+        print_json({"model": str(model), "model_sha256": model_hash(model), **result.to_json()})
     else:
         _print(result)
 

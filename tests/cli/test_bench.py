@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from tests.tensorrt import graphs, standin
 from tests.tensorrt.test_trtbench import engine
 from toast_onnx.tensorrt import cuda
+from toast_onnx.tensorrt.build import record_path
 from toast_onnx_cli import bench, check_engine
 from toast_onnx_cli.main import LazyGroup
 
@@ -58,6 +60,8 @@ def test_onnx_runtime_by_default() -> None:
     assert [(r["model"], r["batch"], r["rounds"]) for r in document["results"]] == [
         (m, b, 5) for b in (1, 4) for m in ("dense.onnx", "pruned.onnx")
     ]
+    for row in document["results"]:
+        assert row["model_sha256"] == hashlib.sha256(Path(row["model"]).read_bytes()).hexdigest()
     table = run("bench", "dense.onnx", "--rounds", "2").stdout
     assert "images/s" in table
     assert "dense.onnx" in table
@@ -66,6 +70,8 @@ def test_onnx_runtime_by_default() -> None:
 @pytest.mark.parametrize("major", [10, 11])
 def test_trtexec_measures_in_turns(folder: Path, gpu: None, major: int) -> None:
     path = standin.write(folder, major)
+    made = json.loads(record_path(folder / "pruned.engine").read_text()) | {"model_sha256": "5a"}
+    record_path(folder / "pruned.engine").write_text(json.dumps(made))
     result = run(
         *("bench", "dense.engine", "pruned.engine", "--runtime", "trtexec"),
         *("--batch", "1,8", "--rounds", "2", "--blocks", "--json"),
@@ -74,6 +80,7 @@ def test_trtexec_measures_in_turns(folder: Path, gpu: None, major: int) -> None:
     document = json.loads(result.stdout)
     assert document["version"] == ("10.16.1" if major == 10 else "11.1.0")
     assert [r["speedup"] for r in document["results"]] == pytest.approx([1.0, 2.0, 1.0, 2.0])
+    assert [r["model_sha256"] for r in document["results"]] == [None, "5a"] * 2  # what the JSON beside an engine says
     assert document["results"][0]["blocks"] == {"blocks.0": 1.0, "blocks.1": 0.5, "other": 0.5}
     assert len(standin.calls(path)) == 8
 

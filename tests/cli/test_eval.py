@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_one_json_document(files: Path) -> None:
     result = run("--labels", "folders", "--preprocess", "none", "--batch", "5", "--samples", "7", "--json")
     document = json.loads(result.stdout)
     assert document["model"] == "m.onnx"
+    assert document["model_sha256"] == hashlib.sha256((files / "m.onnx").read_bytes()).hexdigest()
     assert document["accuracy"]["samples"] == 7
     assert document["batch"] == 5
     assert document["preprocessing"]["resize"] == [8, 8]

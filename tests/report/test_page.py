@@ -164,7 +164,7 @@ def test_bars_are_as_high_as_the_widths(run: Path) -> None:
 def test_what_lies_beside_the_run_is_shown_where_it_is_about_it(run: Path) -> None:
     put(run.with_name("compare.json"), comparison())
     put(run.with_name("other.json"), comparison("0" * 64) | {"models": {"pruned": {"file": "x"}}})
-    put(run.with_name("dense.json"), evaluation("somewhere/m.onnx", 0.8) | {"note": DENSE})
+    put(run.with_name("dense.json"), evaluation("somewhere/m.onnx", 0.8) | {"model_sha256": DENSE})
     put(run.with_name("half.json"), evaluation("m.pruned.fp16.onnx", 0.75))
     results = [timing("m.onnx", 4.0, 1.0), timing("m.pruned.onnx", 2.0, 2.0)]
     put(run.with_name("bench.json"), {"runtime": "onnxruntime", "provider": "cpu", "threads": 1, "results": results})

@@ -165,12 +165,28 @@ def test_accuracy_of_any_other_file_is_not_this_runs(path: Path, other: str) -> 
     assert shown(path, *named)["top-1 accuracy"] == "75.0% dense 80.0%, -5.0 points"
 
 
+def test_hashes_tell_whose_accuracy_and_speed_it_is(path: Path) -> None:
+    """An evaluation of the dense file is found; a model that had the pruned one's name before is not taken for it."""
+    put(path.with_name("a.json"), evaluation("m.onnx", 0.8) | {"model_sha256": DENSE})
+    put(path.with_name("b.json"), evaluation("out/m.pruned.onnx", 0.5) | {"model_sha256": OTHER})
+    stale = timing("m.pruned.onnx", 1.0, 4.0) | {"model_sha256": OTHER}
+    benched(path, timing("m.onnx", 4.0, 1.0) | {"model_sha256": DENSE}, stale)
+    sources = find_sources(path)
+    assert (sources.names, "speed" in shown(path)) == (["a.json"], False)
+    put(path.with_name("c.json"), evaluation("renamed.onnx", 0.75) | {"model_sha256": PRUNED})
+    assert shown(path)["top-1 accuracy"] == "75.0% dense 80.0%, -5.0 points"
+    benched(path, timing("m.onnx", 4.0, 1.0), timing("m.pruned.onnx", 2.0, 2.0) | {"model_sha256": PRUNED}, stale)
+    assert shown(path)["speed"].startswith("2.00 ×")
+
+
 def test_a_name_that_both_models_have_tells_nothing(tmp_path: Path) -> None:
     dense, pruned = (trace({"file": "model.onnx", "sha256": h}, (), tmp_path) for h in (DENSE, PRUNED))
     assert side_of("out/model.onnx", dense, pruned) is None
+    assert side_of("out/model.onnx", dense, pruned, PRUNED) == "pruned"
 
 
 def test_another_programs_documents_of_like_form_are_left_alone(path: Path) -> None:
     put(path.with_name("a.json"), {"models": ["a"], "outputs": {}, "samples": 1})
     put(path.with_name("b.json"), {"runtime": "x", "results": [{"name": "m.pruned.onnx"}, "m.pruned.onnx"]})
+    put(path.with_name("c.json"), evaluation("a.onnx", 0.5) | {"model_sha256": ["a"]})
     assert find_sources(path).names == []

@@ -64,13 +64,28 @@ def trace(identity: dict[str, Any], records: Iterable[dict[str, Any]], folder: P
     return Lineage(identity["file"], sha256, frozenset(names), frozenset(hashes))
 
 
-def side_of(path: str, dense: Lineage, pruned: Lineage) -> Side | None:
-    """Whose file this is, by name; None where it is neither's, or where the name tells nothing: both have it."""
+def side_of(path: str, dense: Lineage, pruned: Lineage, sha256: Any = None) -> Side | None:
+    """Whose file this is; None where it is neither's, or where nothing tells: both have the name.
+
+    Args:
+        path: the file as a document names it.
+        dense: the run's dense model.
+        pruned: its pruned one.
+        sha256: hash of the model that the document gives, if any; it counts more than the name.
+    """
     own: dict[Side, Lineage] = {"dense": dense, "pruned": pruned}
+    known = isinstance(sha256, str)
+    by_hash = [side for side, model in own.items() if known and sha256 in model.hashes]
+    if len(by_hash) == 1:
+        return by_hash[0]
     name = Path(path).name
     exact = [side for side, model in own.items() if model.file == name]
     sides = exact or [side for side, model in own.items() if model.has_name(name)]
-    return sides[0] if len(sides) == 1 else None
+    if len(sides) != 1:
+        return None
+    (side,) = sides
+    another = exact and known and own[side].sha256 is not None and not by_hash  # only of the same name
+    return None if another else side
 
 
 def _hash(path: Path) -> str | None:

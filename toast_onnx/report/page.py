@@ -132,7 +132,7 @@ def _speed(sources: Sources) -> list[dict[str, str]]:
 def _timed(sources: Sources, rows: list[dict[str, Any]], side: str) -> dict[str, Any] | None:
     """A model's timing: the file itself before its converted copies; None where it was not timed."""
     file = (sources.dense if side == "dense" else sources.pruned).file
-    own = [r for r in rows if side_of(r["model"], sources.dense, sources.pruned) == side]
+    own = [r for r in rows if side_of(r["model"], sources.dense, sources.pruned, r.get("model_sha256")) == side]
     return min(own, key=lambda r: Path(r["model"]).name != file, default=None)
 
 
@@ -166,7 +166,7 @@ def _top1(sources: Sources) -> list[float]:
     found: dict[str, dict[bool, float]] = {"dense": {}, "pruned": {}}
     for document in sources.of("eval"):
         top1 = (document.get("accuracy") or {}).get("top1")
-        side = side_of(document["model"], dense, pruned)
+        side = side_of(document["model"], dense, pruned, document.get("model_sha256"))
         if top1 is not None and side is not None:
             is_copy = Path(document["model"]).name not in (dense.file, pruned.file)
             found[side].setdefault(is_copy, top1["accuracy"])

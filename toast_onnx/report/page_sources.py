@@ -203,12 +203,17 @@ def _is_about(sources: Sources, document: dict[str, Any]) -> bool:
     if kind == "sensitivity":
         return _sha256(document, "model") in dense.hashes | pruned.hashes
     rows = [r for r in document.get("results", ()) if isinstance(r, dict)]
-    named = [document.get("model"), document.get("engine"), *(r.get("model") for r in rows)]
-    sides = {side_of(name, dense, pruned) for name in named if isinstance(name, str)}
+    sides = {
+        side_of(name, dense, pruned, each.get("model_sha256"))
+        for each in (document, *rows)
+        for name in (each.get("model"), each.get("engine"))
+        if isinstance(name, str)
+    }
     if "pruned" in sides:
         return True
     # A dense file's name is too common to go by, unless the hash stands beside it.
-    return kind == "eval" and "dense" in sides and dense.sha256 is not None and dense.sha256 in json.dumps(document)
+    given = document.get("model_sha256")
+    return kind == "eval" and isinstance(given, str) and given in dense.hashes
 
 
 def _sha256(models: Any, key: str) -> str | None:

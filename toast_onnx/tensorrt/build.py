@@ -52,6 +52,22 @@ def record_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".json")
 
 
+def model_hash(path: Path) -> str | None:
+    """SHA-256 of the ONNX model that a file holds or was made from; None where nothing says which.
+
+    Args:
+        path: an ONNX file, or an engine or `.ort` file, of which the JSON beside it tells.
+    """
+    if path.suffix == ".onnx":
+        return file_hash(path)
+    try:
+        record = json.loads(record_path(path).read_text())
+    except (OSError, ValueError):
+        return None
+    found = record.get("model_sha256") if isinstance(record, dict) else None
+    return found if isinstance(found, str) else None
+
+
 def build(model_path: Path, output: Path, request: BuildRequest, progress: Progress | None = None) -> dict[str, Any]:
     """Build an engine and the JSON beside it.
 
