@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +21,10 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from installed import toast_onnx
 
 RECIPE = {"mean": 0.5, "std": 0.25}
 #: A little more than half of the hidden units, so that with patch embedding and head less than half the MACs are left.
@@ -97,14 +98,6 @@ def export(model: nn.Module, path: Path) -> None:
         model, (torch.zeros(2, 3, 32, 32),), path, input_names=["pixels"], output_names=["logits"], opset_version=18,
         dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False,
     )  # fmt: skip
-
-
-def toast_onnx(*arguments: str | Path) -> str:
-    """Runs the command of this Python's environment; ends the script if it fails."""
-    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    program = shutil.which("toast-onnx", path=beside) or sys.exit("install toast-onnx for this Python first")
-    done = subprocess.run([program, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=False)
-    return done.stdout if done.returncode == 0 else sys.exit(done.returncode)
 
 
 def main() -> None:

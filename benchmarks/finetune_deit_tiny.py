@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +24,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 
 from deit import export_deit, logits, parser_with_data
+from installed import toast_onnx
 
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.images import decode, find_images
@@ -35,14 +33,6 @@ from toast_onnx_calibration.recipes import NAMED
 HALF = {"version": 1, "attention": {"qk": 0.5, "vo": 0.5}, "ffn": {"fc2": 0.5}}
 #: Everything else is what the command does by itself where there are no labels.
 TRAINING = ("--batch", "16", "--evaluate-every", "20", "--patience", "0")
-
-
-def toast_onnx(*arguments: str | Path) -> str:
-    """Runs the command of this Python's environment; ends the script if it fails."""
-    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    program = shutil.which("toast-onnx", path=beside) or sys.exit("install toast-onnx for this Python first")
-    done = subprocess.run([program, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=False)
-    return done.stdout if done.returncode == 0 else sys.exit(done.returncode)
 
 
 def main() -> None:
