@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,12 @@ class CalibratedStatistics:
         parts = self._parts(block)
         if not parts & {"qk", "context"}:
             raise self._missing(block, "attention")
+        measured = "qk" in parts
         return AttentionStatistics(
-            self._average(block, "qq", attention, "qk" in parts),
-            self._average(block, "kk", attention, "qk" in parts),
+            self._average(block, "qq", attention, measured),
+            self._average(block, "kk", attention, measured),
             self._context(block, attention, "context" in parts),
+            self.file.tokens(f"{block}.qq") if measured else math.inf,
         )
 
     def hidden(self, block: int) -> Moments:

@@ -96,7 +96,16 @@ class StatisticsFile:
         count = float(self.array(f"{key}.count"))
         mean = self.array(f"{key}.mean").astype(np.float64)
         covariance = self.array(f"{key}.covariance").astype(np.float64)
-        return Moments(count, count * mean, count * (covariance + np.outer(mean, mean)))
+        second = covariance + np.outer(mean, mean)
+        return Moments(count, count * mean, count * second, self.tokens(key))
+
+    def tokens(self, key: str) -> float:
+        """How many tokens stand behind an entry."""
+        count, samples, weight = float(self.array(f"{key}.count")), self.header.samples, self.header.class_weight
+        if weight == 1:
+            return count
+        # beside a weighted class token, sampled patches carry the weight of those left out
+        return samples + max(0.0, count - samples * weight) * self.header.tokens
 
 
 def open_statistics(path: str | Path) -> StatisticsFile:

@@ -246,6 +246,7 @@ def test_sampled_tokens(class_weight: float, exported: Exported, tmp_path: Path)
         if boosted:
             weights[0, 0] = 20
         assert differs(found.hidden(index), moments(r.hidden, weights)) < 1e-5
+        assert found.hidden(index).tokens == pytest.approx(SAMPLES * (number + boosted))
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))

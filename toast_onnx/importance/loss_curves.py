@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toast_onnx.importance.second_order import RELATIVE_JITTER, default_batch, keep_second_order
+from toast_onnx.importance.regular import regular
+from toast_onnx.importance.second_order import default_batch, keep_second_order
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -99,25 +100,19 @@ def by_head(ranks: ArrayLike) -> Indices:
 
 def _costs(s: Array, w: Array) -> Array:
     """||w_j||^2 / [S^-1]_jj for every channel."""
-    return np.asarray(np.square(w).sum(axis=1) / np.diagonal(np.linalg.inv(_regular(s))))
+    return np.asarray(np.square(w).sum(axis=1) / np.diagonal(np.linalg.inv(regular(s))))
 
 
 def _refitted(s: Array, w: Array, kept: Indices) -> Array:
     """The read-out of the kept channels that comes closest to the whole one: (k, m)."""
-    return np.asarray(np.linalg.solve(_regular(s)[np.ix_(kept, kept)], s[kept] @ w))
+    return np.asarray(np.linalg.solve(regular(s)[np.ix_(kept, kept)], s[kept] @ w))
 
 
 def _cholesky(s: Array) -> Array:
     """L with L L^T = S; as little as possible is added where rounding left S short of positive definite."""
     for strength in (1e-9, 1e-7, 1e-5):
         try:
-            return np.asarray(np.linalg.cholesky(_regular(s, strength)), np.float64)
+            return np.asarray(np.linalg.cholesky(regular(s, strength)), np.float64)
         except np.linalg.LinAlgError:
             continue
-    return np.asarray(np.linalg.cholesky(_regular(s, 1e-3)), np.float64)
-
-
-def _regular(s: Array, strength: float = RELATIVE_JITTER) -> Array:
-    """A covariance with a fraction of the mean variance added, which makes dead and duplicated channels invertible."""
-    jitter = strength * max(float(np.trace(s)) / len(s), np.finfo(np.float64).tiny)
-    return np.asarray(s + jitter * np.eye(len(s)))
+    return np.asarray(np.linalg.cholesky(regular(s, 1e-3)), np.float64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -20,11 +21,13 @@ class Moments:
         count: sum of the token weights (dimensionless; the number of tokens when all weights are one).
         total: sum of w * x, shape (..., n).
         gram: sum of w * x x^T, shape (..., n, n). Leading axes, if any, are heads.
+        tokens: number of tokens behind the sums, which says how far they can be trusted; infinite for a distribution.
     """
 
     count: float
     total: Array
     gram: Array
+    tokens: float = math.inf
 
     def __post_init__(self) -> None:
         if self.gram.shape != (*self.total.shape, self.total.shape[-1]):
@@ -38,7 +41,7 @@ class Moments:
         rows = np.asarray(x, dtype=np.float64)
         w = np.ones(rows.shape[0]) if weights is None else np.asarray(weights, dtype=np.float64)
         weighted = rows * w[:, None]
-        return cls(float(w.sum()), weighted.sum(axis=0), weighted.T @ rows)
+        return cls(float(w.sum()), weighted.sum(axis=0), weighted.T @ rows, rows.shape[0])
 
     @classmethod
     def known(cls, mean: ArrayLike, covariance: ArrayLike) -> Moments:
@@ -64,14 +67,17 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of tokens together."""
-        return Moments(self.count + other.count, self.total + other.total, self.gram + other.gram)
+        return Moments(
+            self.count + other.count, self.total + other.total, self.gram + other.gram, self.tokens + other.tokens
+        )
 
     def through(self, w: ArrayLike, b: ArrayLike) -> Moments:
         """Moments of `x @ w + b` for w (n, m), b (m,); for w (n, H, d), b (H, d) one set for each head."""
         weight, bias = np.asarray(w, dtype=np.float64), np.asarray(b, dtype=np.float64)
         columns = np.moveaxis(weight, 0, -2)  # (..., n, m)
         mean = self.mean @ columns + bias
-        return Moments.known(mean, np.swapaxes(columns, -1, -2) @ self.covariance @ columns)
+        moved = Moments.known(mean, np.swapaxes(columns, -1, -2) @ self.covariance @ columns)
+        return replace(moved, tokens=self.tokens)
 
 
 def merge(shards: Iterable[Moments]) -> Moments:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from toast_onnx.importance.regular import regular
 from toast_onnx.importance.selection import Indices
 
 Array = NDArray[np.float64]
 
-#: Of the mean variance. Makes the inverse exist, and lies above the rounding of sums taken in float32: without that,
-#: alike channels look different.
-RELATIVE_JITTER = 1e-6
 #: Candidates for each removal of a batch.
 POOL = 4
 
@@ -44,8 +42,7 @@ def keep_second_order(
     sizes = np.bincount(labels)
     if kept < 1 or kept > sizes.min() or batch < 1:
         raise ValueError(f"cannot keep {kept} of {sizes.min()} channels in batches of {batch}")
-    jitter = RELATIVE_JITTER * max(float(np.trace(covariance)) / n, np.finfo(np.float64).tiny)
-    inverse = np.linalg.inv(covariance + jitter * np.eye(n))
+    inverse: Array = np.asarray(np.linalg.inv(regular(covariance)), dtype=np.float64)
     weights = np.array(w, dtype=np.float64)
     alive = np.arange(n, dtype=np.int64)
     while alive.size > kept * sizes.size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +23,13 @@ class AttentionStatistics:
         s_qq: E[q q^T] of every head, not centred, (H, d, d).
         s_kk: covariance of the keys of one image or window around that image's mean, (H, d, d).
         context: moments of the concatenated contexts, n = H * d, head-major.
+        tokens: number of queries behind `s_qq`, infinite where it was not measured.
     """
 
     s_qq: Array
     s_kk: Array
     context: Moments
+    tokens: float = math.inf
 
 
 def layer_norm_moments(gain: ArrayLike, bias: ArrayLike) -> Moments:

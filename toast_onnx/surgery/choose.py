@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -134,7 +135,8 @@ class _Solver:
                 )
                 # Folding into the keys alone would change their lengths, or mix what is turned by different angles.
                 fold: Kind = self.compensation if attention.folds else "none"
-                new = solve_qk_index(*arrays, s_qq, kept, fold, self.ridge)
+                queries = math.inf if found is None else found.tokens
+                new = solve_qk_index(*arrays, s_qq, kept, fold, self.ridge, queries)
             q, k = _qk_weights(new)
         if vo is not None:
             assert attention.v is not None

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.importance.ffn import variance_scores
 from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.selection import top_k
 from toast_onnx.surgery.solve.ffn import (
     select_fc1_inputs,
     select_ffn_second_order,
-    select_ffn_variance,
     solve_fc1_inputs,
     solve_ffn,
 )
@@ -259,7 +260,7 @@ def test_ffn_bias_moves_the_mean_of_the_dropped() -> None:
 def test_variance_ranks_by_output_variance() -> None:
     h, w2, _ = hidden_units()
     expected = np.argsort(-(h.var(axis=0) * (w2**2).sum(axis=1)))[:5]
-    assert select_ffn_variance(Moments.of(h), w2, 5).tolist() == sorted(expected.tolist())
+    assert top_k(variance_scores(Moments.of(h), w2), 5).tolist() == sorted(expected.tolist())
 
 
 def test_fc1_inputs_fold_into_both_entries_of_a_gated_ffn() -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toast_onnx.importance.ffn import entries, scaled_rows, variance_scores
+from toast_onnx.importance.ffn import entries, scaled_rows
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.second_order import default_batch, keep_second_order
-from toast_onnx.importance.selection import top_k
 from toast_onnx.surgery.solve.linear_algebra import Compensation, Ridge
 from toast_onnx.surgery.solve.vo import refit
 
@@ -63,11 +62,6 @@ def select_ffn_second_order(
     """
     rows = scaled_rows(w2, gamma)
     return keep_second_order(moments.covariance, rows, kept, batch or default_batch(rows.shape[0]))
-
-
-def select_ffn_variance(moments: Moments, w2: ArrayLike, kept: int, gamma: ArrayLike | None = None) -> Indices:
-    """Hidden units with the most variance at the output: (kept,), ascending; arguments as above."""
-    return top_k(variance_scores(moments, w2, gamma), kept)
 
 
 def solve_ffn(

@@ -7,6 +7,7 @@ all keys share. Its minimum is a truncated SVD (Eckart and Young 1936).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,7 @@ def solve_qk_index(
     kept_indices: Indices,
     compensation: Compensation = "ridge",
     ridge: Ridge = "auto",
+    tokens: float = math.inf,
 ) -> QKSolution:
     """Keeps the same columns of Q and K; with ridge, folds what the kept queries predict of the dropped into K.
 
@@ -98,6 +100,7 @@ def solve_qk_index(
         kept_indices: (H, r), ascending.
         compensation: none, bias or ridge.
         ridge: strength as a fraction of the mean eigenvalue, or auto.
+        tokens: number of queries behind `s_qq`.
     """
     kept = np.asarray(kept_indices, dtype=np.int64)
     d = np.asarray(wq).shape[2]
@@ -107,7 +110,7 @@ def solve_qk_index(
     plain = np.stack([plain_removal(d, indices) for indices in kept])  # (H, r, d)
     fold = plain
     if compensation == "ridge":
-        fold = np.stack([predict_all(s, indices, ridge) for s, indices in zip(s_qq, kept, strict=True)])
+        fold = np.stack([predict_all(s, indices, ridge, tokens) for s, indices in zip(s_qq, kept, strict=True)])
     new_q = _project(wq, bq, np.swapaxes(plain, -1, -2))
     return QKSolution(*new_q, *_project(wk, bk, np.swapaxes(fold, -1, -2)), kept=kept)
 

@@ -81,13 +81,13 @@ def solve_vo_subspace(
     if compensation == "ridge":
         for _ in range(sweeps):
             for h in range(heads):
-                bases[h] = _basis_given_others(s, seen, bases, h, ridge)
+                bases[h] = _basis_given_others(s, seen, bases, h, ridge, context.tokens)
         mix = _block_diagonal(bases)  # (H * d, H * r)
-        new = ridge_solve(mix.T @ s @ mix, mix.T @ s @ w, ridge)
+        new = _readout(s, mix, w, ridge, context.tokens)
     else:
         mix = _block_diagonal(bases)
         alone = _block_diagonal([s[_head(h, d), _head(h, d)] for h in range(heads)])
-        new = ridge_solve(mix.T @ alone @ mix, mix.T @ alone @ w, ridge)
+        new = _readout(alone, mix, w, ridge, context.tokens)
     shift = context.mean @ (w - mix @ new) if compensation != "none" else np.zeros(w.shape[1])
     return _solution(wv, bv, out, bo, np.stack(bases), new, shift, None)
 
@@ -170,8 +170,26 @@ def refit(
         return w[kept], np.zeros(w.shape[1])
     if moments is None:
         raise ValueError(f"compensation {compensation} needs moments")
-    new = w[kept] if compensation == "bias" else predict_all(moments.covariance, kept, ridge) @ w
+    new = w[kept] if compensation == "bias" else predict_all(moments.covariance, kept, ridge, moments.tokens) @ w
     return new, moments.mean @ w - moments.mean[kept] @ new
+
+
+def _readout(s: Array, mix: Array, w: Array, ridge: Ridge, tokens: float) -> Array:
+    """Rows for reduced contexts o A that come closest to o W: (k, m).
+
+    The ridge acts on what is added to the plain projection A^T W, so that too strong a one falls back to that.
+
+    Args:
+        s: covariance of the contexts o, (n, n).
+        mix: orthonormal A, (n, k).
+        w: (n, m).
+        ridge, tokens: as in `ridge_solve`.
+    """
+    plain = mix.T @ w
+    left = w - mix @ plain
+    unseen = s @ left
+    energy = float(np.sum(left * unseen))
+    return plain + ridge_solve(mix.T @ s @ mix, mix.T @ unseen, ridge, tokens=tokens, energy=energy)
 
 
 def _leading_basis(s: Array, w: Array, rank: int) -> Array:
@@ -184,7 +202,7 @@ def _leading_basis(s: Array, w: Array, rank: int) -> Array:
     return np.asarray(q, dtype=np.float64)
 
 
-def _basis_given_others(s: Array, w: Array, bases: list[Array], h: int, ridge: Ridge) -> Array:
+def _basis_given_others(s: Array, w: Array, bases: list[Array], h: int, ridge: Ridge, tokens: float) -> Array:
     """The best basis of head `h` (d, r) when the other heads' reduced contexts are already regressed out."""
     d, rank = bases[h].shape
     own = _head(h, d)
@@ -195,10 +213,11 @@ def _basis_given_others(s: Array, w: Array, bases: list[Array], h: int, ridge: R
     for column, g in enumerate(others):
         mix[_head(g, d), _head(column, rank)] = bases[g]
     cross = mix.T @ s  # covariance of the others' reduced contexts with all contexts, (k, n)
-    explained = ridge_solve(cross @ mix, cross, ridge)
+    explained = ridge_solve(cross @ mix, cross, ridge, tokens=tokens, energy=float(np.trace(s)))
     left = s - cross.T @ explained  # covariance of what they leave, (n, n)
     own_cov = left[own, own]
-    return _leading_basis(own_cov, ridge_solve(own_cov, left[own] @ w, ridge), rank)
+    energy = float(np.sum(w * (left @ w)))
+    return _leading_basis(own_cov, ridge_solve(own_cov, left[own] @ w, ridge, tokens=tokens, energy=energy), rank)
 
 
 def _solution(

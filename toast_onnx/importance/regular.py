@@ -1,0 +1,30 @@
+"""Covariances that can be inverted: what is added to the diagonal, and why that much."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+#: Of the mean eigenvalue: makes dead and duplicated channels invertible.
+RELATIVE_JITTER = 1e-6
+SINGLE, DOUBLE = float(np.finfo(np.float32).eps), float(np.finfo(np.float64).eps)
+
+
+def regular(s: Array, strength: float = RELATIVE_JITTER, eps: float = SINGLE) -> Array:
+    """S + lambda I for a covariance S (n, n) of which some eigenvalues may be zero.
+
+    Statistics are sums taken and stored in float32: a symmetric error of eps |S|, which moves eigenvalues by about
+    2 eps ||S||_F / sqrt(n) (Wigner's semicircle law). Those that should be zero, as many as samples are missing, then
+    lie on either side of it. Lambda is never below twice that, or the inverse would be of noise.
+
+    Args:
+        s: covariance.
+        strength: lambda as a fraction of the mean eigenvalue of `s`.
+        eps: precision of `s`.
+    """
+    n = s.shape[0]
+    mean_eigenvalue = max(float(np.trace(s)) / n, 1e-30)  # of no variance at all, too
+    rounding = 4 * eps * float(np.linalg.norm(s)) / n**0.5
+    return np.asarray(s + max(strength * mean_eigenvalue, rounding) * np.eye(n), dtype=np.float64)
