@@ -80,7 +80,8 @@ def export(model: Any, out: Path, opset: int = 17, *, dynamo: bool = False) -> P
             torch.onnx.export(model, (example,), out, dynamo=True, **names)
         else:
             axes = {"input": {0: "batch"}, "logits": {0: "batch"}}
-            torch.onnx.export(model, (example,), out, dynamo=False, dynamic_axes=axes, **names)
+            # a string: as a Path it would not take models above 2 GB
+            torch.onnx.export(model, (example,), str(out), dynamo=False, dynamic_axes=axes, **names)
     return out
 
 

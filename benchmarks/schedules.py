@@ -4,8 +4,8 @@ Every `paper:` preset is applied to the model it belongs to, exported with rando
 not depend on their values, accuracy does and is not measured. The presets rank hidden units on images; here, without
 any, they are ranked by their weights, which changes none of the numbers below. GMACs are the authors' figure, ours in
 their accounting (which describes selection at run time), and the static graph's own. Milliseconds are medians of one
-image in ONNX Runtime, one thread, dense and pruned in turns. ViT-L and ViT-H are exported without storage for their
-weights, which is enough to count.
+image in ONNX Runtime, one thread, dense and pruned in turns. With `--count` nothing is timed and models are exported
+without storage for their weights, which is enough to count; ViT-H wants 12 GB of memory without it.
 
 Needs timm. `--results` keeps what is measured in a file, so that models can be measured one at a time.
 """
@@ -39,8 +39,6 @@ from toast_onnx.surgery.synthetic import SyntheticStatistics
 from toast_onnx.tensorrt.ortbench import benchmark
 from toast_onnx_cli.console import print_table
 
-#: Too large to run in turns on a small machine: counted only.
-COUNTED = ("vit_large_patch16_224.mae", "vit_huge_patch14_224.mae")
 COLUMNS = (
     *(
         "preset",
@@ -65,8 +63,7 @@ def main() -> None:
         if (options.models and presets[0].short not in options.models) or presets[0].name in {r["name"] for r in rows}:
             continue
         with tempfile.TemporaryDirectory(prefix="toast-schedules-") as name:
-            count = options.count or model in COUNTED
-            rows += counted(presets, Path(name)) if count else measured(presets, Path(name), options.rounds)
+            rows += counted(presets, Path(name)) if options.count else measured(presets, Path(name), options.rounds)
         print(f"{model}: done", file=sys.stderr, flush=True)
         if options.results:
             options.results.write_text(json.dumps(rows, indent=1))
@@ -94,14 +91,12 @@ def measured(presets: list[Preset], folder: Path, rounds: int) -> list[dict[str,
     dense = folder / "dense.onnx"
     export(random_model(presets[0].model), dense)
     look = study(load_model(dense))
-    paths = []
-    for number, preset in enumerate(presets):
-        paths.append(folder / f"{number}.onnx")
-        save_model(pruned(look, preset).model, paths[-1])
-    timings = benchmark([dense, *paths], [1], threads=1, warmup=2, rounds=rounds)
     rows = []
-    for preset, path, timing in zip(presets, paths, timings[1:], strict=True):
+    for preset in presets:
+        path = folder / "pruned.onnx"
+        save_model(pruned(look, preset).model, path)
         after = study(load_model(path))
+        _, timing = benchmark([dense, path], [1], threads=1, warmup=2, rounds=rounds)
         summary = timing.summary()
         rows.append(
             row(preset, look, graph_macs(after.view, after.counted), graph_params(after.view))
