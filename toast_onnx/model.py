@@ -127,6 +127,8 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     _sort_nodes(proto.graph, path)
     if path.stat().st_size >= LEAVE_INSIDE:
         leave_inside(proto.graph, path)
+        emptied, proto = proto, onnx.ModelProto()
+        proto.CopyFrom(emptied)  # a message keeps the memory of fields that were cleared as long as it lives
     return Model(proto, path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ from toast_onnx.errors import DataError
 from toast_onnx.importance.moments import Moments
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.study import Study
-from toast_onnx.model import Model, file_hash
-from toast_onnx.surgery.edit import tidy
+from toast_onnx.model import Model, file_hash, scratch_folder
 from toast_onnx.surgery.twin import padded_twin
 from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx_calibration.chain import Link, Spool, chain, cut
 from toast_onnx_calibration.feeds import Batch, batches
 from toast_onnx_calibration.needs import Wanted, everything, passes
 from toast_onnx_calibration.recipe_files import recipe_for
@@ -33,8 +33,8 @@ Array = NDArray[np.float64]
 Progress = Callable[[int, int | None, str], None]
 """Called with the samples measured, their number over all passes where it is known, and a note."""
 
-#: Memory for the statistics of one pass, in bytes; more blocks take more passes over the data.
-BUDGET = 500_000_000
+#: Memory for the statistics of one pass, in bytes; more blocks take more passes.
+BUDGET = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -92,22 +92,31 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     wanted = everything(study) if wanted is None else wanted
-    groups = passes(study, wanted, options.budget)
+    # what lies behind new weights is measured at once: the twin wants the whole graph
+    groups = [wanted] if behind else passes(study, wanted, options.budget)
     settings = TokenSettings(options.tokens, options.class_weight, options.seed)
     notes: list[str] = []
-    samples, weighted, source = 0, False, None
-    with write_statistics(out) as writer:
-        for number, group in enumerate(groups):
+    watched = [measuring_graph(study, group, settings).watched for group in groups] if len(groups) > 1 else [()]
+    links = chain(study, watched)
+    weighted, source = False, None
+    sizes: list[tuple[float, int]] = []
+    with write_statistics(out) as writer, scratch_folder("toast-passes-") as folder:
+        spool = Spool(folder)
+        for number, (group, link) in enumerate(zip(groups, links, strict=True)):
             graph = measuring_graph(study, group, settings)
-            session = _session(graph, study, behind or {}, options)
-            inputs = model_inputs(session)
+            session = _session(graph, study, behind or {}, options, link, spool.read(0, link.takes))
             if source is None:
+                inputs = model_inputs(session)
                 source, found = _source(study.view.model.path, data, inputs, options)
                 notes += found
+                runs = _runs(source, inputs, options.batch, sizes)
+            else:
+                runs = (Run(spool.read(k, link.takes), *size) for k, size in enumerate(sizes))
             total = None if source.count is None else source.count * len(groups)
-            done = number * (source.count or 0)
-            sums, samples = accumulate(session, graph, inputs, source, options.batch, done, total, progress)
+            say = _counter(progress, number * (source.count or 0), total)
+            sums = accumulate(session, graph, link, runs, spool, source.description, say)
             del session
+            spool.forget(name for name in link.takes if name not in link.leaves)
             write_group(writer, study, group, sums)
             notes += graph.notes
             weighted |= graph.class_token
@@ -119,7 +128,7 @@ def calibrate(
             data=source.description,
             fingerprints=(source.fingerprint,),
             preprocessing=source.recipe.model_dump(mode="json") if source.recipe else None,
-            samples=samples,
+            samples=sum(valid for _, valid in sizes),
             seed=options.seed,
             tokens=options.tokens,
             class_weight=options.class_weight if weighted else 1.0,
@@ -130,43 +139,66 @@ def calibrate(
     return header
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a session is fed once.
+
+    Attributes:
+        feeds: arrays by input name.
+        factor: of its sums: negative where samples that only filled a batch are taken out again.
+        valid: how many samples it measures for the first time.
+    """
+
+    feeds: dict[str, Any]
+    factor: float
+    valid: int
+
+
 def accumulate(
     session: ort.InferenceSession,
     graph: MeasuringGraph,
-    inputs: Sequence[ModelInput],
-    source: Source,
-    batch: int,
-    done: int = 0,
-    total: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[dict[str, Array], int]:
-    """Run a measuring graph over all samples.
+    link: Link,
+    runs: Iterable[Run],
+    spool: Spool,
+    description: str,
+    say: Callable[[int], None],
+) -> dict[str, Array]:
+    """Feed a measuring graph all runs of a pass.
+
+    Args:
+        session: of the graph.
+        graph: the measuring graph.
+        link: where the pass starts and ends.
+        runs: what to feed.
+        spool: where activations for later passes go.
+        description: of the samples, for messages.
+        say: called with the number of samples measured so far.
 
     Returns:
-        The sums by key in float64, and the number of samples.
+        The sums by key in float64.
 
     Raises:
         DataError: a sum is not finite.
     """
     sums: dict[str, Array] = {}
+    given = {value.name for value in session.get_inputs()}
+    measured, left = list(dict.fromkeys(graph.outputs.values())), [n for n in link.leaves if n not in link.takes]
     samples = 0
-    if progress is not None:
-        progress(done, total, "")
-    for each in batches(source, inputs, batch):
-        _add(sums, session, graph, each.feeds, 1.0)
-        if each.padding:  # the repeated last sample, measured alone, is taken out again
-            size = each.valid + each.padding
-            _add(sums, session, graph, _repeated(each), -each.padding / size)
+    say(0)
+    for number, each in enumerate(runs):
+        found = run(session, {n: a for n, a in each.feeds.items() if n in given}, [*measured, *left])
+        spool.keep(number, {name: found.pop(name) for name in left})
+        _add(sums, graph, found, each.factor)
         samples += each.valid
-        if progress is not None:
-            progress(done + samples, total, "")
+        if each.valid:
+            say(samples)
     bad = sorted({key.split(".")[0] for key, value in sums.items() if not np.isfinite(value).all()}, key=int)
     if bad:
         raise DataError(
-            f"the activations of block {bad[0]} hold NaN or infinity on {source.description}: check the preprocessing, "
+            f"the activations of block {bad[0]} hold NaN or infinity on {description}: check the preprocessing, "
             "or calibrate a float32 export of the model"
         )
-    return sums, samples
+    return sums
 
 
 def write_group(
@@ -196,10 +228,24 @@ def write_group(
                     writer.array(f"{index}.{part}.{quantity}", mine[f"{part}.{quantity}"])
 
 
-def _add(
-    sums: dict[str, Array], session: ort.InferenceSession, graph: MeasuringGraph, feeds: dict[str, Any], factor: float
-) -> None:
-    found = run(session, feeds, list(dict.fromkeys(graph.outputs.values())))
+def _runs(source: Source, inputs: Sequence[ModelInput], batch: int, sizes: list[tuple[float, int]]) -> Iterator[Run]:
+    """The samples in batches; notes factor and number of samples of every run in `sizes`."""
+    for each in batches(source, inputs, batch):
+        runs = [Run(each.feeds, 1.0, each.valid)]
+        if each.padding:  # the repeated last sample, measured alone, is taken out again
+            runs.append(Run(_repeated(each), -each.padding / (each.valid + each.padding), 0))
+        for found in runs:
+            sizes.append((found.factor, found.valid))
+            yield found
+
+
+def _counter(progress: Progress | None, done: int, total: int | None) -> Callable[[int], None]:
+    """Tells the progress of a pass that starts when `done` samples were measured in earlier ones."""
+    return lambda samples: None if progress is None else progress(done + samples, total, "")
+
+
+def _add(sums: dict[str, Array], graph: MeasuringGraph, found: Mapping[str, NDArray[Any]], factor: float) -> None:
+    """Add the sums of one run."""
     parts: dict[str, dict[str, NDArray[Any]]] = {}
     for key, tensor in graph.outputs.items():
         parts.setdefault(key.rpartition(".")[0], {})[key] = found[tensor]
@@ -219,7 +265,9 @@ def unshift(found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
             total, count = found[f"{part}.total"].astype(np.float64), float(found[f"{part}.count"][0])
             # gram + m t^T + t m^T + n m m^T, as two outer products
             half = np.outer(m, total + count / 2 * m)
-            raw[f"{part}.gram"] = found[f"{part}.gram"] + (half + half.T)
+            around = half + half.T
+            around += found[f"{part}.gram"]
+            raw[f"{part}.gram"] = around
             raw[f"{part}.total"] = total + count * m
     return raw
 
@@ -230,14 +278,19 @@ def _repeated(batch: Batch) -> dict[str, Any]:
 
 
 def _session(
-    graph: MeasuringGraph, study: Study, behind: Mapping[int, BlockWeights], options: CalibrationOptions
+    graph: MeasuringGraph,
+    study: Study,
+    behind: Mapping[int, BlockWeights],
+    options: CalibrationOptions,
+    link: Link,
+    taken: Mapping[str, NDArray[Any]],
 ) -> ort.InferenceSession:
     """A session of a measuring graph, which is emptied: the session has all of it."""
     measuring = Model(graph.proto, study.view.model.path)
     if behind:  # what measures lies behind the model's nodes, which keep their positions
         measuring = padded_twin(GraphView(measuring), study.facts, study.match.blocks, behind)
     else:
-        tidy(measuring)  # ONNX Runtime would run what lies behind the last measured block
+        cut(measuring.proto, link, graph.outputs.values(), taken)
     try:
         return model_session(measuring, options.provider, threads=options.threads)
     finally:

@@ -16,6 +16,7 @@ from toast_onnx.matching.blocks import Attention, Block, Branch
 from toast_onnx.matching.class_token import ClassToken, class_token
 from toast_onnx.matching.layout import HEAD, Factor
 from toast_onnx.matching.study import Study
+from toast_onnx.model import reads
 from toast_onnx_calibration.graph_writer import GraphWriter
 from toast_onnx_calibration.padding import Mask, masks
 from toast_onnx_calibration.tokens import Tokens, as_float, as_tokens
@@ -49,12 +50,14 @@ class MeasuringGraph:
     Attributes:
         proto: the model.
         outputs: key of a sum, such as `3.hidden.gram` -> tensor that holds it.
+        watched: tensors that the measuring nodes read, the model's and their own.
         notes: what the user should know.
         class_token: whether the class token was weighted.
     """
 
     proto: onnx.ModelProto
     outputs: dict[str, str]
+    watched: frozenset[str]
     notes: list[str] = field(default_factory=list)
     class_token: bool = False
 
@@ -71,7 +74,8 @@ def measuring_graph(study: Study, wanted: Mapping[int, Iterable[str]], settings:
     for index, parts in sorted(wanted.items()):
         build.block(study.match.blocks[index], frozenset(parts))
     proto, outputs = build.writer.finish()
-    return MeasuringGraph(proto, outputs, list(dict.fromkeys(build.notes)), build.weighted)
+    watched = frozenset(name for node in proto.graph.node[len(study.view.nodes) :] for name in reads(node))
+    return MeasuringGraph(proto, outputs, watched, list(dict.fromkeys(build.notes)), build.weighted)
 
 
 @dataclass(frozen=True)
