@@ -51,7 +51,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--memory",
             type=FiniteRange(0, min_open=True),
             metavar="GB",
-            help="For the statistics of one pass; less memory takes more passes, which continue one another. 0.2 by default.",
+            help="For the statistics of one pass; less takes more passes, which continue one another. 0.2 by default.",
         ),
     )
     for option in reversed(options):

@@ -85,9 +85,10 @@ def cross_validated(s: Array, cross: Array, tokens: float, energy: float) -> flo
         gain = (1 + shift / (values + shift)) / (values + shift)  # solution = V diag(gain) V^T C
         fraction = values * gain
         left = energy - float(seen @ (gain * (2 - fraction)))
-        freedom = 1 - ALIKE * (1 + float(fraction.sum())) / tokens
-        if freedom > 0 and left <= exact:
+        used = 1 + float(fraction.sum())
+        if used < tokens and left <= exact:  # more equations than unknowns, and all hold
             return strength
+        freedom = 1 - ALIKE * used / tokens
         scores.append(left / freedom**2 if freedom > 0 else math.inf)
     if math.isinf(min(scores)):
         return STRENGTHS[-1]
