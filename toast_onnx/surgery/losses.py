@@ -23,8 +23,8 @@ from toast_onnx.matching.linear import weights
 from toast_onnx.matching.norms import layer_scale
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios
+from toast_onnx.planning.schema import WEIGHT_SCORES
 from toast_onnx.planning.width_costs import Part
-from toast_onnx.surgery.choose import WEIGHT_SCORES
 from toast_onnx.surgery.rewrite_attention import head_weights
 from toast_onnx.surgery.solve.linear_algebra import root
 from toast_onnx.surgery.solve.qk import unit_trace

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from toast_onnx.errors import ConfigError, ModelError
+from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Shapes, Study, input_shapes
+from toast_onnx.matching.study import study as study_model
 from toast_onnx.model import Model
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.surgery.choose import Widths, plan_widths, solve_block
+from toast_onnx.surgery.drop_heads import drop_heads, in_two_steps
 from toast_onnx.surgery.edit import GraphEdit
 from toast_onnx.surgery.fuse import fuse_again
 from toast_onnx.surgery.local import LocalResult
@@ -152,15 +154,56 @@ def prune(
     return Pruned(model, weights, widths, settings, twin, statistics.source, trained, selections, normalized)
 
 
-def _rewritten(study: Study, weights: dict[int, BlockWeights]) -> Model:
+def _rewritten(study: Study, weights: Mapping[int, BlockWeights]) -> Model:
     """The graph as it was studied, with new weights."""
+    model, left = _rewritten_once(study, weights)
+    if left:
+        fewer = study_model(model, study.counted_shapes)
+        _check_heads(study, fewer, weights)
+        model, _ = _rewritten_once(fewer, left)
+    return fuse_again(model, study.spelled_out)
+
+
+def _rewritten_once(study: Study, weights: Mapping[int, BlockWeights]) -> tuple[Model, dict[int, BlockWeights]]:
+    """The graph with new weights; where heads go, weights with fewer dimensions are left for another time."""
     edit = GraphEdit(study.view)
+    left: dict[int, BlockWeights] = {}
     for block in study.match.blocks:
-        if block.index in weights:
-            _rewrite(edit, study, block, weights[block.index])
+        new = weights.get(block.index)
+        if new is not None and new.attention is not None and new.attention.drops_heads:
+            assert block.attention is not None
+            first, later = in_two_steps(study.view, study.facts, block.attention, new.attention)
+            name = f"{block.name}/attention"
+            drop_heads(edit, study.view, study.facts, study.other, block.attention, first, name)
+            if later is not None:
+                left[block.index] = BlockWeights(later.of_all_heads())
+            new = BlockWeights(None, new.ffn)
+        if new is not None:
+            _rewrite(edit, study, block, new)
     model = edit.apply()
     settle_shapes(model, edit, study.view, study.facts, study.other)
-    return fuse_again(model, study.spelled_out)
+    return model, left
+
+
+def _check_heads(study: Study, fewer: Study, weights: Mapping[int, BlockWeights]) -> None:
+    """Make sure that the graph without the dropped heads shows the same blocks, with the heads that are left.
+
+    Raises:
+        MatchError: it does not.
+    """
+
+    def heads(found: Study) -> list[int]:
+        return [0 if b.attention is None else b.attention.num_heads for b in found.match.blocks]
+
+    wanted = heads(study)
+    for index, new in weights.items():
+        if new.attention is not None and new.attention.v is not None and new.attention.v.heads is not None:
+            wanted[index] = new.attention.v.heads.size
+    if heads(fewer) != wanted:
+        raise MatchError(
+            "without the dropped heads the blocks are not found again, so that no dimensions can be removed besides; "
+            "set attention.heads, or attention.qk and vo, to 0; please report the model"
+        )
 
 
 def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights) -> None:
