@@ -144,7 +144,7 @@ def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
     op = node.op_type
     if node.domain == "com.microsoft" and op not in ("FusedMatMul", "MultiHeadAttention", "RotaryEmbedding"):
         raise Decline(f"{view.label(i)} is not known to keep heads apart")
-    first = found.axes[node.input[0]] if node.input[0] in found.axes else None
+    first = found.axes.get(node.input[0])
     made = [name for name in node.output if name]
     if op in _RESHAPING and first is not None:
         return {made[0]: _reshaped(found, i, first)}
@@ -197,9 +197,7 @@ def _axis_with(shape: tuple[int, ...], step: int, count: int) -> HeadAxis | None
 
 def _aligned(found: _Heads, i: int, inside: list[str], rank: int) -> HeadAxis:
     """The heads' axis of a result of `rank` axes to which operands are broadcast; all must agree."""
-    ends = {
-        HeadAxis(found.axes[name].axis + rank - len(found.shape(name)), found.axes[name].inner) for name in inside
-    }
+    ends = {HeadAxis(found.axes[name].axis + rank - len(found.shape(name)), found.axes[name].inner) for name in inside}
     if len(ends) != 1:
         raise Decline(f"{found.view.label(i)} lets heads meet each other")
     return ends.pop()
@@ -266,7 +264,11 @@ def _einsum(found: _Heads, i: int, inside: list[str]) -> HeadAxis:
     """Through an Einsum: heads keep a letter of their own that the result has, too."""
     node = found.view.nodes[i]
     terms, result = _terms(found, i)
-    letters = {(term[found.axes[n].axis], found.axes[n].inner) for n, term in zip(node.input, terms, strict=True) if n in inside}
+    letters = {
+        (term[found.axes[n].axis], found.axes[n].inner)
+        for n, term in zip(node.input, terms, strict=True)
+        if n in inside
+    }
     if len(letters) != 1:
         raise Decline(f"{found.view.label(i)} lets heads meet each other")
     letter, inner = letters.pop()

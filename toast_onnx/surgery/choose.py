@@ -23,7 +23,7 @@ from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios, Ratios
 from toast_onnx.planning.schema import WEIGHT_SCORES
 from toast_onnx.planning.widths import kept_count, kept_width
-from toast_onnx.surgery.choose_heads import KeptHeads, head_order, keep_heads
+from toast_onnx.surgery.choose_heads import KeptHeads, keep_heads, ranked_heads
 from toast_onnx.surgery.rewrite_attention import head_weights
 from toast_onnx.surgery.solve.ffn import select_fc1_inputs, select_ffn_second_order, solve_fc1_inputs, solve_ffn
 from toast_onnx.surgery.solve.qk import (
@@ -160,6 +160,7 @@ class _Solver:
         self, attention: Attention, kept: int | None, heads: KeptHeads | None, found: AttentionStatistics | None
     ) -> tuple[HeadWeights, ProjWeights]:
         stay = None if heads is None else heads.heads
+        context = None if found is None else found.context
         v, wo, bo, gamma = self._read_out(attention)
         v = v.only(stay)
         if heads is not None:
@@ -167,14 +168,10 @@ class _Solver:
         if kept is None:
             return v, ProjWeights(wo, bo)
         if self.ratio.select == "subspace":
-            assert found is not None
-            context = found.context
-            solved = solve_vo_subspace(
-                v.weight, v.bias, wo, bo, context, kept, self.compensation, self.ridge, gamma
-            )
+            assert context is not None
+            solved = solve_vo_subspace(v.weight, v.bias, wo, bo, context, kept, self.compensation, self.ridge, gamma)
         else:
             indices = self._vo_indices(v, wo, found, kept, gamma)
-            context = None if found is None else found.context
             solved = solve_vo_index(v.weight, v.bias, wo, bo, indices, context, self.compensation, self.ridge)
         return _vo_weights(solved, stay)
 
@@ -192,8 +189,8 @@ class _Solver:
     def _heads(self, attention: Attention, kept: int, found: AttentionStatistics | None) -> KeptHeads:
         v, wo, bo, gamma = self._read_out(attention)
         context = None if found is None else found.context
-        order = head_order(v.weight, wo, gamma, context, self.ratio, self.compensation)
-        return keep_heads(order.kept(kept), wo, bo, found, self.compensation, self.ridge)
+        ranked = ranked_heads(v.weight, wo, gamma, context, self.ratio, self.compensation)
+        return keep_heads(np.sort(ranked[:kept]), wo, bo, found, self.compensation, self.ridge)
 
     def _qk_indices(self, attention: Attention, q: HeadWeights, k: HeadWeights, found: Any, kept: int) -> np.ndarray:
         score = self.ratio.score

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.importance.attention import vo_scores
-from toast_onnx.importance.heads import HeadOrder, order_by_score, order_heads
+from toast_onnx.importance.heads import rank_heads
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.synthetic import AttentionStatistics
 from toast_onnx.planning.ratios import BlockRatios
@@ -42,15 +42,15 @@ class KeptHeads:
     statistics: AttentionStatistics | None
 
 
-def head_order(
+def ranked_heads(
     wv: np.ndarray,
     wo: np.ndarray,
     gamma: np.ndarray | None,
     context: Moments | None,
     ratio: BlockRatios,
-    compensation: Compensation,
-) -> HeadOrder:
-    """The order in which the heads of an attention go, under the block's own settings.
+    compensation: str,
+) -> Indices:
+    """Heads (H,) of an attention under the block's own settings, the one that stays longest first.
 
     Args:
         wv: (C, H, d).
@@ -61,11 +61,12 @@ def head_order(
         compensation: with ridge the other heads are refitted.
     """
     if ratio.select == "index" and ratio.score in WEIGHT_SCORES:
-        return order_by_score(vo_scores(wv, wo, ratio.score, ratio.coupling, gamma).sum(axis=1))
+        scores = vo_scores(wv, wo, ratio.score, ratio.coupling, gamma).sum(axis=1)  # (H,)
+        return np.asarray(np.argsort(-scores, kind="stable"), np.int64)
     assert context is not None
     rows = wo if gamma is None else wo.astype(np.float64) * gamma
     second = context.second if compensation == "none" else context.covariance
-    return order_heads(second, rows, refitted=compensation == "ridge")
+    return rank_heads(second, rows, refitted=compensation == "ridge")
 
 
 def keep_heads(
@@ -92,7 +93,9 @@ def keep_heads(
     rows, shift = refit(wo.reshape(heads * d, -1).astype(np.float64), flat, context, compensation, ridge)
     new_wo = rows.reshape(kept.size, d, -1).astype(wo.dtype)
     new_bo = (bo.astype(np.float64) + shift).astype(bo.dtype)
-    return KeptHeads(kept, new_wo, new_bo, None if statistics is None else _statistics_of(statistics, kept, flat, heads))
+    return KeptHeads(
+        kept, new_wo, new_bo, None if statistics is None else _statistics_of(statistics, kept, flat, heads)
+    )
 
 
 def _statistics_of(found: AttentionStatistics, kept: Indices, flat: Indices, heads: int) -> AttentionStatistics:

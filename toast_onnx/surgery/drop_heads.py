@@ -125,10 +125,10 @@ def _cut_target(
     edit: GraphEdit, facts: Facts, other: Facts, node: onnx.NodeProto, place: int, heads: int, kept: int, at: int
 ) -> str:
     """A shape operand with one extent, a multiple of the old number of heads, made one of the new number."""
-    name, target = node.name or node.output[0], facts.value(node.input[1])
+    name, target, elsewhere = node.name or node.output[0], facts.value(node.input[1]), other.value(node.input[1])
     assert target is not None
     here = np.arange(target.size) == place
-    if np.array_equal(target, other.value(node.input[1])):
+    if elsewhere is not None and np.array_equal(target, elsewhere):
         return edit.constant(f"{name}/shape", np.where(here, target // heads * kept, target).astype(np.int64))
     per_head = edit.constant(f"{name}/heads", np.where(here, heads, 1).astype(np.int64))
     left = edit.constant(f"{name}/kept_heads", np.where(here, kept, 1).astype(np.int64))

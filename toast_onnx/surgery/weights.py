@@ -34,9 +34,7 @@ class HeadWeights:
         """Some of the heads (kept,) of weights that hold all of them."""
         if heads is None:
             return self
-        return replace(
-            self, weight=self.weight[:, heads], bias=self.bias[heads], slots=self.slots[heads], heads=heads
-        )
+        return replace(self, weight=self.weight[:, heads], bias=self.bias[heads], slots=self.slots[heads], heads=heads)
 
     def channels(self, every: np.ndarray) -> np.ndarray:
         """(num_heads, kept) channels of the old layer, of all (old heads, old dimensions), that these take."""
