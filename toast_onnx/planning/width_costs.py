@@ -1,7 +1,7 @@
 """What a block costs as a function of its kept widths, in multiply-accumulates or in parameters.
 
 Every count is linear in the kept heads times their dimensions and in the hidden units, but for fc1, whose matrix has
-kept inputs times kept units. So six numbers describe a block, and a budget can be searched without building a graph.
+kept inputs times kept units. So seven numbers describe a block, and a budget can be searched without building a graph.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ Resource = Literal["macs", "params"]
 class WidthCost:
     """Cost of a block's prunable layers.
 
-    `(qk * d_qk + vo * d_vo) * kept heads / heads + fc1 * inputs + fc2 * units + pair * inputs * units`.
+    `(qk * d_qk + vo * d_vo + bias) * kept heads / heads + fc1 * inputs + fc2 * units + pair * inputs * units`.
 
     Attributes:
         qk: per query and key dimension of all heads together.
         vo: per value dimension of all heads together.
+        bias: of what all heads together have besides, whatever their dimensions: a position bias.
         fc1: per input of fc1, whatever the hidden width.
         fc2: per hidden unit, whatever fc1 reads.
         pair: per pair of an input of fc1 and a hidden unit.
@@ -42,6 +43,7 @@ class WidthCost:
 
     qk: float = 0.0
     vo: float = 0.0
+    bias: float = 0.0
     fc1: float = 0.0
     fc2: float = 0.0
     pair: float = 0.0
@@ -54,7 +56,7 @@ class WidthCost:
         """Cost at kept widths; a part that is missing from them costs nothing, missing heads all stay."""
         inputs, units = widths.get("fc1", 0), widths.get("fc2", 0)
         share = widths.get("heads", self.heads) / self.heads if self.heads else 1.0
-        attention = (self.qk * widths.get("qk", 0) + self.vo * widths.get("vo", 0)) * share
+        attention = (self.qk * widths.get("qk", 0) + self.vo * widths.get("vo", 0) + self.bias) * share
         return attention + self.fc1 * inputs + self.fc2 * units + self.pair * inputs * units
 
 
@@ -124,6 +126,10 @@ def _attention(view: GraphView, facts: Facts, a: Attention, resource: Resource) 
     if a.proj is not None:
         rows = np.unique(a.proj.layout.channels).size / a.vo_dim
         vo += rows * _by_input(view, facts, a.proj.linear, resource)
+    bias = 0.0
+    if resource == "params" and a.head_region is not None:
+        operands = {view.nodes[i].input[k] for i, k in a.head_region.operands}
+        bias = float(sum(math.prod(view.initializers[name].dims) for name in operands if name in view.initializers))
     if resource == "macs":
         if a.core.qk == a.core.av:  # one fused node computes both products
             both = node_macs(view, facts, a.core.qk) / (a.qk_dim + a.vo_dim)
@@ -131,7 +137,7 @@ def _attention(view: GraphView, facts: Facts, a: Attention, resource: Resource) 
         else:
             qk += node_macs(view, facts, a.core.qk) / a.qk_dim
             vo += node_macs(view, facts, a.core.av) / a.vo_dim
-    return WidthCost(qk=qk, vo=vo, heads=a.num_heads)
+    return WidthCost(qk=qk, vo=vo, bias=bias, heads=a.num_heads)
 
 
 def _ffn(view: GraphView, facts: Facts, f: Ffn, resource: Resource) -> WidthCost:
