@@ -6,25 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from toast_onnx.errors import ConfigError, MatchError, ModelError
+from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.importance.statistics import Statistics
-from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Shapes, Study, input_shapes
-from toast_onnx.matching.study import study as study_model
 from toast_onnx.model import Model
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.surgery.choose import Widths, plan_widths, solve_block
-from toast_onnx.surgery.drop_heads import drop_heads, in_two_steps
-from toast_onnx.surgery.edit import GraphEdit
-from toast_onnx.surgery.fuse import fuse_again
 from toast_onnx.surgery.local import LocalResult
 from toast_onnx.surgery.normalize import normalize_layer_norms
-from toast_onnx.surgery.rewrite_attention import rewrite_attention
-from toast_onnx.surgery.rewrite_ffn import rewrite_ffn
+from toast_onnx.surgery.rewrite import rewritten
 from toast_onnx.surgery.runtime_plan import Selection, plan_selections, settled_widths, static_widths
 from toast_onnx.surgery.runtime_rewrite import Chosen, select_at_run_time
 from toast_onnx.surgery.runtime_twin import check_scores, masked_twin
-from toast_onnx.surgery.shapes import settle_shapes
 from toast_onnx.surgery.twin import TwinResult, compare_with_twin, padded_twin
 from toast_onnx.surgery.weights import BlockWeights
 
@@ -144,7 +137,7 @@ def prune(
     # Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.
     if refine is not None and weights and not selections and ratios.compensation.kind in ("local", "ridge"):
         weights, trained = refine(weights)
-    model = _rewritten(study, weights) if weights or selections else study.source
+    model = rewritten(study, weights) if weights or selections else study.source
     model, chosen = select_at_run_time(study, model, selections)
     normalized = 0
     if normalize:
@@ -152,66 +145,6 @@ def prune(
     twin = _prove(study, model, weights, chosen, seed) if check else None
     progress("twin" if check else "no twin")
     return Pruned(model, weights, widths, settings, twin, statistics.source, trained, selections, normalized)
-
-
-def _rewritten(study: Study, weights: Mapping[int, BlockWeights]) -> Model:
-    """The graph as it was studied, with new weights."""
-    model, left = _rewritten_once(study, weights)
-    if left:
-        fewer = study_model(model, study.counted_shapes)
-        _check_heads(study, fewer, weights)
-        model, _ = _rewritten_once(fewer, left)
-    return fuse_again(model, study.spelled_out)
-
-
-def _rewritten_once(study: Study, weights: Mapping[int, BlockWeights]) -> tuple[Model, dict[int, BlockWeights]]:
-    """The graph with new weights; where heads go, weights with fewer dimensions are left for another time."""
-    edit = GraphEdit(study.view)
-    left: dict[int, BlockWeights] = {}
-    for block in study.match.blocks:
-        new = weights.get(block.index)
-        if new is not None and new.attention is not None and new.attention.drops_heads:
-            assert block.attention is not None
-            first, later = in_two_steps(study.view, study.facts, block.attention, new.attention)
-            name = f"{block.name}/attention"
-            drop_heads(edit, study.view, study.facts, study.other, block.attention, first, name)
-            if later is not None:
-                left[block.index] = BlockWeights(later.of_all_heads())
-            new = BlockWeights(None, new.ffn)
-        if new is not None:
-            _rewrite(edit, study, block, new)
-    model = edit.apply()
-    settle_shapes(model, edit, study.view, study.facts, study.other)
-    return model, left
-
-
-def _check_heads(study: Study, fewer: Study, weights: Mapping[int, BlockWeights]) -> None:
-    """Make sure that the graph without the dropped heads shows the same blocks, with the heads that are left.
-
-    Raises:
-        MatchError: it does not.
-    """
-
-    def heads(found: Study) -> list[int]:
-        return [0 if b.attention is None else b.attention.num_heads for b in found.match.blocks]
-
-    wanted = heads(study)
-    for index, new in weights.items():
-        if new.attention is not None and new.attention.v is not None and new.attention.v.heads is not None:
-            wanted[index] = new.attention.v.heads.size
-    if heads(fewer) != wanted:
-        raise MatchError(
-            "without the dropped heads the blocks are not found again, so that no dimensions can be removed besides; "
-            "set attention.heads, or attention.qk and vo, to 0; please report the model"
-        )
-
-
-def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights) -> None:
-    if new.attention is not None and block.attention is not None:
-        name = f"{block.name}/attention"
-        rewrite_attention(edit, study.view, study.facts, study.other, block.attention, new.attention, name)
-    if new.ffn is not None and block.ffn is not None:
-        rewrite_ffn(edit, study.view, study.facts, study.other, block.ffn, new.ffn, f"{block.name}/ffn")
 
 
 def _prove(
