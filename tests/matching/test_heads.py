@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from tests.matching.tiny import DIM, HEADS, TOKENS, WIDTH, Bend, Graph, block
@@ -68,7 +69,16 @@ def _counted_with_the_batch(graph: Graph, name: str) -> str:
 
 
 def _shape_of_the_scores(graph: Graph, name: str) -> str:
-    return graph.add("Reshape", graph.add("Tanh", name), graph.add("Shape", name))
+    """A target made of the scores' own shape, and a scale made of their number of heads."""
+    shape = graph.add("Shape", name)
+    heads = graph.add("Cast", graph.add("Gather", shape, graph.constant([1])), to=onnx.TensorProto.FLOAT)
+    return graph.add("Div", graph.add("Reshape", graph.add("Tanh", name), shape), heads)
+
+
+def _scale_of_a_channel(graph: Graph, name: str) -> str:
+    """Where heads and their dimensions lie on one axis."""
+    flat = graph.add("Reshape", graph.add("Transpose", name, perm=[0, 2, 1, 3]), graph.constant([0, 0, WIDTH]))
+    return graph.heads(graph.add("Mul", flat, graph.random(WIDTH)))
 
 
 def _expanded(graph: Graph, name: str) -> str:
@@ -90,6 +100,7 @@ CUT: dict[str, tuple[str, Bend]] = {
     "heads counted with the batch": ("scores", _counted_with_the_batch),
     "shape of the scores": ("scores", _shape_of_the_scores),
     "expanded": ("scores", _expanded),
+    "scale of a channel": ("q", _scale_of_a_channel),
     "q norm": ("q", _norm_of_a_head),
     "k norm": ("k", _norm_of_a_head),
 }
