@@ -102,4 +102,4 @@ def _statistics_of(found: AttentionStatistics, kept: Indices, flat: Indices, hea
     """Statistics of some heads; those of queries and keys that all heads share stay."""
     s_qq, s_kk = (s[kept] if s.ndim == 3 and len(s) == heads else s for s in (found.s_qq, found.s_kk))
     context = replace(found.context, total=found.context.total[flat], gram=found.context.gram[np.ix_(flat, flat)])
-    return AttentionStatistics(s_qq, s_kk, context)
+    return replace(found, s_qq=s_qq, s_kk=s_kk, context=context)
