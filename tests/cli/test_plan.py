@@ -28,8 +28,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Exported) -
     monkeypatch.chdir(tmp_path)
     source = exported(zoo.Case("timm-vit"))
     (tmp_path / "m.onnx").write_bytes(source.read_bytes())
-    np.save(tmp_path / "x.npy", zoo.inputs(source, 24)["input"])
-    np.save(tmp_path / "labels.npy", np.arange(24))
+    np.save(tmp_path / "x.npy", zoo.inputs(source, 8)["input"])
+    np.save(tmp_path / "labels.npy", np.arange(8))
     return tmp_path
 
 

@@ -177,7 +177,7 @@ def test_a_refit_of_one_module_is_that_of_least_squares(exported: Exported, tmp_
     calibrate(
         dense, tmp_path / "x.npz", tmp_path / "s.npz", everything(dense), CalibrationOptions(threads=1, class_weight=1)
     )
-    ratios = parse_ratios({"version": 1, "blocks": {0: {"attention": {"heads": 0.4}}}})
+    ratios = parse_ratios({"version": 1, "blocks": {0: {"attention": {"heads": 0.4}}}, "compensation": {"ridge": 1e-9}})
     pruned = prune(dense, ratios, CalibratedStatistics(dense, tmp_path / "s.npz"), check=False)
     attention = pruned.weights[0].attention
     assert attention is not None
