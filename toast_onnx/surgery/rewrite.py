@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Block
@@ -31,30 +31,32 @@ def rewritten(study: Study, weights: Mapping[int, BlockWeights]) -> Model:
     Raises:
         MatchError: the weights cannot be written into this graph.
     """
-    model, left = _once(study, weights)
+    names = [block.name for block in study.match.blocks]
+    model, left = _once(study, weights, names)
     if left:
         fewer = study_model(model, study.counted_shapes)
         _check_heads(study, fewer, weights)
-        model, _ = _once(fewer, left)
+        model, _ = _once(fewer, left, names)
     return fuse_again(model, study.spelled_out)
 
 
-def _once(study: Study, weights: Mapping[int, BlockWeights]) -> tuple[Model, dict[int, BlockWeights]]:
+def _once(
+    study: Study, weights: Mapping[int, BlockWeights], names: Sequence[str]
+) -> tuple[Model, dict[int, BlockWeights]]:
     """The graph with new weights, and those that must wait: fewer dimensions where heads go."""
     edit = GraphEdit(study.view)
     left: dict[int, BlockWeights] = {}
-    for block in study.match.blocks:
+    for block, name in zip(study.match.blocks, names, strict=True):
         new = weights.get(block.index)
         if new is not None and new.attention is not None and new.attention.drops_heads:
             assert block.attention is not None
             first, later = in_two_steps(study.view, study.facts, block.attention, new.attention)
-            name = f"{block.name}/attention"
-            drop_heads(edit, study.view, study.facts, study.other, block.attention, first, name)
+            drop_heads(edit, study.view, study.facts, study.other, block.attention, first, f"{name}/attention")
             if later is not None:
                 left[block.index] = BlockWeights(later.of_all_heads())
             new = BlockWeights(None, new.ffn)
         if new is not None:
-            _rewrite(edit, study, block, new)
+            _rewrite(edit, study, block, new, name)
     model = edit.apply()
     settle_shapes(model, edit, study.view, study.facts, study.other)
     return model, left
@@ -81,9 +83,9 @@ def _check_heads(study: Study, fewer: Study, weights: Mapping[int, BlockWeights]
         )
 
 
-def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights) -> None:
+def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights, name: str) -> None:
+    view, facts, other = study.view, study.facts, study.other
     if new.attention is not None and block.attention is not None:
-        name = f"{block.name}/attention"
-        rewrite_attention(edit, study.view, study.facts, study.other, block.attention, new.attention, name)
+        rewrite_attention(edit, view, facts, other, block.attention, new.attention, f"{name}/attention")
     if new.ffn is not None and block.ffn is not None:
-        rewrite_ffn(edit, study.view, study.facts, study.other, block.ffn, new.ffn, f"{block.name}/ffn")
+        rewrite_ffn(edit, view, facts, other, block.ffn, new.ffn, f"{name}/ffn")
