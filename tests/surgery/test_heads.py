@@ -41,7 +41,10 @@ SWITCHED_OFF = [
 ]
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in SWITCHED_OFF])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.id, marks=() if c.family == "timm-vit" else pytest.mark.slow) for c in SWITCHED_OFF],
+)
 def test_dropped_heads_are_those_that_a_module_switches_off(case: zoo.Case, exported: Exported, tmp_path: Path) -> None:
     path = exported(case)
     _, pruned = prune_file(path, HALF, tmp_path / "pruned.onnx", check=False)
@@ -78,7 +81,12 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("family", "plant", "samples"),
-    [("timm-vit", "dead", 96), ("timm-vit", "alike", 96), ("hf-swin", "dead", 24), ("timm-dinov2", "alike", 96)],
+    [
+        ("timm-vit", "dead", 96),
+        ("timm-vit", "alike", 96),
+        pytest.param("hf-swin", "dead", 24, marks=pytest.mark.slow),
+        pytest.param("timm-dinov2", "alike", 96, marks=pytest.mark.slow),
+    ],
 )
 def test_heads_that_add_nothing_go_without_a_trace(
     family: str, plant: str, samples: int, form: str, exported: Exported, tmp_path: Path
