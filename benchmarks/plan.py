@@ -53,7 +53,7 @@ from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_cli.console import print_table
 
-PARTS: tuple[Part, ...] = ("qk", "vo", "fc2")
+PARTS: tuple[Part, ...] = ("qk", "vo", "fc2", "heads")
 
 
 def main() -> None:
@@ -68,13 +68,18 @@ def main() -> None:
         started = time.perf_counter()
         solver, choices = planner(look, settings, folder, options)
         budget = 1 - options.cut * blocks_share(look)
-        plan = plan_counted(look, choices, Budget("macs", budget))
+        thinned = [c for c in choices if c.part != "heads"]
+        plans = {
+            "planned, no heads": plan_counted(look, thinned, Budget("macs", budget)),
+            "planned": plan_counted(look, choices, Budget("macs", budget)),
+        }
         seconds = time.perf_counter() - started
         judge = open_judge(look, folder, options)
         results: dict[str, Any] = {
             "cut": options.cut,
             "planning_seconds": seconds,
-            "comparison": compare(look, settings, plan, solver, judge, options.cut),
+            "comparison": compare(look, settings, plans, solver, judge, options.cut),
+            "kept": {title: plan.kept for title, plan in plans.items()},
             "ranking": ranking(look, choices, solver, judge, budget, options.allocations),
             "budgets": budgets(look, choices),
         }
@@ -146,15 +151,16 @@ def blocks_share(look: Study) -> float:
 
 
 def compare(
-    look: Study, settings: Ratios, plan: Found, solver: Solver, judge: Trials, cut: float
+    look: Study, settings: Ratios, plans: dict[str, Found], solver: Solver, judge: Trials, cut: float
 ) -> list[dict[str, Any]]:
-    """Uniform and planned ratios, both pruned and proven by the library, on images not used for planning."""
+    """Uniform and planned ratios, all pruned and proven by the library, on images not used for planning."""
     uniform = parse_ratios({"version": 1, "attention": {"qk": cut, "vo": cut}, "ffn": {"fc2": cut}, "align": 1})
-    planned = planned_ratios(settings, plan.kept, [dense_widths(b) for b in look.match.blocks])
+    dense = [dense_widths(b) for b in look.match.blocks]
+    planned = {title: planned_ratios(settings, plan.kept, dense) for title, plan in plans.items()}
     rows = [{"ratios": "dense", "macs": graph_macs(look.view, look.counted), "top1": judge.dense_top1(), "kl": 0.0}]
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "pruned.onnx"
-        for title, ratios in (("uniform", uniform), ("planned", planned)):
+        for title, ratios in ({"uniform": uniform} | planned).items():
             pruned = prune(look, ratios, solver.statistics)
             save_model(pruned.model, path)
             small = study(load_model(path))
@@ -229,8 +235,10 @@ def show(results: dict[str, Any]) -> None:
     ]
     title = f"{results['cut']:.0%} of the blocks' MACs removed; planned in {results['planning_seconds']:.0f} s"
     print_table(("ratios", "GMACs", "top-1", "KL"), rows, title=title)
-    uniform, planned = (r["kl"] for r in results["comparison"][1:])
-    print(f"KL of planned against uniform ratios: {planned / uniform - 1:+.1%}\n")
+    uniform, *planned = results["comparison"][1:]
+    for row in planned:
+        print(f"KL of {row['ratios']} against uniform ratios: {row['kl'] / uniform['kl'] - 1:+.1%}")
+    print()
     ranking = results["ranking"]
     cells = [[str(i), f"{r['predicted']:.3f}", f"{r['measured']:.3f}"] for i, r in enumerate(ranking["allocations"])]
     title = f"random allocations of equal MACs, Spearman {ranking['spearman']:.2f}"

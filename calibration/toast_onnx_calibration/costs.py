@@ -137,7 +137,7 @@ def trtexec_runtime(
 def measure_costs(
     study: Study,
     runtime: Runtime,
-    parts: Sequence[Part] = ("qk", "vo", "fc2"),
+    parts: Sequence[Part] = ("heads", "qk", "vo", "fc2"),
     align: Align | None = None,
     most: int = 24,
     progress: Progress | None = None,
@@ -210,7 +210,7 @@ def no_smaller_width(blocks: Sequence[Block], parts: Sequence[str], align: Align
 
     Args:
         blocks: of the dense model.
-        parts: qk, vo, fc1, fc2: what may shrink.
+        parts: heads, qk, vo, fc1, fc2: what may shrink.
         align: the multiples that widths are.
     """
     present = {

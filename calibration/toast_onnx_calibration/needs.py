@@ -90,7 +90,7 @@ def _parts(ratio: BlockRatios, compensation: str) -> frozenset[str]:
     parts = set()
     if ratio.select == "subspace" or ratio.score not in WEIGHT_SCORES or compensation != "none":
         parts |= {"qk"} if ratio.qk else set()
-        parts |= {"context"} if ratio.vo else set()
+        parts |= {"context"} if ratio.vo or ratio.heads else set()
     if ratio.mode == "runtime":  # scores the batch that it is given
         return frozenset(parts)
     by_moments = ratio.ffn_score in ("second-order", "variance") or compensation != "none"

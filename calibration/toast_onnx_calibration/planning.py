@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -18,7 +18,17 @@ from toast_onnx.planning.cost_table import CostTable
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.prediction import damage_curve
 from toast_onnx.planning.ratios import Ratios, resolve
-from toast_onnx.planning.search import Found, Group, Kept, PartChoice, aligned_widths, group_choices, search
+from toast_onnx.planning.search import (
+    Found,
+    Group,
+    Kept,
+    PartChoice,
+    aligned_widths,
+    combinations,
+    group_choices,
+    joined,
+    search,
+)
 from toast_onnx.planning.width_costs import PARTS, Part, Resource, dense_widths, prunable_widths, width_cost, width_step
 from toast_onnx.surgery.losses import loss_curves
 from toast_onnx_calibration.costs import Runtime, no_smaller_width, variant
@@ -33,7 +43,7 @@ TOLERANCE = 0.03
 #: Rounds of measuring a planned model and correcting the budget for what the table did not see.
 ROUNDS = 5
 
-_STATISTICS: dict[Part, str] = {"qk": "qk", "vo": "context", "fc1": "inputs", "fc2": "hidden"}
+_STATISTICS: dict[Part, str] = {"heads": "context", "qk": "qk", "vo": "context", "fc1": "inputs", "fc2": "hidden"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,15 @@ def _why_no_choice(study: Study, settings: Ratios, found: Sensitivity, parts: Se
 
 def predicted_damage(choices: Sequence[PartChoice], kept: Kept) -> float:
     """Sum of the predicted damages of all parts at some kept counts, interpolated between widths on offer."""
-    return float(sum(np.interp(kept.get(c.block, {}).get(c.part, c.dense), c.widths, c.damages) for c in choices))
+    total = 0.0
+    for members in joined(choices):
+        at = [
+            replace(m, widths=(count, m.dense), damages=(float(np.interp(count, m.widths, m.damages)), 0.0))
+            for m in members
+            for count in [kept.get(m.block, {}).get(m.part, m.dense)]
+        ]
+        total += float(combinations(at)[1][0])
+    return total
 
 
 def counted_groups(study: Study, choices: Sequence[PartChoice], resource: Resource) -> tuple[list[Group], float]:
@@ -167,10 +185,11 @@ def counted_groups(study: Study, choices: Sequence[PartChoice], resource: Resour
 def latency_groups(choices: Sequence[PartChoice], table: CostTable) -> tuple[list[Group], float]:
     """Groups for a budget of milliseconds (what an option saves is a negative cost), and the dense model's total."""
     groups = []
-    for c in choices:
-        costs = [-table.saved(c.block, c.part, kept) for kept in c.widths]
-        widths = np.array(c.widths, np.int64)[:, None]
-        groups.append(Group(c.block, (c.part,), widths, np.array(costs), np.array(c.damages)))
+    for members in joined(choices):
+        block, parts = members[0].block, tuple(m.part for m in members)
+        widths, damages = combinations(members)
+        costs = [-table.saved_together(block, dict(zip(parts, map(int, row), strict=True))) for row in widths]
+        groups.append(Group(block, parts, widths, np.array(costs), damages))
     return groups, table.dense_milliseconds
 
 

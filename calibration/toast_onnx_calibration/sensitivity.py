@@ -30,6 +30,7 @@ from toast_onnx_calibration.statistics import CalibratedStatistics
 FORMAT = "toast-onnx/sensitivity/1"
 #: What a trial may prune: one part, or both sides of the feed-forward network.
 TRIAL_PARTS: dict[str, tuple[Part, ...]] = {
+    "heads": ("heads",),
     "qk": ("qk",),
     "vo": ("vo",),
     "fc1": ("fc1",),

@@ -24,7 +24,9 @@ from toast_onnx_cli.shapes import shape_option
     help="What to time with; trtexec builds an engine of every variant and needs a GPU.",
 )  # fmt: skip
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Items in one call.")
-@click.option("--parts", callback=comma_list, default="qk,vo,fc2", show_default=True, help="What a plan may shrink.")
+@click.option(
+    "--parts", callback=comma_list, default="heads,qk,vo,fc2", show_default=True, help="What a plan may shrink."
+)
 @click.option("--align-heads", type=click.IntRange(1), default=8, show_default=True, help="Step of head dimensions.")
 @click.option("--align-width", type=click.IntRange(1), default=8, show_default=True, help="Step of FFN widths.")
 @click.option("--widths", type=click.IntRange(2), default=24, show_default=True, help="Widths a part at most.")

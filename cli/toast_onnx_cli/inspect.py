@@ -14,6 +14,9 @@ from toast_onnx_cli.console import format_count, print_json, print_table
 from toast_onnx_cli.shapes import shape_option
 
 COLUMNS = ("block", "name", "heads", "qk", "vo", "in", "width", "activation", "MACs", "params", "prunable")
+#: Parts as the table names them -> keys of the document.
+ATTENTION = {"heads": "heads_prunable", "qk": "qk", "vo": "vo"}
+FFN = {"fc1": "fc1", "fc2": "fc2"}
 
 
 @click.command("inspect")
@@ -44,10 +47,10 @@ def _row(block: dict[str, Any]) -> list[str]:
     parts = [p for p in (attention, ffn) if p]
     prunable = [
         name
-        for part, names in ((attention, ("qk", "vo")), (ffn, ("fc1", "fc2")))
+        for part, names in ((attention, ATTENTION), (ffn, FFN))
         if part
-        for name in names
-        if part[name]["prunable"]
+        for name, key in names.items()
+        if part[key]["prunable"]
     ]
     return [
         str(block["index"]),
@@ -65,10 +68,10 @@ def _reasons(blocks: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Reasons with the blocks they hold for."""
     found: dict[str, list[str]] = {}
     for block in blocks:
-        for part, names in (("attention", ("qk", "vo")), ("ffn", ("fc1", "fc2"))):
-            for name in names if block[part] else ():
-                if not block[part][name]["prunable"]:
-                    found.setdefault(f"{name}: {block[part][name]['reason']}", []).append(str(block["index"]))
+        for part, names in (("attention", ATTENTION), ("ffn", FFN)):
+            for name, key in names.items() if block[part] else ():
+                if not block[part][key]["prunable"]:
+                    found.setdefault(f"{name}: {block[part][key]['reason']}", []).append(str(block["index"]))
     return found
 
 

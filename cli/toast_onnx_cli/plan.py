@@ -44,6 +44,13 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
 @click.option("--latency", type=share, help="Latency to keep, as a fraction of the dense model's.")
 @planning_options
 @click.option("--parts", callback=comma_list, default="qk,vo,fc2", show_default=True, help="What may shrink.")
+@click.option(
+    "--heads/--no-heads",
+    "drop_heads",
+    default=True,
+    show_default=True,
+    help="Whether whole heads may go where qk or vo may shrink.",
+)
 @click.option("--points", callback=fractions, default="0.25,0.6", show_default=True, help="Ratios that are measured.")
 @click.option(
     "--sensitivity",
@@ -61,6 +68,7 @@ def command(
     params: float | None,
     latency: float | None,
     parts: tuple[str, ...],
+    drop_heads: bool,
     points: tuple[float, ...],
     results: Path | None,
     costs: Path | None,
@@ -82,6 +90,8 @@ def command(
         raise click.UsageError("give one budget: --macs, --params or --latency")
     if not parts or any(p not in PARTS for p in parts):
         raise click.UsageError(f"--parts takes some of {', '.join(PARTS)}")
+    if drop_heads and "heads" not in parts and {"qk", "vo"} & set(parts):
+        parts = (*parts, "heads")
     if latency is None and (costs is not None or no_timing):
         raise click.UsageError("--costs and --no-timing go with --latency")
     if no_timing and costs is None:

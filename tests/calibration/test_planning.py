@@ -55,7 +55,7 @@ def choices_of(
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
 @pytest.mark.parametrize("share", [0.5, 0.8])
-@pytest.mark.parametrize("parts", [("qk", "vo", "fc2"), ("qk", "vo", "fc1", "fc2")])
+@pytest.mark.parametrize("parts", [("qk", "vo", "fc2"), ("qk", "vo", "fc1", "fc2"), ("heads", "qk", "vo", "fc2")])
 def test_the_pruned_graph_meets_the_budget(
     kind: str, share: float, parts: tuple[str, ...], vit: Study, tmp_path: Path
 ) -> None:
@@ -83,6 +83,15 @@ def test_predictions_pass_through_what_was_measured(vit: Study) -> None:
     half = {b.index: {"qk": dense_widths(b)["qk"] // 2} for b in vit.match.blocks}
     assert predicted_damage(choices, half) == pytest.approx(0.1 + 0.05, rel=1e-6)  # type: ignore[arg-type]
     assert predicted_damage(choices, {}) == 0
+
+
+def test_thinned_heads_are_predicted_to_harm_less_where_there_are_fewer(vit: Study) -> None:
+    choices = choices_of(vit, ("heads", "qk"))
+    dense = dense_widths(vit.match.blocks[0])
+    one, half = dense["heads"] // 2, dense["qk"] // 2  # the counts that were measured: 0.1 each
+    assert predicted_damage(choices, {0: {"heads": one}}) == pytest.approx(0.1, rel=1e-6)
+    both = predicted_damage(choices, {0: {"heads": one, "qk": half}})
+    assert both == pytest.approx(0.1 + 0.1 * one / dense["heads"], rel=1e-6)
 
 
 def test_an_impossible_budget_says_what_is_possible(vit: Study) -> None:

@@ -74,6 +74,31 @@ def test_a_plan_is_what_prune_keeps(files: Path) -> None:
     assert share == pytest.approx(found["reached"]["macs"]["share"], abs=1e-9)
 
 
+def test_a_plan_drops_heads_where_nothing_else_may_shrink(files: Path) -> None:
+    common = ("m.onnx", "--data", "x.npy", *QUICK, "--points", "0.5", "--macs", "0.85", "--json")
+    found = document(run("plan", *common, "--parts", "heads"))
+    assert {kept for block in found["kept"].values() for kept in block} == {"heads"}
+    assert any(kept["heads"] < 3 for kept in found["kept"].values())
+    assert load_ratios(files / "m.ratios.yaml").given("attention.heads")
+    pruned = run("prune", "m.onnx", "--ratios", "m.ratios.yaml", "--data", "x.npy", "--threads", "1", "--json")
+    for block, after in zip(found["kept"].values(), document(pruned)["blocks"], strict=True):
+        assert after["after"]["heads"] == block["heads"]
+        assert len(after["kept"]["heads"] or range(3)) == block["heads"]
+    small, dense = look(files / "m.pruned.onnx"), look(files / "m.onnx")
+    share = graph_macs(small.view, small.counted) / graph_macs(dense.view, dense.counted)
+    assert share == pytest.approx(found["reached"]["macs"]["share"], abs=1e-9)
+
+
+@pytest.mark.parametrize("option", ["--heads", "--no-heads"])
+def test_heads_may_be_left_alone(option: str, files: Path) -> None:
+    common = ("m.onnx", "--data", "x.npy", *QUICK, "--points", "0.5", "--macs", "0.8", "--sensitivity", "s.json")
+    found = document(run("plan", *common, "--parts", "qk,vo", option, "--json"))
+    offered = {part for block in found["kept"].values() for part in block}
+    assert offered == {"qk", "vo"} | ({"heads"} if option == "--heads" else set())
+    trials = json.loads((files / "s.json").read_text())["trials"]
+    assert {t["part"] for t in trials} == offered
+
+
 def test_sensitivity_is_resumed_and_used_by_plan(files: Path) -> None:
     pytest.importorskip("matplotlib")
     common = ("m.onnx", "--data", "x.npy", *QUICK)
@@ -94,7 +119,7 @@ def test_sensitivity_is_resumed_and_used_by_plan(files: Path) -> None:
     assert "parameters" in planned.stdout
     after = json.loads((files / "m.sensitivity.json").read_text())["trials"]
     assert [t for t in after if t["part"] in ("vo", "fc2", "fc1+fc2")] == first["trials"]
-    assert {t["part"] for t in after} == {"qk", "vo", "fc2", "fc1+fc2"}
+    assert {t["part"] for t in after} == {"heads", "qk", "vo", "fc2", "fc1+fc2"}
     assert "another settings" in error(run("sensitivity", *common, "--compensation", "none", "--ratios", "0.5"))
 
 
@@ -215,5 +240,5 @@ def test_points_and_alignments_that_leave_no_choice(files: Path) -> None:
     common = ("plan", "m.onnx", "--data", "x.npy", "--threads", "1", "--macs", "0.7")
     assert "no part was measured" in error(run(*common, "--points", "0.0001"))
     coarse = ("--align-heads", "4096", "--align-width", "4096")
-    assert "alignment leaves no width" in error(run(*common, *coarse))
-    assert "alignment leaves no width" in error(run("costs", "m.onnx", *coarse))
+    assert "alignment leaves no width" in error(run(*common, *coarse, "--no-heads"))
+    assert "alignment leaves no width" in error(run("costs", "m.onnx", *coarse, "--parts", "qk,vo,fc2"))

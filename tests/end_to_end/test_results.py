@@ -223,10 +223,10 @@ def test_inspect_document_and_table(model: Path) -> None:
     assert {"model", "opset", "producer", "macs", "params", "blocks", "declined"} <= set(document)
     block = document["blocks"][0]
     assert set(block) == {"index", "name", "attention", "ffn"}
-    assert set(block["attention"]) == {"heads", "qk_dim", "vo_dim", "qk", "vo", "macs", "params"}
+    assert set(block["attention"]) == {"heads", "qk_dim", "vo_dim", "heads_prunable", "qk", "vo", "macs", "params"}
     assert set(block["ffn"]) == {"in_features", "width", "activation", "gated", "fc1", "fc2", "macs", "params"}
-    for part, names in (("attention", ("qk", "vo")), ("ffn", ("fc1", "fc2"))):
-        assert [block[part][name] for name in names] == [{"prunable": True, "reason": None}] * 2
+    for part, names in (("attention", ("heads_prunable", "qk", "vo")), ("ffn", ("fc1", "fc2"))):
+        assert all(block[part][name] == {"prunable": True, "reason": None} for name in names)
     assert (block["attention"]["heads"], block["attention"]["qk_dim"], block["ffn"]["width"]) == (3, 32, 384)
     assert block["ffn"]["activation"] == "gelu"
     # 17 tokens of 96 channels: qkv and proj, two products of 3 heads; two layers of 384
@@ -236,7 +236,7 @@ def test_inspect_document_and_table(model: Path) -> None:
     assert block["ffn"]["params"] == 2 * 96 * 384 + 384 + 96
     table = succeed("inspect", model)
     assert "6 blocks" in table
-    assert "qk vo fc1 fc2" in table
+    assert "heads qk vo fc1 fc2" in table
 
 
 def test_macs_of_a_pruned_model_follow_its_widths(model: Path, ratios: Path) -> None:

@@ -45,7 +45,7 @@ def fused(path: Path, spelling: str, **attributes: Any) -> Path:
     attributes = {"num_heads": HEADS, "domain": "com.microsoft", "name": "fused", **attributes}
     packed = g.constant(np.concatenate([w.reshape(WIDTH, -1) for w in weights], axis=1), np.float32)
     bias = g.constant(np.concatenate([b.reshape(-1) for b in biases]), np.float32)
-    scores = g.constant(random.standard_normal((1, 1, TOKENS, TOKENS)), np.float32)
+    scores = g.constant(random.standard_normal((1, HEADS, TOKENS, TOKENS)), np.float32)
     single = [g.constant(w.reshape(WIDTH, -1), np.float32) for w in weights]
     if spelling.startswith("attention"):
         if spelling == "attention with sizes":
@@ -128,6 +128,22 @@ def test_dead_dimensions_go_without_a_trace(spelling: str, tmp_path: Path) -> No
     prune_file(path, UNEVEN_HEADS, out, check=False)
     for batch in (1, 3):
         assert worst(run(out, tokens(batch)), run(reference, tokens(batch))) < 1e-5
+
+
+@pytest.mark.parametrize("dims", [{}, {"qk": 0.5, "vo": 0.25}])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_head_goes_with_its_bias_on_the_scores(spelling: str, dims: dict[str, float], tmp_path: Path) -> None:
+    path, out = fused(tmp_path / "model.onnx", spelling), tmp_path / "pruned.onnx"
+    fewer = UNEVEN_HEADS | {"attention": {"heads": 0.5, "select": "index", "score": "l2"} | dims}
+    _, pruned = prune_file(path, fewer, out)
+    assert pruned.twin is not None
+    assert pruned.twin.worst < 1e-5
+    node, small = core(out), attention_of(out)
+    kept = "Attention" if spelling in ("attention", "attention with sizes") else "MultiHeadAttention"
+    assert node.op_type == kept
+    assert next(a.i for a in node.attribute if a.name == "num_heads") == 1
+    expected = (1, 2, 3) if dims else (1, DIM, DIM)
+    assert (small.num_heads, small.qk_dim, small.vo_dim) == expected
 
 
 @pytest.mark.parametrize("part", ["qk", "vo"])

@@ -37,6 +37,19 @@ def test_savings_are_shared_by_the_blocks() -> None:
         table.saved(0, "qk", 8)
 
 
+def test_dimensions_of_dropped_heads_save_nothing() -> None:
+    parts = [
+        {"blocks": [0], "part": "heads", "dense": 4, "milliseconds": {"1": 17.0, "2": 18.0}},
+        {"blocks": [0], "part": "qk", "dense": 64, "milliseconds": {"32": 19.0}},
+    ]
+    table = CostTable.model_validate_json(json.dumps(DOCUMENT | {"parts": [*DOCUMENT["parts"], *parts]}))
+    assert table.saved_together(0, {"qk": 32}) == pytest.approx(1.0)
+    assert table.saved_together(0, {"heads": 4, "qk": 32}) == pytest.approx(1.0)
+    assert table.saved_together(0, {"heads": 2, "qk": 32}) == pytest.approx(2.0 + 0.5)
+    assert table.saved_together(0, {"heads": 1, "qk": 64}) == pytest.approx(3.0)
+    assert table.saved_together(0, {"heads": 2, "fc2": 64}) == pytest.approx(2.0 + 3.0)
+
+
 def test_written_and_read(tmp_path: Path, exported: Exported) -> None:
     table = CostTable.model_validate_json(json.dumps(DOCUMENT))
     write_table(table, tmp_path / "t.json")

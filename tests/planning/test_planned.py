@@ -25,6 +25,15 @@ def test_a_width_between_multiples_has_none() -> None:
         exact_ratio(64, 13, 8)
 
 
+def test_planned_heads_are_exact_at_any_alignment() -> None:
+    settings = parse_ratios({"version": 1, "attention": {"heads": 0.9}, "align": {"head_dim": 16, "width": 64}})
+    dense = [{"heads": heads, "qk": 64} for heads in (3, 12, 16)]
+    plan = planned_ratios(settings, {0: {"heads": 2}, 1: {"heads": 11, "qk": 48}, 2: {"heads": 1}}, dense)  # type: ignore[arg-type]
+    found = resolve(plan, ["a", "b", "c"], [["x"], ["y"], ["z"]])
+    assert [kept_count(d["heads"], s.heads, 1) for d, s in zip(dense, found, strict=True)] == [2, 11, 1]
+    assert selection_only(settings).attention.heads == 0
+
+
 def test_a_plan_keeps_the_settings_and_drops_their_ratios() -> None:
     settings = parse_ratios(
         {

@@ -20,6 +20,7 @@ version: 1
 attention:
   qk: 0.5
   vo: [0, 0.25, 0.35]
+  heads: [0.25, 0, 0.5]
   select: index
   score: gm
   coupling: q_only
@@ -31,7 +32,7 @@ ffn:
   residual: masked
   tokens: 0.1
 blocks:
-  0: {attention: {qk: 0, vo: 0}}
+  0: {attention: {qk: 0, vo: 0, heads: 0.5}}
   "*/layer.3/*": {ffn: {fc2: 0}}
 align: {head_dim: 8, width: 16}
 compensation: {kind: bias, statistics: sequential, ridge: 0.001}
@@ -59,9 +60,11 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     ratios = _load(tmp_path, FULL)
     assert ratios.attention.qk == Decimal("0.5")
     assert ratios.attention.vo == (Decimal(0), Decimal("0.25"), Decimal("0.35"))
+    assert ratios.attention.heads == (Decimal("0.25"), Decimal(0), Decimal("0.5"))
     assert (ratios.attention.select, ratios.attention.score, ratios.attention.coupling) == ("index", "gm", "q_only")
     assert (ratios.ffn.score, ratios.ffn.mode) == ("variance", "runtime")
     assert [override.block for override in ratios.blocks] == [0, "*/layer.3/*"]
+    assert ratios.blocks[0].attention.heads == Decimal("0.5")
     assert ratios.blocks[1].ffn.fc2 == 0
     assert ratios.blocks[1].attention.qk is None
     assert (ratios.align.head_dim, ratios.align.width, ratios.rounding) == (8, 16, "nearest")
@@ -141,6 +144,9 @@ def test_paper_rounding_brings_its_alignment(tmp_path: Path) -> None:
         ("version: 1\nffn: {fc2: true}", "ffn.fc2 is true", "expected a number"),
         ("version: 1\nffn: {fc2: '0.5'}", "ffn.fc2 is the text '0.5'", "without quotes"),
         ("version: 1\nffn: {fc2: 50%}", "ffn.fc2 is the text '50%'", "such as 0.5"),
+        ("version: 1\nattention: {head: 0.5}", "attention has the unknown key 'head'", "did you mean heads?"),
+        ("version: 1\nattention: {heads: 1}", "attention.heads is 1;", "from 0 up to but not including 1"),
+        ("version: 1\nblocks: {0: {attention: {heads: [0.5]}}}", "blocks[0].attention.heads is a list", "one number"),
         ("version: 1\nffn: {fc3: 0.5}", "ffn has the unknown key 'fc3'", "did you mean fc2?"),
         ("version: 1\nattn: {qk: 0.5}", "the file has the unknown key 'attn'", "did you mean attention?"),
         ("version: 1\nqk: 0.5", "the file has the unknown key 'qk'", "did you mean attention.qk?"),
@@ -217,7 +223,14 @@ def test_the_document_is_plain_and_holds_every_number_of_the_file(tmp_path: Path
 
 def test_the_document_shows_defaults() -> None:
     document = parse_ratios({"version": 1}).to_document()
-    assert document["attention"] == {"qk": 0, "vo": 0, "select": "subspace", "score": "energy", "coupling": "coupled"}
+    assert document["attention"] == {
+        "qk": 0,
+        "vo": 0,
+        "heads": 0,
+        "select": "subspace",
+        "score": "energy",
+        "coupling": "coupled",
+    }
     assert document["compensation"] == {"kind": "ridge", "statistics": "one-shot", "ridge": "auto"}
 
 
@@ -244,7 +257,7 @@ def _some(**keys: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
 _DOCUMENTS = st.fixed_dictionaries(
     {"version": st.just(1)},
     optional={
-        "attention": _some(qk=_PER_BLOCK, vo=_PER_BLOCK, score=st.sampled_from(["energy", "gm", "l1"])),
+        "attention": _some(qk=_PER_BLOCK, heads=_PER_BLOCK, score=st.sampled_from(["energy", "gm", "l1"])),
         "ffn": _some(fc1=_PER_BLOCK, fc2=_PER_BLOCK, mode=st.sampled_from(["static", "runtime"])),
         "blocks": st.dictionaries(
             st.integers(0, 40) | st.sampled_from(["*", "*/layer.3/*", "[ab]?: #", "1e5", "null", "no"]),

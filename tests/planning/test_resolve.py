@@ -26,6 +26,14 @@ def test_one_number_holds_everywhere_and_lists_go_block_by_block() -> None:
     assert [(block.index, block.name) for block in blocks] == list(enumerate(NAMES))
 
 
+def test_heads_are_resolved_like_any_part_of_an_attention() -> None:
+    heads = [index / 20 for index in range(12)]
+    blocks = _resolve(attention={"heads": heads}, blocks={"*/layer.3/*": {"attention": {"heads": 0.5}}})
+    assert [float(block.heads) for block in blocks] == [*heads[:3], 0.5, *heads[4:]]
+    with pytest.raises(ConfigError, match=r"attention\.heads lists 2 ratios but the model has 12 blocks"):
+        _resolve(attention={"heads": [0, 0.5]})
+
+
 def test_a_number_addresses_one_block_and_a_pattern_the_nodes_it_matches() -> None:
     blocks = _resolve(
         attention={"qk": 0.5}, blocks={0: {"attention": {"qk": 0}}, "*/layer.1/*": {"ffn": {"fc1": 0.25}}}
@@ -54,8 +62,8 @@ def test_later_overrides_win_and_leave_the_rest() -> None:
 
 def test_defaults_are_told_apart_block_by_block() -> None:
     blocks = _resolve(attention={"qk": 0.5}, blocks={2: {"attention": {"score": "gm"}, "ffn": {"score": "l1"}}})
-    assert blocks[0].defaults == {"vo", "fc1", "fc2", "select", "score", "coupling", "ffn_score", "mode"}
-    assert blocks[2].defaults == {"vo", "fc1", "fc2", "coupling", "mode"}
+    assert blocks[0].defaults == {"vo", "heads", "fc1", "fc2", "select", "score", "coupling", "ffn_score", "mode"}
+    assert blocks[2].defaults == {"vo", "heads", "fc1", "fc2", "coupling", "mode"}
     assert (blocks[2].select, blocks[2].score) == ("index", "gm")
 
 

@@ -63,6 +63,30 @@ def test_the_search_is_exhaustive(parts: tuple[str, ...], share: float) -> None:
     assert found.cost == pytest.approx(fixed + sum(after))
 
 
+def test_heads_are_searched_with_their_dimensions() -> None:
+    """Every combination by hand: heads scale what their dimensions cost, and what thinning them harms."""
+    cost, dense = WidthCost(qk=10, vo=12, fc2=3, pair=1, heads=4), {0: {"heads": 4, "qk": 16, "vo": 16}}
+    offered = [
+        PartChoice(0, "qk", (8, 16), (0.3, 0.0)),
+        PartChoice(0, "heads", (1, 2, 3, 4), (4.0, 1.5, 0.2, 0.0)),
+        PartChoice(0, "vo", (8, 16), (1.0, 0.0)),
+    ]
+    (group,) = group_choices(offered, {0: cost}, dense)  # type: ignore[arg-type]
+    assert group.parts == ("qk", "heads", "vo")
+    total = cost.at(dense[0])  # type: ignore[arg-type]
+    assert total == 10 * 16 + 12 * 16
+    for share in (0.15, 0.4, 0.6, 0.8, 1.0):
+        found = search([group], share, total, "macs")
+        best = min(
+            (dh + heads / 4 * (dq + dv), (10 * qk + 12 * vo) * heads / 4)
+            for heads, dh in zip((1, 2, 3, 4), (4.0, 1.5, 0.2, 0.0), strict=True)
+            for qk, dq in ((8, 0.3), (16, 0.0))
+            for vo, dv in ((8, 1.0), (16, 0.0))
+            if (10 * qk + 12 * vo) * heads / 4 <= share * total
+        )
+        assert (found.damage, found.cost) == pytest.approx(best)
+
+
 def test_nothing_to_choose() -> None:
     with pytest.raises(ConfigError, match="no part"):
         search([], 0.5, 1.0, "macs")

@@ -16,9 +16,11 @@ Exported = Callable[[zoo.Case], Path]
 CASES = ("timm-vit", "hf-dinov2", "timm-swin")
 
 
+@pytest.mark.parametrize("heads", [0, 0.4])
 @pytest.mark.parametrize("name", CASES)
-def test_costs_are_those_of_the_pruned_graph(name: str, exported: Exported, tmp_path: Path) -> None:
-    dense, pruned = prune_file(exported(zoo.Case(name)), UNEVEN, tmp_path / "p.onnx", skip_unprunable=True)
+def test_costs_are_those_of_the_pruned_graph(name: str, heads: float, exported: Exported, tmp_path: Path) -> None:
+    settings = UNEVEN | {"attention": UNEVEN["attention"] | {"heads": heads}}
+    dense, pruned = prune_file(exported(zoo.Case(name)), settings, tmp_path / "p.onnx", skip_unprunable=True)
     small = look(tmp_path / "p.onnx")
     for resource, count in (
         ("macs", lambda s: graph_macs(s.view, s.counted)),

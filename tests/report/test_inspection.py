@@ -36,6 +36,8 @@ def test_reasons_stand_where_the_part_stands_and_the_document_is_plain(tmp_path:
     assert attention["qk"]["prunable"] is False
     assert "q/k norm" in attention["qk"]["reason"]
     assert attention["vo"] == {"prunable": True, "reason": None}
+    assert attention["heads"] == HEADS
+    assert attention["heads_prunable"] == {"prunable": True, "reason": None}  # the norm is of each head alone
     assert json.loads(json.dumps(document, allow_nan=False)) == document
 
 

@@ -66,9 +66,27 @@ def test_kept_indices_are_the_weights_that_are_there(tmp_path: Path) -> None:
 def test_a_basis_has_no_indices(tmp_path: Path) -> None:
     document = reported(tmp_path, {"version": 1, "attention": {"qk": 0.5, "vo": 0.25}, "align": 1}, check=False)
     kept = document["blocks"][0]["kept"]
-    assert kept == {"qk": "basis", "vo": "basis", "fc1": None, "fc2": None}
+    assert kept == {"heads": None, "qk": "basis", "vo": "basis", "fc1": None, "fc2": None}
     assert document["twin"] is None
     assert "no data" in document["statistics"]
+
+
+def test_dropped_heads_are_reported(tmp_path: Path) -> None:
+    attention = {"heads": 0.5, "vo": 0.25, "select": "index", "score": "l2"}
+    settings = {"version": 1, "attention": attention, "align": 1, "compensation": {"kind": "none"}}
+    document = reported(tmp_path, settings)
+    (found,) = document["blocks"]
+    assert found["settings"]["heads"] == "0.5"
+    assert (found["before"]["heads"], found["after"]["heads"]) == (HEADS, HEADS // 2)
+    (head,) = found["kept"]["heads"]
+    ((*dims,),) = found["kept"]["vo"]
+    assert found["kept"]["qk"] is None  # every dimension of the head that stays
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "tiny.onnx").graph.initializer}
+    proj = next(n for n in onnx.load(tmp_path / "tiny.onnx").graph.node if n.name == "proj/MatMul").input[1]
+    rows = weights[proj].reshape(HEADS, DIM, WIDTH)[head, dims]
+    new = [onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "new.onnx").graph.initializer]
+    assert any(w.shape == rows.shape and np.array_equal(w, rows) for w in new)
+    assert document["pruned"]["macs"] < document["dense"]["macs"]
 
 
 def test_nothing_in_it_depends_on_time_or_place(tmp_path: Path) -> None:

@@ -76,6 +76,33 @@ def test_hidden_units_lose_what_the_solution_loses(document: dict[str, Any], exp
         assert curve[kept] == pytest.approx(np.trace(left.T @ s @ left), rel=0.05, abs=1e-6 * curve[0])
 
 
+@pytest.mark.parametrize("document", SETTINGS)
+def test_heads_lose_what_the_solution_loses(document: dict[str, Any], exported: Exported) -> None:
+    dense = look(exported(zoo.Case("timm-vit")))
+    ratios = parse_ratios({"version": 1} | document)
+    settings = resolve(ratios, [b.name for b in dense.match.blocks], [b.node_names for b in dense.match.blocks])
+    block, statistics = dense.match.blocks[1], SyntheticStatistics(dense)
+    kind = ratios.compensation.kind
+    curve = loss_curves(dense, block, ["heads"], settings[1], kind, statistics)["heads"]
+    a = block.attention
+    assert a is not None
+    assert a.proj is not None
+    w = weights(dense.view, dense.facts, a.proj.linear)[a.proj.layout.channels].astype(np.float64)  # (H, d, C)
+    moments = statistics.attention(1).context
+    s = moments.second if kind == "none" else moments.covariance
+    assert curve.shape == (a.num_heads + 1,)
+    for kept in range(1, a.num_heads):
+        new = solve_block(dense, block, Widths(heads=kept), settings[1], ratios, statistics)
+        assert new is not None
+        assert new.attention is not None
+        assert new.attention.v is not None
+        assert new.attention.proj is not None
+        left = w.copy()
+        left[new.attention.v.heads] -= new.attention.proj.weight
+        rows = left.reshape(-1, w.shape[2])
+        assert curve[kept] == pytest.approx(np.trace(rows.T @ s @ rows), rel=1e-3, abs=1e-6 * curve[0])
+
+
 def test_scores_lose_what_the_subspace_loses(exported: Exported) -> None:
     """E over independent queries and keys of (q k^T - q' k'^T)^2, from samples with the statistics' moments."""
     dense = look(exported(zoo.Case("timm-vit")))

@@ -42,22 +42,39 @@ def keep_second_order(
     sizes = np.bincount(labels)
     if kept < 1 or kept > sizes.min() or batch < 1:
         raise ValueError(f"cannot keep {kept} of {sizes.min()} channels in batches of {batch}")
-    inverse: Array = np.asarray(np.linalg.inv(regular(covariance)), dtype=np.float64)
+    inverse = regular_inverse(covariance)
     weights = np.array(w, dtype=np.float64)
     alive = np.arange(n, dtype=np.int64)
     while alive.size > kept * sizes.size:
         spare = np.bincount(labels[alive], minlength=sizes.size) - kept
         gone = _cheapest(inverse, weights, labels[alive], spare, batch)
-        stay = np.setdiff1d(np.arange(alive.size), gone)
-        # Schur complement: inverse and solution of the channels that stay, given that the others are gone
-        carry = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[np.ix_(gone, stay)])  # (b, k)
-        weights = weights[stay] - carry.T @ weights[gone]
-        inverse = inverse[np.ix_(stay, stay)] - inverse[np.ix_(stay, gone)] @ carry
-        inverse = (inverse + inverse.T) / 2
+        inverse, weights, stay = without(inverse, weights, gone)
         alive = alive[stay]
     if groups is None:
         return alive
     return np.stack([alive[labels[alive] == g] for g in range(sizes.size)])
+
+
+def regular_inverse(covariance: Array) -> Array:
+    """Inverse of a covariance (n, n), with what makes it exist added to its diagonal."""
+    return np.asarray(np.linalg.inv(regular(covariance)), np.float64)
+
+
+def without(inverse: Array, weights: Array, gone: Indices) -> tuple[Array, Array, Indices]:
+    """Inverse covariance and solution of the channels that stay, given that the others are gone (Schur complement).
+
+    Args:
+        inverse: (n, n) inverse covariance.
+        weights: (n, m) solution.
+        gone: (b,) positions to remove.
+
+    Returns:
+        (k, k), (k, m) and the positions that stay (k,), ascending.
+    """
+    stay = np.setdiff1d(np.arange(len(weights)), gone)
+    carry = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[np.ix_(gone, stay)])  # (b, k)
+    left = inverse[np.ix_(stay, stay)] - inverse[np.ix_(stay, gone)] @ carry
+    return (left + left.T) / 2, weights[stay] - carry.T @ weights[gone], stay
 
 
 def _cheapest(inverse: Array, weights: Array, labels: Indices, spare: Indices, batch: int) -> Indices:

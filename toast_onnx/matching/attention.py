@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from toast_onnx.matching.dims import DimRegion, Operand, match_dims
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.flattening import before_flattening
 from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.heads import match_heads
 from toast_onnx.matching.layout import Layout, check_spelling, invert_labels, read_layout
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.probe import Decline, Walk, check_readers, propagate, walk_back, walk_forward
@@ -71,7 +73,7 @@ def match_attention(
     known = next((b.layout.num_heads for b in (q, k, v, proj) if b is not None), None)
     heads = known or core.heads or (q_shape[-3] if len(q_shape) > 3 else 1)
     divide = heads if core.heads else 1
-    return Attention(
+    found = Attention(
         core,
         q,
         k,
@@ -86,6 +88,10 @@ def match_attention(
         () if qk_reason else regions,
         None if qk_reason else units,
     )
+    try:
+        return replace(found, head_region=match_heads(view, facts, other, found))
+    except Decline as e:
+        return replace(found, heads_reason=str(e))
 
 
 def _regions(

@@ -8,6 +8,7 @@ import numpy as np
 
 from toast_onnx.matching.cores import Core
 from toast_onnx.matching.dims import DimRegion
+from toast_onnx.matching.head_region import HeadRegion
 from toast_onnx.matching.layout import Layout
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.probe import Walk
@@ -48,6 +49,8 @@ class Attention:
         regions: what acts on single dimensions or pairs of queries and keys before the scores: rotary embedding, tables
             of relative positions. All heads share it, so all heads keep the same dimensions.
         units: (qk_dim,) which dimensions stay or go together where there are regions; None where there are none.
+        heads_reason: why whole heads cannot be dropped, None when they can.
+        head_region: what handles all heads between the layers; None where heads cannot be dropped.
     """
 
     core: Core
@@ -63,6 +66,8 @@ class Attention:
     divisions: tuple[tuple[int | None, int], ...] = ()
     regions: tuple[DimRegion, ...] = ()
     units: np.ndarray | None = None
+    heads_reason: str | None = None
+    head_region: HeadRegion | None = None
 
     @property
     def pairs(self) -> np.ndarray | None:

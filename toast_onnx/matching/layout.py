@@ -62,6 +62,13 @@ class Layout:
         """Dimensions of one head."""
         return int(self.channels.shape[1])
 
+    def with_heads(self, kept: np.ndarray) -> Layout:
+        """The same layout for some of the heads (kept,), of at least two."""
+        axes = tuple(
+            tuple(replace(f, size=kept.size) if f.source == HEAD else f for f in factors) for factors in self.axes
+        )
+        return replace(self, axes=axes, channels=self.channels[kept])
+
 
 def read_layout(
     labels: np.ndarray,

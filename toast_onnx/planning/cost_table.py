@@ -34,7 +34,7 @@ class PartTimes(_Strict):
 
     Attributes:
         blocks: numbers of the blocks that had this width together.
-        part: qk, vo, fc1 or fc2.
+        part: heads, qk, vo, fc1 or fc2.
         dense: the part's dense width.
         milliseconds: kept count -> latency of the whole model.
     """
@@ -89,6 +89,20 @@ class CostTable(_Strict):
             if p.part == part and block in p.blocks:
                 return 0.0 if kept == p.dense else (self.dense_milliseconds - p.milliseconds[kept]) / len(p.blocks)
         raise KeyError((block, part))
+
+    def saved_together(self, block: int, kept: Mapping[Part, int]) -> float:
+        """Milliseconds that a block gains at several kept counts: the sum, dimensions of dropped heads not counted.
+
+        Args:
+            block: number of the block.
+            kept: part -> kept count.
+
+        Raises:
+            KeyError: one of them was not measured.
+        """
+        gains = {part: self.saved(block, part, count) for part, count in kept.items()}
+        share = kept["heads"] / max(self.widths(block, "heads")) if "heads" in kept else 1.0
+        return sum(gain * (share if part in ("qk", "vo") else 1.0) for part, gain in gains.items())
 
 
 def alike(blocks: Sequence[Block], shapes: Mapping[int, object]) -> list[tuple[int, ...]]:

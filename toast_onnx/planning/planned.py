@@ -9,10 +9,16 @@ from typing import Any
 from toast_onnx.planning.ratios import Ratios, parse_ratios
 from toast_onnx.planning.schema import plain
 from toast_onnx.planning.search import Kept
-from toast_onnx.planning.width_costs import PARTS, Part
+from toast_onnx.planning.width_costs import PARTS, Part, aligned_to
 from toast_onnx.planning.widths import kept_count
 
-_SECTIONS: dict[Part, str] = {"qk": "attention", "vo": "attention", "fc1": "ffn", "fc2": "ffn"}
+_SECTIONS: dict[Part, str] = {
+    "heads": "attention",
+    "qk": "attention",
+    "vo": "attention",
+    "fc1": "ffn",
+    "fc2": "ffn",
+}
 
 
 def selection_only(ratios: Ratios) -> Ratios:
@@ -30,7 +36,7 @@ def planned_ratios(settings: Ratios, kept: Kept, dense: Sequence[Mapping[Part, i
     """
     document = _without_ratios(settings)
     for part in PARTS:
-        align = settings.align.head_dim if _SECTIONS[part] == "attention" else settings.align.width
+        align = aligned_to(part, settings.align)
         ratios = [
             exact_ratio(width[part], kept.get(index, {}).get(part, width[part]), align) if part in width else Decimal(0)
             for index, width in enumerate(dense)

@@ -94,6 +94,7 @@ class BlockRatios:
         name: The block's name.
         qk: Fraction of each head's Q and K dimensions removed.
         vo: Fraction of each head's V and output projection dimensions removed.
+        heads: Fraction of whole heads removed.
         fc1: Fraction of fc1's inputs removed.
         fc2: Fraction of fc2's inputs removed.
         select: Attention selection.
@@ -108,6 +109,7 @@ class BlockRatios:
     name: str
     qk: Decimal
     vo: Decimal
+    heads: Decimal
     fc1: Decimal
     fc2: Decimal
     select: Select
@@ -172,6 +174,7 @@ def _common(ratios: Ratios, index: int, count: int) -> dict[str, Any]:
     return {
         "qk": entry("attention.qk", attention.qk),
         "vo": entry("attention.vo", attention.vo),
+        "heads": entry("attention.heads", attention.heads),
         "fc1": entry("ffn.fc1", ffn.fc1),
         "fc2": entry("ffn.fc2", ffn.fc2),
         "select": attention.select,

@@ -111,6 +111,7 @@ class Attention(Section):
     Attributes:
         qk: Fraction of Q and K dimensions removed from every head; one number or one entry a block.
         vo: The same for V with the output projection.
+        heads: Fraction of whole heads removed; qk and vo apply to those that stay.
         select: `subspace` keeps a basis, `index` keeps original dimensions.
         score: How `index` ranks dimensions.
         coupling: Which weights the scores gm, l1 and l2 read.
@@ -118,6 +119,7 @@ class Attention(Section):
 
     qk: PerBlock = ZERO
     vo: PerBlock = ZERO
+    heads: PerBlock = ZERO
     select: Select = "subspace"
     score: AttentionScore = "energy"
     coupling: Coupling = "coupled"
@@ -157,6 +159,7 @@ class AttentionOverride(Section):
 
     qk: Ratio | None = None
     vo: Ratio | None = None
+    heads: Ratio | None = None
     select: Select | None = None
     score: AttentionScore | None = None
     coupling: Coupling | None = None

@@ -24,7 +24,7 @@ class PartChoice:
 
     Attributes:
         block: number of the block.
-        part: qk, vo, fc1 or fc2.
+        part: heads, qk, vo, fc1 or fc2.
         widths: kept counts to choose from, the dense width among them.
         damages: predicted damage at the output for each of them.
     """
@@ -79,29 +79,51 @@ def aligned_widths(dense: int, align: int) -> tuple[int, ...]:
     return (*range(align, dense, align), dense)
 
 
+def joined(choices: Sequence[PartChoice]) -> list[list[PartChoice]]:
+    """Choices side by side that depend on each other: fc1 with fc2, and heads with the dimensions of heads."""
+    with_heads = {c.block for c in choices if c.part == "heads"}
+    found: dict[tuple[int, str], list[PartChoice]] = {}
+    for c in choices:
+        room = "ffn" if c.part in ("fc1", "fc2") else "attention" if c.block in with_heads else c.part
+        found.setdefault((c.block, room), []).append(c)
+    return list(found.values())
+
+
+def combinations(members: Sequence[PartChoice]) -> tuple[NDArray[np.int64], Array]:
+    """All combinations of what joined parts may keep.
+
+    Fewer dimensions harm the heads that stay, so that their damage counts for those alone.
+
+    Returns:
+        (options, parts) kept counts, and (options,) the damage of each: the sum over parts.
+    """
+    widths = np.array(list(product(*(m.widths for m in members))), np.int64)
+    damages = np.array(list(product(*(m.damages for m in members))), np.float64)
+    for k, member in enumerate(members):
+        if member.part == "heads":
+            others = np.arange(len(members)) != k
+            damages[:, others] *= widths[:, k : k + 1] / member.dense
+    return widths, damages.sum(axis=1)
+
+
 def group_choices(
     choices: Sequence[PartChoice], costs: Mapping[int, WidthCost], dense: Mapping[int, Mapping[Part, int]]
 ) -> list[Group]:
-    """Groups for the search: qk and vo alone, fc1 with fc2, whose matrix they share.
+    """Groups for the search, with costs that are counted.
 
     Args:
         choices: what every part may keep.
         costs: block number -> its cost.
         dense: block number -> widths of all its parts.
     """
-    together: dict[tuple[int, bool, Part], list[PartChoice]] = {}
-    for choice in choices:
-        ffn = choice.part in ("fc1", "fc2")
-        together.setdefault((choice.block, ffn, "fc2" if ffn else choice.part), []).append(choice)
     groups = []
-    for (block, ffn, _), members in together.items():
-        parts = tuple(m.part for m in members)
-        widths = np.array(list(product(*(m.widths for m in members))), np.int64)  # (options, parts)
-        own: set[Part] = {"fc1", "fc2"} if ffn else set(parts)
+    for members in joined(choices):
+        block, parts = members[0].block, tuple(m.part for m in members)
+        own = {"fc1", "fc2"} if parts[0] in ("fc1", "fc2") else {"heads", "qk", "vo"} if "heads" in parts else {*parts}
         others = {part: width for part, width in dense[block].items() if part in own}
+        widths, damages = combinations(members)
         cost = [costs[block].at(others | dict(zip(parts, map(int, row), strict=True))) for row in widths]
-        damage = [sum(row) for row in product(*(m.damages for m in members))]
-        groups.append(Group(block, parts, widths, np.array(cost), np.array(damage)))
+        groups.append(Group(block, parts, widths, np.array(cost), damages))
     return groups
 
 

@@ -1,7 +1,7 @@
 """What a block costs as a function of its kept widths, in multiply-accumulates or in parameters.
 
-Every count is linear in the kept head dimensions and hidden units, but for fc1, whose matrix has kept inputs times kept
-units. So five numbers describe a block exactly, and a budget can be searched without building a graph.
+Every count is linear in the kept heads times their dimensions and in the hidden units, but for fc1, whose matrix has
+kept inputs times kept units. So seven numbers describe a block, and a budget can be searched without building a graph.
 """
 
 from __future__ import annotations
@@ -20,44 +20,52 @@ from toast_onnx.matching.linear import Linear
 from toast_onnx.planning.macs import node_macs
 from toast_onnx.planning.schema import Align
 
-Part = Literal["qk", "vo", "fc1", "fc2"]
-PARTS: tuple[Part, ...] = ("qk", "vo", "fc1", "fc2")
+Part = Literal["heads", "qk", "vo", "fc1", "fc2"]
+PARTS: tuple[Part, ...] = ("heads", "qk", "vo", "fc1", "fc2")
 Resource = Literal["macs", "params"]
 
 
 @dataclass(frozen=True)
 class WidthCost:
-    """Cost of a block's prunable layers: `qk * d_qk + vo * d_vo + fc1 * inputs + fc2 * units + pair * inputs * units`.
+    """Cost of a block's prunable layers.
+
+    `(qk * d_qk + vo * d_vo + bias) * kept heads / heads + fc1 * inputs + fc2 * units + pair * inputs * units`.
 
     Attributes:
         qk: per query and key dimension of all heads together.
         vo: per value dimension of all heads together.
+        bias: of what all heads together have besides, whatever their dimensions: a position bias.
         fc1: per input of fc1, whatever the hidden width.
         fc2: per hidden unit, whatever fc1 reads.
         pair: per pair of an input of fc1 and a hidden unit.
+        heads: number of all heads; 0 where there is no attention.
     """
 
     qk: float = 0.0
     vo: float = 0.0
+    bias: float = 0.0
     fc1: float = 0.0
     fc2: float = 0.0
     pair: float = 0.0
+    heads: int = 0
 
     def __add__(self, other: WidthCost) -> WidthCost:
         return WidthCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def at(self, widths: Mapping[Part, int]) -> float:
-        """Cost at kept widths; a part that is missing from them costs nothing."""
+        """Cost at kept widths; a part that is missing from them costs nothing, missing heads all stay."""
         inputs, units = widths.get("fc1", 0), widths.get("fc2", 0)
-        heads = self.qk * widths.get("qk", 0) + self.vo * widths.get("vo", 0)
-        return heads + self.fc1 * inputs + self.fc2 * units + self.pair * inputs * units
+        share = widths.get("heads", self.heads) / self.heads if self.heads else 1.0
+        attention = (self.qk * widths.get("qk", 0) + self.vo * widths.get("vo", 0) + self.bias) * share
+        return attention + self.fc1 * inputs + self.fc2 * units + self.pair * inputs * units
 
 
 def dense_widths(block: Block) -> dict[Part, int]:
-    """Widths of the parts that a block has: dimensions of a head, inputs of fc1, hidden units."""
+    """Widths of the parts that a block has: heads, dimensions of a head, inputs of fc1, hidden units."""
     found: dict[Part, int] = {}
     if block.attention is not None:
-        found |= {"qk": block.attention.qk_dim, "vo": block.attention.vo_dim}
+        a = block.attention
+        found |= {"heads": a.num_heads, "qk": a.qk_dim, "vo": a.vo_dim}
     if block.ffn is not None:
         found |= {"fc1": block.ffn.in_features, "fc2": block.ffn.width}
     return found
@@ -67,15 +75,23 @@ def prunable_widths(block: Block) -> dict[Part, int]:
     """Widths of the parts of a block that can be pruned."""
     reasons: dict[Part, str | None] = {}
     if block.attention is not None:
-        reasons |= {"qk": block.attention.qk_reason, "vo": block.attention.vo_reason}
+        a = block.attention
+        reasons |= {"heads": a.heads_reason, "qk": a.qk_reason, "vo": a.vo_reason}
     if block.ffn is not None:
         reasons |= {"fc1": block.ffn.fc1_reason, "fc2": block.ffn.fc2_reason}
     return {part: width for part, width in dense_widths(block).items() if reasons[part] is None}
 
 
+def aligned_to(part: Part, align: Align) -> int:
+    """The multiple that a ratio of a part is rounded to; heads go one by one."""
+    if part == "heads":
+        return 1
+    return align.head_dim if part in ("qk", "vo") else align.width
+
+
 def width_step(block: Block, part: Part, align: Align) -> int:
     """The multiple that kept counts of a part are: rotary embedding turns query and key dimensions in pairs."""
-    step = align.head_dim if part in ("qk", "vo") else align.width
+    step = aligned_to(part, align)
     paired = part == "qk" and block.attention is not None and block.attention.pairs is not None
     return math.lcm(step, 2) if paired else step
 
@@ -110,6 +126,10 @@ def _attention(view: GraphView, facts: Facts, a: Attention, resource: Resource) 
     if a.proj is not None:
         rows = np.unique(a.proj.layout.channels).size / a.vo_dim
         vo += rows * _by_input(view, facts, a.proj.linear, resource)
+    bias = 0.0
+    if resource == "params" and a.head_region is not None:
+        operands = {view.nodes[i].input[k] for i, k in a.head_region.operands}
+        bias = float(sum(math.prod(view.initializers[name].dims) for name in operands if name in view.initializers))
     if resource == "macs":
         if a.core.qk == a.core.av:  # one fused node computes both products
             both = node_macs(view, facts, a.core.qk) / (a.qk_dim + a.vo_dim)
@@ -117,7 +137,7 @@ def _attention(view: GraphView, facts: Facts, a: Attention, resource: Resource) 
         else:
             qk += node_macs(view, facts, a.core.qk) / a.qk_dim
             vo += node_macs(view, facts, a.core.av) / a.vo_dim
-    return WidthCost(qk=qk, vo=vo)
+    return WidthCost(qk=qk, vo=vo, bias=bias, heads=a.num_heads)
 
 
 def _ffn(view: GraphView, facts: Facts, f: Ffn, resource: Resource) -> WidthCost:

@@ -50,6 +50,7 @@ def _attention(study: Study, attention: Attention) -> dict[str, Any]:
         "heads": attention.num_heads,
         "qk_dim": attention.qk_dim,
         "vo_dim": attention.vo_dim,
+        "heads_prunable": _prunable(attention.heads_reason),
         "qk": _prunable(attention.qk_reason),
         "vo": _prunable(attention.vo_reason),
         "macs": attention_macs(study.view, study.counted, attention),

@@ -15,6 +15,7 @@ from toast_onnx.report.page_sources import Sources
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PARTS = {
+    "heads": "whole heads",
     "qk": "queries and keys",
     "vo": "values",
     "fc1": "fc1 inputs",

@@ -13,6 +13,7 @@ from toast_onnx.report.drawing import require_matplotlib
 DENSE, PRUNED, SECOND, INK, GRID = "#d5d9e0", "#c2601c", "#2f6f8f", "#333a45", "#e8eaee"
 #: Key in a block's sizes -> heading. The order is that of a block's own data flow.
 WIDTHS = {
+    "heads": "heads",
     "qk_dim": "query and key dimensions of a head",
     "vo_dim": "value dimensions of a head",
     "in_features": "fc1 inputs",

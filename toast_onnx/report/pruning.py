@@ -84,6 +84,7 @@ def _block(pruned: Pruned, dense: Study, block: Block, after: Study, smaller: Bl
     chosen = {
         "qk": str(settings.qk),
         "vo": str(settings.vo),
+        "heads": str(settings.heads),
         "fc1": str(settings.fc1),
         "fc2": str(settings.fc2),
         "select": settings.select,
@@ -99,7 +100,7 @@ def _block(pruned: Pruned, dense: Study, block: Block, after: Study, smaller: Bl
         "settings": chosen,
         "before": _sizes(dense, block),
         "after": None if smaller is None else _sizes(after, smaller),
-        "kept": _kept(weights) | {s.part: _selected(s) for s in pruned.selections if s.block == block.index},
+        "kept": _kept(block, weights) | {s.part: _selected(s) for s in pruned.selections if s.block == block.index},
         "notes": _notes(block, weights, settings.select),
     }
 
@@ -134,14 +135,16 @@ def _sizes(found: Study, block: Block) -> dict[str, Any]:
     return sizes
 
 
-def _kept(weights: BlockWeights | None) -> dict[str, Any]:
-    """Kept indices of each static part: a list (a list a head for attention), "basis", or None where all stay."""
-    kept: dict[str, Any] = {"qk": None, "vo": None, "fc1": None, "fc2": None}
+def _kept(block: Block, weights: BlockWeights | None) -> dict[str, Any]:
+    """Kept indices of each static part: a list (a list for each head that stays), "basis", or None where all stay."""
+    kept: dict[str, Any] = {"heads": None, "qk": None, "vo": None, "fc1": None, "fc2": None}
     if weights is None:
         return kept
-    if weights.attention is not None:
-        kept["qk"] = _heads(weights.attention.q)
-        kept["vo"] = _heads(weights.attention.v)
+    if block.attention is not None and weights.attention is not None:
+        v = weights.attention.v
+        kept["heads"] = None if v is None or v.heads is None else v.heads.tolist()
+        kept["qk"] = _dimensions(weights.attention.q, block.attention.qk_dim)
+        kept["vo"] = _dimensions(v, block.attention.vo_dim)
     if weights.ffn is not None:
         kept["fc1"] = None if weights.ffn.inputs is None else weights.ffn.inputs.tolist()
         kept["fc2"] = None if weights.ffn.units is None else weights.ffn.units.tolist()
@@ -155,7 +158,7 @@ def _selected(selection: Selection) -> dict[str, Any]:
     return chosen | ({"residual": selection.residual} if selection.part == "fc1" else {})
 
 
-def _heads(part: HeadWeights | None) -> list[list[int]] | str | None:
-    if part is None:
+def _dimensions(part: HeadWeights | None, dense: int) -> list[list[int]] | str | None:
+    if part is None or part.kept == dense:
         return None
     return "basis" if part.is_basis else part.slots.tolist()

@@ -15,6 +15,7 @@ PANELS = {
     "fc1": "fc1 (inputs)",
     "fc2": "fc2 (hidden units)",
     "fc1+fc2": "fc1 and fc2",
+    "heads": "whole heads",
     "qk": "queries and keys",
     "vo": "values and projection",
 }

@@ -15,12 +15,15 @@ from toast_onnx.importance.ffn import hidden_weight_scores, input_weight_scores,
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.selection import top_k, top_k_shared
 from toast_onnx.importance.statistics import Statistics
+from toast_onnx.importance.synthetic import AttentionStatistics
 from toast_onnx.matching.blocks import Attention, Block, Ffn
 from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.matching.norms import layer_scale
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios, Ratios
-from toast_onnx.planning.widths import kept_width
+from toast_onnx.planning.schema import WEIGHT_SCORES
+from toast_onnx.planning.widths import kept_count, kept_width
+from toast_onnx.surgery.choose_heads import KeptHeads, keep_heads, ranked_heads
 from toast_onnx.surgery.rewrite_attention import head_weights
 from toast_onnx.surgery.solve.ffn import select_fc1_inputs, select_ffn_second_order, solve_fc1_inputs, solve_ffn
 from toast_onnx.surgery.solve.qk import (
@@ -34,7 +37,6 @@ from toast_onnx.surgery.solve.vo import VOSolution, select_vo_second_order, solv
 from toast_onnx.surgery.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights, ProjWeights
 
 Kind = Literal["none", "bias", "ridge"]
-WEIGHT_SCORES = ("gm", "l1", "l2")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Widths:
     vo: int | None = None
     fc1: int | None = None
     fc2: int | None = None
+    heads: int | None = None
 
 
 def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunable: bool) -> Widths:
@@ -65,6 +68,9 @@ def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunabl
                 f"block {block.index} ({block.name}): {part} cannot be pruned: {reason}; "
                 f"set its ratio to 0 or use --skip-unprunable"
             )
+        if part == "heads":
+            count = kept_count(original, removed, 1)
+            return None if count == original else count
         align = ratios.align.head_dim if kind == "head_dim" else ratios.align.width
         count = kept_width(kind, original, removed, align=align, rounding=ratios.rounding)
         if part == "qk" and a is not None and a.pairs is not None:
@@ -77,6 +83,7 @@ def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunabl
         None if a is None else kept("vo", "head_dim", a.vo_dim, a.vo_reason),
         None if f is None else kept("fc1", "width", f.in_features, f.fc1_reason),
         None if f is None else kept("fc2", "width", f.width, f.fc2_reason),
+        None if a is None else kept("heads", "head_dim", a.num_heads, a.heads_reason),
     )
 
 
@@ -94,8 +101,8 @@ def solve_block(
     ridge = ratios.compensation.ridge if ratios.compensation.ridge == "auto" else float(ratios.compensation.ridge)
     solver = _Solver(study, block, ratio, statistics, compensation, ridge)
     attention = ffn = None
-    if block.attention is not None and (widths.qk or widths.vo):
-        attention = solver.attention(block.attention, widths.qk, widths.vo)
+    if block.attention is not None and (widths.qk or widths.vo or widths.heads):
+        attention = solver.attention(block.attention, widths)
     if block.ffn is not None and (widths.fc1 or widths.fc2):
         ffn = solver.ffn(block.ffn, widths.fc1, widths.fc2)
     return None if attention is None and ffn is None else BlockWeights(attention, ffn)
@@ -110,53 +117,80 @@ class _Solver:
     compensation: Kind
     ridge: Any
 
-    def attention(self, attention: Attention, qk: int | None, vo: int | None) -> AttentionWeights:
-        view, facts = self.study.view, self.study.facts
-        subspace = self.ratio.select == "subspace"
-        by_weight = self.ratio.score in WEIGHT_SCORES and not subspace
+    def attention(self, attention: Attention, widths: Widths) -> AttentionWeights:
+        """New weights of an attention: heads first, then dimensions of those that stay."""
+        by_weight = self.ratio.score in WEIGHT_SCORES and self.ratio.select == "index"
         needed = not (by_weight and self.compensation == "none")
         found = self.statistics.attention(self.block.index) if needed else None
+        heads = None if widths.heads is None else self._heads(attention, widths.heads, found)
+        if heads is not None:
+            found = heads.statistics
         q = k = v = proj = None
-        if qk is not None:
-            assert attention.q is not None
-            assert attention.k is not None
-            old_q, old_k = (head_weights(view, facts, b) for b in (attention.q, attention.k))
-            self._check(old_q.weight, old_q.bias, old_k.weight, old_k.bias)
-            arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
-            if subspace and not attention.regions:
-                assert found is not None
-                solve = solve_qk_cosine if attention.cosine else solve_qk_subspace
-                new = solve(*arrays, found.s_qq, found.s_kk, qk)
-            else:
-                kept = self._qk_indices(attention, old_q, old_k, found, qk)
-                # Rotary embedding in front of the split into heads: statistics are those of all heads together.
-                s_qq = (
-                    np.empty(0) if found is None else np.broadcast_to(found.s_qq, (*old_q.bias.shape, attention.qk_dim))
-                )
-                # Folding into the keys alone would change their lengths, or mix what is turned by different angles.
-                fold: Kind = self.compensation if attention.folds else "none"
-                queries = math.inf if found is None else found.tokens
-                new = solve_qk_index(*arrays, s_qq, kept, fold, self.ridge, queries)
-            q, k = _qk_weights(new)
-        if vo is not None:
-            assert attention.v is not None
-            assert attention.proj is not None
-            old_v = head_weights(view, facts, attention.v)
-            linear = attention.proj.linear
-            wo = weights(view, facts, linear)[attention.proj.layout.channels]  # (H, d, C_out)
-            bo, gamma = self._bias(linear), layer_scale(view, facts, linear.output, linear.out_features)
-            self._check(old_v.weight, old_v.bias, wo, bo)
-            if subspace:
-                assert found is not None
-                solved = solve_vo_subspace(
-                    old_v.weight, old_v.bias, wo, bo, found.context, vo, self.compensation, self.ridge, gamma
-                )
-            else:
-                kept = self._vo_indices(old_v, wo, found, vo, gamma)
-                context = None if found is None else found.context
-                solved = solve_vo_index(old_v.weight, old_v.bias, wo, bo, kept, context, self.compensation, self.ridge)
-            v, proj = _vo_weights(solved)
+        if widths.qk is not None or heads is not None:
+            q, k = self._queries_and_keys(attention, widths.qk, heads, found)
+        if widths.vo is not None or heads is not None:
+            v, proj = self._values(attention, widths.vo, heads, found)
         return AttentionWeights(q, k, v, proj)
+
+    def _queries_and_keys(
+        self, attention: Attention, kept: int | None, heads: KeptHeads | None, found: AttentionStatistics | None
+    ) -> tuple[HeadWeights, HeadWeights]:
+        assert attention.q is not None
+        assert attention.k is not None
+        stay = None if heads is None else heads.heads
+        view, facts = self.study.view, self.study.facts
+        old_q, old_k = (head_weights(view, facts, b).only(stay) for b in (attention.q, attention.k))
+        arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
+        self._check(*arrays)
+        if kept is None:
+            return old_q, old_k
+        if self.ratio.select == "subspace" and not attention.regions:
+            assert found is not None
+            solve = solve_qk_cosine if attention.cosine else solve_qk_subspace
+            return _qk_weights(solve(*arrays, found.s_qq, found.s_kk, kept), stay)
+        indices = self._qk_indices(attention, old_q, old_k, found, kept)
+        # Rotary embedding in front of the split into heads: statistics are those of all heads together.
+        s_qq = np.empty(0) if found is None else np.broadcast_to(found.s_qq, (*old_q.bias.shape, attention.qk_dim))
+        # Folding into the keys alone would change their lengths, or mix what is turned by different angles.
+        fold: Kind = self.compensation if attention.folds else "none"
+        queries = math.inf if found is None else found.tokens
+        return _qk_weights(solve_qk_index(*arrays, s_qq, indices, fold, self.ridge, queries), stay)
+
+    def _values(
+        self, attention: Attention, kept: int | None, heads: KeptHeads | None, found: AttentionStatistics | None
+    ) -> tuple[HeadWeights, ProjWeights]:
+        stay = None if heads is None else heads.heads
+        context = None if found is None else found.context
+        v, wo, bo, gamma = self._read_out(attention)
+        v = v.only(stay)
+        if heads is not None:
+            wo, bo = heads.wo, heads.bo
+        if kept is None:
+            return v, ProjWeights(wo, bo)
+        if self.ratio.select == "subspace":
+            assert context is not None
+            solved = solve_vo_subspace(v.weight, v.bias, wo, bo, context, kept, self.compensation, self.ridge, gamma)
+        else:
+            indices = self._vo_indices(v, wo, found, kept, gamma)
+            solved = solve_vo_index(v.weight, v.bias, wo, bo, indices, context, self.compensation, self.ridge)
+        return _vo_weights(solved, stay)
+
+    def _read_out(self, attention: Attention) -> tuple[HeadWeights, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Values of all heads, the output projection (H, d, C_out) with its bias (C_out,), and layer scale (C_out,)."""
+        assert attention.v is not None
+        assert attention.proj is not None
+        view, facts, linear = self.study.view, self.study.facts, attention.proj.linear
+        v = head_weights(view, facts, attention.v)
+        wo = weights(view, facts, linear)[attention.proj.layout.channels]
+        bo, gamma = self._bias(linear), layer_scale(view, facts, linear.output, linear.out_features)
+        self._check(v.weight, v.bias, wo, bo)
+        return v, wo, bo, gamma
+
+    def _heads(self, attention: Attention, kept: int, found: AttentionStatistics | None) -> KeptHeads:
+        v, wo, bo, gamma = self._read_out(attention)
+        context = None if found is None else found.context
+        ranked = ranked_heads(v.weight, wo, gamma, context, self.ratio, self.compensation)
+        return keep_heads(np.sort(ranked[:kept]), wo, bo, found, self.compensation, self.ridge)
 
     def _qk_indices(self, attention: Attention, q: HeadWeights, k: HeadWeights, found: Any, kept: int) -> np.ndarray:
         score = self.ratio.score
@@ -252,11 +286,11 @@ def _slots(kept: np.ndarray | None, heads: int, count: int) -> np.ndarray:
     return np.broadcast_to(np.arange(count), (heads, count)) if kept is None else kept
 
 
-def _qk_weights(new: QKSolution) -> tuple[HeadWeights, HeadWeights]:
+def _qk_weights(new: QKSolution, heads: np.ndarray | None) -> tuple[HeadWeights, HeadWeights]:
     slots, basis = _slots(new.kept, *new.bq.shape), new.kept is None
-    return HeadWeights(new.wq, new.bq, slots, basis), HeadWeights(new.wk, new.bk, slots, basis)
+    return HeadWeights(new.wq, new.bq, slots, basis, heads), HeadWeights(new.wk, new.bk, slots, basis, heads)
 
 
-def _vo_weights(new: VOSolution) -> tuple[HeadWeights, ProjWeights]:
+def _vo_weights(new: VOSolution, heads: np.ndarray | None) -> tuple[HeadWeights, ProjWeights]:
     slots, basis = _slots(new.kept, *new.bv.shape), new.kept is None
-    return HeadWeights(new.wv, new.bv, slots, basis), ProjWeights(new.wo, new.bo)
+    return HeadWeights(new.wv, new.bv, slots, basis, heads), ProjWeights(new.wo, new.bo)

@@ -1,8 +1,8 @@
 """Putting attention nodes together again that were spelled out for matching (`toast_onnx.matching.fused`).
 
 What was not rewritten becomes the very node it was. A rewritten com.microsoft `Attention` stays one, with the new
-packed weights, `qkv_hidden_sizes` and an explicit scale; other forms stay a `MultiHeadAttention` with plain operands,
-because a packed operand or bias has no room for queries and values of different widths.
+packed weights, `qkv_hidden_sizes`, number of heads and an explicit scale; other forms stay a `MultiHeadAttention` with
+plain operands, because a packed operand or bias has no room for queries and values of different widths.
 """
 
 from __future__ import annotations
@@ -69,12 +69,15 @@ def _fuse_attention(model: Model, view: GraphView, i: int, old: onnx.NodeProto) 
     fused = onnx.NodeProto()
     fused.CopyFrom(old)
     fused.input[0], fused.input[1], fused.input[2] = node.input[0], node.input[1], bias
+    if len(core.input) > 5:
+        fused.input[5] = core.input[5]
     sizes = _sizes(view, split)
     if sizes is None:
         return
-    scale = attribute(core, "scale")
-    for a in [a for a in fused.attribute if a.name in ("qkv_hidden_sizes", "scale")]:
+    scale, heads = attribute(core, "scale"), attribute(core, "num_heads")
+    for a in [a for a in fused.attribute if a.name in ("qkv_hidden_sizes", "scale", "num_heads")]:
         fused.attribute.remove(a)
+    fused.attribute.append(onnx.helper.make_attribute("num_heads", heads))
     fused.attribute.append(onnx.helper.make_attribute("qkv_hidden_sizes", sizes))
     if scale is not None:
         fused.attribute.append(onnx.helper.make_attribute("scale", scale))

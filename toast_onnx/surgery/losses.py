@@ -23,8 +23,9 @@ from toast_onnx.matching.linear import weights
 from toast_onnx.matching.norms import layer_scale
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios
+from toast_onnx.planning.schema import WEIGHT_SCORES
 from toast_onnx.planning.width_costs import Part
-from toast_onnx.surgery.choose import WEIGHT_SCORES
+from toast_onnx.surgery.choose_heads import ranked_heads
 from toast_onnx.surgery.rewrite_attention import head_weights
 from toast_onnx.surgery.solve.linear_algebra import root
 from toast_onnx.surgery.solve.qk import unit_trace
@@ -41,7 +42,7 @@ def loss_curves(
     compensation: str,
     statistics: Statistics,
 ) -> Mapping[Part, Array]:
-    """For each part (n + 1,) losses, entry k with k dimensions (of every head) or channels kept.
+    """For each part (n + 1,) losses, entry k with k heads, dimensions (of every head) or channels kept.
 
     Args:
         study: the model.
@@ -54,6 +55,8 @@ def loss_curves(
     found: dict[Part, Array] = {}
     kind = "ridge" if compensation == "local" else compensation
     if block.attention is not None:
+        if "heads" in parts:
+            found["heads"] = _heads(study, block.attention, settings, kind, statistics.attention(block.index).context)
         if "qk" in parts:
             found["qk"] = _qk(study, block.attention, settings, kind, statistics.attention(block.index))
         if "vo" in parts:
@@ -91,12 +94,17 @@ def _qk(study: Study, a: Attention, settings: BlockRatios, kind: str, measured: 
     return np.asarray(np.sum(heads, axis=0))
 
 
+def _heads(study: Study, a: Attention, settings: BlockRatios, kind: str, context: Moments) -> Array:
+    wv, wo = _values_and_read_out(study, a)
+    heads, d, _ = wo.shape
+    ranked = ranked_heads(wv, wo, None, context, settings, kind)
+    order = (d * ranked[:, None] + np.arange(d)).reshape(-1)
+    s = context.covariance if kind != "none" else context.second
+    return readout_losses(s, wo.reshape(heads * d, -1), order, kind)[::d]
+
+
 def _vo(study: Study, a: Attention, settings: BlockRatios, kind: str, context: Moments) -> Array:
-    assert a.v is not None
-    assert a.proj is not None
-    view, facts, linear = study.view, study.facts, a.proj.linear
-    gamma = layer_scale(view, facts, linear.output, linear.out_features)
-    wo = _scaled(weights(view, facts, linear)[a.proj.layout.channels], gamma)  # (H, d, C_out)
+    wv, wo = _values_and_read_out(study, a)
     heads, d, _ = wo.shape
     s = context.covariance
     if settings.select == "subspace":
@@ -109,11 +117,21 @@ def _vo(study: Study, a: Attention, settings: BlockRatios, kind: str, context: M
         ranks[order] = -np.arange(heads * d)
         scores = ranks.reshape(heads, d)
     elif settings.score in WEIGHT_SCORES:
-        scores = vo_scores(head_weights(view, facts, a.v).weight, wo, settings.score, settings.coupling)
+        scores = vo_scores(wv, wo, settings.score, settings.coupling)
     else:
         scores = vo_energy(s, wo)
     losses = readout_losses(_spread(context, kind), wo.reshape(heads * d, -1), by_head(scores), kind)
     return losses[::heads]
+
+
+def _values_and_read_out(study: Study, a: Attention) -> tuple[Array, Array]:
+    """V's weights (C, H, d) and the output projection's (H, d, C_out), layer scale folded into these."""
+    assert a.v is not None
+    assert a.proj is not None
+    view, facts, linear = study.view, study.facts, a.proj.linear
+    gamma = layer_scale(view, facts, linear.output, linear.out_features)
+    wo = _scaled(weights(view, facts, linear)[a.proj.layout.channels], gamma)
+    return head_weights(view, facts, a.v).weight, wo
 
 
 def _fc2(study: Study, block: Block, f: Ffn, settings: BlockRatios, kind: str, statistics: Statistics) -> Array:

@@ -68,10 +68,10 @@ def places(twin: GraphView, block: Block, new: BlockWeights) -> dict[str, Place]
         for part, branch in (("q", a.q), ("k", a.k), ("v", a.v)):
             heads: HeadWeights | None = getattr(attention, part)
             if branch is not None and heads is not None:
-                columns = np.take_along_axis(branch.layout.channels, heads.slots, axis=1)  # (heads, kept)
+                columns = heads.channels(branch.layout.channels)  # (heads, kept)
                 put(part, branch.linear.output, (np.s_[:, columns],) * 2, (columns,) * 2)
         if a.proj is not None and attention.proj is not None and attention.v is not None:
-            rows = np.take_along_axis(a.proj.layout.channels, attention.v.slots, axis=1)
+            rows = attention.v.channels(a.proj.layout.channels)
             put("proj", a.proj.linear.output, (rows, rows), (every, every))
     if block.ffn is not None and new.ffn is not None:
         shrinks = new.ffn.units is not None and not block.ffn.selects_at_exit

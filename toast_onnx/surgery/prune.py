@@ -8,21 +8,16 @@ from typing import Protocol, runtime_checkable
 
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.importance.statistics import Statistics
-from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Shapes, Study, input_shapes
 from toast_onnx.model import Model
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.surgery.choose import Widths, plan_widths, solve_block
-from toast_onnx.surgery.edit import GraphEdit
-from toast_onnx.surgery.fuse import fuse_again
 from toast_onnx.surgery.local import LocalResult
 from toast_onnx.surgery.normalize import normalize_layer_norms
-from toast_onnx.surgery.rewrite_attention import rewrite_attention
-from toast_onnx.surgery.rewrite_ffn import rewrite_ffn
+from toast_onnx.surgery.rewrite import rewritten
 from toast_onnx.surgery.runtime_plan import Selection, plan_selections, settled_widths, static_widths
 from toast_onnx.surgery.runtime_rewrite import Chosen, select_at_run_time
 from toast_onnx.surgery.runtime_twin import check_scores, masked_twin
-from toast_onnx.surgery.shapes import settle_shapes
 from toast_onnx.surgery.twin import TwinResult, compare_with_twin, padded_twin
 from toast_onnx.surgery.weights import BlockWeights
 
@@ -142,7 +137,7 @@ def prune(
     # Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.
     if refine is not None and weights and not selections and ratios.compensation.kind in ("local", "ridge"):
         weights, trained = refine(weights)
-    model = _rewritten(study, weights) if weights or selections else study.source
+    model = rewritten(study, weights) if weights or selections else study.source
     model, chosen = select_at_run_time(study, model, selections)
     normalized = 0
     if normalize:
@@ -150,25 +145,6 @@ def prune(
     twin = _prove(study, model, weights, chosen, seed) if check else None
     progress("twin" if check else "no twin")
     return Pruned(model, weights, widths, settings, twin, statistics.source, trained, selections, normalized)
-
-
-def _rewritten(study: Study, weights: dict[int, BlockWeights]) -> Model:
-    """The graph as it was studied, with new weights."""
-    edit = GraphEdit(study.view)
-    for block in study.match.blocks:
-        if block.index in weights:
-            _rewrite(edit, study, block, weights[block.index])
-    model = edit.apply()
-    settle_shapes(model, edit, study.view, study.facts, study.other)
-    return fuse_again(model, study.spelled_out)
-
-
-def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights) -> None:
-    if new.attention is not None and block.attention is not None:
-        name = f"{block.name}/attention"
-        rewrite_attention(edit, study.view, study.facts, study.other, block.attention, new.attention, name)
-    if new.ffn is not None and block.ffn is not None:
-        rewrite_ffn(edit, study.view, study.facts, study.other, block.ffn, new.ffn, f"{block.name}/ffn")
 
 
 def _prove(

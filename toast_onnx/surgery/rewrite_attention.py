@@ -80,7 +80,7 @@ def rewrite_attention(
         weight = given[what] or head_weights(view, facts, branch)
         parts.append(_Part(what.lower(), branch, weight))
     _write_heads(edit, view, facts, other, parts, name)
-    if new.q is not None:
+    if new.q is not None and new.q.kept < attention.qk_dim:
         _freeze_fused_scale(edit, view, attention)
         for expand, division in attention.divisions:
             _divide_unexpanded(edit, view, expand, division)
@@ -98,7 +98,7 @@ def _write_heads(
         by_input.setdefault(part.branch.linear.input, []).append(part)
     for group in by_input.values():
         linears = {p.branch.linear.output: p.branch.linear for p in group}
-        covered = sum(p.branch.layout.channels.size for p in group)
+        covered = sum(p.branch.layout.channels.size for p in group)  # dropped heads included
         if covered != sum(linear.out_features for linear in linears.values()):
             raise MatchError(f"{name}: its packed layer holds channels besides Q, K and V that are understood")
         at = min(linear.node for linear in linears.values())
@@ -202,6 +202,8 @@ def _write_operand(
     """Bring one part into the core's layout, scale it, and give it the operand's old name."""
     layout, walk = part.branch.layout, part.branch.walk
     whole = before_flattening(view, facts, walk.linear, layout)
+    if part.weights.heads is not None:
+        layout = layout.with_heads(part.weights.heads)
     tensor = spread(edit, at, tensor, layout, part.weights.kept, name, whole)
     made, wanted = facts.elem_type(walk.linear.output), facts.elem_type(walk.target)
     if made != wanted:
@@ -269,14 +271,17 @@ def _write_projection(
     branch = attention.proj
     assert branch is not None
     assert new.proj is not None
-    linear, walk = branch.linear, branch.walk
+    assert new.v is not None
+    linear, walk, layout = branch.linear, branch.walk, branch.layout
+    if new.v.heads is not None:
+        layout = layout.with_heads(new.v.heads)
     dtype = weights(view, facts, linear).dtype
     heads, kept, out_features = new.proj.weight.shape
     w = np.asarray(new.proj.weight.reshape(heads * kept, out_features), dtype)
     b = new.proj.bias.astype(dtype)
     edit.remove([*walk.nodes, *linear.nodes])
     at = linear.node
-    tensor = collect(edit, at, attention.core.context, branch.layout, kept, f"{name}/proj")
+    tensor = collect(edit, at, attention.core.context, layout, kept, f"{name}/proj")
     made, wanted = facts.elem_type(attention.core.context), facts.elem_type(linear.input)
     if made != wanted:
         tensor = edit.emit(at, "Cast", [tensor], edit.fresh(f"{name}/proj/cast"), f"{name}/proj/Cast", to=wanted)

@@ -150,7 +150,7 @@ def _pad_attention(
             _pad_heads(view, facts, branch, part, padded)
     if attention.proj is not None and new.proj is not None and new.v is not None:
         p = _start(view, facts, attention.proj.linear, padded)
-        rows = np.take_along_axis(attention.proj.layout.channels, new.v.slots, axis=1)
+        rows = new.v.channels(attention.proj.layout.channels)
         p.weight[:] = 0
         p.weight[rows] = new.proj.weight
         p.bias[:] = new.proj.bias
@@ -161,7 +161,7 @@ def _pad_heads(view: GraphView, facts: Facts, branch: Branch, part: HeadWeights,
     channels = branch.layout.channels
     p.weight[:, channels.reshape(-1)] = 0
     p.bias[channels.reshape(-1)] = 0
-    columns = np.take_along_axis(channels, part.slots, axis=1)  # (heads, kept)
+    columns = part.channels(channels)  # (heads, kept)
     p.weight[:, columns] = part.weight
     p.bias[columns] = part.bias
 

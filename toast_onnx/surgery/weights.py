@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,17 +16,29 @@ class HeadWeights:
         bias: (num_heads, kept).
         slots: (num_heads, kept) old dimension of the head that each new one takes the place of in the padded twin.
         is_basis: whether the new dimensions are mixtures of old ones, the slots then being the first `kept`.
+        heads: (num_heads,) old heads that these are, ascending; None where all stay.
     """
 
     weight: np.ndarray
     bias: np.ndarray
     slots: np.ndarray
     is_basis: bool = False
+    heads: np.ndarray | None = None
 
     @property
     def kept(self) -> int:
         """New number of dimensions per head."""
         return int(self.weight.shape[2])
+
+    def only(self, heads: np.ndarray | None) -> HeadWeights:
+        """Some of the heads (kept,) of weights that hold all of them."""
+        if heads is None:
+            return self
+        return replace(self, weight=self.weight[:, heads], bias=self.bias[heads], slots=self.slots[heads], heads=heads)
+
+    def channels(self, every: np.ndarray) -> np.ndarray:
+        """(num_heads, kept) channels of the old layer, of all (old heads, old dimensions), that these take."""
+        return np.take_along_axis(every if self.heads is None else every[self.heads], self.slots, axis=1)
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,16 @@ class AttentionWeights:
     k: HeadWeights | None = None
     v: HeadWeights | None = None
     proj: ProjWeights | None = None
+
+    @property
+    def drops_heads(self) -> bool:
+        """Whether whole heads are missing; then all four layers are new."""
+        return self.v is not None and self.v.heads is not None
+
+    def of_all_heads(self) -> AttentionWeights:
+        """The same weights for a graph that has no other heads."""
+        q, k, v = (None if part is None else replace(part, heads=None) for part in (self.q, self.k, self.v))
+        return AttentionWeights(q, k, v, self.proj)
 
 
 @dataclass(frozen=True)
