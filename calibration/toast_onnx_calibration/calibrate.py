@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError
@@ -104,7 +105,7 @@ def calibrate(
         spool = Spool(folder)
         for number, (group, link) in enumerate(zip(groups, links, strict=True)):
             graph = measuring_graph(study, group, settings)
-            session = _session(graph, study, behind or {}, options, link, spool.read(0, link.takes))
+            session = _session(graph, study, behind or {}, options, link, spool.inputs(link.takes))
             if source is None:
                 inputs = model_inputs(session)
                 source, found = _source(study.view.model.path, data, inputs, options)
@@ -116,7 +117,6 @@ def calibrate(
             say = _counter(progress, number * (source.count or 0), total)
             sums = accumulate(session, graph, link, runs, spool, source.description, say)
             del session
-            spool.forget(name for name in link.takes if name not in link.leaves)
             write_group(writer, study, group, sums)
             notes += graph.notes
             weighted |= graph.class_token
@@ -188,6 +188,7 @@ def accumulate(
     for number, each in enumerate(runs):
         found = run(session, {n: a for n, a in each.feeds.items() if n in given}, [*measured, *left])
         spool.keep(number, {name: found.pop(name) for name in left})
+        spool.forget(number, (name for name in link.takes if name not in link.leaves))
         _add(sums, graph, found, each.factor)
         samples += each.valid
         if each.valid:
@@ -283,7 +284,7 @@ def _session(
     behind: Mapping[int, BlockWeights],
     options: CalibrationOptions,
     link: Link,
-    taken: Mapping[str, NDArray[Any]],
+    taken: Mapping[str, onnx.ValueInfoProto],
 ) -> ort.InferenceSession:
     """A session of a measuring graph, which is emptied: the session has all of it."""
     measuring = Model(graph.proto, study.view.model.path)

@@ -50,30 +50,28 @@ def chain(study: Study, watched: Sequence[Collection[str]]) -> list[Link]:
     read_last = _last_readings(view, set().union(*sights))
     last = [max((view.producer.get(name, -1) for name in names), default=-1) + 1 for names in sights]
     alive_at: list[set[str]] = []
-    at = 0
+    at, end = 0, len(view.nodes)
     for number in range(len(sights) - 1):
         later = set().union(*sights[number + 1 :])
 
-        def alive(position: int, later: set[str] = later) -> set[str]:
-            """Activations made before a position and read from there on."""
-            made = (name for name in varying if view.producer.get(name, -1) < position)
-            return {name for name in made if name in later or read_last.get(name, -1) >= position}
-
+        # an activation is alive from behind the node that makes it up to the last node, or later pass, that reads it
+        spans = {n: (view.producer.get(n, -1) + 1, end if n in later else read_last.get(n, -1)) for n in varying}
         low = max(at, last[number])
-        at = min(range(low, max(low, last[number + 1]) + 1), key=lambda p: (_elements(study.facts, alive(p)), p))
-        alive_at.append(alive(at))
+        sizes = _sizes(study.facts, spans, end)
+        at = min(range(low, max(low, last[number + 1]) + 1), key=lambda p: (sizes[p], p))
+        alive_at.append({name for name, (first, final) in spans.items() if first <= at <= final})
     borders = [tuple(sorted(names)) for names in alive_at]
     return [Link(takes, leaves) for takes, leaves in zip([(), *borders], [*borders, ()], strict=True)]
 
 
-def cut(proto: onnx.ModelProto, link: Link, outputs: Iterable[str], taken: Mapping[str, Array]) -> None:
+def cut(proto: onnx.ModelProto, link: Link, outputs: Iterable[str], taken: Mapping[str, onnx.ValueInfoProto]) -> None:
     """Keep what a pass runs, in place: from what it takes to what it measures and leaves.
 
     Args:
         proto: the measuring graph.
         link: the pass.
         outputs: the tensors that it measures.
-        taken: what it takes, of one run: types and ranks are read off it.
+        taken: type and extents of what it takes.
     """
     graph = proto.graph
     wanted = [*dict.fromkeys(outputs), *(name for name in link.leaves if name not in taken)]
@@ -88,11 +86,10 @@ def cut(proto: onnx.ModelProto, link: Link, outputs: Iterable[str], taken: Mappi
     nodes = [graph.node[k] for k in sorted(kept)]
     used = {name for node in nodes for name in reads(node)}
     weights = [t for t in graph.initializer if t.name in used]
-    inputs = list(graph.input)
-    if taken:
-        names = {t.name for t in weights}
-        inputs = [i for i in inputs if i.name in names]
-        inputs += [_open_input(name, array) for name, array in taken.items() if name in used]
+    # before IR version 4 weights are inputs too: those of nodes that are gone would have to be fed
+    every, left = ({t.name for t in tensors} for tensors in (graph.initializer, weights))
+    inputs = [i for i in graph.input if i.name in left or (not taken and i.name not in every)]
+    inputs += [value for name, value in taken.items() if name in used]
     for field in ("node", "initializer", "input", "output", "value_info"):
         graph.ClearField(field)
     graph.node.extend(nodes)
@@ -107,21 +104,33 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers: dict[str, int] = {}
+        self._kinds: dict[str, tuple[np.dtype[Any], tuple[int | None, ...]]] = {}
 
     def keep(self, run: int, arrays: Mapping[str, Array]) -> None:
         """Store what a run of the samples left."""
         for name, array in arrays.items():
             np.save(self._path(run, name), array, allow_pickle=False)
+            _, extents = self._kinds.get(name, (array.dtype, array.shape))
+            same = tuple(a if a == b else None for a, b in zip(extents, array.shape, strict=True))
+            self._kinds[name] = (array.dtype, same)
+
+    def inputs(self, names: Iterable[str]) -> dict[str, onnx.ValueInfoProto]:
+        """Graph inputs for what all runs left: extents that every run shares are fixed, the others free.
+
+        Shape inference of some nodes (Resize) asks how long a vector of sizes is.
+        """
+        kinds = {name: self._kinds[name] for name in names}
+        types = {name: onnx.helper.np_dtype_to_tensor_dtype(dtype) for name, (dtype, _) in kinds.items()}
+        return {n: onnx.helper.make_tensor_value_info(n, types[n], extents) for n, (_, extents) in kinds.items()}
 
     def read(self, run: int, names: Iterable[str]) -> dict[str, Array]:
         """What a run left."""
         return {name: np.load(self._path(run, name), allow_pickle=False) for name in names}
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Remove what no later pass reads."""
+    def forget(self, run: int, names: Iterable[str]) -> None:
+        """Remove what no later pass reads of a run."""
         for name in names:
-            for path in self._folder.glob(f"{self._number(name)}-*.npy"):
-                path.unlink()
+            self._path(run, name).unlink()
 
     def _path(self, run: int, name: str) -> Path:
         return self._folder / f"{self._number(name)}-{run}.npy"
@@ -155,13 +164,13 @@ def _last_readings(view: GraphView, tensors: Iterable[str]) -> dict[str, int]:
     return last
 
 
-def _elements(facts: Facts, tensors: Iterable[str]) -> float:
-    """How large activations are together; infinite where a shape is not known."""
-    shapes = [facts.shape(name) for name in tensors]
-    return sum(float("inf") if shape is None else float(np.prod(shape)) for shape in shapes)
-
-
-def _open_input(name: str, array: Array) -> onnx.ValueInfoProto:
-    """A graph input of an array's type and rank, its extents left open."""
-    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-    return onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim)
+def _sizes(facts: Facts, spans: Mapping[str, tuple[int, int]], end: int) -> list[tuple[int, int]]:
+    """What is alive before each node and at the end: number of activations of unknown shape, elements of the others."""
+    changes = np.zeros((end + 2, 2), np.int64)
+    for name, (first, final) in spans.items():
+        if first <= final:
+            shape = facts.shape(name)
+            size = (1, 0) if shape is None else (0, int(np.prod(shape, dtype=np.int64)))
+            changes[first] += size
+            changes[final + 1] -= size
+    return [(int(unknown), int(elements)) for unknown, elements in np.cumsum(changes, axis=0)]

@@ -97,15 +97,20 @@ class StatisticsFile:
         mean = self.array(f"{key}.mean").astype(np.float64)
         covariance = self.array(f"{key}.covariance").astype(np.float64)
         second = covariance + np.outer(mean, mean)
-        return Moments(count, count * mean, count * second, self.tokens(key))
+        return Moments(count, count * mean, count * second, self.tokens(key, self.header.tokens))
 
-    def tokens(self, key: str) -> float:
-        """How many tokens stand behind an entry."""
+    def tokens(self, key: str, sampled: float = 1.0) -> float:
+        """How many tokens stand behind an entry, up to the rounding of each layer's sample.
+
+        Args:
+            key: such as `3.hidden`.
+            sampled: the fraction of the tokens that it was measured on.
+        """
         count, samples, weight = float(self.array(f"{key}.count")), self.header.samples, self.header.class_weight
-        if weight == 1:
+        if weight == 1 or count < samples * weight:  # no class token, or none in this layer
             return count
         # beside a weighted class token, sampled patches carry the weight of those left out
-        return samples + max(0.0, count - samples * weight) * self.header.tokens
+        return samples + (count - samples * weight) * sampled
 
 
 def open_statistics(path: str | Path) -> StatisticsFile:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 from typing import Any
 
 import click
@@ -36,9 +38,10 @@ SUBCOMMANDS: dict[str, str] = {
 
 LOGGERS = ("toast_onnx", "toast_onnx_calibration", "toast_onnx_cli")
 
-# What a shell reports for a process that SIGINT (2) or SIGPIPE (13) ended: 128 + the signal's number.
+# What a shell reports for a process that SIGINT (2), SIGPIPE (13) or SIGTERM (15) ended: 128 + the signal's number.
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+EXIT_TERMINATED = 143
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,13 @@ class LazyGroup(click.Group):
 def main(verbose: int) -> None:
     """Make exported Vision Transformers smaller: an ONNX graph in, a smaller ONNX graph out."""
     configure_logging(verbose)
+    if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(*_: object) -> None:
+    """Leave as after an error, so that working files are removed."""
+    sys.exit(EXIT_TERMINATED)
 
 
 def configure_logging(verbose: int) -> None:

@@ -43,7 +43,9 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
 @click.option("--params", type=share, help="Parameters to keep, as a fraction of the whole model's.")
 @click.option("--latency", type=share, help="Latency to keep, as a fraction of the dense model's.")
 @planning_options
-@click.option("--parts", callback=comma_list, default="qk,vo,fc2", show_default=True, help="What may shrink.")
+@click.option(
+    "--parts", callback=comma_list, default="qk,vo,fc2", show_default=True, help="What may shrink, besides heads."
+)
 @click.option(
     "--heads/--no-heads",
     "drop_heads",
@@ -90,6 +92,8 @@ def command(
         raise click.UsageError("give one budget: --macs, --params or --latency")
     if not parts or any(p not in PARTS for p in parts):
         raise click.UsageError(f"--parts takes some of {', '.join(PARTS)}")
+    if not drop_heads and "heads" in parts:
+        raise click.UsageError("--no-heads contradicts heads in --parts: leave one of them out")
     if drop_heads and "heads" not in parts and {"qk", "vo"} & set(parts):
         parts = (*parts, "heads")
     if latency is None and (costs is not None or no_timing):
@@ -104,6 +108,8 @@ def command(
     planning = gather_planning(given)
     dense = study(load_model(model), planning.shapes)
     table, runtime = (None, None) if latency is None else _costs(dense, planning, parts, costs, no_timing)
+    if table is not None:
+        parts = _timed(table, parts)
     with open_trials(dense, planning, parts) as work:
         document, ratios = _plan(dense, planning.settings, chosen[0], parts, points, results, table, runtime, work)
     if missed := _missed(document):
@@ -143,6 +149,19 @@ def _costs(
         if path is not None:
             write_table(table, path)
     return table, runtime
+
+
+def _timed(table: CostTable, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts that a table has times for, or all where it has none; says what is left out."""
+    known = tuple(part for part in parts if any(each.part == part for each in table.parts))
+    if known and known != parts:
+        lacking = ", ".join(part for part in parts if part not in known)
+        click.echo(
+            f"Note: the cost table has no times for {lacking}, which stay as they are; `toast-onnx costs` measures "
+            "them into a new table",
+            err=True,
+        )
+    return known or parts
 
 
 def _plan(

@@ -18,7 +18,7 @@ from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.report.pruning import pruning_report, write_report
 from toast_onnx.surgery.local import LocalResult
-from toast_onnx.surgery.prune import Refine, prune
+from toast_onnx.surgery.prune import Pruned, Refine, prune
 from toast_onnx.surgery.synthetic import SyntheticStatistics
 from toast_onnx.surgery.weights import BlockWeights
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
@@ -96,6 +96,7 @@ def command(
             )
         if normalize:
             click.echo(f"Note: {pruned.normalized} spelled-out norms became LayerNormalization", err=True)
+        _show_notes(whole_heads(dense, pruned))
         for result in pruned.local:
             if result.note is not None and settings.compensation.kind == "local":
                 click.echo(f"Note: block {result.block} keeps its closed-form weights: {result.note}", err=True)
@@ -220,6 +221,22 @@ def find_statistics(
             header = calibrate(dense, data, path, wanted, options, show)
         _show_notes(header.notes)
         yield CalibratedStatistics(dense, path)
+
+
+def whole_heads(dense: Study, pruned: Pruned) -> list[str]:
+    """Where a share of the heads rounds to none: heads are few, and the file would come out unchanged."""
+    kept = [
+        (b.index, b.attention.num_heads)
+        for b, ratio, width in zip(dense.match.blocks, pruned.ratios, pruned.widths, strict=True)
+        if b.attention is not None and b.attention.heads_reason is None and ratio.heads and width.heads is None
+    ]
+    if not kept:
+        return []
+    most = max(heads for _, heads in kept)
+    where = ", ".join(str(index) for index, _ in kept)
+    return [
+        f"attention.heads rounds to no head in block {where}; of {most} heads, more than {0.5 / most:.3g} drops one"
+    ]
 
 
 def _show_notes(notes: Sequence[str]) -> None:

@@ -152,6 +152,11 @@ def test_a_plan_for_latency(files: Path) -> None:
     assert found["latency"]["predicted_share"] <= 0.8
     assert found["latency"]["measured_share"] is None
     assert "not measured here" in (files / "m.ratios.yaml").read_text()
+    fewer = [part for part in table["parts"] if part["part"] != "heads"]
+    (files / "old.json").write_text(json.dumps(table | {"parts": fewer}))
+    without = run(*common, *widths, "--costs", "old.json", "--no-timing", "--json")
+    assert set(next(iter(document(without)["kept"].values()))) >= {"qk", "vo", "fc2"}
+    assert "no times for heads" in without.stderr
     here = document(run(*common, *widths, "--costs", "t.json", "--json"))
     assert here["latency"]["measured_share"] > 0
     assert "still take" in error(run(*common[:-1], "0.05", *widths, "--costs", "t.json", "--no-timing"))
@@ -179,6 +184,7 @@ def test_a_missed_latency_is_said(share: float, met: bool, files: Path, monkeypa
         (("plan", "--data", "x.npy", "--macs", "0.5", "--params", "0.5"), 2, "one budget"),
         (("plan", "--data", "x.npy", "--macs", "1.5"), 2, "--macs"),
         (("plan", "--data", "x.npy", "--macs", "0.5", "--parts", "fc3"), 2, "fc1"),
+        (("plan", "--data", "x.npy", "--macs", "0.5", "--parts", "qk,heads", "--no-heads"), 2, "contradicts"),
         (("plan", "--data", "x.npy", "--macs", "0.5", "--costs", "t.json"), 2, "--latency"),
         (("plan", "--data", "x.npy", "--latency", "0.5", "--no-timing"), 2, "--costs"),
         (("plan", "--data", "x.npy", "--latency", "0.5", "--costs", "none.json", "--no-timing"), 1, "toast-onnx costs"),

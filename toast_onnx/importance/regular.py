@@ -13,18 +13,22 @@ SINGLE, DOUBLE = float(np.finfo(np.float32).eps), float(np.finfo(np.float64).eps
 
 
 def regular(s: Array, strength: float = RELATIVE_JITTER, eps: float = SINGLE) -> Array:
-    """S + lambda I for a covariance S (n, n) of which some eigenvalues may be zero.
+    """S + lambda I for a covariance S (n, n) of which some eigenvalues may be zero; arguments as for `damping`."""
+    return np.asarray(s + damping(s, strength, eps) * np.eye(s.shape[0]), dtype=np.float64)
+
+
+def damping(s: Array, strength: float, eps: float = SINGLE) -> float:
+    """How large lambda has to be for S + lambda I to be inverted.
 
     Statistics are sums taken and stored in float32: a symmetric error of eps |S|, which moves eigenvalues by about
     2 eps ||S||_F / sqrt(n) (Wigner's semicircle law). Those that should be zero, as many as samples are missing, then
     lie on either side of it. Lambda is never below twice that, or the inverse would be of noise.
 
     Args:
-        s: covariance.
+        s: covariance (n, n).
         strength: lambda as a fraction of the mean eigenvalue of `s`.
         eps: precision of `s`.
     """
     n = s.shape[0]
-    mean_eigenvalue = max(float(np.trace(s)) / n, 1e-30)  # of no variance at all, too
     rounding = 4 * eps * float(np.linalg.norm(s)) / n**0.5
-    return np.asarray(s + max(strength * mean_eigenvalue, rounding) * np.eye(n), dtype=np.float64)
+    return float(max(strength * float(np.trace(s)) / n, rounding, 1e-30))  # the last of no variance at all

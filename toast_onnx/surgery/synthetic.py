@@ -162,5 +162,4 @@ def _chunks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 def _moments_of(tokens: np.ndarray) -> Moments:
     """Moments of (tokens, channels): each product in single precision, the sum over pieces in double."""
     rows = tokens.astype(np.float32)
-    count = float(rows.shape[0])
-    return Moments(count, rows.sum(axis=0, dtype=np.float64), (rows.T @ rows).astype(np.float64), count)
+    return Moments(float(rows.shape[0]), rows.sum(axis=0, dtype=np.float64), (rows.T @ rows).astype(np.float64))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.importance.regular import DOUBLE, regular
+from toast_onnx.importance.regular import DOUBLE, damping, regular
 from toast_onnx.importance.selection import dropped
 
 Array = NDArray[np.float64]
@@ -20,10 +20,10 @@ Ridge = float | Literal["auto"]
 #: Fractions of the mean eigenvalue that `auto` takes: the first with plenty of tokens, else one of them; see
 #: docs/method.md.
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-#: Fewer tokens than this for a channel are few.
-PLENTY = 20
+#: With more tokens than this for each channel, they are plenty.
+PLENTY = 80
 #: Tokens of one image are alike: so many of them tell as much as one that is independent.
-ALIKE = 4
+ALIKE = 20
 
 
 def root(s: Array) -> Array:
@@ -34,7 +34,7 @@ def root(s: Array) -> Array:
 
 
 def ridge_solve(
-    s: Array, cross: Array, ridge: Ridge = "auto", *, tokens: float = math.inf, energy: float = math.inf
+    s: Array, cross: Array, ridge: Ridge = "auto", *, tokens: float = math.inf, energy: float = 0.0
 ) -> Array:
     """(S + lambda I)^-1 C: regression coefficients of m targets on n channels, (n, m).
 
@@ -53,8 +53,9 @@ def ridge_solve(
         ConfigError: a negative ridge strength.
     """
     if ridge == "auto":
-        few = s.shape[0] * PLENTY > tokens
-        damped = regular(s, cross_validated(s, cross, tokens, energy) if few else STRENGTHS[0])
+        if tokens < s.shape[0] * PLENTY:
+            return _cross_validated(s, cross, tokens, energy)
+        damped = regular(s, STRENGTHS[0])
         first = np.linalg.solve(damped, cross)
         return np.asarray(first + np.linalg.solve(damped, cross - s @ first))
     if ridge < 0:
@@ -62,37 +63,53 @@ def ridge_solve(
     return np.asarray(np.linalg.solve(regular(s, ridge, DOUBLE), cross))
 
 
-def cross_validated(s: Array, cross: Array, tokens: float, energy: float) -> float:
-    """The strength with the least error on tokens left out, by generalized cross-validation (Golub, Heath, Wahba 1979).
+def _cross_validated(s: Array, cross: Array, tokens: float, energy: float) -> Array:
+    """The refined solution at the strength that `best_strength` finds; arguments as for it."""
+    values, vectors = np.linalg.eigh((s + s.T) / 2)
+    turned = vectors.T @ cross
+    found = best_strength(np.clip(values, 0, None), np.square(turned).sum(axis=1), tokens, energy, damping(s, 0.0))
+    return np.asarray(vectors @ (gains(np.clip(values, 0, None), found)[:, None] * turned))
+
+
+def gains(values: Array, shift: float) -> Array:
+    """Of each direction: the refined solution over what its targets share with it, (1 + l / (e + l)) / (e + l)."""
+    return np.asarray((1 + shift / (values + shift)) / (values + shift))
+
+
+def best_strength(values: Array, seen: Array, tokens: float, energy: float, least: float) -> float:
+    """The lambda with the least error on tokens left out, by generalized cross-validation (Golub, Heath, Wahba 1979).
 
     In the eigenvectors of S a solution with one refinement keeps the fraction f = 1 - (lambda / (e + lambda))^2 of each
-    direction's coefficient; the error that it leaves is divided by (1 - sum f / tokens)^2, which estimates the error on
-    new tokens. Of strengths that are as good to a hundredth, or exact, the least.
+    direction's coefficient. The error that it leaves is divided by (1 - `ALIKE` (1 + sum f) / tokens)^2, which
+    estimates the error on new tokens. Of those as good to a hundredth, or exact, the least.
 
     Args:
-        s, cross, tokens, energy: as in `ridge_solve`.
+        values: eigenvalues e of S, (n,).
+        seen: squared covariance of each direction with the targets, summed over these, (n,).
+        tokens: how many tokens both were measured on.
+        energy: variance of the targets, summed.
+        least: what lambda may not fall below.
 
     Returns:
-        One of `STRENGTHS`; the greatest where the tokens determine nothing.
+        Lambda, by one of `STRENGTHS`; by the greatest where the tokens determine nothing.
     """
-    values, vectors = np.linalg.eigh((s + s.T) / 2)
-    values = np.clip(values, 0, None)
-    seen = np.square(vectors.T @ cross).sum(axis=1)  # (n,)
-    exact = 1e-6 * max(energy, 0.0)  # what the sums' rounding leaves of redundant channels
+    if not energy > 0:
+        return max(STRENGTHS[0] * float(values.mean()), least)
+    exact = 1e-6 * energy  # what the sums' rounding leaves of redundant channels
+    shifts = [max(strength * float(values.mean()), least) for strength in STRENGTHS]
     scores = []
-    for strength in STRENGTHS:
-        shift = strength * max(float(values.mean()), np.finfo(np.float64).tiny)
-        gain = (1 + shift / (values + shift)) / (values + shift)  # solution = V diag(gain) V^T C
+    for shift in shifts:
+        gain = gains(values, shift)
         fraction = values * gain
         left = energy - float(seen @ (gain * (2 - fraction)))
         used = 1 + float(fraction.sum())
         if used < tokens and left <= exact:  # more equations than unknowns, and all hold
-            return strength
-        freedom = 1 - ALIKE * used / tokens
-        scores.append(left / freedom**2 if freedom > 0 else math.inf)
+            return shift
+        freedom = 1 - ALIKE * used / max(tokens, 1.0)
+        scores.append(max(left, exact) / freedom**2 if freedom > 0 else math.inf)
     if math.isinf(min(scores)):
-        return STRENGTHS[-1]
-    return next(strength for strength, score in zip(STRENGTHS, scores, strict=True) if score <= 1.01 * min(scores))
+        return shifts[-1]
+    return next(shift for shift, score in zip(shifts, scores, strict=True) if score <= 1.01 * min(scores))
 
 
 def predict_all(s: Array, kept: Indices, ridge: Ridge = "auto", tokens: float = math.inf) -> Array:

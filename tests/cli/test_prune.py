@@ -1,0 +1,52 @@
+"""What `toast-onnx prune` says beside its result, and how it leaves when it is told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from tests import zoo
+from toast_onnx_cli.main import main
+
+Exported = Callable[[zoo.Case], Path]
+
+
+@pytest.mark.parametrize(("ratio", "said"), [("0.1", True), ("0.5", False)])
+def test_a_share_of_the_heads_that_rounds_to_none_is_said(
+    ratio: str, said: bool, exported: Exported, tmp_path: Path
+) -> None:
+    ratios = tmp_path / "r.yaml"
+    ratios.write_text(f"version: 1\nattention: {{heads: {ratio}}}\n")
+    arguments = ["prune", str(exported(zoo.Case("timm-vit"))), "--ratios", str(ratios), "-o", str(tmp_path / "o.onnx")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert ("attention.heads rounds to no head in block 0, 1" in result.stderr) is said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+def test_a_terminated_run_leaves_nothing(exported: Exported, tmp_path: Path) -> None:
+    path = exported(zoo.Case("timm-vit"))
+    work = tmp_path / "work"
+    work.mkdir()
+    np.save(tmp_path / "x.npy", np.repeat(zoo.inputs(path, 1)["input"], 3_000, axis=0))
+    command = [sys.executable, "-m", "toast_onnx_cli.main", "calibrate", str(path), "--data", str(tmp_path / "x.npy")]
+    command += ["--samples", "3000", "--threads", "1", "--memory", "0.000001", "-o", str(work / "s.npz")]
+    with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(work)}, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not list(work.rglob("toast-passes-*/*.npy")):
+            assert process.poll() is None, process.stderr and process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert not [*work.glob("toast-*"), *work.glob("*s.npz*")]
