@@ -108,7 +108,7 @@ def calibrate(
             session = _session(graph, study, behind or {}, options, link, spool.inputs(link.takes))
             if source is None:
                 inputs = model_inputs(session)
-                source, found = _source(study.view.model.path, data, inputs, options)
+                source, found = open_samples(study.view.model.path, data, inputs, options)
                 notes += found
                 runs = _runs(source, inputs, options.batch, sizes)
             else:
@@ -298,9 +298,15 @@ def _session(
         graph.proto.Clear()
 
 
-def _source(
+def open_samples(
     model: Path, data: str | Path, inputs: list[ModelInput], options: CalibrationOptions
 ) -> tuple[Source, list[str]]:
+    """The samples as the options ask for them, and what the user should know of their preprocessing.
+
+    Raises:
+        DataError: the data cannot be read.
+        ConfigError: the recipe is none.
+    """
     choice = recipe_for(model, options.preprocess, inputs[0].shape if len(inputs) == 1 else None)
     source = open_source(
         data, inputs, choice.recipe, samples=options.samples, seed=options.seed, threads=options.threads

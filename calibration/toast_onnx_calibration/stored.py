@@ -16,11 +16,10 @@ from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, write_draft
 from toast_onnx.runtime import expose
 from toast_onnx.surgery.precision import to_float32
-from toast_onnx_calibration.calibrate import CalibrationOptions
+from toast_onnx_calibration.calibrate import CalibrationOptions, open_samples
 from toast_onnx_calibration.feeds import batch_size, batches
-from toast_onnx_calibration.recipe_files import recipe_for
 from toast_onnx_calibration.sessions import make_session, model_inputs
-from toast_onnx_calibration.sources import Source, open_source
+from toast_onnx_calibration.sources import Source
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -81,10 +80,7 @@ def store_samples(
         DataError: the data cannot be read.
     """
     inputs = model_inputs(whole_session(study.view.model, [], options, folder))
-    choice = recipe_for(study.view.model.path, options.preprocess, inputs[0].shape if len(inputs) == 1 else None)
-    source = open_source(
-        data, inputs, choice.recipe, samples=options.samples, seed=options.seed, threads=options.threads
-    )
+    source, notes = open_samples(study.view.model.path, data, inputs, options)
     size = batch_size(inputs, batch(source.count))
     feeds: dict[str, Array] = {}
     rows: list[str] = []
@@ -102,7 +98,6 @@ def store_samples(
             feeds[name][count] = array
         count += 1
         rows.extend(each.rows)
-    notes = list(choice.notes) if source.recipe else []
     notes += source.report.notes() if source.report else ()
     if left_out:
         notes.append(f"{left_out} samples are left out: they fill no batch of {size}, or differ in size")

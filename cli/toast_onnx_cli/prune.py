@@ -17,6 +17,7 @@ from toast_onnx.model import load_model, staged_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.report.pruning import pruning_report, write_report
+from toast_onnx.surgery.choose import heads_rounded_away
 from toast_onnx.surgery.local import LocalResult
 from toast_onnx.surgery.prune import Pruned, Refine, prune
 from toast_onnx.surgery.synthetic import SyntheticStatistics
@@ -96,7 +97,7 @@ def command(
             )
         if normalize:
             click.echo(f"Note: {pruned.normalized} spelled-out norms became LayerNormalization", err=True)
-        _show_notes(whole_heads(dense, pruned))
+        _show_notes(head_notes(dense, pruned))
         for result in pruned.local:
             if result.note is not None and settings.compensation.kind == "local":
                 click.echo(f"Note: block {result.block} keeps its closed-form weights: {result.note}", err=True)
@@ -223,17 +224,12 @@ def find_statistics(
         yield CalibratedStatistics(dense, path)
 
 
-def whole_heads(dense: Study, pruned: Pruned) -> list[str]:
-    """Where a share of the heads rounds to none: heads are few, and the file would come out unchanged."""
-    kept = [
-        (b.index, b.attention.num_heads)
-        for b, ratio, width in zip(dense.match.blocks, pruned.ratios, pruned.widths, strict=True)
-        if b.attention is not None and b.attention.heads_reason is None and ratio.heads and width.heads is None
-    ]
+def head_notes(dense: Study, pruned: Pruned) -> list[str]:
+    """What to say where a share of the heads rounds to none."""
+    kept = heads_rounded_away(dense.match.blocks, pruned.ratios, pruned.widths)
     if not kept:
         return []
-    most = max(heads for _, heads in kept)
-    where = ", ".join(str(index) for index, _ in kept)
+    most, where = max(kept.values()), ", ".join(str(index) for index in kept)
     return [
         f"attention.heads rounds to no head in block {where}; of {most} heads, more than {0.5 / most:.3g} drops one"
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,6 +85,23 @@ def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunabl
         None if f is None else kept("fc2", "width", f.width, f.fc2_reason),
         None if a is None else kept("heads", "head_dim", a.num_heads, a.heads_reason),
     )
+
+
+def heads_rounded_away(
+    blocks: Sequence[Block], ratios: Sequence[BlockRatios], widths: Sequence[Widths]
+) -> dict[int, int]:
+    """Blocks where a share of the heads was to go and rounds to none, with their number of heads.
+
+    Args:
+        blocks: the matched blocks.
+        ratios: settings of every block.
+        widths: kept counts of every block, as `plan_widths` says.
+    """
+    return {
+        block.index: block.attention.num_heads
+        for block, ratio, width in zip(blocks, ratios, widths, strict=True)
+        if block.attention is not None and block.attention.heads_reason is None and ratio.heads and width.heads is None
+    }
 
 
 def solve_block(
