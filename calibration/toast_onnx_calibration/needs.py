@@ -8,13 +8,13 @@ from toast_onnx.errors import ConfigError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
+from toast_onnx.planning.schema import WEIGHT_SCORES
 
 Wanted = dict[int, frozenset[str]]
 
 #: What `calibrate` collects without a ratios file: enough for every attention setting and for the hidden units.
 DEFAULT_PARTS = frozenset({"qk", "context", "hidden"})
 
-WEIGHT_SCORES = ("gm", "l1", "l2")
 #: Bytes for every element of a Gram matrix while a pass runs: float32 in the session, float64 in the sum.
 BYTES_PER_ELEMENT = 12
 

@@ -99,8 +99,7 @@ def _heads(study: Study, a: Attention, settings: BlockRatios, kind: str, context
     heads, d, _ = wo.shape
     ranked = ranked_heads(wv, wo, None, context, settings, kind)
     order = (d * ranked[:, None] + np.arange(d)).reshape(-1)
-    s = context.covariance if kind != "none" else context.second
-    return readout_losses(s, wo.reshape(heads * d, -1), order, kind)[::d]
+    return readout_losses(_spread(context, kind), wo.reshape(heads * d, -1), order, kind)[::d]
 
 
 def _vo(study: Study, a: Attention, settings: BlockRatios, kind: str, context: Moments) -> Array:
