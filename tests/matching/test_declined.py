@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from tests.matching.tiny import DIM, HEADS, HIDDEN, TOKENS, WIDTH, Graph, block
-from tests.pruning import look, prune_file
+from tests.pruning import look, prune_file, run, worst
 from toast_onnx.errors import MatchError
 
 INDEX = {"select": "index", "score": "l2"}
@@ -225,6 +225,87 @@ def test_a_softmax_that_weighs_activations_says_that_it_has_no_scores(tmp_path: 
     graph, y = block(end=pool)
     match = look(graph.save(tmp_path / "model.onnx", y)).match
     assert match.declined == {"'pool' (Softmax)": "the scores before this Softmax are no product of two activations"}
+
+
+def _talking_heads(graph: Graph, probabilities: str, values: str) -> str:
+    """CaiT: heads are mixed by a matrix."""
+    last = graph.add("Transpose", probabilities, perm=[0, 2, 3, 1], name="heads_last")
+    mixed = graph.add("MatMul", last, graph.random(HEADS, HEADS))
+    return graph.add("MatMul", graph.add("Transpose", mixed, perm=[0, 3, 1, 2]), values)
+
+
+def _differential(graph: Graph, probabilities: str, values: str) -> str:
+    """Differential attention: the probabilities of one head less those of another."""
+    picked = [graph.constant(heads) for heads in ([0, 0], [1, 1])]
+    first, second = (graph.add("Gather", probabilities, p, axis=1, name=f"heads_{p}") for p in picked)
+    return graph.add("MatMul", graph.add("Sub", first, second), values)
+
+
+def _one_by_one(graph: Graph, probabilities: str, values: str) -> str:
+    """Deformable attention: weights for values that were sampled for every query."""
+    weights = graph.add("Unsqueeze", probabilities, graph.constant([4]), name="weights")
+    weighted = graph.add("Mul", weights, graph.add("Unsqueeze", values, graph.constant([2])), name="weighted")
+    return graph.add("ReduceSum", weighted, graph.constant([3]), keepdims=0)
+
+
+@pytest.mark.parametrize(
+    ("weigh", "by"),
+    [
+        (_talking_heads, "heads_last' (Transpose)"),
+        (_differential, "heads_constant"),
+        (_one_by_one, "weighted' (Mul)"),
+    ],
+)
+def test_probabilities_that_do_not_weigh_values_as_they_are(weigh: Any, by: str, tmp_path: Path) -> None:
+    graph, y = block(weigh=weigh)
+    match = look(graph.save(tmp_path / "model.onnx", y)).match
+    assert [b.attention for b in match.blocks] == [None]
+    (reason,) = match.declined.values()
+    assert reason.startswith(f"'{by}")
+    assert reason.endswith("takes the probabilities of this Softmax before they weight the values")
+
+
+def test_values_before_probabilities(tmp_path: Path) -> None:
+    """Attention over images with channels first: V P^T is (P V^T)^T."""
+
+    def channels_first(graph: Graph, probabilities: str, values: str) -> str:
+        turned = [graph.add("Transpose", t, perm=[0, 1, 3, 2]) for t in (values, probabilities)]
+        return graph.add("Transpose", graph.add("MatMul", *turned, name="sum"), perm=[0, 1, 3, 2])
+
+    graph, y = block(weigh=channels_first)
+    path = graph.save(tmp_path / "model.onnx", y)
+    assert reasons(path) == {"qk": None, "vo": None, "fc1": None, "fc2": None}
+    for part in ("qk", "vo"):
+        _, pruned = prune_file(path, ratios(part), tmp_path / f"{part}.onnx")
+        assert pruned.twin is not None
+        assert pruned.twin.worst < 1e-5
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, TOKENS, WIDTH)).astype(np.float32)}
+    prune_file(path, ratios("fc1") | {"ffn": {"fc1": 0}}, tmp_path / "same.onnx")
+    assert worst(run(tmp_path / "same.onnx", feeds), run(path, feeds)) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["added", "stacked", "gated"])
+def test_parallel_networks_join_the_stream_together(way: str, tmp_path: Path) -> None:
+    """x + f(x) + g(x), whether added one by one, stacked and summed, or scaled by what another input says."""
+
+    def beside(graph: Graph, name: str) -> str:
+        read = next(node for node in graph.nodes if node.name == "fc1/MatMul").input[0]
+        inner = graph.add("Relu", graph.linear(read, WIDTH, HIDDEN, "other/fc1"))
+        other = graph.linear(inner, HIDDEN, WIDTH, "other/fc2")
+        if way == "added":
+            return graph.add("Add", other, name)
+        if way == "gated":
+            return graph.add("Mul", name, graph.add("Sigmoid", graph.linear("x", WIDTH, WIDTH, "gate")))
+        stacked = graph.add("Concat", *(graph.add("Unsqueeze", t, graph.constant([0])) for t in (name, other)), axis=0)
+        return graph.add("ReduceSum", stacked, graph.constant([0]), keepdims=0)
+
+    graph, y = block(ffn=beside)
+    path = graph.save(tmp_path / "model.onnx", y)
+    match = look(path).match
+    assert sum(b.ffn is not None for b in match.blocks) == (1 if way == "gated" else 2)
+    _, pruned = prune_file(path, ratios("fc2"), tmp_path / "pruned.onnx")
+    assert pruned.twin is not None
+    assert pruned.twin.worst < 1e-5
 
 
 def test_layers_that_join_no_residual_stream_are_no_feed_forward_network(tmp_path: Path) -> None:

@@ -103,7 +103,13 @@ def with_table(graph: Turning, name: str, spelling: str) -> str:
     return name
 
 
+def without_prefix_tokens(graph: Graph, name: str) -> str:
+    """As exported from a model that would keep its prefix tokens as they are, if it had any."""
+    return graph.add("Concat", cut(graph, name, 2, 0, 0), interleaved(graph, name), axis=2)
+
+
 PAIRED: dict[str, Turn] = {
+    "without prefix tokens": without_prefix_tokens,
     "interleaved": interleaved,
     "halves": halves,
     "split halves": split_halves,
@@ -112,6 +118,7 @@ PAIRED: dict[str, Turn] = {
     "half of the dimensions": half_of_the_dimensions,
 }
 PARTNER = {
+    "without prefix tokens": lambda e: e ^ 1,
     "interleaved": lambda e: e ^ 1,
     "halves": lambda e: (e + DIM // 2) % DIM,
     "split halves": lambda e: (e + DIM // 2) % DIM,
@@ -210,6 +217,43 @@ def test_tables_lose_the_same_dimensions_of_every_head(spelling: str, tmp_path: 
     assert worst(run(tmp_path / "pruned.onnx", feeds(2)), run(built.path, feeds(2))) < 1e-5
     shapes = {tuple(t.dims) for t in onnx.load(tmp_path / "pruned.onnx").graph.initializer}
     assert ((TOKENS, DIM // 2) if spelling == "einsum" else (DIM // 2, TOKENS)) in shapes
+
+
+def pooled(graph: Graph, name: str) -> str:
+    """The largest of a group of tokens, for every dimension, as Hiera pools its queries; here each group has one."""
+    grouped = graph.add("Reshape", name, graph.constant([0, 0, 1, TOKENS, DIM]))
+    return graph.add("ReduceMax", grouped, axes=[2], keepdims=0)
+
+
+def pooled_image(graph: Graph, name: str) -> str:
+    """SAM 2's queries: heads and dimensions are channels of an image while it is pooled."""
+    merged = graph.add("Reshape", graph.add("Transpose", name, perm=[0, 2, 1, 3]), graph.constant([0, 1, TOKENS, -1]))
+    image = graph.add("Transpose", merged, perm=[0, 3, 1, 2])
+    largest = graph.add("MaxPool", image, kernel_shape=[1, 3], pads=[0, 1, 0, 1])
+    shape = graph.constant([0, TOKENS, HEADS, DIM])
+    tokens = graph.add("Reshape", graph.add("Transpose", largest, perm=[0, 2, 3, 1]), shape)
+    return graph.add("Transpose", tokens, perm=[0, 2, 1, 3])
+
+
+@pytest.mark.parametrize("pool", [pooled, pooled_image])
+def test_pooled_queries_lose_dead_dimensions_without_a_trace(pool: Turn, tmp_path: Path) -> None:
+    dead = (0, 3, 4, 6)
+    built = attention(tmp_path / "model.onnx", pool, lambda _, n: n, dead)
+    a = found(built.path)
+    assert (a.qk_reason, a.pairs, a.folds) == (None, None, False)
+    _, pruned = prune_file(built.path, HALF_QK, tmp_path / "pruned.onnx")
+    assert pruned.twin is not None
+    assert worst(run(tmp_path / "pruned.onnx", feeds(3)), run(built.path, feeds(3))) < 1e-5
+    assert found(tmp_path / "pruned.onnx").qk_dim == DIM // 2
+
+
+def test_pooling_over_dimensions_is_declined(tmp_path: Path) -> None:
+    def over_dimensions(graph: Graph, name: str) -> str:
+        largest = graph.add("ReduceMax", name, axes=[3], keepdims=1, name="largest")
+        return graph.add("Concat", *[largest] * DIM, axis=3)
+
+    reason = found(attention(tmp_path / "model.onnx", over_dimensions, lambda _, n: n).path).qk_reason
+    assert "'largest' (ReduceMax) pools different dimensions of a head" in (reason or "")
 
 
 def test_a_basis_falls_back_to_shared_dimensions(tmp_path: Path) -> None:

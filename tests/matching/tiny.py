@@ -85,12 +85,18 @@ def straight(_graph: Graph, name: str) -> str:
     return name
 
 
+def product(graph: Graph, probabilities: str, values: str) -> str:
+    """The weighted sum of the values."""
+    return graph.add("MatMul", probabilities, values, name="sum")
+
+
 def block(
     *,
     q: Bend = straight,
     k: Bend = straight,
     v: Bend = straight,
     scores: Bend = straight,
+    weigh: Callable[[Graph, str, str], str] = product,
     context: Bend = straight,
     branch: Bend = straight,
     hidden: Bend = straight,
@@ -105,6 +111,7 @@ def block(
     Args:
         q: bends the queries (batch, heads, tokens, dim), and so k and v.
         scores: bends the scaled scores (batch, heads, tokens, tokens).
+        weigh: makes the context (batch, heads, tokens, dim) of probabilities and values.
         context: bends the merged context (batch, tokens, width) in front of the output projection.
         branch: bends the projection's output.
         hidden: bends fc1's output, before the activation; activated: after it.
@@ -123,7 +130,7 @@ def block(
     product = g.add("MatMul", operands[0], keys, name="scores")
     scaled = scores(g, g.add("Mul", product, g.constant(0.5, np.float32)))
     probabilities = g.add("Softmax", scaled, name="softmax", axis=axis)
-    mixed = g.add("Transpose", g.add("MatMul", probabilities, operands[2], name="sum"), perm=[0, 2, 1, 3])
+    mixed = g.add("Transpose", weigh(g, probabilities, operands[2]), perm=[0, 2, 1, 3])
     merged = context(g, g.add("Reshape", mixed, g.constant([0, 0, WIDTH])))
     stream = g.add("Add", "x", branch(g, g.linear(merged, WIDTH, WIDTH, "proj")))
     inner = hidden(g, g.linear(g.norm(stream), WIDTH, HIDDEN, "fc1"))

@@ -70,8 +70,7 @@ def match_attention(
         qk_reason = "Q and K have different numbers of heads or dimensions"
     if v is not None and proj is not None and v.layout.channels.shape != proj.layout.channels.shape:
         vo_reason = "V and the output projection have different numbers of heads or dimensions"
-    known = next((b.layout.num_heads for b in (q, k, v, proj) if b is not None), None)
-    heads = known or core.heads or (q_shape[-3] if len(q_shape) > 3 else 1)
+    heads = _num_heads(core, q_shape, [b for b in (q, k, v, proj) if b is not None])
     divide = heads if core.heads else 1
     found = Attention(
         core,
@@ -92,6 +91,14 @@ def match_attention(
         return replace(found, head_region=match_heads(view, facts, other, found))
     except Decline as e:
         return replace(found, heads_reason=str(e))
+
+
+def _num_heads(core: Core, q_shape: Sequence[int], branches: Sequence[Branch]) -> int:
+    """Heads of a layer whose every channel was followed; else the core's own, which may lie folded in the batch."""
+    followed = [b.layout.num_heads for b in branches if b.walk.blocked is None]
+    before = [b.layout.num_heads for b in branches if b.walk.blocked is not None]
+    own = [core.heads] if core.heads else [q_shape[-3]] if len(q_shape) > 3 else []
+    return next(iter([*followed, *own, *before, 1]))
 
 
 def _regions(
@@ -153,7 +160,7 @@ def _operand(
         allowed = {i for w in shared for i in w.nodes} | set(core.nodes)
         check_readers(view, [t for t in labelled if t not in ends], allowed, name)
     except Decline as e:
-        return None, str(e)
+        return None, walk.blocked or str(e)
     return Branch(walk, layout), walk.blocked
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.probe import Decline
+from toast_onnx.matching.probe import MOVEMENT, Decline
 
 #: Operators that may stand between the score product and Softmax: scale, mask, bias, soft cap, shape.
 _BETWEEN = frozenset(
@@ -15,6 +15,8 @@ _BETWEEN = frozenset(
     | {"Squeeze", "Expand", "IsNaN", "Dropout", "IsInf", "Or", "Not", "And"}
     | {"QuantizeLinear", "DequantizeLinear"}  # found, so that it can be declined with the reason
 )
+#: Operators that keep probabilities what they are, but for their order and their heads.
+_MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv"}
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,13 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
     node = view.nodes[i]
     products = _products_before(view, facts, node.input[0])
     sums = _products_after(view, facts, node.output[0])
-    if not products and not sums:
-        return None  # a classifier's softmax
+    if not sums:
+        reader = _reader_before_values(view, facts, node.output[0])
+        if reader is None:
+            return None  # a classifier's softmax, or probabilities that are only an output
+        raise Decline(f"{view.label(reader)} takes the probabilities of this Softmax before they weight the values")
     if not products:
         raise Decline("the scores before this Softmax are no product of two activations")
-    if not sums:
-        return None  # probabilities that are only an output
     if len(products) > 1 or len(sums) > 1:
         raise Decline("more than one activation product surrounds this Softmax")
     shape = facts.shape(node.input[0])
@@ -150,6 +153,31 @@ def _products_after(view: GraphView, facts: Facts, tensor: str) -> list[int]:
             elif view.nodes[i].op_type in _BETWEEN:
                 pending.extend(view.nodes[i].output)
     return found
+
+
+def _reader_before_values(view: GraphView, facts: Facts, tensor: str) -> int | None:
+    """What stands between the probabilities and a product of activations they lead to; None where they lead to none.
+
+    Mixing heads (talking heads), differences of probabilities, a softmax over another axis (linear attention) and
+    weights for single sampled values (deformable attention) all end in such a product, a few nodes on.
+    """
+    first: dict[str, int | None] = {tensor: None}  # tensor -> first node on the way that no attention core knows
+    pending = [tensor]
+    while pending:
+        name = pending.pop(0)
+        for i in view.consumers.get(name, []):
+            node, own = view.nodes[i], first[name]
+            own = i if own is None and node.op_type not in _BETWEEN else own
+            others = [t for t in node.input if t and t not in first and not facts.is_constant(t)]
+            weighs = _is_product(view, facts, i) or node.op_type == "Einsum"
+            weighs |= node.op_type == "Mul" and any(facts.value(t) is None for t in others)
+            if weighs and (others or len(set(node.input)) > 1):
+                return own if own is not None else i
+            if node.op_type in _BETWEEN | _MIXING:
+                fresh = [t for t in node.output if t and t not in first]
+                first.update(dict.fromkeys(fresh, own))
+                pending.extend(fresh)
+    return None
 
 
 def _fused_core(view: GraphView, facts: Facts, i: int) -> Core:

@@ -19,6 +19,8 @@ from toast_onnx.matching.probe import PASSING, Decline, scalar_factor
 
 _MOVING = frozenset({"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Concat", "Flatten"})
 _LINEAR = frozenset({"Mul", "Div", "Add", "Sub", "Neg"})
+#: Pool tokens, each dimension for itself (the queries of Hiera and SAM 2).
+_POOLING = frozenset({"ReduceMax", "MaxPool"})
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def match_dims(
     for operand, (nodes, tables, labels) in zip(operands, found, strict=True):
         axes, unit_of = _axes(labels, units, operand)
         _check_contractions(view, facts, tables, axes, unit_of)
-        plain = all(view.nodes[i].op_type not in _LINEAR or scalar_factor(view, facts, i) for i in nodes)
+        computing = [i for i in nodes if view.nodes[i].op_type in _LINEAR | _POOLING]
+        plain = all(scalar_factor(view, facts, i) for i in computing)
         regions.append(DimRegion(operand.start, nodes, tables, axes, unit_of, plain))
     return tuple(regions), units
 
@@ -126,7 +129,7 @@ def _follow(
                 continue
             if node.op_type in ("MatMul", "Einsum"):
                 tables.append(_table(view, facts, i, name))
-            elif node.domain in ("", "ai.onnx") and node.op_type in _MOVING | PASSING | _LINEAR:
+            elif node.domain in ("", "ai.onnx") and node.op_type in _MOVING | PASSING | _LINEAR | _POOLING:
                 nodes.add(i)
                 made = [t for t in node.output if t and t not in tensors]
                 tensors.update(made)
@@ -197,6 +200,8 @@ def _label(
             _concat(view, facts, i, labels)
         elif node.op_type in _MOVING:
             _move(view, facts, i, labels)
+        elif node.op_type in _POOLING:
+            _pool(view, facts, i, labels)
         else:
             labels[node.output[0]] = _computed(view, facts, i, labels)
     return labels
@@ -238,6 +243,25 @@ def _move(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarr
     for k, name in enumerate(node.output):
         if name:
             labels[name] = [r[k] for r in results]
+
+
+def _pool(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
+    node = view.nodes[i]
+    name, made = node.input[0], node.output[0]
+    shape = facts.shape(made)
+    if shape is None or any(node.output[1:]):
+        raise Decline(f"{view.label(i)} tells where its largest elements lie")
+    axes: object = range(2, len(shape))  # of MaxPool
+    if node.op_type == "ReduceMax":
+        axes = facts.value(node.input[1]) if any(node.input[1:]) else attribute(node, "axes", None)
+    along = None if axes is None else tuple(int(axis) for axis in axes)  # type: ignore[attr-defined]
+    labels[made] = []
+    for array in labels[name]:
+        pooled = array.min(axis=along, keepdims=True)
+        if (pooled != array.max(axis=along, keepdims=True)).any():
+            raise Decline(f"{view.label(i)} pools different dimensions of a head")
+        same = pooled.size == int(np.prod(shape))
+        labels[made].append(pooled.reshape(shape) if same else np.broadcast_to(pooled, shape))
 
 
 def _check_contractions(
@@ -308,6 +332,9 @@ def _axes(
     unit_of: dict[str, np.ndarray] = {}
     for name, arrays in labels.items():
         array = units[arrays[0] - 1]
+        if array.size == 0:  # the prefix tokens of a model without any: only its extents say where dimensions lie
+            axes[name], unit_of[name] = _axis_of_extent(array.shape, units, operand), units
+            continue
         for axis in range(array.ndim):
             columns = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
             if (columns == columns[:1]).all() and (columns[0] != columns[0, 0]).any():
@@ -318,3 +345,10 @@ def _axes(
     if axes[operand.end] != operand.dim_axis % labels[operand.end][0].ndim:
         raise Decline(f"{operand.what} does not arrive with its dimensions where the scores need them")
     return axes, unit_of
+
+
+def _axis_of_extent(shape: tuple[int, ...], units: np.ndarray, operand: Operand) -> int:
+    fitting = [axis for axis, extent in enumerate(shape) if extent == units.size]
+    if not fitting:
+        raise Decline(f"the dimensions of {operand.what} are spread over several axes")
+    return fitting[-1]

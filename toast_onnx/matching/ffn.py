@@ -22,6 +22,7 @@ _REDUCING = frozenset(
     | {"Softmax", "InstanceNormalization", "GroupNormalization", "ReduceSumSquare", "LpNormalization"}
 )
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_SUMS = frozenset({"Add", "Sum", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
 _CONTRIB_ACTIVATIONS = frozenset({"Gelu", "FastGelu", "BiasGelu", "QuickGelu"})
 
 
@@ -260,26 +261,24 @@ def _check_operands(view: GraphView, facts: Facts, nodes: tuple[int, ...], axes:
 
 
 def _returns_to_residual(view: GraphView, facts: Facts, source: str, output: str) -> bool:
-    """Whether `output` is added to a tensor that `source` was made from."""
+    """Whether `output`, alone or summed with parallel branches and gated, is added to a tensor that made `source`."""
     pending, seen = [output], set()
     while pending:
         name = pending.pop()
         for i in view.consumers.get(name, []):
             node = view.nodes[i]
-            if i in seen:
+            if i in seen or not _keeps_stream(node.op_type):
                 continue
             seen.add(i)
             others = [t for t in node.input if t and t != name and not facts.is_constant(t) and facts.value(t) is None]
-            if node.op_type in ("Add", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization") and others:
-                if _is_ancestor(view, others[0], source):
-                    return True
-            elif not others and _keeps_stream(node.op_type):
-                pending.extend(node.output)
+            if node.op_type in _SUMS and any(_is_ancestor(view, t, source) for t in others):
+                return True
+            pending.extend(node.output)
     return False
 
 
 def _keeps_stream(op_type: str) -> bool:
-    return op_type in MOVEMENT | PASSING | _QDQ or op_type in ("Mul", "Add", "Div") or "Normalization" in op_type
+    return op_type in MOVEMENT | PASSING | _QDQ | _SUMS or op_type in ("Mul", "Div", "ReduceSum") or "Normal" in op_type
 
 
 def _is_ancestor(view: GraphView, ancestor: str, tensor: str) -> bool:

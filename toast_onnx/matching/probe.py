@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import QUANTIZED, GraphView
+from toast_onnx.matching.graph import QUANTIZED, GraphView, attribute
 from toast_onnx.matching.linear import Linear
 
 #: Operators that move elements and compute nothing. Their first input is the data (all inputs for Concat).
@@ -149,9 +149,19 @@ def _last_common(
             before = set().union(*(moved[name] for name in data_inputs(view, i)), {i})
             moved.update({name: before for name in view.nodes[i].output if name})
     for tensor in sorted(moved, key=lambda name: -view.producer[name]):
+        if tensor != linear.output and _moves_last_axis(view, view.producer[tensor]):
+            continue  # such as in front of a pooling over channels-first images: dimensions are read on the last axis
         if not _reaches(view, facts, target, linear.output, nodes, around=tensor):
             return tensor, moved[tensor]
     raise Decline(f"the way of {what} from its linear layer cannot be followed")
+
+
+def _moves_last_axis(view: GraphView, i: int) -> bool:
+    node = view.nodes[i]
+    if node.op_type != "Transpose":
+        return False
+    perm = attribute(node, "perm", [])
+    return not perm or perm[-1] != len(perm) - 1  # type: ignore[index,arg-type]
 
 
 def _reaches(view: GraphView, facts: Facts, start: str, goal: str, nodes: set[int], around: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.blocks import Match
+from toast_onnx.matching.channels_first import turn_products
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.find import find_blocks
 from toast_onnx.matching.fused import SpelledOut, spell_out
@@ -55,7 +56,7 @@ def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Stu
         ModelError: a shape contradicts the model, or the graph does not fit any shapes tried.
     """
     given = given or {}
-    view = GraphView(join_split_biases(model))
+    view = GraphView(turn_products(join_split_biases(model)))
     counted_shapes = input_shapes(view, given, 1)
     counted = Facts(view, counted_shapes)
     plain, spelled = spell_out(view, counted)

@@ -1,0 +1,69 @@
+"""Attention over images with channels first, turned to the common order: V P^T becomes (P V^T)^T.
+
+CoAtNet, EfficientViT and the attention of YOLO networks weight values (..., head_dim, tokens) by transposed
+probabilities. (A B)^T = B^T A^T, and the transposes are data movement that the matching follows anywhere.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.helper
+
+from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.model import Model
+
+#: What may lie between a Softmax and the transpose of its probabilities.
+_KEEPING = frozenset({"Cast", "Dropout", "Identity"})
+
+
+def turn_products(model: Model) -> Model:
+    """Turn every product of values with transposed probabilities.
+
+    Args:
+        model: the model; it is not changed.
+
+    Returns:
+        A model that computes the same under the same names; the same model where there is nothing to turn.
+    """
+    view = GraphView(model)
+    turned = {i: nodes for i in range(len(view.nodes)) if (nodes := _turned(view, i)) is not None}
+    if not turned:
+        return model
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    del proto.graph.node[:]
+    unread = {view.producer[view.nodes[i].input[1]] for i in turned if _read_once(view, view.nodes[i].input[1])}
+    for i, node in enumerate(view.nodes):
+        if i not in unread:
+            proto.graph.node.extend(turned.get(i, [node]))
+    return Model(proto, model.path, dict(model.arrays))
+
+
+def _turned(view: GraphView, i: int) -> list[onnx.NodeProto] | None:
+    """The nodes in place of a product of values with transposed probabilities; None for any other node."""
+    node = view.nodes[i]
+    transpose = view.producer_of(node.input[1]) if node.op_type == "MatMul" and node.domain in ("", "ai.onnx") else None
+    if transpose is None or transpose.op_type != "Transpose":
+        return None
+    perm = list(attribute(transpose, "perm", []))  # type: ignore[call-overload]
+    swapped = [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
+    if len(perm) < 3 or perm != swapped or not _from_softmax(view, transpose.input[0]):
+        return None
+    name = node.name or node.output[0]
+    values, context = f"{node.output[0]}/values", f"{node.output[0]}/context"
+    return [
+        onnx.helper.make_node("Transpose", [node.input[0]], [values], name=f"{name}/values/Transpose", perm=perm),
+        onnx.helper.make_node("MatMul", [transpose.input[0], values], [context], name=name),
+        onnx.helper.make_node("Transpose", [context], [node.output[0]], name=f"{name}/context/Transpose", perm=perm),
+    ]
+
+
+def _from_softmax(view: GraphView, tensor: str) -> bool:
+    node = view.producer_of(tensor)
+    while node is not None and node.op_type in _KEEPING:
+        node = view.producer_of(node.input[0])
+    return node is not None and node.op_type == "Softmax"
+
+
+def _read_once(view: GraphView, tensor: str) -> bool:
+    return len(view.consumers[tensor]) == 1 and tensor not in view.outputs
