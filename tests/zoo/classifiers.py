@@ -80,6 +80,10 @@ for _name, _model, _size, _options in (
     ("timm-clip-quickgelu", "vit_base_patch16_clip_quickgelu_224", 64, SMALL),
     ("timm-siglip", "vit_base_patch16_siglip_224", 64, SMALL),
     ("timm-swinv2", "swinv2_tiny_window8_256", 128, {"depths": (2, 2), "num_heads": (3, 6)}),
+    ("timm-vit-parallel", "vit_small_patch16_18x2_224", 64, {"depth": 2}),
+    ("timm-dinov3", "vit_tiny_patch16_dinov3_qkvb", 64, {"depth": 2}),
+    ("timm-hiera", "hiera_tiny_224", 64, {"stages": (1, 1, 2, 1), "fused": False}),
+    ("timm-sam2", "sam2_hiera_tiny", 128, {"img_size": None, "stages": (1, 1, 2, 1), "global_att_blocks": (3,)}),
     ("timm-eva02", "eva02_tiny_patch14_224", 70, {"depth": 2}),
     ("timm-eva02-unfused", "eva02_tiny_patch14_224", 70, {"depth": 2, "fused": False}),
     ("timm-eva02-base", "eva02_base_patch14_224", 70, SMALL),
@@ -89,6 +93,7 @@ for _name, _model, _size, _options in (
 
 CLIP = TINY | {"projection_dim": 64}
 GIANT = DINO | {"use_swiglu_ffn": True}
+SEGFORMER = {"image_size": 64, "depths": [1, 1, 1, 1], "hidden_sizes": [32, 64, 96, 128], "decoder_hidden_size": 64}
 BEIT = TINY | {"use_relative_position_bias": True, "use_absolute_position_embeddings": True, "num_labels": 10}
 SWINV2 = SWIN | {"image_size": 128, "window_size": 8}
 
@@ -98,6 +103,8 @@ for _name, _arguments, _options in (
     ("hf-beit", ("BeitForImageClassification", "BeitConfig", "logits"), BEIT),
     ("hf-clip", ("CLIPVisionModelWithProjection", "CLIPVisionConfig", "image_embeds", "last_hidden_state"), CLIP),
     ("hf-siglip", ("SiglipVisionModel", "SiglipVisionConfig", "last_hidden_state", "pooler_output"), TINY),
+    ("hf-dinov3", ("DINOv3ViTModel", "DINOv3ViTConfig", "last_hidden_state"), TINY | {"use_gated_mlp": True}),
+    ("hf-segformer", ("SegformerForSemanticSegmentation", "SegformerConfig", "logits"), SEGFORMER),
     ("hf-swinv2", ("Swinv2ForImageClassification", "Swinv2Config", "logits"), SWINV2),
 ):
     _kind = "eager" if _name == "hf-swinv2" else "sdpa"  # Hugging Face has cosine attention in its eager form only

@@ -73,6 +73,12 @@ def export(case: Case, path: Path | None = None, *, module: nn.Module | None = N
     return target
 
 
+def export_module(subject: Subject, path: Path) -> Path:
+    """Export a module that is no family of the zoo, by TorchScript 17 with a dynamic batch."""
+    _export(Case("", "torchscript-17"), subject, subject.module, path)
+    return path
+
+
 def _export(case: Case, subject: Subject, module: nn.Module, path: Path) -> None:
     exporter, _, opset = case.exporter.partition("-")
     axes: dict[str, dict[int, str]] = {name: {} for name in subject.inputs}

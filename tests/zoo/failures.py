@@ -10,6 +10,7 @@ from tests.zoo.described import BATCHES, EXPORTERS, FAMILIES, STAGE, Case
 KNOWN_FAILURES: dict[str, str] = {
     "timm-eva02/torchscript-*": "timm: is_causal of scaled_dot_product_attention is traced as a tensor",
     "timm-eva02-base/torchscript-*": "timm: is_causal of scaled_dot_product_attention is traced as a tensor",
+    "timm-dinov3/torchscript-*": "timm: is_causal of scaled_dot_product_attention is traced as a tensor",
     "hf-dinov2-registers/torchscript-*": "aten::_upsample_bicubic2d_aa has no TorchScript export",
     "hf-upernet/torchscript-*/dynamic*": "adaptive_avg_pool2d needs a known input size",
     "hf-mask2former/torchscript-14/*": "aten::grid_sampler has a TorchScript export from opset 16 on",

@@ -28,10 +28,14 @@ def image(size: int, batch: int = 1) -> Tensor:
 
 
 def timm_subject(name: str, size: int, fused: bool = True, **options: Any) -> Subject:
-    """A timm model with 10 classes; `fused` chooses PyTorch's scaled_dot_product_attention."""
+    """A timm model with 10 classes; `fused` chooses PyTorch's scaled_dot_product_attention.
+
+    Options overrule; `img_size=None` is for models that take any size and no such option.
+    """
     import timm
 
-    module = timm.create_model(name, pretrained=False, img_size=size, num_classes=10, **options)
+    given = {name: value for name, value in ({"img_size": size} | options).items() if value is not None}
+    module = timm.create_model(name, pretrained=False, num_classes=10, **given)
     for part in module.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = fused

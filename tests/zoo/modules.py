@@ -22,7 +22,7 @@ def _rows(*layers: nn.Linear) -> tuple[Tensor, ...]:
 def attentions(root: nn.Module) -> Iterator[Attention]:
     """Every attention module of timm, Hugging Face and torchvision as views of (head, dim) rows and columns."""
     for name, part in root.named_modules():
-        heads = getattr(part, "num_heads", None) or getattr(part, "num_attention_heads", None)
+        heads = next((n for a in ("num_heads", "num_attention_heads", "heads") if (n := getattr(part, a, None))), None)
         q, k, v = _linear(part, "q_proj", "query"), _linear(part, "k_proj", "key"), _linear(part, "v_proj", "value")
         proj = _linear(part, "proj", "o_proj", "out_proj")
         if isinstance(part, nn.MultiheadAttention):
@@ -50,10 +50,10 @@ def attentions(root: nn.Module) -> Iterator[Attention]:
 def ffns(root: nn.Module) -> Iterator[Ffn]:
     """Every feed-forward network of timm, Hugging Face and torchvision as views of hidden units."""
     for name, part in root.named_modules():
-        last = _linear(part, "fc2", "down_proj")
+        last = _linear(part, "fc2", "down_proj", "dense2")
         entries = [_linear(part, "fc1_g", "gate_proj"), _linear(part, "fc1_x", "up_proj")]
         if entries[0] is None:
-            entries = [_linear(part, "fc1")]
+            entries = [_linear(part, "fc1", "dense1")]
         if type(part).__name__ in ("MLP", "MLPBlock"):  # torchvision: a Sequential
             layers = [layer for layer in part.children() if isinstance(layer, nn.Linear)]
             entries, last = (layers[:1], layers[1]) if len(layers) == 2 else ([None], None)
@@ -81,7 +81,8 @@ def plant_dead(module: nn.Module) -> None:
     feed-forward networks the entries' rows and biases and the exit's columns. Removing them changes no output. Under
     rotary embedding, which turns dimensions in pairs, Q and K lose whole pairs.
     """
-    rotary = any(type(part).__name__ == "EvaAttention" for part in module.modules())
+    # Halves are turned into each other elsewhere: every second dimension of each half is every second of all.
+    rotary = any(type(part).__name__ == "EvaAttention" and not part.rotate_half for part in module.modules())
     with torch.no_grad():
         for attention in attentions(module):
             starts = torch.arange(attention.heads)[:, None] * attention.head_dim

@@ -12,6 +12,7 @@ from toast_onnx.matching.study import Shapes, Study, input_shapes
 from toast_onnx.model import Model
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.surgery.choose import Widths, plan_widths, solve_block
+from toast_onnx.surgery.decisions import follow_decisions
 from toast_onnx.surgery.local import LocalResult
 from toast_onnx.surgery.normalize import normalize_layer_norms
 from toast_onnx.surgery.rewrite import rewritten
@@ -155,9 +156,10 @@ def _prove(
     if chosen:
         check_scores(model, chosen, shapes, seed)
         twin = masked_twin(study, twin, chosen)
+    twin, decisions = follow_decisions(twin, study.facts)
     changed = {c.selection.block: BlockWeights() for c in chosen} | weights
     kept = [c.kept for c in chosen]
-    return compare_with_twin(study.view, twin, model, study.match.blocks, changed, shapes, seed, kept)
+    return compare_with_twin(study.view, twin, model, study.match.blocks, changed, shapes, seed, kept, decisions)
 
 
 def twin_shapes(study: Study) -> list[Shapes]:

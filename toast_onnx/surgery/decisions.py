@@ -1,0 +1,83 @@
+"""Choices that a graph makes between numbers: the twin takes over those of the pruned graph.
+
+A detector picks its queries by TopK and its boxes by NonMaxSuppression. Where two scores are close, rounding alone
+decides, and everything behind differs. So both graphs go on with one choice, and the scores it was made from are
+compared instead: the operator that chooses is the same in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+import onnx.helper
+
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import attribute
+from toast_onnx.model import Model
+
+#: Operator -> which of its outputs holds positions.
+_POSITIONS = {"TopK": 1, "ArgMax": 0, "ArgMin": 0, "NonMaxSuppression": 0}
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One choice.
+
+    Attributes:
+        made: tensor of the chosen positions in the pruned graph.
+        given: the twin's input for it.
+        scores: the tensors that the positions were chosen by.
+    """
+
+    made: str
+    given: str
+    scores: tuple[str, ...]
+
+
+def follow_decisions(twin: Model, facts: Facts) -> tuple[Model, tuple[Decision, ...]]:
+    """Turn the positions that a twin would choose into inputs.
+
+    Args:
+        twin: the padded twin; it is not changed.
+        facts: facts of the original graph, whose tensors keep their names in the twin.
+
+    Returns:
+        The twin with an input for every choice (the very same one where there is none), and the choices.
+    """
+    decisions: list[Decision] = []
+    nodes: list[onnx.NodeProto] = []
+    for node in twin.proto.graph.node:
+        decision = _decision(node, facts)
+        if decision is None:
+            nodes.append(node)
+            continue
+        decisions.append(decision)
+        nodes.append(onnx.helper.make_node("Identity", [decision.given], [decision.made], name=f"{node.name}/given"))
+        if node.op_type == "TopK" and node.output[0]:
+            axis = attribute(node, "axis", -1)
+            taken = [node.input[0], decision.given]
+            nodes.append(
+                onnx.helper.make_node("GatherElements", taken, [node.output[0]], name=f"{node.name}/values", axis=axis)
+            )
+    if not decisions:
+        return twin, ()
+    proto = onnx.ModelProto()
+    proto.CopyFrom(twin.proto)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(d.given, onnx.TensorProto.INT64, None) for d in decisions
+    )
+    return Model(proto, twin.path, twin.arrays), tuple(decisions)
+
+
+def _decision(node: onnx.NodeProto, facts: Facts) -> Decision | None:
+    position = _POSITIONS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    if position is None or len(node.output) <= position or not node.output[position]:
+        return None
+    floats = (name for name in node.input[:2] if facts.elem_type(name) in _FLOATS)
+    scores = tuple(name for name in floats if not facts.is_constant(name))
+    made = node.output[position]
+    return Decision(made, f"{made}/given", scores) if scores else None
