@@ -243,12 +243,16 @@ class _Build:
     # --- queries and keys ---
 
     def _operands(self, attention: Attention) -> tuple[tuple[str, int], tuple[str, int]]:
-        """Queries and keys as the scores see them: (tensor, axis of the head's dimensions) of each."""
+        """Queries and keys as the scores see them: (tensor, axis of the head's dimensions) of each.
+
+        Pooled queries are taken before their tokens are pooled, in the layout that is known of them.
+        """
         core, nodes = attention.core, self.study.view.nodes
         if attention.cosine:  # divided by their lengths, in the layout that they had before
             (_, q), (_, k) = attention.divisions
             return (nodes[q].output[0], -1), (nodes[k].output[0], -1)
-        return (core.q, -1), (core.k, core.k_dim_axis)
+        pooled = next((region.start for region in attention.regions if region.pools), core.q)
+        return (pooled, -1), (core.k, core.k_dim_axis)
 
     def _queries(self, attention: Attention, q: Branch, padding: _Padding | None, key: str) -> None:
         """`qq`: sum of q q^T for every head, and its `count`."""

@@ -15,6 +15,9 @@ import pytest
 from click.testing import CliRunner
 
 from tests import zoo
+from tests.matching.test_dims import Turn, attention, pooled, pooled_image
+from tests.matching.tiny import TOKENS, WIDTH
+from tests.pruning import run, worst
 from toast_onnx_cli.main import main
 
 Exported = Callable[[zoo.Case], Path]
@@ -50,3 +53,16 @@ def test_a_terminated_run_leaves_nothing(exported: Exported, tmp_path: Path) -> 
         process.communicate(timeout=60)
     assert process.returncode == 143
     assert not [*work.glob("toast-*"), *work.glob("*s.npz*")]
+
+
+@pytest.mark.parametrize("pool", [pooled, pooled_image])
+def test_pooled_queries_are_measured_before_they_are_pooled(pool: Turn, tmp_path: Path) -> None:
+    """Hiera and SAM 2, from calibration data: the statistics lie in the layout of the layer's output."""
+    built = attention(tmp_path / "model.onnx", pool, lambda _, name: name, dead=(0, 3, 4, 6))
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((64, TOKENS, WIDTH)).astype(np.float32))
+    (tmp_path / "ratios.yaml").write_text("version: 1\nattention: {qk: 0.5}\nalign: 1\n")
+    command = ["prune", built.path, "--ratios", tmp_path / "ratios.yaml", "--data", tmp_path / "data.npz"]
+    result = CliRunner().invoke(main, [str(word) for word in [*command, "-o", tmp_path / "pruned.onnx"]])
+    assert result.exit_code == 0, result.output
+    feeds = {"x": np.random.default_rng(1).standard_normal((2, TOKENS, WIDTH)).astype(np.float32)}
+    assert worst(run(tmp_path / "pruned.onnx", feeds), run(built.path, feeds)) < 1e-4

@@ -241,19 +241,11 @@ def _differential(graph: Graph, probabilities: str, values: str) -> str:
     return graph.add("MatMul", graph.add("Sub", first, second), values)
 
 
-def _one_by_one(graph: Graph, probabilities: str, values: str) -> str:
-    """Deformable attention: weights for values that were sampled for every query."""
-    weights = graph.add("Unsqueeze", probabilities, graph.constant([4]), name="weights")
-    weighted = graph.add("Mul", weights, graph.add("Unsqueeze", values, graph.constant([2])), name="weighted")
-    return graph.add("ReduceSum", weighted, graph.constant([3]), keepdims=0)
-
-
 @pytest.mark.parametrize(
     ("weigh", "by"),
     [
         (_talking_heads, "heads_last' (Transpose)"),
         (_differential, "heads_constant"),
-        (_one_by_one, "weighted' (Mul)"),
     ],
 )
 def test_probabilities_that_do_not_weigh_values_as_they_are(weigh: Any, by: str, tmp_path: Path) -> None:
@@ -262,7 +254,7 @@ def test_probabilities_that_do_not_weigh_values_as_they_are(weigh: Any, by: str,
     assert [b.attention for b in match.blocks] == [None]
     (reason,) = match.declined.values()
     assert reason.startswith(f"'{by}")
-    assert reason.endswith("takes the probabilities of this Softmax before they weight the values")
+    assert reason.endswith("takes the probabilities of this Softmax before they meet another activation")
 
 
 def test_values_before_probabilities(tmp_path: Path) -> None:
@@ -284,9 +276,9 @@ def test_values_before_probabilities(tmp_path: Path) -> None:
     assert worst(run(tmp_path / "same.onnx", feeds), run(path, feeds)) < 1e-5
 
 
-@pytest.mark.parametrize("way", ["added", "stacked", "gated"])
+@pytest.mark.parametrize("way", ["added", "stacked"])
 def test_parallel_networks_join_the_stream_together(way: str, tmp_path: Path) -> None:
-    """x + f(x) + g(x), whether added one by one, stacked and summed, or scaled by what another input says."""
+    """x + f(x) + g(x), whether added one by one or stacked and summed."""
 
     def beside(graph: Graph, name: str) -> str:
         read = next(node for node in graph.nodes if node.name == "fc1/MatMul").input[0]
@@ -294,15 +286,13 @@ def test_parallel_networks_join_the_stream_together(way: str, tmp_path: Path) ->
         other = graph.linear(inner, HIDDEN, WIDTH, "other/fc2")
         if way == "added":
             return graph.add("Add", other, name)
-        if way == "gated":
-            return graph.add("Mul", name, graph.add("Sigmoid", graph.linear("x", WIDTH, WIDTH, "gate")))
         stacked = graph.add("Concat", *(graph.add("Unsqueeze", t, graph.constant([0])) for t in (name, other)), axis=0)
         return graph.add("ReduceSum", stacked, graph.constant([0]), keepdims=0)
 
     graph, y = block(ffn=beside)
     path = graph.save(tmp_path / "model.onnx", y)
     match = look(path).match
-    assert sum(b.ffn is not None for b in match.blocks) == (1 if way == "gated" else 2)
+    assert sum(b.ffn is not None for b in match.blocks) == 2
     _, pruned = prune_file(path, ratios("fc2"), tmp_path / "pruned.onnx")
     assert pruned.twin is not None
     assert pruned.twin.worst < 1e-5

@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx
 import onnx.helper
 
+from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.model import Model
 
@@ -16,17 +17,18 @@ from toast_onnx.model import Model
 _KEEPING = frozenset({"Cast", "Dropout", "Identity"})
 
 
-def turn_products(model: Model) -> Model:
+def turn_products(view: GraphView, facts: Facts) -> Model:
     """Turn every product of values with transposed probabilities.
 
     Args:
-        model: the model; it is not changed.
+        view: the graph; it is not changed.
+        facts: its facts.
 
     Returns:
         A model that computes the same under the same names; the same model where there is nothing to turn.
     """
-    view = GraphView(model)
-    turned = {i: nodes for i in range(len(view.nodes)) if (nodes := _turned(view, i)) is not None}
+    model = view.model
+    turned = {i: nodes for i in range(len(view.nodes)) if (nodes := _turned(view, facts, i)) is not None}
     if not turned:
         return model
     proto = onnx.ModelProto()
@@ -39,7 +41,7 @@ def turn_products(model: Model) -> Model:
     return Model(proto, model.path, dict(model.arrays))
 
 
-def _turned(view: GraphView, i: int) -> list[onnx.NodeProto] | None:
+def _turned(view: GraphView, facts: Facts, i: int) -> list[onnx.NodeProto] | None:
     """The nodes in place of a product of values with transposed probabilities; None for any other node."""
     node = view.nodes[i]
     transpose = view.producer_of(node.input[1]) if node.op_type == "MatMul" and node.domain in ("", "ai.onnx") else None
@@ -47,10 +49,13 @@ def _turned(view: GraphView, i: int) -> list[onnx.NodeProto] | None:
         return None
     perm = list(attribute(transpose, "perm", []))  # type: ignore[call-overload]
     swapped = [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
-    if len(perm) < 3 or perm != swapped or not _from_softmax(view, transpose.input[0]):
+    ranks = {len(facts.shape(tensor) or ()) for tensor in node.input}
+    if len(perm) < 3 or perm != swapped or ranks != {len(perm)} or not _from_softmax(view, transpose.input[0]):
         return None
     name = node.name or node.output[0]
     values, context = f"{node.output[0]}/values", f"{node.output[0]}/context"
+    if {values, context} & {*view.producer, *view.initializers}:
+        return None
     return [
         onnx.helper.make_node("Transpose", [node.input[0]], [values], name=f"{name}/values/Transpose", perm=perm),
         onnx.helper.make_node("MatMul", [transpose.input[0], values], [context], name=name),

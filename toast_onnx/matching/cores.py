@@ -15,7 +15,7 @@ _BETWEEN = frozenset(
     | {"Squeeze", "Expand", "IsNaN", "Dropout", "IsInf", "Or", "Not", "And"}
     | {"QuantizeLinear", "DequantizeLinear"}  # found, so that it can be declined with the reason
 )
-#: Operators that keep probabilities what they are, but for their order and their heads.
+#: Operators that move probabilities or mix those of different heads.
 _MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv"}
 
 
@@ -84,7 +84,9 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
         reader = _reader_before_values(view, facts, node.output[0])
         if reader is None:
             return None  # a classifier's softmax, or probabilities that are only an output
-        raise Decline(f"{view.label(reader)} takes the probabilities of this Softmax before they weight the values")
+        raise Decline(
+            f"{view.label(reader)} takes the probabilities of this Softmax before they meet another activation"
+        )
     if not products:
         raise Decline("the scores before this Softmax are no product of two activations")
     if len(products) > 1 or len(sums) > 1:
@@ -156,10 +158,10 @@ def _products_after(view: GraphView, facts: Facts, tensor: str) -> list[int]:
 
 
 def _reader_before_values(view: GraphView, facts: Facts, tensor: str) -> int | None:
-    """What stands between the probabilities and a product of activations they lead to; None where they lead to none.
+    """What stands between the probabilities and a matrix product of activations; None where they lead to none.
 
-    Mixing heads (talking heads), differences of probabilities, a softmax over another axis (linear attention) and
-    weights for single sampled values (deformable attention) all end in such a product, a few nodes on.
+    Mixed heads (talking heads), differences of probabilities and a softmax over another axis (linear attention) all
+    end in such a product, a few nodes on.
     """
     first: dict[str, int | None] = {tensor: None}  # tensor -> first node on the way that no attention core knows
     pending = [tensor]
@@ -168,10 +170,7 @@ def _reader_before_values(view: GraphView, facts: Facts, tensor: str) -> int | N
         for i in view.consumers.get(name, []):
             node, own = view.nodes[i], first[name]
             own = i if own is None and node.op_type not in _BETWEEN else own
-            others = [t for t in node.input if t and t not in first and not facts.is_constant(t)]
-            weighs = _is_product(view, facts, i) or node.op_type == "Einsum"
-            weighs |= node.op_type == "Mul" and any(facts.value(t) is None for t in others)
-            if weighs and (others or len(set(node.input)) > 1):
+            if _is_product(view, facts, i):
                 return own if own is not None else i
             if node.op_type in _BETWEEN | _MIXING:
                 fresh = [t for t in node.output if t and t not in first]

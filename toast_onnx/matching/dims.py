@@ -49,6 +49,7 @@ class DimRegion:
         axes: tensor name -> axis along which the dimensions lie, for `start` and the tensors that the nodes make.
         unit_of: tensor name -> (extent of that axis,) unit (a pair, or a single dimension) at each position.
         plain: whether every dimension arrives at the scores as it was, but for one common factor.
+        pools: whether tokens are pooled on the way.
     """
 
     start: str
@@ -57,6 +58,7 @@ class DimRegion:
     axes: dict[str, int]
     unit_of: dict[str, np.ndarray]
     plain: bool
+    pools: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,10 @@ def match_dims(
         _check_contractions(view, facts, tables, axes, unit_of)
         computing = [i for i in nodes if view.nodes[i].op_type in _LINEAR | _POOLING]
         plain = all(scalar_factor(view, facts, i) for i in computing)
-        regions.append(DimRegion(operand.start, nodes, tables, axes, unit_of, plain))
+        pools = [i for i in nodes if view.nodes[i].op_type in _POOLING]
+        if pools and operand.what != "Q":
+            raise Decline(f"{view.label(pools[0])} pools {operand.what}")
+        regions.append(DimRegion(operand.start, nodes, tables, axes, unit_of, plain, bool(pools)))
     return tuple(regions), units
 
 

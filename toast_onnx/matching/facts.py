@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
+import onnx.checker
 import onnx.defs
 import onnx.helper
 import onnx.numpy_helper
@@ -215,7 +216,7 @@ class Facts:
                 opset_imports=list(self.view.model.proto.opset_import),
                 ir_version=self.view.model.proto.ir_version,
             )
-        except onnx.shape_inference.InferenceError as e:
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as e:
             reason = str(e).strip().splitlines()[-1]
             raise ModelError(
                 f"{self.view.model.path}: the input shapes do not fit the graph at node "

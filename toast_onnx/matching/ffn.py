@@ -23,6 +23,7 @@ _REDUCING = frozenset(
 )
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _SUMS = frozenset({"Add", "Sum", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
+_JOINS = _SUMS | {"Concat"}  # a gate on the stream is no part of it
 _CONTRIB_ACTIVATIONS = frozenset({"Gelu", "FastGelu", "BiasGelu", "QuickGelu"})
 
 
@@ -261,16 +262,16 @@ def _check_operands(view: GraphView, facts: Facts, nodes: tuple[int, ...], axes:
 
 
 def _returns_to_residual(view: GraphView, facts: Facts, source: str, output: str) -> bool:
-    """Whether `output`, alone or summed with parallel branches and gated, is added to a tensor that made `source`."""
+    """Whether `output`, alone or summed with parallel branches, is added to a tensor that `source` was made from."""
     pending, seen = [output], set()
     while pending:
         name = pending.pop()
         for i in view.consumers.get(name, []):
             node = view.nodes[i]
-            if i in seen or not _keeps_stream(node.op_type):
+            others = [t for t in node.input if t and t != name and not facts.is_constant(t) and facts.value(t) is None]
+            if i in seen or not _keeps_stream(node.op_type) or (others and node.op_type not in _JOINS):
                 continue
             seen.add(i)
-            others = [t for t in node.input if t and t != name and not facts.is_constant(t) and facts.value(t) is None]
             if node.op_type in _SUMS and any(_is_ancestor(view, t, source) for t in others):
                 return True
             pending.extend(node.output)
@@ -278,7 +279,9 @@ def _returns_to_residual(view: GraphView, facts: Facts, source: str, output: str
 
 
 def _keeps_stream(op_type: str) -> bool:
-    return op_type in MOVEMENT | PASSING | _QDQ | _SUMS or op_type in ("Mul", "Div", "ReduceSum") or "Normal" in op_type
+    return op_type in MOVEMENT | PASSING | _QDQ | _SUMS | {"Mul", "Div", "ReduceSum"} or op_type.endswith(
+        "Normalization"
+    )
 
 
 def _is_ancestor(view: GraphView, ancestor: str, tensor: str) -> bool:

@@ -56,9 +56,13 @@ def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Stu
         ModelError: a shape contradicts the model, or the graph does not fit any shapes tried.
     """
     given = given or {}
-    view = GraphView(turn_products(join_split_biases(model)))
+    view = GraphView(join_split_biases(model))
     counted_shapes = input_shapes(view, given, 1)
     counted = Facts(view, counted_shapes)
+    turned = turn_products(view, counted)
+    if turned is not view.model:
+        view = GraphView(turned)
+        counted = Facts(view, counted_shapes)
     plain, spelled = spell_out(view, counted)
     if spelled:
         view = GraphView(plain)

@@ -28,7 +28,7 @@ class Decision:
     Attributes:
         made: tensor of the chosen positions in the pruned graph.
         given: the twin's input for it.
-        scores: the tensors that the positions were chosen by.
+        scores: what the positions were chosen by, and for TopK the values there.
     """
 
     made: str
@@ -46,21 +46,21 @@ def follow_decisions(twin: Model, facts: Facts) -> tuple[Model, tuple[Decision, 
     Returns:
         The twin with an input for every choice (the very same one where there is none), and the choices.
     """
+    opset = next(o.version for o in twin.proto.opset_import if o.domain in ("", "ai.onnx"))
+    taken = {name for node in twin.proto.graph.node for name in node.output} | {i.name for i in twin.proto.graph.input}
     decisions: list[Decision] = []
     nodes: list[onnx.NodeProto] = []
     for node in twin.proto.graph.node:
-        decision = _decision(node, facts)
-        if decision is None:
+        decision = _decision(node, facts) if opset >= 11 else None  # GatherElements
+        if decision is None or decision.given in taken:
             nodes.append(node)
             continue
         decisions.append(decision)
-        nodes.append(onnx.helper.make_node("Identity", [decision.given], [decision.made], name=f"{node.name}/given"))
+        nodes.append(onnx.helper.make_node("Identity", [decision.given], [decision.made], name=decision.given))
         if node.op_type == "TopK" and node.output[0]:
-            axis = attribute(node, "axis", -1)
-            taken = [node.input[0], decision.given]
-            nodes.append(
-                onnx.helper.make_node("GatherElements", taken, [node.output[0]], name=f"{node.name}/values", axis=axis)
-            )
+            axis, operands = attribute(node, "axis", -1), [node.input[0], decision.given]
+            name = f"{decision.made}/values"
+            nodes.append(onnx.helper.make_node("GatherElements", operands, [node.output[0]], name=name, axis=axis))
     if not decisions:
         return twin, ()
     proto = onnx.ModelProto()
@@ -77,7 +77,9 @@ def _decision(node: onnx.NodeProto, facts: Facts) -> Decision | None:
     position = _POSITIONS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if position is None or len(node.output) <= position or not node.output[position]:
         return None
-    floats = (name for name in node.input[:2] if facts.elem_type(name) in _FLOATS)
-    scores = tuple(name for name in floats if not facts.is_constant(name))
-    made = node.output[position]
-    return Decision(made, f"{made}/given", scores) if scores else None
+    made = [name for name in node.input if name and not facts.is_constant(name)]
+    if not any(facts.elem_type(name) in _FLOATS for name in made):
+        return None
+    # Scores that are masked by huge numbers tell little of the others; those that were chosen do.
+    values = [node.output[0]] if node.op_type == "TopK" and node.output[0] else []
+    return Decision(node.output[position], f"{node.output[position]}/given", (*made, *values))

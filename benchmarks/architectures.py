@@ -1,0 +1,275 @@
+"""Which architectures of timm and Hugging Face are matched and proven, as their libraries build and export them.
+
+    python benchmarks/architectures.py --results FILE [--only PATTERN ...] [--redo] [--output FILE]
+
+Every model is the library's own, the smallest of its kind with random weights, at its own image size (Hugging Face: two
+layers where its configuration says how many). It is exported by TorchScript 17 with a dynamic batch and by dynamo 20
+with a fixed one, pruned by different fractions in every part, and compared with its twin. One process a model; results
+are kept in a JSON file, so that a run can be stopped and continued. About an hour for all on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from benchmarks.coverage import one_line, read, reasons  # noqa: E402
+from tests.pruning import UNEVEN, look  # noqa: E402
+from tests.zoo.building import randomise  # noqa: E402
+from tests.zoo.libraries import declare_torchvision_operators  # noqa: E402
+from toast_onnx.errors import ToastError  # noqa: E402
+from toast_onnx.model import write_bytes  # noqa: E402
+from toast_onnx.planning.ratios import parse_ratios  # noqa: E402
+from toast_onnx.surgery.prune import prune  # noqa: E402
+from toast_onnx.surgery.synthetic import SyntheticStatistics  # noqa: E402
+
+EXPORTERS = ("TorchScript 17", "dynamo 20")
+SECONDS = 600
+TIMM = (
+    "aimv2_large_patch14_224", "beit3_base_patch16_224", "botnet26t_256", "cait_xxs24_224", "caformer_s18",
+    "coat_lite_tiny", "coatnet_nano_rw_224", "convit_tiny", "convnext_atto", "cpubone_b0_bfrobust", "crossvit_9_240",
+    "davit_tiny", "edgenext_xx_small", "efficientformer_l1", "efficientformerv2_s0", "efficientvit_b0",
+    "efficientvit_m0", "fastvit_sa12", "focalnet_tiny_srf", "gcvit_xxtiny", "gemma4_vit_167m", "gmlp_ti16_224",
+    "halonet26t", "hiera_tiny_224", "inception_next_atto", "levit_128s", "mambaout_femto", "maxvit_tiny_tf_224",
+    "maxxvitv2_nano_rw_256", "mixer_s32_224", "mobilenetv5_base", "mobilevit_xxs", "mobilevitv2_050",
+    "mvitv2_tiny", "naflexvit_base_patch16_gap", "nest_tiny", "nextvit_small", "pit_ti_224", "poolformer_s12",
+    "pvt_v2_b0", "pvt_v2_b2_li", "qwen3_vit_88m", "repvit_m0_9", "resmlp_12_224", "sam2_hiera_tiny",
+    "samvit_base_patch16_224", "sequencer2d_s", "shvit_s1", "swiftformer_xs", "swinv2_cr_tiny_224", "test_vit3",
+    "tiny_vit_5m_224", "tnt_s_patch16_224", "twins_pcpvt_small", "twins_svt_small", "visformer_tiny",
+    "vit_base_patch16_rpn_224", "vit_base_patch16_xp_224", "vit_dlittle_patch16_reg1_gap_256",
+    "vit_intern300m_patch14_448", "vit_pe_core_tiny_patch16_384", "vit_pe_spatial_tiny_patch16_512",
+    "vit_relpos_small_patch16_224", "vit_small_patch16_18x2_224", "vit_small_patch16_rope_224",
+    "vit_small_plus_patch16_dinov3_qkvb", "vit_so150m_patch16_reg4_map_256", "vit_tiny_r_s16_p8_224",
+    "vitamin_small_224", "volo_d1_224", "xcit_nano_12_p16_224",
+)  # fmt: skip
+TWO = {"num_hidden_layers": 2}
+RELATIVE = TWO | {"use_relative_position_bias": True}
+WINDOWS = {"depths": [2, 2], "num_heads": [6, 6]}
+EAGER = ("d-fine", "deimv2", "rt-detr", "rt-detr-v2")  # their convolutional backbones know no other
+SHALLOW = {"depths": [1, 1, 1, 1]}
+DETR = {"use_pretrained_backbone": False, "encoder_layers": 2, "decoder_layers": 2}
+#: Hugging Face: name -> model, configuration, its options, image size (channels, height, width) or number of tokens.
+HF: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
+    "aimv2": ("Aimv2VisionModel", "Aimv2VisionConfig", TWO, (3, 224, 224)),
+    "ast": ("ASTModel", "ASTConfig", TWO, (1024, 128)),
+    "blip": ("BlipVisionModel", "BlipVisionConfig", TWO | {"image_size": 224}, (3, 224, 224)),
+    "blip-2": ("Blip2VisionModel", "Blip2VisionConfig", TWO, (3, 224, 224)),
+    "clip-text": ("CLIPTextModel", "CLIPTextConfig", TWO, (16,)),
+    "conditional-detr": ("ConditionalDetrForObjectDetection", "ConditionalDetrConfig", DETR, (3, 256, 256)),
+    "d-fine": ("DFineForObjectDetection", "DFineConfig", {"decoder_layers": 2}, (3, 320, 320)),
+    "data2vec": ("Data2VecVisionModel", "Data2VecVisionConfig", RELATIVE, (3, 224, 224)),
+    "deberta-v2": ("DebertaV2Model", "DebertaV2Config", TWO, (16,)),
+    "deformable-detr": ("DeformableDetrForObjectDetection", "DeformableDetrConfig", DETR, (3, 256, 256)),
+    "deimv2": ("Deimv2ForObjectDetection", "Deimv2Config", {}, (3, 320, 320)),
+    "depth-anything": ("DepthAnythingForDepthEstimation", "DepthAnythingConfig", {}, (3, 224, 224)),
+    "distilbert": ("DistilBertModel", "DistilBertConfig", {"n_layers": 2}, (16,)),
+    "electra": ("ElectraModel", "ElectraConfig", TWO, (16,)),
+    "eomt": ("EomtForUniversalSegmentation", "EomtConfig", TWO | {"image_size": 224, "num_blocks": 1}, (3, 224, 224)),
+    "focalnet": ("FocalNetModel", "FocalNetConfig", {}, (3, 224, 224)),
+    "glpn": ("GLPNForDepthEstimation", "GLPNConfig", SHALLOW, (3, 128, 128)),
+    "hiera": ("HieraModel", "HieraConfig", {"depths": [1, 1, 2, 1]}, (3, 224, 224)),
+    "i-jepa": ("IJepaModel", "IJepaConfig", TWO, (3, 224, 224)),
+    "mobilevit": ("MobileViTModel", "MobileViTConfig", {}, (3, 256, 256)),
+    "modernbert": ("ModernBertModel", "ModernBertConfig", TWO, (16,)),
+    "mpnet": ("MPNetModel", "MPNetConfig", TWO, (16,)),
+    "owlv2": ("Owlv2VisionModel", "Owlv2VisionConfig", TWO | {"image_size": 224, "patch_size": 32}, (3, 224, 224)),
+    "prompt-depth-anything": ("PromptDepthAnythingForDepthEstimation", "PromptDepthAnythingConfig", {}, (3, 224, 224)),
+    "pvt": ("PvtModel", "PvtConfig", SHALLOW, (3, 224, 224)),
+    "rf-detr": ("RfDetrForObjectDetection", "RfDetrConfig", {}, (3, 448, 448)),
+    "roberta": ("RobertaModel", "RobertaConfig", TWO, (16,)),
+    "rt-detr": ("RTDetrForObjectDetection", "RTDetrConfig", {"decoder_layers": 2}, (3, 320, 320)),
+    "rt-detr-v2": ("RTDetrV2ForObjectDetection", "RTDetrV2Config", {"decoder_layers": 2}, (3, 320, 320)),
+    "sam": ("SamVisionModel", "SamVisionConfig", TWO | {"image_size": 256, "global_attn_indexes": [1]}, (3, 256, 256)),
+    "segformer": ("SegformerForSemanticSegmentation", "SegformerConfig", SHALLOW, (3, 128, 128)),
+    "swin2sr": ("Swin2SRForImageSuperResolution", "Swin2SRConfig", WINDOWS, (3, 64, 64)),
+    "table-transformer": ("TableTransformerForObjectDetection", "TableTransformerConfig", DETR, (3, 256, 256)),
+    "timesformer": ("TimesformerModel", "TimesformerConfig", TWO, (8, 3, 224, 224)),
+    "videomae": ("VideoMAEModel", "VideoMAEConfig", TWO, (16, 3, 224, 224)),
+    "vit-msn": ("ViTMSNModel", "ViTMSNConfig", TWO, (3, 224, 224)),
+    "vitpose": ("VitPoseForPoseEstimation", "VitPoseConfig", {}, (3, 256, 192)),
+    "whisper-encoder": ("WhisperEncoder", "WhisperConfig", {"encoder_layers": 2}, (80, 3000)),
+    "zoedepth": ("ZoeDepthForDepthEstimation", "ZoeDepthConfig", {}, (3, 384, 384)),
+}  # fmt: skip
+
+
+class Tensors(nn.Module):
+    """Calls a Hugging Face model with its one input and returns the first floating-point tensors of its output."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result = self.model(**{self.name: x})
+        found = [t for t in result.to_tuple() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        return tuple(found[:4])
+
+
+def build(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """The named model in eval mode and an example input of batch 2."""
+    declare_torchvision_operators()
+    torch.manual_seed(0)
+    library, _, model = name.partition(": ")
+    if library == "timm":
+        import timm
+
+        module = timm.create_model(model, pretrained=False, num_classes=10, exportable=True)
+        return module, torch.randn(2, *module.pretrained_cfg["input_size"])
+    import transformers
+
+    kind, config, options, size = HF[model]
+    made = _class(transformers, config)(**options)
+    made._attn_implementation = "eager" if model in EAGER else "sdpa"
+    text = len(size) == 1
+    example = torch.randint(1, 99, (2, *size)) if text else torch.randn(2, *size)
+    audio = {"ast": "input_values", "whisper-encoder": "input_features"}
+    return Tensors(_class(transformers, kind)(made), audio.get(model, "input_ids" if text else "pixel_values")), example
+
+
+def _class(transformers: Any, name: str) -> Any:
+    """A class of transformers; some are not exported at the top."""
+    if name == "WhisperEncoder":
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        return WhisperEncoder
+    return getattr(transformers, name)
+
+
+def measure(name: str) -> dict[str, Any]:
+    """What became of a model, by exporter."""
+    module, example = build(name)
+    module.eval()
+    randomise(module, 0)
+    found = {}
+    for exporter in EXPORTERS:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            try:
+                with torch.no_grad():
+                    export(module, example, path, exporter)
+            except Exception as e:  # exporters raise whatever they like
+                found[exporter] = {"unavailable": one_line(e)}
+                continue
+            found[exporter] = pruned(path)
+    return found
+
+
+def export(module: nn.Module, example: torch.Tensor, path: Path, exporter: str) -> None:
+    """Write the model with its input called `input`."""
+    kind, opset = exporter.split()
+    options: dict[str, Any] = {"input_names": ["input"], "opset_version": int(opset)}
+    if kind == "dynamo":
+        torch.onnx.export(module, (example[:1],), path, dynamo=True, external_data=False, verbose=False, **options)
+    else:
+        torch.onnx.export(module, (example,), path, dynamo=False, dynamic_axes={"input": {0: "batch"}}, **options)
+
+
+def pruned(path: Path) -> dict[str, Any]:
+    """Parts found, reasons, and the twin's largest difference."""
+    try:
+        dense = look(path)
+    except ToastError as e:
+        return {"refused": one_line(e)}
+    blocks = dense.match.blocks
+    attentions, ffns = [b.attention for b in blocks if b.attention], [b.ffn for b in blocks if b.ffn]
+    found: dict[str, Any] = {
+        "attentions": len(attentions),
+        "qk": sum(a.qk_reason is None for a in attentions),
+        "vo": sum(a.vo_reason is None for a in attentions),
+        "ffns": len(ffns),
+        "fc2": sum(f.fc2_reason is None for f in ffns),
+        "reasons": reasons(dense),
+    }
+    if not blocks:
+        return found
+    try:
+        result = prune(dense, parse_ratios(UNEVEN), SyntheticStatistics(dense), skip_unprunable=True)
+    except ToastError as e:
+        return found | {"refused": one_line(e)}
+    assert result.twin is not None
+    return found | {"twin": result.twin.worst}
+
+
+def cell(found: dict[str, Any]) -> str:
+    """One result as a table shows it."""
+    if "unavailable" in found:
+        return "no export"
+    if "attentions" not in found:
+        return "refused"
+    parts = "/".join(str(found[part]) for part in ("attentions", "qk", "vo", "ffns", "fc2"))
+    return parts + (" refused" if "refused" in found else "")
+
+
+def page(done: dict[str, Any]) -> Iterator[str]:
+    """The whole page from all results so far."""
+    yield from (
+        "# Architectures",
+        "",
+        "What `inspect` finds in models that nobody here changed: the smallest of their kind in timm and Hugging Face",
+        "transformers, random weights, two layers where a configuration says how many. A cell counts attentions, how",
+        "many of them lose dimensions of Q/K and of V/Proj, feed-forward networks, and how many of those lose hidden",
+        "units. Every cell was pruned in all these parts and agrees with its twin; *refused* says that the proof",
+        "failed, *no export* that the library cannot be exported this way. Made by",
+        "`python benchmarks/architectures.py`.",
+        "",
+        "| model | " + " | ".join(EXPORTERS) + " | twin | what is left as it is, and why |",
+        "|---|---|---|---:|---|",
+    )
+    for name in sorted(done):
+        results = [done[name].get(exporter, {"unavailable": ""}) for exporter in EXPORTERS]
+        twins = [r["twin"] for r in results if "twin" in r]
+        worst = f"{max(twins):.0e}" if twins else "-"
+        why = sorted({text for r in results for text in [*r.get("reasons", []), r.get("refused")] if text})
+        yield f"| {name} | {' | '.join(map(cell, results))} | {worst} | {'; '.join(why) or 'nothing'} |"
+    yield ""
+
+
+def main() -> None:
+    """Fill the table and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="JSON file with the results so far")
+    parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="such as 'timm: vit_*'")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "architectures.md")
+    parser.add_argument("--redo", action="store_true", help="measure again what was measured before")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    if options.one:
+        print(json.dumps(measure(options.one)))
+        return
+    names = [f"timm: {name}" for name in TIMM] + [f"Hugging Face: {name}" for name in HF]
+    for name in (n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in options.only)):
+        if name in read(options.results) and not options.redo:
+            continue
+        command = [sys.executable, __file__, "--results", str(options.results), "--one", name]
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+            found = json.loads(ran.stdout.splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            found = {exporter: {"unavailable": f"not done in {SECONDS} s"} for exporter in EXPORTERS}
+        except subprocess.CalledProcessError as e:
+            said = (e.stderr.strip().splitlines() or [str(e)])[-1]
+            found = {exporter: {"unavailable": said} for exporter in EXPORTERS}
+        write_bytes(options.results, json.dumps(read(options.results) | {name: found}, indent=1).encode())
+        print(f"{name}: {' | '.join(cell(found[exporter]) for exporter in EXPORTERS)}", flush=True)
+    options.output.write_text("\n".join(page(read(options.results))))
+
+
+if __name__ == "__main__":
+    main()
