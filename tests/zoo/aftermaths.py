@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 
+from tests.zoo.described import Unavailable
+
+
+def _simplifier(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise Unavailable(f"{name} is not installed: pip install {name}") from e
+
 
 def _onnxsim(source: Path, target: Path) -> None:
-    import onnxsim
-
+    onnxsim = _simplifier("onnxsim")
     onnx.save(onnxsim.simplify(onnx.load(source))[0], target)
 
 
 def _onnxslim(source: Path, target: Path) -> None:
-    import onnxslim
-
+    onnxslim = _simplifier("onnxslim")
     onnx.save(onnxslim.slim(onnx.load(source)), target)
 
 
