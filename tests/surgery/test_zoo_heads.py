@@ -25,6 +25,9 @@ FEWER = {
 LEARNED = "Q is made of constants (learned queries), not by a linear layer"
 ITEM = "has a value for each head of each item of a dynamic batch"
 #: Attentions that keep their heads, and why; all others lose half of them.
+SINGLE = "there is a single head"
+#: Queries that are pooled as an image, heads and dimensions being its channels.
+POOLED = "(MaxPool) is not known to keep heads apart"
 DECLINED = {
     ("hf-detr", "static"): {LEARNED: 1},
     ("hf-siglip", "static"): {LEARNED: 1},
@@ -33,6 +36,8 @@ DECLINED = {
     ("hf-mask2former", "static"): {LEARNED: 1},
     # masks of cross-attention, predicted for every query and repeated for every head
     ("hf-mask2former", "dynamic"): {ITEM: 2},
+    **{(family, batch): {SINGLE: 1} for family in ("timm-hiera", "hf-segformer") for batch in ("static", "dynamic")},
+    **{("timm-sam2", batch): {SINGLE: 1, POOLED: 3} for batch in ("static", "dynamic")},
 }
 DYNAMO = [c for c in zoo.cases(2) if c.exporter in ("dynamo-18", "dynamo-20", "dynamo-23") and c.batch == "static"]
 QUICK = {c for c in FAST if not c.family.endswith("-real")}
@@ -47,7 +52,8 @@ def test_half_of_the_heads_go_or_are_declined(case: zoo.Case, exported: Exported
     dense, pruned = prune_file(exported(case), FEWER, tmp_path / "pruned.onnx", skip_unprunable=True)
     before = [b.attention for b in dense.match.blocks if b.attention is not None]
     after = [b.attention for b in look(tmp_path / "pruned.onnx").match.blocks if b.attention is not None]
-    declined = Counter(a.heads_reason if ITEM not in (a.heads_reason or "") else ITEM for a in before if a.heads_reason)
+    said = [a.heads_reason for a in before if a.heads_reason]
+    declined = Counter(next((short for short in (ITEM, POOLED) if short in reason), reason) for reason in said)
     assert declined == DECLINED.get((case.family, case.batch), {})
     for old, new in zip(before, after, strict=True):
         stay = old.num_heads if old.heads_reason else -(-old.num_heads // 2)

@@ -103,7 +103,6 @@ for _name, _arguments, _options in (
     ("hf-beit", ("BeitForImageClassification", "BeitConfig", "logits"), BEIT),
     ("hf-clip", ("CLIPVisionModelWithProjection", "CLIPVisionConfig", "image_embeds", "last_hidden_state"), CLIP),
     ("hf-siglip", ("SiglipVisionModel", "SiglipVisionConfig", "last_hidden_state", "pooler_output"), TINY),
-    ("hf-dinov3", ("DINOv3ViTModel", "DINOv3ViTConfig", "last_hidden_state"), TINY | {"use_gated_mlp": True}),
     ("hf-segformer", ("SegformerForSemanticSegmentation", "SegformerConfig", "logits"), SEGFORMER),
     ("hf-swinv2", ("Swinv2ForImageClassification", "Swinv2Config", "logits"), SWINV2),
 ):
