@@ -83,7 +83,7 @@ def test_close_scores_do_not_fail_the_proof(tmp_path: Path, monkeypatch: pytest.
         _, result = pruned(path, seed)
         assert result.twin is not None
         assert result.twin.worst < 1e-4
-    monkeypatch.setattr(room, "follow_decisions", lambda twin, _: (twin, ()))
+    monkeypatch.setattr(room, "follow_decisions", lambda twin, *_: (twin, ()))
     assert any(_refused(path, seed) for seed in range(8))
 
 
@@ -130,7 +130,7 @@ def test_given_positions_replace_the_choice(opset: int, tmp_path: Path) -> None:
     opsets = [onnx.helper.make_opsetid("", opset)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "model.onnx")
     study = look(tmp_path / "model.onnx")
-    model, decisions = follow_decisions(study.source, study.facts)
+    model, decisions = follow_decisions(study.source, study.source, study.facts)
     assert [(d.made, d.given, d.scores) for d in decisions] == [
         ("where", "where/given", ("scores", "values")),
         ("best", "best/given", ("scores",)),
@@ -155,7 +155,7 @@ def test_a_choice_among_whole_numbers_stays_the_graphs_own(tmp_path: Path) -> No
     opsets = [onnx.helper.make_opsetid("", 17)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "model.onnx")
     study = look(tmp_path / "model.onnx")
-    assert follow_decisions(study.source, study.facts) == (study.source, ())
+    assert follow_decisions(study.source, study.source, study.facts) == (study.source, ())
 
 
 def test_choosing_nodes_need_no_names(tmp_path: Path) -> None:

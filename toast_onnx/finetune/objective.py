@@ -13,9 +13,9 @@ from toast_onnx.errors import ConfigError
 from toast_onnx.finetune.losses import cross_entropy, kl_divergence, relative_mse
 from toast_onnx.finetune.settings import Settings
 from toast_onnx.finetune.streams import common_ends
+from toast_onnx.matching.graph import FLOATS
 from toast_onnx.matching.study import Study
 
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 _SQUASHING = frozenset({"Tanh", "Sigmoid", "Div", "LpNormalization", "LayerNormalization"})
 
 
@@ -57,7 +57,7 @@ def choose_targets(pruned: Study, dense: Study | None, distil: str = "auto", lab
         ConfigError: the graphs share no float output, or labels are given and no output is 2-D.
     """
     graph = pruned.view.model.proto.graph
-    floats = [o.name for o in graph.output if o.type.tensor_type.elem_type in _FLOATS]
+    floats = [o.name for o in graph.output if o.type.tensor_type.elem_type in FLOATS]
     flat = [n for n in floats if len(pruned.counted.shape(n) or ()) == 2]
     shared = [n for n in floats if dense is None or n in dense.view.outputs]
     if not shared:

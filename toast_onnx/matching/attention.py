@@ -98,7 +98,7 @@ def _num_heads(core: Core, q_shape: Sequence[int], branches: Sequence[Branch]) -
     followed = [b.layout.num_heads for b in branches if b.walk.blocked is None]
     before = [b.layout.num_heads for b in branches if b.walk.blocked is not None]
     own = [core.heads] if core.heads else [q_shape[-3]] if len(q_shape) > 3 else []
-    return next(iter([*followed, *own, *before, 1]))
+    return [*followed, *own, *before, 1][0]
 
 
 def _regions(

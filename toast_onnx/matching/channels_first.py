@@ -1,6 +1,6 @@
 """Attention over images with channels first, turned to the common order: V P^T becomes (P V^T)^T.
 
-CoAtNet, EfficientViT and the attention of YOLO networks weight values (..., head_dim, tokens) by transposed
+CoAtNet and SHViT weight values (..., head_dim, tokens) by transposed
 probabilities. (A B)^T = B^T A^T, and the transposes are data movement that the matching follows anywhere.
 """
 

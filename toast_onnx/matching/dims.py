@@ -58,7 +58,7 @@ class DimRegion:
     axes: dict[str, int]
     unit_of: dict[str, np.ndarray]
     plain: bool
-    pools: bool = False
+    pools: bool
 
 
 @dataclass(frozen=True)

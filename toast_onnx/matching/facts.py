@@ -22,7 +22,7 @@ import onnx.shape_inference
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.contrib import contrib_shapes
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import FLOATS, GraphView, attribute
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class Facts:
         unknown: list[tuple[tuple[int, ...] | None, int]] = [(None, 0)] * len(node.output)
         if node.domain not in ("", "ai.onnx"):
             found = contrib_shapes(node, [f.shape for f in facts])
-            elem = next((f.elem_type for f in facts if f.elem_type in _FLOATS), 0)
+            elem = next((f.elem_type for f in facts if f.elem_type in FLOATS), 0)
             return [(s, elem) for s in found] if found else unknown
         if any(f.shape is None for f, name in zip(facts, node.input, strict=True) if name):
             return unknown
@@ -230,7 +230,6 @@ class Facts:
         return [_type_shape(inferred.get(name)) for name in node.output]
 
 
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )

@@ -6,6 +6,10 @@ import onnx
 
 from toast_onnx.model import Model, reads
 
+#: Floating-point element types.
+FLOATS = frozenset(
+    {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+)
 #: Operators that quantize, dequantize or compute on quantized numbers: of ONNX, and of ONNX Runtime (com.microsoft).
 QUANTIZED = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul", "MatMulInteger", "QLinearConv"}

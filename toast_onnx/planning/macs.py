@@ -13,12 +13,8 @@ import onnx
 
 from toast_onnx.matching.blocks import Attention, Ffn
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import FLOATS, GraphView, attribute
 from toast_onnx.matching.linear import Linear
-
-_FLOATS = frozenset(
-    {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
-)
 
 
 def graph_macs(view: GraphView, facts: Facts) -> int:
@@ -98,10 +94,10 @@ def attention_linears(attention: Attention) -> list[Linear]:
 
 def graph_params(view: GraphView) -> int:
     """Floating-point weights of a graph: initializers and Constant nodes, single numbers left out."""
-    total = sum(n for t in view.initializers.values() if t.data_type in _FLOATS and (n := prod(t.dims)) > 1)
+    total = sum(n for t in view.initializers.values() if t.data_type in FLOATS and (n := prod(t.dims)) > 1)
     for node in view.nodes:
         for a in node.attribute:
-            if node.op_type == "Constant" and a.name == "value" and a.t.data_type in _FLOATS:
+            if node.op_type == "Constant" and a.name == "value" and a.t.data_type in FLOATS:
                 total += n if (n := prod(a.t.dims)) > 1 else 0
     return total
 

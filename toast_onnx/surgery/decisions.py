@@ -13,12 +13,11 @@ import onnx
 import onnx.helper
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import attribute
+from toast_onnx.matching.graph import FLOATS, attribute
 from toast_onnx.model import Model
 
 #: Operator -> which of its outputs holds positions.
 _POSITIONS = {"TopK": 1, "ArgMax": 0, "ArgMin": 0, "NonMaxSuppression": 0}
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -36,22 +35,25 @@ class Decision:
     scores: tuple[str, ...]
 
 
-def follow_decisions(twin: Model, facts: Facts) -> tuple[Model, tuple[Decision, ...]]:
-    """Turn the positions that a twin would choose into inputs.
+def follow_decisions(twin: Model, pruned: Model, facts: Facts) -> tuple[Model, tuple[Decision, ...]]:
+    """Turn the positions that a twin would choose into inputs, wherever the pruned graph chooses by the same node.
 
     Args:
         twin: the padded twin; it is not changed.
+        pruned: the graph whose choices it takes over.
         facts: facts of the original graph, whose tensors keep their names in the twin.
 
     Returns:
         The twin with an input for every choice (the very same one where there is none), and the choices.
     """
     opset = next(o.version for o in twin.proto.opset_import if o.domain in ("", "ai.onnx"))
+    theirs = {tuple(node.output): node for node in pruned.proto.graph.node if node.op_type in _POSITIONS}
     taken = {name for node in twin.proto.graph.node for name in node.output} | {i.name for i in twin.proto.graph.input}
     decisions: list[Decision] = []
     nodes: list[onnx.NodeProto] = []
     for node in twin.proto.graph.node:
-        decision = _decision(node, facts) if opset >= 11 else None  # GatherElements
+        alike = opset >= 11 and theirs.get(tuple(node.output)) == node  # GatherElements came with opset 11
+        decision = _decision(node, facts) if alike else None
         if decision is None or decision.given in taken:
             nodes.append(node)
             continue
@@ -78,7 +80,7 @@ def _decision(node: onnx.NodeProto, facts: Facts) -> Decision | None:
     if position is None or len(node.output) <= position or not node.output[position]:
         return None
     made = [name for name in node.input if name and not facts.is_constant(name)]
-    if not any(facts.elem_type(name) in _FLOATS for name in made):
+    if not any(facts.elem_type(name) in FLOATS for name in made):
         return None
     # Scores that are masked by huge numbers tell little of the others; those that were chosen do.
     values = [node.output[0]] if node.op_type == "TopK" and node.output[0] else []

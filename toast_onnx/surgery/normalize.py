@@ -16,14 +16,12 @@ import onnx.helper
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import FLOATS, GraphView, attribute
 from toast_onnx.model import Model
 from toast_onnx.surgery.edit import GraphEdit
 
 #: First opset with the LayerNormalization operator.
 OPSET = 17
-#: Element types it is defined for, activations and gains alike.
-_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def _norm_at(view: GraphView, facts: Facts, i: int) -> SpelledNorm | None:
     centred, spread = divided
     x = _centred(view, facts, centred)
     epsilon = None if x is None else _epsilon(view, facts, spread, x)
-    if x is None or epsilon is None or facts.elem_type(x) not in _TYPES:
+    if x is None or epsilon is None or facts.elem_type(x) not in FLOATS:
         return None
     channels = (facts.shape(x) or ())[-1]
     last, gain = _applied(view, facts, i, "Mul", channels)

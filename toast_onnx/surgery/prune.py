@@ -156,7 +156,7 @@ def _prove(
     if chosen:
         check_scores(model, chosen, shapes, seed)
         twin = masked_twin(study, twin, chosen)
-    twin, decisions = follow_decisions(twin, study.facts)
+    twin, decisions = follow_decisions(twin, model, study.facts)
     changed = {c.selection.block: BlockWeights() for c in chosen} | weights
     kept = [c.kept for c in chosen]
     return compare_with_twin(study.view, twin, model, study.match.blocks, changed, shapes, seed, kept, decisions)

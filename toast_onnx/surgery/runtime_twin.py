@@ -95,9 +95,10 @@ def check_scores(pruned: Model, chosen: Sequence[Chosen], shapes: Sequence[Shape
         TwinError: a dropped channel scores higher than a kept one.
     """
     names = {n for c in chosen for n in (c.kept, c.scored, c.selection.probabilities) if n is not None}
-    feeds = [random_inputs(pruned.proto, s, seed + k) for k, s in enumerate(shapes)]
+    draft = to_float32(pruned)
+    feeds = [random_inputs(draft.proto, s, seed + k) for k, s in enumerate(shapes)]
     with scratch_folder("toast-twin-") as folder:
-        path = write_draft(to_float32(pruned), folder, "model.onnx")
+        path = write_draft(draft, folder, "model.onnx")
         found = run_model(path, sorted(names), feeds)
     for tensors in found:
         for each in chosen:
