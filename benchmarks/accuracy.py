@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from deit import CALIBRATION, evaluation_images, export, export_deit, load_deit, logits, parser_with_data
 
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import BackendError
+from toast_onnx.finetune.local import LocalSettings
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.macs import graph_macs
 from toast_onnx.planning.ratios import parse_ratios
-from toast_onnx.surgery.local import LocalSettings
-from toast_onnx.surgery.prune import prune
-from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx.pruning import prune
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything

@@ -32,11 +32,11 @@ from benchmarks.coverage import one_line, read, reasons  # noqa: E402
 from tests.pruning import UNEVEN, look  # noqa: E402
 from tests.zoo.building import randomise  # noqa: E402
 from tests.zoo.libraries import declare_torchvision_operators  # noqa: E402
+from toast_onnx.choosing.synthetic import SyntheticStatistics  # noqa: E402
 from toast_onnx.errors import ToastError  # noqa: E402
 from toast_onnx.model import write_bytes  # noqa: E402
 from toast_onnx.planning.ratios import parse_ratios  # noqa: E402
-from toast_onnx.surgery.prune import prune  # noqa: E402
-from toast_onnx.surgery.synthetic import SyntheticStatistics  # noqa: E402
+from toast_onnx.pruning import prune  # noqa: E402
 
 EXPORTERS = ("TorchScript 17", "dynamo 20")
 SECONDS = 600

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from deit import evaluation_images, export_deit, logits, parser_with_data
 
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.importance.attention import qk_scores, vo_scores
 from toast_onnx.importance.selection import top_k
 from toast_onnx.matching.blocks import Block
@@ -34,11 +35,10 @@ from toast_onnx.matching.study import Study, study
 from toast_onnx.model import Model, load_model, save_model
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.planning.widths import paper_kept_head_dims
-from toast_onnx.surgery.prune import prune
-from toast_onnx.surgery.rewrite_attention import head_weights
-from toast_onnx.surgery.synthetic import SyntheticStatistics
-from toast_onnx.surgery.twin import padded_twin
-from toast_onnx.surgery.weights import AttentionWeights, BlockWeights, HeadWeights, ProjWeights
+from toast_onnx.proof.twin import padded_twin
+from toast_onnx.pruning import prune
+from toast_onnx.rewriting.attention import head_weights
+from toast_onnx.solving.weights import AttentionWeights, BlockWeights, HeadWeights, ProjWeights
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_cli.console import print_table
 

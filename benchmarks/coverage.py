@@ -24,13 +24,13 @@ sys.path.insert(0, str(ROOT))
 
 from tests import zoo  # noqa: E402
 from tests.pruning import UNEVEN, look, run, worst  # noqa: E402
-from tests.surgery.test_zoo_twin import TRUE_RANK  # noqa: E402
+from tests.rewriting.test_zoo_twin import TRUE_RANK  # noqa: E402
+from toast_onnx.choosing.synthetic import SyntheticStatistics  # noqa: E402
 from toast_onnx.errors import ToastError  # noqa: E402
 from toast_onnx.matching.study import Study  # noqa: E402
 from toast_onnx.model import save_model, write_bytes  # noqa: E402
 from toast_onnx.planning.ratios import parse_ratios  # noqa: E402
-from toast_onnx.surgery.prune import Pruned, prune  # noqa: E402
-from toast_onnx.surgery.synthetic import SyntheticStatistics  # noqa: E402
+from toast_onnx.pruning import Pruned, prune  # noqa: E402
 
 PROOF = 1e-4
 #: Columns: an exporter as it is, or what is done to the export afterwards.

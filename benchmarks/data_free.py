@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from deit import evaluation_images, export_deit, logits, parser_with_data
 
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.ratios import parse_ratios
-from toast_onnx.surgery.prune import prune
-from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx.pruning import prune
 
 #: How the paper selects, its compensation-free removal, against this project's default.
 GM = {"select": "index", "score": "gm", "coupling": "coupled"}

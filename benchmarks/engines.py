@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from deit import export, import_timm, load_deit
 
-from toast_onnx.tensorrt import PRECISIONS, BuildRequest, EngineOptions, build, parse_batch
+from toast_onnx.engines import PRECISIONS, BuildRequest, EngineOptions, build, parse_batch
 
 
 def main() -> None:

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model, stored_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.ratios import parse_ratios
-from toast_onnx.surgery.prune import prune
-from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx.pruning import prune
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import Ratios, parse_ratios
 from toast_onnx.planning.search import Found, Kept, PartChoice, search
 from toast_onnx.planning.width_costs import Part, dense_widths, width_cost
-from toast_onnx.surgery.prune import prune
+from toast_onnx.pruning import prune
 from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
 from toast_onnx_calibration.costs import measure_costs, onnxruntime_runtime
 from toast_onnx_calibration.labels import open_labels

@@ -28,15 +28,15 @@ from deit import export
 
 from tests import zoo
 from tests.weightless import export_weightless
+from toast_onnx.choosing.synthetic import SyntheticStatistics
+from toast_onnx.engines.ortbench import benchmark
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model, stored_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.presets import Preset, list_presets
-from toast_onnx.surgery.prune import prune
-from toast_onnx.surgery.synthetic import SyntheticStatistics
-from toast_onnx.tensorrt.ortbench import benchmark
+from toast_onnx.pruning import prune
 from toast_onnx_cli.console import print_table
 
 COLUMNS = (

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from deit import CALIBRATION, evaluation_images, export_deit, logits, parser_with_data
 
+from toast_onnx.engines.ortbench import benchmark
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.macs import graph_macs
 from toast_onnx.planning.ratios import parse_ratios
-from toast_onnx.surgery.prune import prune
-from toast_onnx.tensorrt.ortbench import benchmark
+from toast_onnx.pruning import prune
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.ratios import parse_ratios
-from toast_onnx.surgery.prune import Pruned, prune
-from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx.pruning import Pruned, prune
 
 #: Different widths for every part, so that no two can be mixed up; weights alone, so that it is quick.
 UNEVEN: dict[str, Any] = {

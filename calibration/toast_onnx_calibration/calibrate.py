@@ -16,8 +16,8 @@ from toast_onnx.importance.moments import Moments
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, file_hash, scratch_folder
-from toast_onnx.surgery.twin import padded_twin
-from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx.proof.twin import padded_twin
+from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.chain import Link, Spool, chain, cut
 from toast_onnx_calibration.feeds import Batch, batches
 from toast_onnx_calibration.needs import Wanted, everything, passes

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from toast_onnx.engines.ortbench import benchmark
 from toast_onnx.errors import DataError, ModelError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import Model, file_hash, load_model, stored_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.runtime import expose
-from toast_onnx.tensorrt.ortbench import benchmark
 from toast_onnx_calibration.agreement import Agreement
 from toast_onnx_calibration.feeds import batch_size, batches
 from toast_onnx_calibration.recipe_files import recipe_for

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import BackendError, MatchError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
@@ -24,8 +25,7 @@ from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.planning.schema import Align
 from toast_onnx.planning.search import Kept
 from toast_onnx.planning.width_costs import Part, dense_widths, prunable_widths, width_cost, width_step
-from toast_onnx.surgery.prune import prune
-from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx.pruning import prune
 
 #: Variants timed in turns with the dense model; all their sessions are open together.
 GROUP = 4
@@ -75,7 +75,7 @@ def onnxruntime_runtime(
     """
     import onnxruntime
 
-    from toast_onnx.tensorrt.ortbench import benchmark
+    from toast_onnx.engines.ortbench import benchmark
 
     def timer(models: Sequence[Path]) -> list[float]:
         timings = benchmark(models, [batch], provider=provider, threads=threads, warmup=2, rounds=rounds, shapes=shapes)
@@ -111,7 +111,7 @@ def trtexec_runtime(
     Raises:
         BackendError: trtexec is not here.
     """
-    from toast_onnx.tensorrt import cuda, trtbench, trtexec
+    from toast_onnx.engines import cuda, trtbench, trtexec
 
     found = trtexec.find_trtexec("tensorrt", path)
     if found is None:

@@ -1,6 +1,6 @@
 """What is left to correct behind the pruned blocks before: block after block, means matched, then weights trained.
 
-Activations come from ONNX Runtime; only training needs PyTorch (`toast_onnx.surgery.local`).
+Activations come from ONNX Runtime; only training needs PyTorch (`toast_onnx.finetune.local`).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import onnx
 from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError, MatchError, ModelError
+from toast_onnx.finetune.local import LocalResult, LocalSettings, relative_error, require_torch, split, train_block
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.norms import layer_scale
+from toast_onnx.matching.piece import cut_piece
+from toast_onnx.matching.span import Span, block_span
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
-from toast_onnx.surgery.local import LocalResult, LocalSettings, relative_error, require_torch, split, train_block
-from toast_onnx.surgery.piece import cut_piece
-from toast_onnx.surgery.places import Place, masks, places, take_out
-from toast_onnx.surgery.solve.mean import match_mean
-from toast_onnx.surgery.span import Span, block_span
-from toast_onnx.surgery.twin import padded_twin
-from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx.proof.places import Place, masks, places, take_out
+from toast_onnx.proof.twin import padded_twin
+from toast_onnx.solving.means import match_mean
+from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.calibrate import CalibrationOptions
 from toast_onnx_calibration.sessions import run
 from toast_onnx_calibration.stored import Samples, piece_session, store_samples, store_values, whole_session

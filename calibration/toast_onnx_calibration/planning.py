@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from toast_onnx.choosing.losses import loss_curves
 from toast_onnx.errors import ConfigError
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.study import Study
@@ -30,7 +31,6 @@ from toast_onnx.planning.search import (
     search,
 )
 from toast_onnx.planning.width_costs import PARTS, Part, Resource, dense_widths, prunable_widths, width_cost, width_step
-from toast_onnx.surgery.losses import loss_curves
 from toast_onnx_calibration.costs import Runtime, no_smaller_width, variant
 from toast_onnx_calibration.needs import Wanted, everything
 from toast_onnx_calibration.sensitivity import Sensitivity

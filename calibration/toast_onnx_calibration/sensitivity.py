@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from toast_onnx.choosing.blocks import Widths, solve_block
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.blocks import Block
@@ -22,8 +23,7 @@ from toast_onnx.planning.ratios import Ratios, resolve
 from toast_onnx.planning.search import Kept
 from toast_onnx.planning.width_costs import Part, prunable_widths, width_step
 from toast_onnx.planning.widths import kept_count
-from toast_onnx.surgery.choose import Widths, solve_block
-from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.sensitivity_stream import Trials
 from toast_onnx_calibration.statistics import CalibratedStatistics
 

@@ -18,12 +18,12 @@ from toast_onnx.errors import ConfigError, DataError, MatchError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.piece import cut_piece
+from toast_onnx.matching.span import Span, block_span
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
-from toast_onnx.surgery.piece import cut_piece
-from toast_onnx.surgery.span import Span, block_span
-from toast_onnx.surgery.twin import padded_twin
-from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx.proof.twin import padded_twin
+from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.agreement import Agreement
 from toast_onnx_calibration.calibrate import CalibrationOptions
 from toast_onnx_calibration.compare import is_classifier

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.study import Study
-from toast_onnx.surgery.synthetic import SyntheticStatistics
-from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import Wanted
 from toast_onnx_calibration.statistics import CalibratedStatistics
@@ -18,7 +18,7 @@ BEHIND = "each block behind the pruned ones before it"
 
 
 class SequentialStatistics:
-    """Measures one block at a time (implements `toast_onnx.surgery.prune.Sequential`).
+    """Measures one block at a time (implements `toast_onnx.pruning.Sequential`).
 
     Each measurement runs the samples from the model's start to the block, so that all of them take about half as many
     passes as there are blocks. The newest block's statistics file replaces the one before.

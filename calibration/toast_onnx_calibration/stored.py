@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, write_draft
+from toast_onnx.proof.precision import to_float32
 from toast_onnx.runtime import expose
-from toast_onnx.surgery.precision import to_float32
 from toast_onnx_calibration.calibrate import CalibrationOptions, open_samples
 from toast_onnx_calibration.feeds import batch_size, batches
 from toast_onnx_calibration.sessions import make_session, model_inputs
@@ -141,7 +141,7 @@ def whole_session(
 def piece_session(
     piece: onnx.ModelProto, whole: Path, options: CalibrationOptions, draft: Path
 ) -> ort.InferenceSession:
-    """A session in float32 of a piece that `surgery.piece.cut_piece` cut out.
+    """A session in float32 of a piece that `matching.piece.cut_piece` cut out.
 
     Args:
         piece: its graph.

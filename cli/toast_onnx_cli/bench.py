@@ -77,9 +77,9 @@ def command(
     quartiles. Under onnxruntime MODELS are .onnx or .ort files and latency runs from host memory to host memory; under
     trtexec they are engines (or .onnx files, built first) and latency is GPU time.
     """
-    from toast_onnx.tensorrt import parse_shapes
-    from toast_onnx.tensorrt.build import model_hash
-    from toast_onnx.tensorrt.trtexec import BenchSettings
+    from toast_onnx.engines import parse_shapes
+    from toast_onnx.engines.build import model_hash
+    from toast_onnx.engines.trtexec import BenchSettings
 
     check_destinations([f for model in models for f in read_files(model)], {"--script": script})
     given = parse_shapes(shapes)
@@ -119,7 +119,7 @@ def _onnxruntime(
     rounds: int,
     shapes: dict[str, tuple[int, ...]],
 ) -> list[dict[str, Any]]:
-    from toast_onnx.tensorrt.ortbench import benchmark
+    from toast_onnx.engines.ortbench import benchmark
 
     with progress("measuring", len(batches) * (warmup + rounds)) as advance:
         timings = benchmark(
@@ -148,8 +148,8 @@ def _trtexec(
     script: Path | None,
 ) -> dict[str, Any] | None:
     """Results, or None for a dry run; without a GPU or trtexec the commands are written before the error."""
+    from toast_onnx.engines import cuda, trtbench, trtexec
     from toast_onnx.model import write_bytes
-    from toast_onnx.tensorrt import cuda, trtbench, trtexec
 
     targets = [trtbench.open_target(model, batches, shapes) for model in models]
     backend = trtbench.common_backend(targets)

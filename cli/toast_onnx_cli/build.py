@@ -13,7 +13,7 @@ from toast_onnx_cli.console import Advance, format_bytes, print_json, print_tabl
 from toast_onnx_cli.destinations import check_destinations, read_files
 
 if TYPE_CHECKING:
-    from toast_onnx.tensorrt import UnsupportedGraphError
+    from toast_onnx.engines import UnsupportedGraphError
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -83,12 +83,12 @@ def command(
     tensorrt-rtx backend builds without a GPU. With --format ort the result is a model for ONNX Runtime instead, with
     --format onnx the graph in 16 bits as an engine would be built from it.
     """
-    from toast_onnx import tensorrt
-    from toast_onnx.tensorrt.convert import convert_file
-    from toast_onnx.tensorrt.ortmodel import build_ort
+    from toast_onnx import engines
+    from toast_onnx.engines.convert import convert_file
+    from toast_onnx.engines.ortmodel import build_ort
 
     if verbose:
-        logging.getLogger("toast_onnx.tensorrt").setLevel(logging.DEBUG)
+        logging.getLogger("toast_onnx.engines").setLevel(logging.DEBUG)
     suffix = f".{precision}.onnx" if form == "onnx" else f".{form}"
     target = output or model.with_suffix(suffix)
     check_destinations(read_files(model), {"--timing-cache": timing_cache, "-o": target})
@@ -97,27 +97,27 @@ def command(
     elif form == "onnx":
         record = convert_file(model, target, precision=precision, fp16_io=fp16_io)
     else:
-        request = tensorrt.BuildRequest(
+        request = engines.BuildRequest(
             backend=backend,
             precision=precision,
             fp16_io=fp16_io,
-            batch=None if batch is None else tensorrt.parse_batch(batch),
-            min_shapes=tensorrt.parse_shapes(min_shapes),
-            opt_shapes=tensorrt.parse_shapes(opt_shapes),
-            max_shapes=tensorrt.parse_shapes(max_shapes),
-            options=tensorrt.EngineOptions(
+            batch=None if batch is None else engines.parse_batch(batch),
+            min_shapes=engines.parse_shapes(min_shapes),
+            opt_shapes=engines.parse_shapes(opt_shapes),
+            max_shapes=engines.parse_shapes(max_shapes),
+            options=engines.EngineOptions(
                 workspace=workspace,
                 optimization_level=optimization_level,
                 timing_cache=timing_cache,
-                compute_capabilities=tensorrt.parse_compute_capabilities(compute_capability),
+                compute_capabilities=engines.parse_compute_capabilities(compute_capability),
                 hardware_compatible=hardware_compatible,
                 version_compatible=version_compatible,
             ),
         )
         with ExitStack() as stack:
             try:
-                record = tensorrt.build(model, target, request, _Phases(stack))
-            except tensorrt.UnsupportedGraphError as error:
+                record = engines.build(model, target, request, _Phases(stack))
+            except engines.UnsupportedGraphError as error:
                 stack.close()
                 _show_problems(error)
                 raise

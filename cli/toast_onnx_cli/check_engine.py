@@ -54,8 +54,8 @@ def command(
     The engine runs on the GPU, the model on the CPU in ONNX Runtime. The tolerance follows the engine's precision:
     0.001 of the output's scale for fp32, 0.01 for tf32, 0.02 for fp16, 0.1 for bf16.
     """
-    from toast_onnx.tensorrt import choose, cuda
-    from toast_onnx.tensorrt.engine_check import TOLERANCES, EngineRunner, compare, require_gpu
+    from toast_onnx.engines import choose, cuda
+    from toast_onnx.engines.engine_check import TOLERANCES, EngineRunner, compare, require_gpu
     from toast_onnx_calibration.sessions import make_session
 
     check_destinations([*read_files(model), engine, data, preprocess], {"--script": script})
@@ -96,7 +96,7 @@ def _leave_command(script: Path | None) -> None:
 
 def _record(engine: Path) -> dict[str, Any]:
     """The JSON beside an engine; empty where there is none."""
-    from toast_onnx.tensorrt import record_path
+    from toast_onnx.engines import record_path
 
     try:
         found = json.loads(record_path(engine).read_text())
@@ -107,7 +107,7 @@ def _record(engine: Path) -> dict[str, Any]:
 
 def _made_up(session: Any, shapes: dict[str, Any], samples: int, batch: int, seed: int) -> Iterator[Feeds]:
     """Standard normal inputs, of the shapes the engine was tuned for."""
-    from toast_onnx.tensorrt.ortbench import made_up_feeds, session_inputs, shapes_at
+    from toast_onnx.engines.ortbench import made_up_feeds, session_inputs, shapes_at
 
     specs = session_inputs(session)
     usual = {name: tuple(entry["opt"]) for name, entry in shapes.items()}

@@ -46,7 +46,7 @@ def command(
     A metric is called once with an iterator of results, each with `.outputs`, `.inputs`, `.rows` (the samples' names)
     and `.labels`; it goes through all of them and returns a number or a dict of numbers.
     """
-    from toast_onnx.tensorrt.build import model_hash
+    from toast_onnx.engines.build import model_hash
     from toast_onnx_calibration.evaluate import evaluate
 
     if metric is not None and output is not None:

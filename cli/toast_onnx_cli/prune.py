@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from toast_onnx.choosing.blocks import heads_rounded_away
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import ConfigError
+from toast_onnx.finetune.local import LocalResult
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, staged_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
+from toast_onnx.pruning import Pruned, Refine, prune
 from toast_onnx.report.pruning import pruning_report, write_report
-from toast_onnx.surgery.choose import heads_rounded_away
-from toast_onnx.surgery.local import LocalResult
-from toast_onnx.surgery.prune import Pruned, Refine, prune
-from toast_onnx.surgery.synthetic import SyntheticStatistics
-from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import Advance, format_bytes, format_count, print_json, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
@@ -143,7 +143,7 @@ def samples_to_refine(ratios: Ratios, data: str | None, statistics: Path | None)
         raise ConfigError(
             "compensation: local trains blocks on calibration samples: give them with --data, or choose kind: ridge"
         )
-    from toast_onnx.surgery.local import require_torch
+    from toast_onnx.finetune.local import require_torch
 
     require_torch()
     return samples
@@ -163,7 +163,7 @@ def refinement(
     """
     if samples is None:
         return None
-    from toast_onnx.surgery.local import LocalSettings
+    from toast_onnx.finetune.local import LocalSettings
     from toast_onnx_calibration.local import refine_locally
 
     trains = ratios.compensation.kind == "local"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests import zoo
+from tests.engines import standin
 from tests.pruning import look
-from tests.tensorrt import standin
 from toast_onnx.errors import BackendError, MatchError
 from toast_onnx.matching.study import Study
 from toast_onnx.model import file_hash, load_model
@@ -70,7 +70,7 @@ def test_trtexec_builds_every_variant(vit: Study, tmp_path: Path) -> None:
 
 
 def test_without_trtexec(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toast_onnx.tensorrt.trtexec.find_trtexec", lambda *_: None)
+    monkeypatch.setattr("toast_onnx.engines.trtexec.find_trtexec", lambda *_: None)
     with pytest.raises(BackendError, match="trtexec was not found"):
         trtexec_runtime()
 

@@ -16,16 +16,16 @@ from click.testing import CliRunner
 
 from tests import zoo
 from tests.pruning import look, run
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import BackendError, ConfigError, DataError
+from toast_onnx.finetune.local import LocalResult, LocalSettings
+from toast_onnx.matching.span import block_span
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
 from toast_onnx.planning.ratios import parse_ratios
+from toast_onnx.pruning import Pruned, prune
 from toast_onnx.runtime import run_model
-from toast_onnx.surgery.local import LocalResult, LocalSettings
-from toast_onnx.surgery.prune import Pruned, prune
-from toast_onnx.surgery.span import block_span
-from toast_onnx.surgery.synthetic import SyntheticStatistics
-from toast_onnx.surgery.weights import BlockWeights
+from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.calibrate import CalibrationOptions
 from toast_onnx_calibration.local import refine_locally
 from toast_onnx_cli.main import main

@@ -10,6 +10,7 @@ import pytest
 
 from tests import zoo
 from tests.pruning import look
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
@@ -19,8 +20,7 @@ from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.planning.search import PartChoice
 from toast_onnx.planning.width_costs import dense_widths
-from toast_onnx.surgery.prune import prune
-from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx.pruning import prune
 from toast_onnx_calibration.costs import Runtime
 from toast_onnx_calibration.planning import (
     Budget,

@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 
 from tests import zoo
 from tests.pruning import look, run
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
@@ -20,8 +21,7 @@ from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import Ratios, parse_ratios
 from toast_onnx.planning.search import Kept
 from toast_onnx.planning.width_costs import dense_widths
-from toast_onnx.surgery.prune import prune
-from toast_onnx.surgery.synthetic import SyntheticStatistics
+from toast_onnx.pruning import prune
 from toast_onnx_calibration.calibrate import CalibrationOptions
 from toast_onnx_calibration.labels import Labels
 from toast_onnx_calibration.sensitivity import Solver, Trial, measure, read_results, resume, trial_grid, write_results

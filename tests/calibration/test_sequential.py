@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests import zoo
+from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.matching.study import study as look_at
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.ratios import parse_ratios
-from toast_onnx.surgery.prune import prune
-from toast_onnx.surgery.synthetic import SyntheticStatistics
-from toast_onnx.surgery.twin import padded_twin
+from toast_onnx.proof.twin import padded_twin
+from toast_onnx.pruning import prune
 from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import DEFAULT_PARTS, everything, needed
 from toast_onnx_calibration.sequential import SequentialStatistics

@@ -1,4 +1,4 @@
-"""`toast-onnx bench` and `check-engine`. trtexec is a STAND-IN here (tests/tensorrt/standin.py)."""
+"""`toast-onnx bench` and `check-engine`. trtexec is a STAND-IN here (tests/engines/standin.py)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.tensorrt import graphs, standin
-from tests.tensorrt.test_trtbench import engine
-from toast_onnx.tensorrt import cuda
-from toast_onnx.tensorrt.build import record_path
+from tests.engines import graphs, standin
+from tests.engines.test_trtbench import engine
+from toast_onnx.engines import cuda
+from toast_onnx.engines.build import record_path
 from toast_onnx_cli import bench, check_engine
 from toast_onnx_cli.main import LazyGroup
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRTEXEC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("toast_onnx.tensorrt.trtexec._USUAL_PLACES", ())
+    monkeypatch.setattr("toast_onnx.engines.trtexec._USUAL_PLACES", ())
     monkeypatch.setattr(cuda, "driver", lambda: None)
     graphs.save(graphs.mlp(4096), tmp_path / "dense.onnx")
     graphs.save(graphs.mlp(16), tmp_path / "pruned.onnx")

@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.tensorrt import graphs
+from tests.engines import graphs
 from toast_onnx_cli.build import command, size
 from toast_onnx_cli.main import LazyGroup
 

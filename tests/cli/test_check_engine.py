@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.tensorrt import graphs
-from tests.tensorrt.test_engine_check import FakeCuda, fake_tensorrt
-from toast_onnx import tensorrt
-from toast_onnx.tensorrt import cuda, engine_check
-from toast_onnx.tensorrt.build import record_path
+from tests.engines import graphs
+from tests.engines.test_engine_check import FakeCuda, fake_tensorrt
+from toast_onnx import engines
+from toast_onnx.engines import cuda, engine_check
+from toast_onnx.engines.build import record_path
 from toast_onnx_cli.check_engine import command
 from toast_onnx_cli.main import LazyGroup
 
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (cuda, engine_check):
         monkeypatch.setattr(module, "driver", lambda: driver)
     monkeypatch.setattr(engine_check, "tensorrt_logger", lambda trt: None)
-    monkeypatch.setattr(tensorrt, "choose", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(engines, "choose", lambda name: SimpleNamespace(name=name))
     return tmp_path
 
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from toast_onnx.engines import cuda
 from toast_onnx.model import file_hash
-from toast_onnx.tensorrt import cuda
 from toast_onnx_cli.main import main
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install tensorrt_rtx")

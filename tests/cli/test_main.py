@@ -141,7 +141,7 @@ import logging, sys, types, click
 from toast_onnx_cli import main as room
 module = sys.modules["toast_onnx_cli.trial"] = types.ModuleType("trial")
 def body():
-    for name in ("toast_onnx.surgery", "somebody.else"):
+    for name in ("toast_onnx.rewriting", "somebody.else"):
         log = logging.getLogger(name)
         log.debug("d"), log.info("i")
     logging.getLogger("toast_onnx").warning("w")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tensorrt import graphs
+from tests.engines import graphs
 from toast_onnx.deploy import Finished, deploy, load_deployment, plan_steps
 from toast_onnx.deploy.code import code_files
+from toast_onnx.engines import cuda
 from toast_onnx.errors import BackendError, ConfigError
-from toast_onnx.tensorrt import cuda
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WHOLE = {
@@ -67,7 +67,7 @@ class Player:
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cuda, "gpu_name", lambda: None)
-    monkeypatch.setattr("toast_onnx.tensorrt.choose", lambda name: type("Rtx", (), {"name": "tensorrt-rtx"}))
+    monkeypatch.setattr("toast_onnx.engines.choose", lambda name: type("Rtx", (), {"name": "tensorrt-rtx"}))
     graphs.save(graphs.mlp(), tmp_path / "m.onnx")
     shutil.copy(EXAMPLES / "ratios.yaml", tmp_path)
     (tmp_path / "samples").mkdir()
@@ -111,7 +111,7 @@ def test_what_another_machine_can_do_is_done_there(source: Path, monkeypatch: py
     player = Player()
     go(source, player)
     monkeypatch.setattr(cuda, "gpu_name", lambda: "a GPU")
-    monkeypatch.setattr("toast_onnx.tensorrt.trtexec.find_trtexec", lambda backend: "/bin/trtexec")
+    monkeypatch.setattr("toast_onnx.engines.trtexec.find_trtexec", lambda backend: "/bin/trtexec")
     ran, statuses = go(source, player)
     assert ran == GPU_STEPS
     assert set(statuses.values()) == {"done"}
@@ -226,7 +226,7 @@ def test_without_a_backend_the_engine_waits_and_what_reads_it_too(
     def none(name: str) -> None:
         raise BackendError("no TensorRT is installed; install one")
 
-    monkeypatch.setattr("toast_onnx.tensorrt.choose", none)
+    monkeypatch.setattr("toast_onnx.engines.choose", none)
     ran, statuses = go(source, Player())
     assert ran == [name for name in ORDER if not name.startswith("build")]
     assert statuses["build"] == statuses["check"] == statuses["bench-trtexec"] == "waiting"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toast_onnx.importance.heads import rank_heads, removal_cost
+from toast_onnx.importance.head_ranking import rank_heads, removal_cost
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.second_order import without
 

@@ -14,7 +14,7 @@ import pytest
 from tests import zoo
 from tests.matching.tiny import HEADS, HIDDEN, TOKENS, WIDTH, Graph
 from tests.pruning import UNEVEN, look, prune_file, run, worst
-from tests.surgery.test_zoo_twin import TRUE_RANK
+from tests.rewriting.test_zoo_twin import TRUE_RANK
 from toast_onnx.matching.blocks import Attention
 
 DIM = 4

@@ -133,8 +133,8 @@ def _check_inputs(config: Deployment, folder: Path) -> None:
 
 def _what_is_missing(step: Step, config: Deployment, folder: Path, waiting: Collection[str]) -> str | None:
     """Why a step cannot run here, one line; None where it can."""
-    from toast_onnx.tensorrt import choose, cuda
-    from toast_onnx.tensorrt.trtexec import PROGRAMS, find_trtexec
+    from toast_onnx.engines import choose, cuda
+    from toast_onnx.engines.trtexec import PROGRAMS, find_trtexec
 
     late = [name for name in step.inputs if name in waiting]
     if late:
@@ -157,7 +157,7 @@ def _what_is_missing(step: Step, config: Deployment, folder: Path, waiting: Coll
 
 def _backend_of(engine: Path) -> str:
     """The backend that built an engine, as the JSON beside it says."""
-    from toast_onnx.tensorrt import BACKENDS, record_path
+    from toast_onnx.engines import BACKENDS, record_path
 
     name = json.loads(record_path(engine).read_text(encoding="utf-8")).get("backend")
     return name if name in BACKENDS else "tensorrt"

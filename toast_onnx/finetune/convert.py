@@ -11,7 +11,7 @@ import onnx.helper
 from toast_onnx.errors import ModelError
 from toast_onnx.finetune.require import require_torch
 from toast_onnx.model import Model
-from toast_onnx.surgery.precision import to_float32
+from toast_onnx.proof.precision import to_float32
 
 if TYPE_CHECKING:
     from toast_onnx.finetune.module import GraphModule

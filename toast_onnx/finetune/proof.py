@@ -13,8 +13,8 @@ import torch
 from toast_onnx.errors import ModelError
 from toast_onnx.finetune.module import GraphModule
 from toast_onnx.model import Model, write_draft
+from toast_onnx.proof.precision import to_float32
 from toast_onnx.runtime import run_model
-from toast_onnx.surgery.precision import to_float32
 
 #: Largest allowed difference, as a fraction of each output's largest magnitude.
 TOLERANCE = 1e-4

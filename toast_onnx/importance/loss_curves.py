@@ -1,6 +1,6 @@
 """Reconstruction losses of one part at every kept count, from one pass of its solver.
 
-All are what the closed forms of `toast_onnx.surgery.solve` minimise (docs/method.md): a curve is an array of n + 1
+All are what the closed forms of `toast_onnx.solving` minimise (docs/method.md): a curve is an array of n + 1
 numbers, entry k the expected squared error of the part's output with k kept, so that the last one is 0.
 """
 

@@ -11,7 +11,7 @@ from toast_onnx.importance.synthetic import AttentionStatistics
 class Statistics(Protocol):
     """Second-order statistics of a model's activations, asked for one block at a time.
 
-    Implemented from weights and synthetic tokens (`toast_onnx.surgery.synthetic`) and from images
+    Implemented from weights and synthetic tokens (`toast_onnx.choosing.synthetic`) and from images
     (`toast_onnx_calibration`).
     """
 

@@ -11,10 +11,10 @@ from toast_onnx.matching.blocks import Attention, Branch
 from toast_onnx.matching.cores import Core
 from toast_onnx.matching.cosine import length_division
 from toast_onnx.matching.dims import DimRegion, Operand, match_dims
+from toast_onnx.matching.droppable_heads import match_heads
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.flattening import before_flattening
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.heads import match_heads
 from toast_onnx.matching.layout import Layout, check_spelling, invert_labels, read_layout
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.probe import Decline, Walk, check_readers, propagate, walk_back, walk_forward

@@ -23,10 +23,7 @@ _REDUCING = frozenset(
 )
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _SUMS = frozenset({"Add", "Sum", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
-#: What a branch may meet other tensors in on its way to the stream; a gate is no part of it.
-_JOINS = _SUMS | {"Concat"}
-#: What a branch may pass on its way to the stream.
-_STREAM = MOVEMENT | PASSING | _QDQ | _SUMS | {"Mul", "Div", "ReduceSum"}
+_JOINS = _SUMS | {"Concat"}  # a gate on the stream is no part of it
 _CONTRIB_ACTIVATIONS = frozenset({"Gelu", "FastGelu", "BiasGelu", "QuickGelu"})
 
 
@@ -272,14 +269,19 @@ def _returns_to_residual(view: GraphView, facts: Facts, source: str, output: str
         for i in view.consumers.get(name, []):
             node = view.nodes[i]
             others = [t for t in node.input if t and t != name and not facts.is_constant(t) and facts.value(t) is None]
-            passes = node.op_type in (_JOINS if others else _STREAM) or (not others and _is_norm(node.op_type))
-            if i in seen or not passes:
+            if i in seen or not _keeps_stream(node.op_type) or (others and node.op_type not in _JOINS):
                 continue
             seen.add(i)
             if node.op_type in _SUMS and any(_is_ancestor(view, t, source) for t in others):
                 return True
             pending.extend(node.output)
     return False
+
+
+def _keeps_stream(op_type: str) -> bool:
+    return op_type in MOVEMENT | PASSING | _QDQ | _SUMS | {"Mul", "Div", "ReduceSum"} or op_type.endswith(
+        "Normalization"
+    )
 
 
 def _is_ancestor(view: GraphView, ancestor: str, tensor: str) -> bool:

@@ -2,7 +2,8 @@
 
 ONNX Runtime's optimizers move the Q, K, V projection (`Attention`), its bias or its packed output
 (`MultiHeadAttention`) into one node. For matching, solving and the proof, projection, bias and split stand in front of
-a plain `MultiHeadAttention`; `toast_onnx.surgery.fuse` puts them back. Specification: ONNX Runtime's contrib operators.
+a plain `MultiHeadAttention`; `toast_onnx.rewriting.fusing` puts them back. Specification: ONNX Runtime's contrib
+operators.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from toast_onnx.planning.macs import (
     graph_params,
     linear_params,
 )
-from toast_onnx.surgery.prune import Pruned
-from toast_onnx.surgery.runtime_plan import Selection
-from toast_onnx.surgery.weights import BlockWeights, HeadWeights
+from toast_onnx.pruning import Pruned
+from toast_onnx.selection.plan import Selection
+from toast_onnx.solving.weights import BlockWeights, HeadWeights
 
 
 def pruning_report(pruned: Pruned, dense: Study, out: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,313 @@
+"""New weights for a block: widths from its ratios, what stays by its scores, values by the solvers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from toast_onnx.choosing.kept_heads import KeptHeads, keep_heads, ranked_heads
+from toast_onnx.errors import MatchError, ModelError
+from toast_onnx.importance.attention import qk_energy, qk_scores, vo_energy, vo_scores
+from toast_onnx.importance.ffn import hidden_weight_scores, input_weight_scores, variance_scores
+from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.selection import top_k, top_k_shared
+from toast_onnx.importance.statistics import Statistics
+from toast_onnx.importance.synthetic import AttentionStatistics
+from toast_onnx.matching.blocks import Attention, Block, Ffn
+from toast_onnx.matching.linear import Linear, bias, weights
+from toast_onnx.matching.norms import layer_scale
+from toast_onnx.matching.study import Study
+from toast_onnx.planning.ratios import BlockRatios, Ratios
+from toast_onnx.planning.schema import WEIGHT_SCORES
+from toast_onnx.planning.widths import kept_count, kept_width
+from toast_onnx.rewriting.attention import head_weights
+from toast_onnx.solving.ffn import select_fc1_inputs, select_ffn_second_order, solve_fc1_inputs, solve_ffn
+from toast_onnx.solving.qk import (
+    QKSolution,
+    select_qk_second_order,
+    solve_qk_cosine,
+    solve_qk_index,
+    solve_qk_subspace,
+)
+from toast_onnx.solving.vo import VOSolution, select_vo_second_order, solve_vo_index, solve_vo_subspace
+from toast_onnx.solving.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights, ProjWeights
+
+Kind = Literal["none", "bias", "ridge"]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Kept counts of one block; None where a part is absent or keeps its width."""
+
+    qk: int | None = None
+    vo: int | None = None
+    fc1: int | None = None
+    fc2: int | None = None
+    heads: int | None = None
+
+
+def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunable: bool) -> Widths:
+    """Kept counts of a block; a ratio for all blocks passes over those that lack the part.
+
+    Raises:
+        MatchError: a ratio is given for a part that cannot be pruned, unless skipped.
+    """
+
+    def kept(part: str, kind: Literal["head_dim", "width"], original: int, reason: str | None) -> int | None:
+        removed = getattr(ratio, part)
+        if not removed:
+            return None
+        if reason is not None:
+            if skip_unprunable:
+                return None
+            raise MatchError(
+                f"block {block.index} ({block.name}): {part} cannot be pruned: {reason}; "
+                f"set its ratio to 0 or use --skip-unprunable"
+            )
+        if part == "heads":
+            count = kept_count(original, removed, 1)
+            return None if count == original else count
+        align = ratios.align.head_dim if kind == "head_dim" else ratios.align.width
+        count = kept_width(kind, original, removed, align=align, rounding=ratios.rounding)
+        if part == "qk" and a is not None and a.pairs is not None:
+            count += count % 2  # rotary embedding turns dimensions in pairs
+        return None if count == original else count
+
+    a, f = block.attention, block.ffn
+    return Widths(
+        None if a is None else kept("qk", "head_dim", a.qk_dim, a.qk_reason),
+        None if a is None else kept("vo", "head_dim", a.vo_dim, a.vo_reason),
+        None if f is None else kept("fc1", "width", f.in_features, f.fc1_reason),
+        None if f is None else kept("fc2", "width", f.width, f.fc2_reason),
+        None if a is None else kept("heads", "head_dim", a.num_heads, a.heads_reason),
+    )
+
+
+def heads_rounded_away(
+    blocks: Sequence[Block], ratios: Sequence[BlockRatios], widths: Sequence[Widths]
+) -> dict[int, int]:
+    """Blocks where a share of the heads was to go and rounds to none, with their number of heads.
+
+    Args:
+        blocks: the matched blocks.
+        ratios: settings of every block.
+        widths: kept counts of every block, as `plan_widths` says.
+    """
+    return {
+        block.index: block.attention.num_heads
+        for block, ratio, width in zip(blocks, ratios, widths, strict=True)
+        if block.attention is not None and block.attention.heads_reason is None and ratio.heads and width.heads is None
+    }
+
+
+def solve_block(
+    study: Study, block: Block, widths: Widths, ratio: BlockRatios, ratios: Ratios, statistics: Statistics
+) -> BlockWeights | None:
+    """New weights of a block; None when nothing changes.
+
+    Raises:
+        ModelError: its weights are NaN or infinite.
+        ConfigError: what was asked for is not to be had (statistics without data, say).
+    """
+    kind = ratios.compensation.kind
+    compensation: Kind = "ridge" if kind == "local" else kind  # local starts from the closed form
+    ridge = ratios.compensation.ridge if ratios.compensation.ridge == "auto" else float(ratios.compensation.ridge)
+    solver = _Solver(study, block, ratio, statistics, compensation, ridge)
+    attention = ffn = None
+    if block.attention is not None and (widths.qk or widths.vo or widths.heads):
+        attention = solver.attention(block.attention, widths)
+    if block.ffn is not None and (widths.fc1 or widths.fc2):
+        ffn = solver.ffn(block.ffn, widths.fc1, widths.fc2)
+    return None if attention is None and ffn is None else BlockWeights(attention, ffn)
+
+
+@dataclass
+class _Solver:
+    study: Study
+    block: Block
+    ratio: BlockRatios
+    statistics: Statistics
+    compensation: Kind
+    ridge: Any
+
+    def attention(self, attention: Attention, widths: Widths) -> AttentionWeights:
+        """New weights of an attention: heads first, then dimensions of those that stay."""
+        by_weight = self.ratio.score in WEIGHT_SCORES and self.ratio.select == "index"
+        needed = not (by_weight and self.compensation == "none")
+        found = self.statistics.attention(self.block.index) if needed else None
+        heads = None if widths.heads is None else self._heads(attention, widths.heads, found)
+        if heads is not None:
+            found = heads.statistics
+        q = k = v = proj = None
+        if widths.qk is not None or heads is not None:
+            q, k = self._queries_and_keys(attention, widths.qk, heads, found)
+        if widths.vo is not None or heads is not None:
+            v, proj = self._values(attention, widths.vo, heads, found)
+        return AttentionWeights(q, k, v, proj)
+
+    def _queries_and_keys(
+        self, attention: Attention, kept: int | None, heads: KeptHeads | None, found: AttentionStatistics | None
+    ) -> tuple[HeadWeights, HeadWeights]:
+        assert attention.q is not None
+        assert attention.k is not None
+        stay = None if heads is None else heads.heads
+        view, facts = self.study.view, self.study.facts
+        old_q, old_k = (head_weights(view, facts, b).only(stay) for b in (attention.q, attention.k))
+        arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
+        self._check(*arrays)
+        if kept is None:
+            return old_q, old_k
+        if self.ratio.select == "subspace" and not attention.regions:
+            assert found is not None
+            solve = solve_qk_cosine if attention.cosine else solve_qk_subspace
+            return _qk_weights(solve(*arrays, found.s_qq, found.s_kk, kept), stay)
+        indices = self._qk_indices(attention, old_q, old_k, found, kept)
+        # Rotary embedding in front of the split into heads: statistics are those of all heads together.
+        s_qq = np.empty(0) if found is None else np.broadcast_to(found.s_qq, (*old_q.bias.shape, attention.qk_dim))
+        # Folding into the keys alone would change their lengths, or mix what is turned by different angles.
+        fold: Kind = self.compensation if attention.folds else "none"
+        queries = math.inf if found is None else found.tokens
+        return _qk_weights(solve_qk_index(*arrays, s_qq, indices, fold, self.ridge, queries), stay)
+
+    def _values(
+        self, attention: Attention, kept: int | None, heads: KeptHeads | None, found: AttentionStatistics | None
+    ) -> tuple[HeadWeights, ProjWeights]:
+        stay = None if heads is None else heads.heads
+        context = None if found is None else found.context
+        v, wo, bo, gamma = self._read_out(attention)
+        v = v.only(stay)
+        if heads is not None:
+            wo, bo = heads.wo, heads.bo
+        if kept is None:
+            return v, ProjWeights(wo, bo)
+        if self.ratio.select == "subspace":
+            assert context is not None
+            solved = solve_vo_subspace(v.weight, v.bias, wo, bo, context, kept, self.compensation, self.ridge, gamma)
+        else:
+            indices = self._vo_indices(v, wo, found, kept, gamma)
+            solved = solve_vo_index(v.weight, v.bias, wo, bo, indices, context, self.compensation, self.ridge)
+        return _vo_weights(solved, stay)
+
+    def _read_out(self, attention: Attention) -> tuple[HeadWeights, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Values of all heads, the output projection (H, d, C_out) with its bias (C_out,), and layer scale (C_out,)."""
+        assert attention.v is not None
+        assert attention.proj is not None
+        view, facts, linear = self.study.view, self.study.facts, attention.proj.linear
+        v = head_weights(view, facts, attention.v)
+        wo = weights(view, facts, linear)[attention.proj.layout.channels]
+        bo, gamma = self._bias(linear), layer_scale(view, facts, linear.output, linear.out_features)
+        self._check(v.weight, v.bias, wo, bo)
+        return v, wo, bo, gamma
+
+    def _heads(self, attention: Attention, kept: int, found: AttentionStatistics | None) -> KeptHeads:
+        v, wo, bo, gamma = self._read_out(attention)
+        context = None if found is None else found.context
+        ranked = ranked_heads(v.weight, wo, gamma, context, self.ratio, self.compensation)
+        return keep_heads(np.sort(ranked[:kept]), wo, bo, found, self.compensation, self.ridge)
+
+    def _qk_indices(self, attention: Attention, q: HeadWeights, k: HeadWeights, found: Any, kept: int) -> np.ndarray:
+        score = self.ratio.score
+        if score in WEIGHT_SCORES and self.ratio.select != "subspace":
+            scores = qk_scores(q.weight, k.weight, score, self.ratio.coupling)
+        elif score == "second-order" and not attention.regions:
+            return select_qk_second_order(found.s_qq, found.s_kk, kept)
+        else:
+            scores = qk_energy(found.s_qq, found.s_kk)
+        scores = np.broadcast_to(scores, q.bias.shape)
+        return top_k_shared(scores, kept, attention.pairs) if attention.regions else top_k(scores, kept)
+
+    def _vo_indices(
+        self, v: HeadWeights, wo: np.ndarray, found: Any, kept: int, gamma: np.ndarray | None
+    ) -> np.ndarray:
+        score = self.ratio.score
+        if score in WEIGHT_SCORES:
+            return top_k(vo_scores(v.weight, wo, score, self.ratio.coupling, gamma), kept)
+        if score == "second-order":
+            return select_vo_second_order(found.context, wo, kept, gamma)
+        return top_k(vo_energy(found.context.covariance, wo, gamma), kept)
+
+    def ffn(self, ffn: Ffn, fc1: int | None, fc2: int | None) -> FfnWeights:
+        view, facts = self.study.view, self.study.facts
+        inputs = entries = units = exit_ = None
+        entry_weights = tuple(weights(view, facts, e) for e in ffn.entries)
+        w2, b2 = weights(view, facts, ffn.fc2), self._bias(ffn.fc2)
+        self._check(*entry_weights, *(self._bias(e) for e in ffn.entries), w2, b2)
+        if fc2 is not None:
+            gamma = layer_scale(view, facts, ffn.fc2.output, ffn.fc2.out_features)
+            # by unit: the parts of a gated form side by side; behind an inner norm fc2's rows alone count
+            by_unit = tuple(
+                w[:, u[:, p]]
+                for w, u in zip(entry_weights, ffn.units, strict=not ffn.selects_at_exit)
+                for p in range(u.shape[1])
+            )
+            moments = self._moments(self.statistics.hidden)
+            units = self._units(by_unit, w2, gamma, moments, fc2)
+            solved = solve_ffn(units, w2, b2, moments, self.compensation, self.ridge)
+            exit_ = (solved.w2, solved.b2)
+        if fc1 is not None:
+            moments = self._moments(self.statistics.inputs)
+            inputs = self._inputs(entry_weights, moments, fc1)
+            biases = tuple(self._bias(e) for e in ffn.entries)
+            found = solve_fc1_inputs(inputs, entry_weights, biases, moments, self.compensation, self.ridge)
+            entries = tuple(zip(found.w1, found.b1, strict=True))
+        return FfnWeights(inputs, entries, units, exit_)
+
+    def _moments(self, ask: Callable[[int], Moments]) -> Moments | None:
+        weight_only = self.ratio.ffn_score in ("l1", "l2") and self.compensation == "none"
+        scores_only = self.ratio.ffn_score == "activation" and self.compensation == "none"
+        return None if weight_only or scores_only else ask(self.block.index)
+
+    def _units(
+        self, w1: tuple[np.ndarray, ...], w2: np.ndarray, gamma: np.ndarray | None, moments: Moments | None, kept: int
+    ) -> np.ndarray:
+        score = self.ratio.ffn_score
+        if score in ("l1", "l2"):
+            return top_k(hidden_weight_scores(w1, w2, score, gamma), kept)
+        if score == "activation":
+            return top_k(np.asarray(self.statistics.activation_scores(self.block.index, "fc2")), kept)
+        assert moments is not None
+        if score == "variance":
+            return top_k(variance_scores(moments, w2, gamma), kept)
+        return select_ffn_second_order(moments, w2, kept, gamma=gamma)
+
+    def _inputs(self, w1: tuple[np.ndarray, ...], moments: Moments | None, kept: int) -> np.ndarray:
+        score = self.ratio.ffn_score
+        if score in ("l1", "l2"):
+            return top_k(input_weight_scores(w1, None, score), kept)
+        if score == "activation":
+            return top_k(np.asarray(self.statistics.activation_scores(self.block.index, "fc1")), kept)
+        assert moments is not None
+        if score == "variance":
+            return top_k(variance_scores(moments, np.concatenate(w1, axis=1)), kept)
+        return select_fc1_inputs(moments, w1, kept)
+
+    def _bias(self, linear: Linear) -> np.ndarray:
+        b = bias(self.study.view, self.study.facts, linear)
+        dtype = weights(self.study.view, self.study.facts, linear).dtype
+        return np.zeros(linear.out_features, dtype) if b is None else np.asarray(b)
+
+    def _check(self, *arrays: np.ndarray) -> None:
+        if not all(np.isfinite(a.astype(np.float32)).all() for a in arrays):
+            raise ModelError(
+                f"{self.study.view.model.path}: block {self.block.index} ({self.block.name}) "
+                "has NaN or infinite weights; export the model again"
+            )
+
+
+def _slots(kept: np.ndarray | None, heads: int, count: int) -> np.ndarray:
+    """Old dimensions that the new ones stand in for: the kept indices, or the first ones for a basis."""
+    return np.broadcast_to(np.arange(count), (heads, count)) if kept is None else kept
+
+
+def _qk_weights(new: QKSolution, heads: np.ndarray | None) -> tuple[HeadWeights, HeadWeights]:
+    slots, basis = _slots(new.kept, *new.bq.shape), new.kept is None
+    return HeadWeights(new.wq, new.bq, slots, basis, heads), HeadWeights(new.wk, new.bk, slots, basis, heads)
+
+
+def _vo_weights(new: VOSolution, heads: np.ndarray | None) -> tuple[HeadWeights, ProjWeights]:
+    slots, basis = _slots(new.kept, *new.bv.shape), new.kept is None
+    return HeadWeights(new.wv, new.bv, slots, basis, heads), ProjWeights(new.wo, new.bo)

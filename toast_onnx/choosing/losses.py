@@ -1,0 +1,215 @@
+"""Loss curves of a block's parts: what selection and compensation would leave of each, at every kept count.
+
+The curves are those of each part alone on the dense model's statistics, up to a factor: they say how a part's damage
+grows with what is removed, and one measurement at the output says where it starts (`toast_onnx.planning.prediction`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toast_onnx.choosing.kept_heads import ranked_heads
+from toast_onnx.importance.attention import qk_energy, qk_scores, vo_energy, vo_scores
+from toast_onnx.importance.ffn import hidden_weight_scores, input_weight_scores, variance_scores
+from toast_onnx.importance.loss_curves import by_head, elimination_order, readout_losses, tail_energies
+from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.statistics import Statistics
+from toast_onnx.importance.synthetic import AttentionStatistics
+from toast_onnx.matching.blocks import Attention, Block, Ffn
+from toast_onnx.matching.linear import weights
+from toast_onnx.matching.norms import layer_scale
+from toast_onnx.matching.study import Study
+from toast_onnx.planning.ratios import BlockRatios
+from toast_onnx.planning.schema import WEIGHT_SCORES
+from toast_onnx.planning.width_costs import Part
+from toast_onnx.rewriting.attention import head_weights
+from toast_onnx.solving.linear_algebra import root
+from toast_onnx.solving.qk import unit_trace
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+
+def loss_curves(
+    study: Study,
+    block: Block,
+    parts: Sequence[Part],
+    settings: BlockRatios,
+    compensation: str,
+    statistics: Statistics,
+) -> Mapping[Part, Array]:
+    """For each part (n + 1,) losses, entry k with k heads, dimensions (of every head) or channels kept.
+
+    Args:
+        study: the model.
+        block: one of its blocks.
+        parts: what to look at; the block has these parts.
+        settings: selection and scores; its ratios do not count.
+        compensation: none, bias, ridge or local (which starts from ridge).
+        statistics: of the dense model.
+    """
+    found: dict[Part, Array] = {}
+    kind = "ridge" if compensation == "local" else compensation
+    if block.attention is not None:
+        if "heads" in parts:
+            found["heads"] = _heads(study, block.attention, settings, kind, statistics.attention(block.index).context)
+        if "qk" in parts:
+            found["qk"] = _qk(study, block.attention, settings, kind, statistics.attention(block.index))
+        if "vo" in parts:
+            found["vo"] = _vo(study, block.attention, settings, kind, statistics.attention(block.index).context)
+    if block.ffn is not None:
+        if "fc1" in parts:
+            found["fc1"] = _fc1(study, block, block.ffn, settings, kind, statistics)
+        if "fc2" in parts:
+            found["fc2"] = _fc2(study, block, block.ffn, settings, kind, statistics)
+    return found
+
+
+def _qk(study: Study, a: Attention, settings: BlockRatios, kind: str, measured: AttentionStatistics) -> Array:
+    s_qq, s_kk = measured.s_qq, measured.s_kk
+    subspace = settings.select == "subspace" and not a.regions
+    if subspace and a.cosine:
+        values = np.linalg.eigvalsh(unit_trace(s_qq) + unit_trace(s_kk))[:, ::-1]
+        return tail_energies(np.sqrt(np.clip(values, 0, None)))
+    root_k = root(s_kk)
+    if subspace:
+        return tail_energies(np.linalg.svd(root(s_qq) @ root_k, compute_uv=False))
+    assert a.q is not None
+    assert a.k is not None
+    fold = "ridge" if a.folds and kind == "ridge" else "none"
+    if settings.score == "second-order" and not a.regions:
+        orders = [elimination_order(s, r) for s, r in zip(s_qq, root_k, strict=True)]
+    else:
+        if settings.score in WEIGHT_SCORES and settings.select != "subspace":
+            q, k = (head_weights(study.view, study.facts, b).weight for b in (a.q, a.k))
+            scores = qk_scores(q, k, settings.score, settings.coupling)
+        else:
+            scores = qk_energy(s_qq, s_kk)
+        orders = [_ranked(s) for s in (_shared(scores, a.pairs) if a.regions else scores)]
+    heads = [readout_losses(s, r, o, fold) for s, r, o in zip(s_qq, root_k, orders, strict=True)]
+    return np.asarray(np.sum(heads, axis=0))
+
+
+def _heads(study: Study, a: Attention, settings: BlockRatios, kind: str, context: Moments) -> Array:
+    wv, wo = _values_and_read_out(study, a)
+    heads, d, _ = wo.shape
+    ranked = ranked_heads(wv, wo, None, context, settings, kind)
+    order = (d * ranked[:, None] + np.arange(d)).reshape(-1)
+    return readout_losses(_spread(context, kind), wo.reshape(heads * d, -1), order, kind)[::d]
+
+
+def _vo(study: Study, a: Attention, settings: BlockRatios, kind: str, context: Moments) -> Array:
+    wv, wo = _values_and_read_out(study, a)
+    heads, d, _ = wo.shape
+    s = context.covariance
+    if settings.select == "subspace":
+        own = np.stack([s[h * d : (h + 1) * d, h * d : (h + 1) * d] for h in range(heads)])
+        values = np.linalg.svd(root(own) @ wo, compute_uv=False)  # (H, min(d, C_out))
+        return tail_energies(np.pad(values, ((0, 0), (0, d - values.shape[1]))))
+    if settings.score == "second-order":
+        order = elimination_order(s, wo.reshape(heads * d, -1))
+        ranks = np.empty(heads * d)
+        ranks[order] = -np.arange(heads * d)
+        scores = ranks.reshape(heads, d)
+    elif settings.score in WEIGHT_SCORES:
+        scores = vo_scores(wv, wo, settings.score, settings.coupling)
+    else:
+        scores = vo_energy(s, wo)
+    losses = readout_losses(_spread(context, kind), wo.reshape(heads * d, -1), by_head(scores), kind)
+    return losses[::heads]
+
+
+def _values_and_read_out(study: Study, a: Attention) -> tuple[Array, Array]:
+    """V's weights (C, H, d) and the output projection's (H, d, C_out), layer scale folded into these."""
+    assert a.v is not None
+    assert a.proj is not None
+    view, facts, linear = study.view, study.facts, a.proj.linear
+    gamma = layer_scale(view, facts, linear.output, linear.out_features)
+    wo = _scaled(weights(view, facts, linear)[a.proj.layout.channels], gamma)
+    return head_weights(view, facts, a.v).weight, wo
+
+
+def _fc2(study: Study, block: Block, f: Ffn, settings: BlockRatios, kind: str, statistics: Statistics) -> Array:
+    view, facts = study.view, study.facts
+    moments = statistics.hidden(block.index)
+    gamma = layer_scale(view, facts, f.fc2.output, f.fc2.out_features)
+    w2 = _scaled(weights(view, facts, f.fc2), gamma)
+
+    def by_weight(score: str) -> Array:
+        w1 = tuple(
+            weights(view, facts, e)[:, u[:, p]]
+            for e, u in zip(f.entries, f.units, strict=not f.selects_at_exit)
+            for p in range(u.shape[1])
+        )
+        return hidden_weight_scores(w1, w2, score)
+
+    def by_activation() -> Array:
+        return np.asarray(statistics.activation_scores(block.index, "fc2"))
+
+    order = _order(settings.ffn_score, moments, w2, by_activation, by_weight)
+    return readout_losses(_spread(moments, kind), w2, order, kind)
+
+
+def _fc1(study: Study, block: Block, f: Ffn, settings: BlockRatios, kind: str, statistics: Statistics) -> Array:
+    moments = statistics.inputs(block.index)
+    w1 = tuple(np.asarray(weights(study.view, study.facts, e), np.float64) for e in f.entries)
+    rows = np.concatenate(w1, axis=1)
+    order = _order(
+        settings.ffn_score,
+        moments,
+        rows,
+        lambda: np.asarray(statistics.activation_scores(block.index, "fc1")),
+        lambda score: input_weight_scores(w1, None, score),
+    )
+    return readout_losses(_spread(moments, kind), rows, order, kind)
+
+
+def _order(
+    score: str,
+    moments: Moments,
+    readout: Array,
+    by_activation: Callable[[], Array],
+    by_weight: Callable[[str], Array],
+) -> Indices:
+    """Channels (n,) of a feed-forward layer, the one that stays longest first.
+
+    Args:
+        score: the ratios file's.
+        moments: of the channels.
+        readout: (n, out) weights that read them.
+        by_activation: scores (n,) measured along with the moments.
+        by_weight: scores (n,) of weights alone, by their name.
+    """
+    if score == "second-order":
+        return elimination_order(moments.covariance, readout)
+    if score == "activation":
+        return _ranked(by_activation())
+    return _ranked(variance_scores(moments, readout) if score == "variance" else by_weight(score))
+
+
+def _spread(moments: Moments, kind: str) -> Array:
+    """(n, n) second moments of what is lost: around the mean where compensation restores it."""
+    return moments.covariance if kind != "none" else moments.second
+
+
+def _shared(scores: Array, pairs: NDArray[Any] | None) -> Array:
+    """Scores (H, d) where all heads keep the same dimensions, pairs (d / 2, 2) of them together."""
+    total = scores.sum(axis=0)
+    if pairs is not None:
+        total[pairs] = total[pairs].sum(axis=1, keepdims=True)
+    return np.tile(total, (len(scores), 1))
+
+
+def _ranked(scores: Array) -> Indices:
+    """Channels from the highest score to the lowest, ties to the lower number."""
+    return np.asarray(np.argsort(-scores, kind="stable"), np.int64)
+
+
+def _scaled(w: Array, gamma: Array | None) -> Array:
+    """A read-out in float64 with layer scale folded in."""
+    rows = np.asarray(w, np.float64)
+    return rows if gamma is None else rows * np.asarray(gamma, np.float64)

@@ -1,0 +1,165 @@
+"""Statistics without data: the graph's own pieces run on synthetic tokens.
+
+A LayerNorm's output is close to isotropic before its gain and bias, so seeded tokens gain * N(0, I) + bias stand for
+real ones. Attention statistics follow in closed form; hidden activations come from running fc1 and the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+
+import numpy as np
+import onnx
+
+from toast_onnx.errors import ConfigError, MatchError, ModelError
+from toast_onnx.importance.moments import Moments, merge
+from toast_onnx.importance.synthetic import (
+    AttentionStatistics,
+    attention_from_weights,
+    layer_norm_moments,
+    synthetic_tokens,
+)
+from toast_onnx.matching.blocks import Block, Branch
+from toast_onnx.matching.linear import Linear
+from toast_onnx.matching.norms import Norm, norm_before
+from toast_onnx.matching.piece import cut_piece
+from toast_onnx.matching.study import Study
+from toast_onnx.model import scratch_folder
+from toast_onnx.rewriting.attention import head_weights
+from toast_onnx.runtime import open_session, run_session
+
+#: Synthetic tokens for every hidden unit; enough for a well-conditioned Gram matrix.
+TOKENS_PER_UNIT = 8
+#: Rows multiplied at once.
+CHUNK = 4096
+
+
+class SyntheticStatistics:
+    """Statistics from weights and synthetic tokens (implements `toast_onnx.importance.statistics.Statistics`)."""
+
+    def __init__(self, study: Study, seed: int = 0) -> None:
+        self._study = study
+        self._seed = seed
+
+    @cached_property
+    def source(self) -> str:
+        """Where the statistics come from."""
+        return f"weights and synthetic tokens (seed {self._seed}); no data was given"
+
+    def attention(self, block: int) -> AttentionStatistics:
+        """Closed-form statistics of a block's queries, keys and contexts."""
+        attention = self._block(block).attention
+        if attention is None:
+            raise MatchError(f"block {block} has no attention")
+        view, facts = self._study.view, self._study.facts
+        branches = {"q": attention.q, "k": attention.k, "v": attention.v}
+        present = {name: b for name, b in branches.items() if b is not None}
+        weights = {name: head_weights(view, facts, b) for name, b in present.items()}
+        self._check(block, *(array for w in weights.values() for array in (w.weight, w.bias)))
+        fallback = next(iter(weights.values()))
+        q, k, v = (weights.get(name, fallback) for name in "qkv")
+        found = {
+            name: attention_from_weights(self._moments(block, b), q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
+            for name, b in present.items()
+        }
+        any_ = next(iter(found.values()))
+        s_kk = found.get("k", any_).s_kk
+        if attention.cosine and attention.k is not None:
+            # Cosine attention does not forgive a shift of all keys: their lengths change with it.
+            s_kk = self._moments(block, attention.k).through(k.weight, k.bias).second
+        return AttentionStatistics(found.get("q", any_).s_qq, s_kk, found.get("v", any_).context)
+
+    def inputs(self, block: int) -> Moments:
+        """Moments of the normalised input of a block's feed-forward network."""
+        ffn = self._block(block).ffn
+        if ffn is None:
+            raise MatchError(f"block {block} has no feed-forward network")
+        norm = self._norm(block, ffn.entries[0])
+        return layer_norm_moments(norm.gain, norm.bias)
+
+    def hidden(self, block: int) -> Moments:
+        """Moments of the hidden activations of a block, its own nodes run on synthetic tokens."""
+        ffn = self._block(block).ffn
+        if ffn is None:
+            raise MatchError(f"block {block} has no feed-forward network")
+        view, facts = self._study.view, self._study.facts
+        start, end = ffn.entries[0].input, ffn.fc2.input
+        norm = self._norm(block, ffn.entries[0])
+        shape, axis = facts.shape(start) or (), ffn.entries[0].channel_axis
+        rows = int(np.prod(shape)) // ffn.in_features
+        runs = -(-TOKENS_PER_UNIT * ffn.width // rows)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(facts.elem_type(start))
+        piece = cut_piece(view, facts, start, end)
+        with scratch_folder("toast-piece-") as folder:
+            path = folder / "piece.onnx"
+            onnx.save(piece, str(path))
+            session = open_session(path, [end])
+            feeds = (
+                {
+                    start: np.moveaxis(
+                        self._tokens(norm.gain, norm.bias, rows, block, run, shape, axis), -1, axis
+                    ).astype(dtype)
+                }
+                for run in range(runs)
+            )
+            outputs = (run_session(session, [end], feed)[end] for feed in feeds)
+            rows_of = (np.moveaxis(out, ffn.fc2.channel_axis, -1).reshape(-1, ffn.width) for out in outputs)
+            moments = merge(_moments_of(chunk) for chunk in _chunks(rows_of))
+        self._check(block, moments.mean, moments.covariance)
+        return moments
+
+    def activation_scores(self, block: int, part: str) -> object:
+        """Not to be had without images."""
+        raise ConfigError(
+            f"ffn score 'activation' (block {block}, {part}) needs images: give --data, or choose second-order"
+        )
+
+    def _tokens(
+        self, gain: np.ndarray, bias: np.ndarray, rows: int, block: int, run: int, shape: tuple[int, ...], axis: int
+    ) -> np.ndarray:
+        """Tokens in the activation's shape, channels moved last."""
+        tokens = synthetic_tokens(gain, bias, rows, self._seed + 1000 * block + run)
+        last = [extent for k, extent in enumerate(shape) if k != axis % len(shape)]
+        return tokens.reshape(*last, gain.size)
+
+    def _block(self, index: int) -> Block:
+        return self._study.match.blocks[index]
+
+    def _moments(self, block: int, branch: Branch) -> Moments:
+        norm = self._norm(block, branch.linear)
+        return layer_norm_moments(norm.gain, norm.bias)
+
+    def _norm(self, block: int, linear: Linear) -> Norm:
+        """The norm in front of a layer of a block."""
+        norm = norm_before(self._study.view, self._study.facts, linear.input, linear.in_features)
+        self._check(block, norm.gain, norm.bias)
+        return norm
+
+    def _check(self, block: int, *arrays: np.ndarray) -> None:
+        """Refuse a block whose weights, biases or norms are no numbers.
+
+        Raises:
+            ModelError: one of the arrays holds NaN or infinity.
+        """
+        if not all(np.isfinite(a.astype(np.float64)).all() for a in arrays):
+            path, name = self._study.view.model.path, self._block(block).name
+            raise ModelError(f"{path}: block {block} ({name}) has NaN or infinite weights; export the model again")
+
+
+def _chunks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Rows put together to pieces of `CHUNK` or more: few large products cost less than many small ones."""
+    waiting: list[np.ndarray] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(len(p) for p in waiting) >= CHUNK:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def _moments_of(tokens: np.ndarray) -> Moments:
+    """Moments of (tokens, channels): each product in single precision, the sum over pieces in double."""
+    rows = tokens.astype(np.float32)
+    return Moments(float(rows.shape[0]), rows.sum(axis=0, dtype=np.float64), (rows.T @ rows).astype(np.float64))

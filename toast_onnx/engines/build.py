@@ -1,0 +1,188 @@
+"""From a model file to an engine file, with a JSON beside it that says how it was made."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import toast_onnx
+from toast_onnx.engines.backend import EngineOptions, Progress, choose, load
+from toast_onnx.engines.cuda import gpu_name
+from toast_onnx.engines.engine import build_engine
+from toast_onnx.engines.precision import PRECISIONS, convert_precision, stated_precision, why_not_converted
+from toast_onnx.engines.profiles import Shape, build_profile, graph_inputs
+from toast_onnx.engines.uneven_attention import spell_out_uneven
+from toast_onnx.errors import ConfigError
+from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_bytes, write_draft
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build.
+
+    Attributes:
+        backend: `auto`, `tensorrt` or `tensorrt-rtx`.
+        precision: `fp32`, `tf32`, `fp16` or `bf16`.
+        fp16_io: float16 inputs and outputs too (with `fp16`).
+        batch: (min, opt, max) of an open first dimension; None takes the default where one is needed.
+        min_shapes: smallest shape by input name; the three mappings name the same inputs.
+        opt_shapes: usual shape by input name.
+        max_shapes: largest shape by input name.
+        options: everything else; its profile and tf32 are filled in from the fields above.
+    """
+
+    backend: str = "auto"
+    precision: str = "fp32"
+    fp16_io: bool = False
+    batch: tuple[int, int, int] | None = None
+    min_shapes: dict[str, Shape] = field(default_factory=dict)
+    opt_shapes: dict[str, Shape] = field(default_factory=dict)
+    max_shapes: dict[str, Shape] = field(default_factory=dict)
+    options: EngineOptions = field(default_factory=EngineOptions)
+
+
+def record_path(engine: Path) -> Path:
+    """The JSON beside an engine: its name with `.json` added."""
+    return engine.with_name(engine.name + ".json")
+
+
+def model_hash(path: Path) -> str | None:
+    """SHA-256 of the ONNX model that a file holds or was made from; None where nothing says which.
+
+    Args:
+        path: an ONNX file, or an engine or `.ort` file, of which the JSON beside it tells.
+    """
+    if path.suffix == ".onnx":
+        return file_hash(path)
+    try:
+        record = json.loads(record_path(path).read_text())
+    except (OSError, ValueError):
+        return None
+    found = record.get("model_sha256") if isinstance(record, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def build(model_path: Path, output: Path, request: BuildRequest, progress: Progress | None = None) -> dict[str, Any]:
+    """Build an engine and the JSON beside it.
+
+    Shapes and options are checked against the graph before TensorRT is started.
+
+    Args:
+        model_path: the ONNX file.
+        output: the engine file to write; `record_path(output)` gets the JSON.
+        request: what to build.
+        progress: told about the builder's phases.
+
+    Returns:
+        What the JSON holds: `model`, `model_sha256`, `precision`, `profile`, `build_seconds`, `notes` and more.
+
+    Raises:
+        ModelError: the model cannot be read, or the engine cannot be written.
+        ConfigError: an option or a shape that contradicts the graph or the backend.
+        UnsupportedGraphError: TensorRT does not take some nodes; the error lists them.
+        BackendError: no backend, or its builder failed.
+    """
+    if request.precision not in PRECISIONS:
+        raise ConfigError(f"precision '{request.precision}' is unknown; use one of {', '.join(PRECISIONS)}")
+    model = load_model(model_path)
+    profile = build_profile(
+        graph_inputs(model.proto), request.batch, request.min_shapes, request.opt_shapes, request.max_shapes
+    )
+    options = replace(request.options, profile=profile, tf32=request.precision != "fp32")
+    backend = choose(request.backend)
+    notes = backend.check(options)
+    with tempfile.TemporaryDirectory(prefix="toast-onnx-") as folder:
+        spelled, uneven = spell_out_uneven(model)
+        if uneven:
+            spelled = load_model(write_draft(spelled, Path(folder), model.path.name))
+            notes = [
+                *notes,
+                f"{uneven} Attention nodes with keys and values of different widths are built from their parts: "
+                "TensorRT takes them fused where both widths are equal",
+            ]
+        source, said = precise_file(spelled, request.precision, Path(folder), fp16_io=request.fp16_io)
+        started = time.perf_counter()
+        engine = build_engine(backend, source, options, progress)
+        seconds = time.perf_counter() - started
+    write_bytes(output, engine)
+    record = {
+        "engine": output.name,
+        "engine_bytes": len(engine),
+        "model": str(model_path),
+        "model_bytes": stored_bytes(model_path),
+        "model_sha256": file_hash(model_path),
+        "backend": backend.name,
+        "backend_version": str(load(backend).__version__),
+        "toast_onnx_version": toast_onnx.__version__,
+        "precision": request.precision,
+        "converted": request.precision in ("fp16", "bf16") and not said,
+        "fp16_io": request.fp16_io,
+        "profile": {name: shapes.as_dict() for name, shapes in profile.items()},
+        "fixed_shapes": _fixed_shapes(model.proto),
+        "compute_capabilities": list(options.compute_capabilities),
+        "hardware_compatible": options.hardware_compatible,
+        "version_compatible": options.version_compatible,
+        "workspace": options.workspace,
+        "optimization_level": options.optimization_level,
+        "build_seconds": round(seconds, 3),
+        "device": gpu_name(),
+        "notes": [*notes, *said],
+    }
+    write_record(output, record)
+    return record
+
+
+def write_record(output: Path, record: dict[str, Any]) -> None:
+    """Write the JSON beside an engine.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    write_bytes(record_path(output), (json.dumps(record, indent=2) + "\n").encode())
+
+
+def precise_file(model: Model, precision: str, folder: Path, *, fp16_io: bool = False) -> tuple[Path, list[str]]:
+    """The file a build should read: the model itself, or a 16-bit copy of it in `folder`.
+
+    Returns:
+        The file, and sentences about what was not done as asked.
+
+    Raises:
+        ConfigError: `fp16_io` without `fp16`.
+        ModelError: an external weight cannot be read.
+        BackendError: the conversion failed.
+    """
+    as_it_is = stated_precision(model.proto) is not None or why_not_converted(model.proto) is not None
+    if as_it_is or precision in ("fp32", "tf32"):
+        _, notes = convert_precision(model.proto, precision, fp16_io=fp16_io)
+        return model.path, notes
+    converted, notes = convert_precision(with_weights(model), precision, fp16_io=fp16_io)
+    return write_draft(Model(converted, folder / model.path.name), folder, f"{precision}.onnx"), notes
+
+
+def with_weights(model: Model) -> onnx.ModelProto:
+    """A copy of a model's graph with all weights in memory, as `convert_precision` takes it.
+
+    Args:
+        model: the model; its `arrays` replace the weights of the same name. It is not changed.
+
+    Raises:
+        ModelError: an external weight cannot be read.
+    """
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model.proto)
+    for tensor in whole.graph.initializer:
+        model.inline(tensor)
+    return whole
+
+
+def _fixed_shapes(proto: onnx.ModelProto) -> dict[str, list[int]]:
+    """Shapes of the inputs that a profile says nothing about."""
+    specs = graph_inputs(proto)
+    return {s.name: [d for d in s.dims if d is not None] for s in specs if not s.is_dynamic}

@@ -1,0 +1,84 @@
+"""ONNX Runtime's own deployment format: the model after its graph optimizer, as `.ort` or `.onnx`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import toast_onnx
+from toast_onnx.engines.build import precise_file, write_record
+from toast_onnx.errors import BackendError, ConfigError
+from toast_onnx.model import file_hash, load_model, stored_bytes, write_bytes
+
+#: Optimizer levels. `all` lays tensors out for the machine that builds; the others give a portable file.
+ORT_LEVELS = ("basic", "extended", "all")
+
+
+def build_ort(
+    model_path: Path, output: Path, *, precision: str = "fp32", fp16_io: bool = False, level: str = "extended"
+) -> dict[str, Any]:
+    """Write the model as ONNX Runtime's optimizer leaves it, and a JSON beside it.
+
+    Args:
+        model_path: the ONNX file.
+        output: the file to write; a name that ends in `.ort` gets ONNX Runtime's format, `.onnx` stays ONNX.
+        precision: `fp32` or `fp16`.
+        fp16_io: float16 inputs and outputs too (with `fp16`).
+        level: one of `ORT_LEVELS`.
+
+    Returns:
+        What the JSON holds.
+
+    Raises:
+        ConfigError: another suffix, precision or level.
+        ModelError: the model cannot be read, or the result cannot be written.
+        BackendError: ONNX Runtime refuses the model.
+    """
+    import onnxruntime as ort
+
+    if output.suffix not in (".ort", ".onnx"):
+        raise ConfigError(f"{output.name}: --format ort writes .ort or .onnx files; choose such a name with -o")
+    if precision not in ("fp32", "fp16"):
+        raise ConfigError(f"--format ort takes --precision fp32 or fp16, not {precision}")
+    if level not in ORT_LEVELS:
+        raise ConfigError(f"optimizer level '{level}' is unknown; use one of {', '.join(ORT_LEVELS)}")
+    if output.resolve() == model_path.resolve():
+        raise ConfigError(f"{output} is the model itself; choose another name with -o")
+    model = load_model(model_path)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="toast-onnx-") as folder:
+        source, notes = precise_file(model, precision, Path(folder), fp16_io=fp16_io)
+        draft = Path(folder) / f"optimized{output.suffix}"
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}")
+        options.optimized_model_filepath = str(draft)
+        if output.suffix == ".ort":
+            options.add_session_config_entry("session.save_model_format", "ORT")
+        elif model.has_external_data:
+            raise ConfigError(f"{model_path} has external data; write it with an -o name that ends in .ort")
+        try:
+            ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        except Exception as e:
+            raise BackendError(f"ONNX Runtime does not take {model_path}: {' '.join(str(e).split())}") from e
+        write_bytes(output, draft.read_bytes())
+    record = {
+        "engine": output.name,
+        "engine_bytes": output.stat().st_size,
+        "model": str(model_path),
+        "model_bytes": stored_bytes(model_path),
+        "model_sha256": file_hash(model_path),
+        "backend": "onnxruntime",
+        "backend_version": str(ort.__version__),
+        "toast_onnx_version": toast_onnx.__version__,
+        "precision": precision,
+        "converted": precision == "fp16" and not notes,
+        "fp16_io": fp16_io,
+        "level": level,
+        "build_seconds": round(time.perf_counter() - started, 3),
+        "notes": notes,
+    }
+    write_record(output, record)
+    return record

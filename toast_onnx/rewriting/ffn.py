@@ -1,0 +1,96 @@
+"""Writing a smaller feed-forward network into a graph.
+
+fc1 loses outputs (and inputs, through a Gather), fc2 loses inputs; the nodes between stay, with their widths, split
+sizes, slice bounds and per-channel constants cut to the units that are left.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from toast_onnx.edit import GraphEdit, OldShape
+from toast_onnx.matching.blocks import Ffn
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.linear import Linear, bias, weights
+from toast_onnx.rewriting.shapes import own_origins
+from toast_onnx.rewriting.shrinking import shrink_node
+from toast_onnx.solving.weights import FfnWeights
+
+
+def rewrite_ffn(
+    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, ffn: Ffn, new: FfnWeights, name: str
+) -> None:
+    """Replace the layers of one feed-forward network and shrink what lies between.
+
+    Args:
+        edit: graph edit.
+        view: the original graph.
+        facts: facts at the probed shapes.
+        other: facts at other shapes of the dynamic axes.
+        ffn: the matched network.
+        new: new weights.
+        name: module path for new names.
+    """
+    keep = None
+    if new.units is not None and not ffn.selects_at_exit:
+        mask = np.zeros(ffn.width, bool)
+        mask[new.units] = True
+        keep = {tensor: mask[unit] for tensor, unit in ffn.unit_of.items()}
+    x = ffn.entries[0].input
+    if new.inputs is not None:
+        first = min(e.node for e in ffn.entries)
+        x = _gather(edit, first, x, new.inputs, f"{name}/fc1")
+    if new.inputs is not None or keep is not None:
+        for k, entry in enumerate(ffn.entries):
+            _write_entry(edit, view, facts, entry, x, new, k, keep, f"{name}/fc1" if k == 0 else f"{name}/fc1_{k}")
+    if keep is not None:
+        for i in ffn.nodes:
+            shrink_node(edit, view, facts, other, ffn.channel_axes, keep, i)
+        for tensor in ffn.unit_of:
+            edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
+    if new.fc2 is not None:
+        hidden = ffn.fc2.input
+        if new.units is not None and ffn.selects_at_exit:
+            hidden = _gather(edit, ffn.fc2.node, hidden, new.units, f"{name}/fc2")
+        _replace(edit, view, facts, ffn.fc2, hidden, *new.fc2, f"{name}/fc2")
+
+
+def _gather(edit: GraphEdit, at: int, tensor: str, indices: np.ndarray, name: str) -> str:
+    """Insert the selection of some of a tensor's last-axis channels."""
+    index = edit.constant(f"{name}/inputs", indices.astype(np.int64))
+    return edit.emit(at, "Gather", [tensor, index], edit.fresh(f"{name}/selected"), f"{name}/Gather", axis=-1)
+
+
+def _write_entry(
+    edit: GraphEdit,
+    view: GraphView,
+    facts: Facts,
+    entry: Linear,
+    x: str,
+    new: FfnWeights,
+    k: int,
+    keep: dict[str, np.ndarray] | None,
+    name: str,
+) -> None:
+    if new.entries is not None:
+        w, b = new.entries[k]
+    else:
+        w = weights(view, facts, entry)
+        old = bias(view, facts, entry)
+        b = np.zeros(entry.out_features, w.dtype) if old is None else old
+    if keep is not None:
+        w, b = w[:, keep[entry.output]], b[keep[entry.output]]
+    _replace(edit, view, facts, entry, x, w, b, name)
+
+
+def _replace(
+    edit: GraphEdit, view: GraphView, facts: Facts, linear: Linear, x: str, w: np.ndarray, b: np.ndarray, name: str
+) -> None:
+    """Put new weights into a layer's place; a bias appears only where there was one or the new one is not zero."""
+    dtype = weights(view, facts, linear).dtype
+    has_bias = linear.bias is not None or bool(b.any())
+    edit.remove(linear.nodes)
+    # Not copied where the type is right: new weights are kept beside the new graph.
+    new_bias = np.asarray(b, dtype) if has_bias else None
+    edit.linear(linear.node, linear, x, np.asarray(w, dtype), new_bias, linear.output, name)

@@ -1,0 +1,259 @@
+"""Fewer dimensions for values, with the output projection refitted over all heads together.
+
+The branch's output is y = o W_O + b_O with o the concatenated contexts (n = H * d, head-major). Softmax rows sum to
+one, so a change of basis or a slice of V passes through the attention unchanged, its bias included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.second_order import keep_second_order
+from toast_onnx.solving.linear_algebra import Compensation, Ridge, predict_all, ridge_solve, root
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class VOSolution:
+    """New value and output projections, in the dtype of the old ones.
+
+    Attributes:
+        wv: (C, H, r).
+        bv: (H, r).
+        wo: (H, r, C_out).
+        bo: (C_out,).
+        kept: (H, r) ascending indices, or None for a basis.
+    """
+
+    wv: NDArray[Any]
+    bv: NDArray[Any]
+    wo: NDArray[Any]
+    bo: NDArray[Any]
+    kept: Indices | None
+
+
+def solve_vo_subspace(
+    wv: ArrayLike,
+    bv: ArrayLike,
+    wo: ArrayLike,
+    bo: ArrayLike,
+    context: Moments,
+    kept: int,
+    compensation: Compensation = "ridge",
+    ridge: Ridge = "auto",
+    gamma: ArrayLike | None = None,
+    sweeps: int = 2,
+) -> VOSolution:
+    """A basis of rank `kept` for every head's values; `kept == d` returns the given weights untouched.
+
+    Starts from the truncated SVD of S_oo^(1/2) W_O of each head alone. With ridge, every head's basis is then chosen
+    again for what the other heads' reduced contexts leave unexplained (reduced-rank regression, Izenman 1975), and
+    all of W_O is refitted together.
+
+    Args:
+        wv: (C, H, d).
+        bv: (H, d).
+        wo: (H, d, C_out).
+        bo: (C_out,).
+        context: moments of the concatenated contexts, n = H * d.
+        kept: r.
+        compensation: none projects each head on its basis, bias also restores the mean, ridge refits.
+        ridge: strength as a fraction of the mean eigenvalue, or auto.
+        gamma: layer scale (C_out,); weighs the outputs while the basis is chosen.
+        sweeps: passes over the heads, with ridge.
+    """
+    out = np.asarray(wo)
+    heads, d, _ = out.shape
+    _check_kept(kept, d)
+    if kept == d:
+        return VOSolution(np.asarray(wv), np.asarray(bv), out, np.asarray(bo), None)
+    s = context.covariance
+    w = out.reshape(heads * d, -1).astype(np.float64)  # (H * d, C_out)
+    seen = w if gamma is None else w * np.asarray(gamma, dtype=np.float64)
+    bases = [_leading_basis(s[_head(h, d), _head(h, d)], seen[_head(h, d)], kept) for h in range(heads)]
+    if compensation == "ridge":
+        for _ in range(sweeps):
+            for h in range(heads):
+                bases[h] = _basis_given_others(s, seen, bases, h, ridge, context.tokens)
+        mix = _block_diagonal(bases)  # (H * d, H * r)
+        new = _readout(s, mix, w, ridge, context.tokens)
+    else:
+        mix = _block_diagonal(bases)
+        alone = _block_diagonal([s[_head(h, d), _head(h, d)] for h in range(heads)])
+        new = _readout(alone, mix, w, ridge, context.tokens)
+    shift = context.mean @ (w - mix @ new) if compensation != "none" else np.zeros(w.shape[1])
+    return _solution(wv, bv, out, bo, np.stack(bases), new, shift, None)
+
+
+def select_vo_second_order(
+    context: Moments, wo: ArrayLike, kept: int, gamma: ArrayLike | None = None, batch: int = 1
+) -> Indices:
+    """Indices of all heads chosen together, each removal refitting W_O of every head: (H, kept), ascending.
+
+    Args:
+        context: moments of the concatenated contexts, n = H * d.
+        wo: (H, d, C_out).
+        kept: dimensions that stay in every head.
+        gamma: layer scale (C_out,), folded into `wo`.
+        batch: removals between two refits.
+    """
+    out = np.asarray(wo, dtype=np.float64)
+    if gamma is not None:
+        out = out * np.asarray(gamma, dtype=np.float64)
+    heads, d, _ = out.shape
+    groups = np.repeat(np.arange(heads), d)
+    channels = keep_second_order(context.covariance, out.reshape(heads * d, -1), kept, batch, groups)
+    return np.asarray(channels - d * np.arange(heads)[:, None], dtype=np.int64)
+
+
+def solve_vo_index(
+    wv: ArrayLike,
+    bv: ArrayLike,
+    wo: ArrayLike,
+    bo: ArrayLike,
+    kept_indices: Indices,
+    context: Moments | None = None,
+    compensation: Compensation = "ridge",
+    ridge: Ridge = "auto",
+) -> VOSolution:
+    """Keeps columns of V and rows of W_O; the removed are predicted from all heads' kept ones (ridge) or by their mean.
+
+    Args:
+        wv: (C, H, d).
+        bv: (H, d).
+        wo: (H, d, C_out).
+        bo: (C_out,).
+        kept_indices: (H, r), ascending.
+        context: moments of the concatenated contexts, n = H * d; needed unless compensation is none.
+        compensation: none, bias or ridge.
+        ridge: strength as a fraction of the mean eigenvalue, or auto.
+
+    Raises:
+        ValueError: compensation without moments.
+    """
+    kept = np.asarray(kept_indices, dtype=np.int64)
+    out = np.asarray(wo)
+    heads, d, _ = out.shape
+    _check_kept(kept.shape[1], d)
+    if kept.shape[1] == d:
+        return VOSolution(np.asarray(wv), np.asarray(bv), out, np.asarray(bo), kept)
+    flat = (kept + d * np.arange(heads)[:, None]).reshape(-1)
+    w = out.reshape(heads * d, -1).astype(np.float64)
+    new, shift = refit(w, flat, context, compensation, ridge)
+    bases = np.stack([np.eye(d)[:, indices] for indices in kept])  # (H, d, r)
+    return _solution(wv, bv, out, bo, bases, new, shift, kept)
+
+
+def refit(
+    w: Array, kept: Indices, moments: Moments | None, compensation: Compensation, ridge: Ridge
+) -> tuple[Array, Array]:
+    """Rows of a read-out y = x W + b for the kept inputs, and what to add to b.
+
+    Args:
+        w: (n, m).
+        kept: (k,), ascending.
+        moments: of x; needed unless compensation is none.
+        compensation: none drops rows, bias puts the mean of the dropped into b, ridge predicts them from the kept.
+        ridge: strength as a fraction of the mean eigenvalue, or auto.
+
+    Returns:
+        (k, m) and (m,).
+    """
+    if compensation == "none":
+        return w[kept], np.zeros(w.shape[1])
+    if moments is None:
+        raise ValueError(f"compensation {compensation} needs moments")
+    new = w[kept] if compensation == "bias" else predict_all(moments.covariance, kept, ridge, moments.tokens) @ w
+    return new, moments.mean @ w - moments.mean[kept] @ new
+
+
+def _readout(s: Array, mix: Array, w: Array, ridge: Ridge, tokens: float) -> Array:
+    """Rows for reduced contexts o A that come closest to o W: (k, m).
+
+    The ridge acts on what is added to the plain projection A^T W, so that too strong a one falls back to that.
+
+    Args:
+        s: covariance of the contexts o, (n, n).
+        mix: orthonormal A, (n, k).
+        w: (n, m).
+        ridge, tokens: as in `ridge_solve`.
+    """
+    plain = mix.T @ w
+    left = w - mix @ plain
+    unseen = s @ left
+    energy = float(np.sum(left * unseen))
+    return plain + ridge_solve(mix.T @ s @ mix, mix.T @ unseen, ridge, tokens=tokens, energy=energy)
+
+
+def _leading_basis(s: Array, w: Array, rank: int) -> Array:
+    """Orthonormal basis (d, r) of the contexts with the most variance after `w` (d, m); `s` (d, d) is theirs."""
+    _, _, vt = np.linalg.svd(root(s) @ w, full_matrices=False)
+    span = w @ vt[:rank].T  # S^(-1/2) U up to scale, without an inverse
+    if span.shape[1] < rank:  # fewer outputs than dimensions: any completion will do
+        span = np.concatenate([span, np.eye(s.shape[0])[:, : rank - span.shape[1]]], axis=1)
+    q, _ = np.linalg.qr(span / np.maximum(np.linalg.norm(span, axis=0), np.finfo(np.float64).tiny))
+    return np.asarray(q, dtype=np.float64)
+
+
+def _basis_given_others(s: Array, w: Array, bases: list[Array], h: int, ridge: Ridge, tokens: float) -> Array:
+    """The best basis of head `h` (d, r) when the other heads' reduced contexts are already regressed out."""
+    d, rank = bases[h].shape
+    own = _head(h, d)
+    others = [g for g in range(len(bases)) if g != h]
+    if not others:
+        return bases[h]
+    mix = np.zeros((s.shape[0], len(others) * rank))
+    for column, g in enumerate(others):
+        mix[_head(g, d), _head(column, rank)] = bases[g]
+    cross = mix.T @ s  # covariance of the others' reduced contexts with all contexts, (k, n)
+    explained = ridge_solve(cross @ mix, cross, ridge, tokens=tokens, energy=float(np.trace(s)))
+    left = s - cross.T @ explained  # covariance of what they leave, (n, n)
+    own_cov = left[own, own]
+    energy = float(np.sum(w * (left @ w)))
+    return _leading_basis(own_cov, ridge_solve(own_cov, left[own] @ w, ridge, tokens=tokens, energy=energy), rank)
+
+
+def _solution(
+    wv: ArrayLike,
+    bv: ArrayLike,
+    out: NDArray[Any],
+    bo: ArrayLike,
+    bases: Array,
+    new: Array,
+    shift: Array,
+    kept: Indices | None,
+) -> VOSolution:
+    """Projects V on the bases (H, d, r) and shapes the refitted read-out `new` (H * r, C_out)."""
+    values, value_bias, out_bias = np.asarray(wv), np.asarray(bv), np.asarray(bo)
+    heads, _, rank = bases.shape
+    return VOSolution(
+        wv=np.einsum("chd,hdr->chr", values.astype(np.float64), bases).astype(values.dtype),
+        bv=np.einsum("hd,hdr->hr", value_bias.astype(np.float64), bases).astype(value_bias.dtype),
+        wo=new.reshape(heads, rank, -1).astype(out.dtype),
+        bo=(out_bias.astype(np.float64) + shift).astype(out_bias.dtype),
+        kept=kept,
+    )
+
+
+def _head(h: int, d: int) -> slice:
+    return slice(h * d, (h + 1) * d)
+
+
+def _block_diagonal(blocks: list[Array]) -> Array:
+    rows, columns = blocks[0].shape
+    result = np.zeros((rows * len(blocks), columns * len(blocks)))
+    for i, block in enumerate(blocks):
+        result[_head(i, rows), _head(i, columns)] = block
+    return result
+
+
+def _check_kept(kept: int, d: int) -> None:
+    if not 1 <= kept <= d:
+        raise ValueError(f"cannot keep {kept} of {d} dimensions")
