@@ -106,7 +106,7 @@ def test_a_branch_that_layer_scale_hides_is_still_seen(tmp_path: Path) -> None:
     ],
 )
 def test_how_far_two_tensors_are_apart(want: list[float], got: list[float], relative: float) -> None:
-    assert room._relative(np.asarray(want, np.float32), np.asarray(got, np.float32)) == relative
+    assert room.relative_difference(np.asarray(want, np.float32), np.asarray(got, np.float32)) == relative
 
 
 def test_a_comparison_of_no_numbers_proves_nothing(tmp_path: Path) -> None:

@@ -273,10 +273,14 @@ def _worst(
     """The largest difference of every tensor over all runs; NaN where one holds no finite number."""
     pairs = list(zip(expected, actual, strict=True))
     # numpy's maximum keeps a NaN, the built-in one may drop it
-    return {name: float(np.max([0.0, *(_relative(want[name], got[name]) for want, got in pairs)])) for name in names}
+    return {
+        name: float(np.max([0.0, *(relative_difference(want[name], got[name]) for want, got in pairs)]))
+        for name in names
+    }
 
 
-def _relative(want: np.ndarray, got: np.ndarray) -> float:
+def relative_difference(want: np.ndarray, got: np.ndarray) -> float:
+    """The largest difference of two arrays over the first one's largest magnitude; NaN where it has no finite number."""
     if want.shape != got.shape:
         return float("inf")
     if want.dtype.kind not in "fc":

@@ -1,0 +1,560 @@
+"""Following the tokens of a sequence through a graph, from where they may be merged to whatever reads them.
+
+After merging, a token stands for several. Everything that acts on each token alone goes on as it was; every sum over
+tokens (the weighted sum of an attention, a mean) has to count a token as often as it stands for others; whatever wants
+a token's own place gets the tokens back (*unmerging*) in front of it. Where one of these cannot be done, the walk says
+so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx
+
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.probe import MOVEMENT
+from toast_onnx.tokens.along import Along, read_along, single_index
+
+#: Operators that compute each element from the elements at the same place of their operands.
+ELEMENTWISE = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "Mod", "Sum", "PRelu", "Equal", "Greater", "Less"}
+    | {"GreaterOrEqual", "LessOrEqual", "And", "Or", "Not", "Abs", "Neg", "Sqrt", "Reciprocal", "Exp", "Log", "Erf"}
+    | {"Tanh", "Sigmoid", "Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Gelu", "HardSwish", "HardSigmoid", "Mish"}
+    | {"Softplus", "Softsign", "Sin", "Cos", "Clip", "Cast", "CastLike", "Identity", "Dropout", "IsNaN", "IsInf"}
+    | {"Sign", "Floor", "Ceil", "Round", "Swish", "ThresholdedRelu"}
+    | {"FastGelu", "QuickGelu", "BiasGelu"}
+)
+#: Of these, what commutes with a sum of its first operand over tokens: probabilities may pass.
+LINEAR = frozenset({"Mul", "Div", "Cast", "CastLike", "Identity", "Dropout", "Where", "IsNaN"})
+#: Norms over trailing axes.
+NORMS = frozenset(
+    {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization"}
+    | {"SkipSimplifiedLayerNormalization", "LpNormalization"}
+)
+REDUCTIONS = frozenset(
+    {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceL1", "ReduceProd"}
+)
+#: Attention in one node: operands that hold tokens, and where a term on the scores goes.
+FUSED = {"Attention": 3, "MultiHeadAttention": 5}
+
+
+class Unfollowed(Exception):
+    """A node wants more of the tokens than merged ones can give; the message is the reason shown to the user."""
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """Tokens along one axis of a tensor.
+
+    Attributes:
+        along: where they lie, numbered as they were before any merging.
+        stage: number of merges in front of the tensor.
+        counted: whether merged tokens already count as many times as they stand for (probabilities do).
+    """
+
+    along: Along
+    stage: int
+    counted: bool = False
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a tensor.
+
+    Attributes:
+        batch: where the items of the batch lie; None where one item is all there is.
+        axes: one entry for a sequence, two for attention scores.
+    """
+
+    batch: Along | None
+    axes: tuple[TokenAxis, ...]
+
+    @property
+    def merged(self) -> bool:
+        """Whether some of the tokens may be merged ones."""
+        return any(a.stage for a in self.axes)
+
+    def axis(self, axis: int) -> TokenAxis | None:
+        """The tokens along an axis."""
+        return next((a for a in self.axes if a.along.axis == axis), None)
+
+
+@dataclass
+class Flow:
+    """What the walk found.
+
+    Attributes:
+        tokens: tensor -> its tokens.
+        respell: nodes that only move data and hold numbers of tokens.
+        uniform: (node, operand) -> axes of a constant operand along which it has one value for every token.
+        sized: softmax or fused attention nodes that must learn the tokens' sizes.
+        weighted: reductions over tokens that must learn the sizes.
+        unmerge: (tensor, reader) pairs; the reader -1 is the graph's output.
+        refused: attention nodes that cannot take merged tokens, with the reason.
+        reasons: (tensor, reader) -> why it is unmerged.
+    """
+
+    tokens: dict[str, Tokens] = field(default_factory=dict)
+    respell: list[int] = field(default_factory=list)
+    uniform: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    sized: list[int] = field(default_factory=list)
+    weighted: list[int] = field(default_factory=list)
+    unmerge: list[tuple[str, int]] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    reasons: dict[tuple[str, int], str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A sequence of tokens.
+
+    Attributes:
+        start: tensor (batch, tokens, channels) where it is looked at first.
+        count: number of tokens.
+        front, back: tokens at either end that are never merged (class token, registers).
+    """
+
+    start: str
+    count: int
+    front: int
+    back: int
+
+    def is_special(self, along: Along) -> bool:
+        """Whether all tokens of a range are never merged."""
+        return along.stop <= self.front or along.first >= self.count - self.back
+
+    def is_whole(self, along: Along) -> bool:
+        """Whether a range holds every token that may be merged."""
+        return along.first <= self.front and along.stop >= self.count - self.back
+
+
+class Walker:
+    """Walks a graph once, in order."""
+
+    def __init__(
+        self,
+        view: GraphView,
+        facts: Facts,
+        other: Facts,
+        sequence: TokenSequence,
+        merges: Mapping[str, int],
+        cores: Sequence[tuple[int, ...]],
+        refused: Mapping[int, str],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            view: the graph.
+            facts: its facts.
+            other: its facts at other sizes of the dynamic axes.
+            sequence: the tokens.
+            merges: tensor -> stage of what reads it, for tensors behind which tokens are merged.
+            cores: nodes of every attention, from the score product to the weighted sum.
+            refused: first node of attentions that are known to need all tokens, with the reason.
+        """
+        self.view, self.facts, self.other = view, facts, other
+        self.sequence, self.merges = sequence, merges
+        self.core_of = {i: core[0] for core in cores for i in core}
+        self.flow = Flow(refused=dict(refused))
+
+    def walk(self) -> Flow:
+        """The flow of all tokens behind the sequence's start."""
+        shape = self.facts.shape(self.sequence.start)
+        assert shape is not None
+        batch = Along(0, 1, shape[0]) if shape[0] > 1 else None
+        whole = Along(1, 1, self.sequence.count)
+        first = self.merges.get(self.sequence.start, 0)
+        self.flow.tokens[self.sequence.start] = Tokens(batch, (TokenAxis(whole, first),))
+        start = self.view.producer.get(self.sequence.start, -1)
+        for i in range(start + 1, len(self.view.nodes)):
+            if any(name in self.flow.tokens for name in self.view.nodes[i].input):
+                self._visit(i)
+        for name in self.view.outputs:
+            if name in self.flow.tokens and self.flow.tokens[name].merged:
+                self._unmerge(name, -1, "it is an output of the graph")
+        return self.flow
+
+    def _visit(self, i: int) -> None:
+        node = self.view.nodes[i]
+        reason = self.flow.refused.get(self.core_of.get(i, -1))
+        try:
+            if reason is not None:
+                raise Unfollowed(reason)
+            found = self._step(i, node)
+        except Unfollowed as e:
+            self._leave(i, node, str(e))
+            return
+        for name, tokens in found.items():
+            stage = self.merges.get(name)
+            if stage is not None:
+                tokens = replace(tokens, axes=tuple(replace(a, stage=stage) for a in tokens.axes))
+            self.flow.tokens[name] = tokens
+
+    def _leave(self, i: int, node: onnx.NodeProto, reason: str) -> None:
+        """Give a node all tokens back, or decline the attention it belongs to."""
+        for name in dict.fromkeys(node.input):
+            tokens = self.flow.tokens.get(name)
+            if tokens is None or not tokens.merged or node.op_type in ("Shape", "Size"):
+                continue
+            if len(tokens.axes) > 1 or tokens.axes[0].counted or not self._can_unmerge(name, tokens):
+                core = self.core_of.get(i, self._core_before(i))
+                self.flow.refused.setdefault(-1 if core is None else core, reason)
+                return
+            self._unmerge(name, i, reason)
+
+    def _core_before(self, i: int) -> int | None:
+        """The attention that a node with scores belongs to."""
+        pending = [i]
+        seen: set[int] = set()
+        while pending:
+            k = pending.pop()
+            if k in self.core_of:
+                return self.core_of[k]
+            for name in self.view.nodes[k].input:
+                producer = self.view.producer.get(name)
+                if producer is not None and producer not in seen and name in self.flow.tokens:
+                    seen.add(producer)
+                    pending.append(producer)
+        return None
+
+    def _can_unmerge(self, name: str, tokens: Tokens) -> bool:
+        shape = self.facts.shape(name) or ()
+        along, batch = tokens.axes[0].along, tokens.batch
+        plain = along.inner == 1 and along.count == shape[along.axis]
+        first = batch is None or (batch.axis == 0 and batch.inner == 1 and batch.count == shape[0])
+        return plain and first and along.axis > 0 and (batch is not None or shape[0] == 1)
+
+    def _unmerge(self, name: str, reader: int, reason: str) -> None:
+        if (name, reader) not in self.flow.reasons:
+            self.flow.unmerge.append((name, reader))
+            self.flow.reasons[(name, reader)] = reason
+
+    # One operator at a time: tensors with tokens in, tensors with tokens out.
+
+    def _step(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
+        op = node.op_type
+        if op in ("Shape", "Size"):
+            return {}
+        if op in ELEMENTWISE:
+            return self._elementwise(i, node)
+        if op in MOVEMENT:
+            return self._movement(i, node)
+        if op in NORMS:
+            return self._norm(i, node)
+        if op in ("MatMul", "Gemm", "FusedMatMul"):
+            return self._product(i, node)
+        if op in ("Softmax", "LogSoftmax"):
+            return self._softmax(i, node)
+        if op in FUSED and node.domain in ("", "ai.onnx", "com.microsoft"):
+            return self._fused(i, node)
+        if op in REDUCTIONS or op == "GlobalAveragePool":
+            return self._reduce(i, node)
+        if op == "BatchNormalization":
+            return self._batch_norm(node)
+        raise Unfollowed(f"{self.view.label(i)} acts on more than one token at a time")
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = self.facts.shape(name)
+        if shape is None:
+            raise Unfollowed(f"the shape of '{name}' cannot be inferred")
+        return shape
+
+    def _elementwise(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
+        out = self._shape(node.output[0])
+        carrying = {n: self.flow.tokens[n] for n in node.input if n in self.flow.tokens}
+        merged: dict[int, TokenAxis] = {}
+        batch: Along | None = None
+        for name, tokens in carrying.items():
+            shift = len(out) - len(self._shape(name))
+            if tokens.batch is not None:
+                batch = replace(tokens.batch, axis=tokens.batch.axis + shift)
+            for each in tokens.axes:
+                moved = replace(each, along=replace(each.along, axis=each.along.axis + shift))
+                old = merged.setdefault(moved.along.axis, moved)
+                if old.along != moved.along or old.stage != moved.stage:
+                    raise Unfollowed(f"{self.view.label(i)} joins tokens of different places in the network")
+                if moved.counted and not old.counted:
+                    merged[moved.along.axis] = moved
+        counted = any(a.counted for a in merged.values())
+        if counted and (node.op_type not in LINEAR or (node.op_type in ("Mul", "Div") and len(carrying) > 1)):
+            raise Unfollowed(f"{self.view.label(i)} changes attention probabilities one by one")
+        if any(a.stage for a in merged.values()):
+            for k, name in enumerate(node.input):
+                if name and name not in carrying:
+                    self._operand(i, k, name, out, merged)
+        return {node.output[0]: Tokens(batch, tuple(merged[a] for a in sorted(merged)))}
+
+    def _operand(self, i: int, k: int, name: str, out: tuple[int, ...], axes: Mapping[int, TokenAxis]) -> None:
+        """An operand without tokens must be the same for all of them."""
+        shape = self._shape(name)
+        shift = len(out) - len(shape)
+        wide = [a - shift for a, each in axes.items() if a >= shift and shape[a - shift] != 1 and each.stage]
+        if not wide:
+            return
+        if not self.facts.is_constant(name):
+            raise Unfollowed(f"{self.view.label(i)} has an operand ('{name}') that depends on a token's place")
+        value = self.facts.array(name)
+        for axis in wide:
+            if not (value == np.take(value, [0], axis)).all():
+                raise Unfollowed(f"{self.view.label(i)} has a table ('{name}') with an entry for every token")
+        self.flow.uniform[(i, k)] = tuple(wide)
+
+    def _movement(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
+        data = list(node.input) if node.op_type == "Concat" else [node.input[0]]
+        if not any(n in self.flow.tokens for n in data):
+            raise Unfollowed(f"{self.view.label(i)} picks by tokens")
+        if node.op_type == "Concat" and not all(n in self.flow.tokens for n in data):
+            raise Unfollowed(f"{self.view.label(i)} joins the tokens with others")
+        first = self.flow.tokens[data[0]]
+        kinds = {tuple((a.stage, a.counted) for a in self.flow.tokens[n].axes) for n in data}
+        if len(kinds) > 1:
+            raise Unfollowed(f"{self.view.label(i)} joins tokens of different places in the network")
+        batches = self._moved(i, node, data, [self.flow.tokens[n].batch for n in data])
+        ranges = [
+            self._moved(i, node, data, [self.flow.tokens[n].axes[k].along for n in data])
+            for k in range(len(first.axes))
+        ]
+        result: dict[str, Tokens] = {}
+        touched = False
+        for name in [n for n in node.output if n]:
+            axes = []
+            for each, moved in zip(first.axes, ranges, strict=True):
+                found = moved[name]
+                along = found if isinstance(found, Along) else None
+                if isinstance(found, int):
+                    along = Along(0, 1, 1, found)
+                if along is None:
+                    raise Unfollowed(f"{self.view.label(i)} regroups tokens (windows, pooling, a grid)")
+                if self.sequence.is_special(along):
+                    touched = touched or each.stage > 0
+                    continue
+                if not self.sequence.is_whole(along):
+                    raise Unfollowed(f"{self.view.label(i)} takes a part of the tokens")
+                axes.append(replace(each, along=along))
+                touched = touched or each.stage > 0
+            if axes:
+                batch = batches[name]
+                result[name] = Tokens(batch if isinstance(batch, Along) else None, tuple(axes))
+        if touched:
+            if node.op_type not in ("Reshape", "Expand", "Slice", "Split", "Gather", "Transpose", "Squeeze",
+                                    "Unsqueeze", "Flatten", "Concat"):  # fmt: skip
+                raise Unfollowed(f"{self.view.label(i)} is not understood behind merged tokens")
+            self.flow.respell.append(i)
+        return result
+
+    def _moved(
+        self, i: int, node: onnx.NodeProto, data: Sequence[str], places: Sequence[Along | None]
+    ) -> dict[str, Along | int | None]:
+        """Where an index lies in the outputs of a movement: a range, one index, or None where neither."""
+        if all(p is None for p in places):
+            return dict.fromkeys(node.output)
+        operands: list[np.ndarray | None] = []
+        for name in node.input:
+            if name in data:
+                place = places[data.index(name)]
+                shape = self._shape(name)
+                operands.append(np.zeros(shape, np.int64) if place is None else place.labels(shape).astype(np.int64))
+            elif not name:
+                operands.append(None)
+            else:
+                value = self.facts.value(name)
+                if value is None:
+                    raise Unfollowed(f"an operand of {self.view.label(i)} ('{name}') is not known")
+                operands.append(value)
+        found: dict[str, Along | int | None] = {}
+        for name, labels in zip(node.output, self.facts.evaluate(node, operands), strict=True):
+            along = read_along(np.asarray(labels))
+            found[name] = single_index(np.asarray(labels)) if along is None else along
+        return found
+
+    def _norm(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
+        name = next(n for n in node.input if n in self.flow.tokens)
+        tokens = self.flow.tokens[name]
+        rank = len(self._shape(name))
+        axis = int(attribute(node, "axis", -1)) % rank  # type: ignore[call-overload]
+        reduced = {axis} if node.op_type == "LpNormalization" else set(range(axis, rank))
+        if any(a.along.axis in reduced or a.counted for a in tokens.axes):
+            raise Unfollowed(f"{self.view.label(i)} normalizes over tokens")
+        if node.op_type.startswith("Skip"):
+            both = [self.flow.tokens.get(n) for n in node.input[:2]]
+            if both[0] != both[1]:
+                raise Unfollowed(f"{self.view.label(i)} joins tokens of different places in the network")
+        full = [n for k, n in enumerate(node.output) if n and (k == 0 or node.op_type.startswith("Skip"))]
+        return dict.fromkeys(full, tokens)
+
+    def _batch_norm(self, node: onnx.NodeProto) -> dict[str, Tokens]:
+        tokens = self.flow.tokens[node.input[0]]
+        if any(a.along.axis == 1 or a.counted for a in tokens.axes):
+            raise Unfollowed("a BatchNormalization has an entry for every token")
+        return {node.output[0]: tokens}
+
+    def _product(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
+        a, b = node.input[0], node.input[1]
+        left, right = self.flow.tokens.get(a), self.flow.tokens.get(b)
+        if node.op_type != "MatMul" and (
+            attribute(node, "transA", 0) or (right is not None and node.op_type == "Gemm")
+        ):
+            raise Unfollowed(f"{self.view.label(i)} multiplies tokens with a transposed operand")
+        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
+            bias = self._shape(node.input[2])
+            if len(bias) == 2 and bias[0] != 1:
+                raise Unfollowed(f"{self.view.label(i)} has a bias for every token")
+        rank = len(self._shape(node.output[0]))
+        rows, columns = self._sides(node, left, right, a, b)
+        axes: list[TokenAxis] = []
+        for tokens, name, inner in ((left, a, rows[1]), (right, b, columns[0])):
+            if tokens is None:
+                continue
+            shift = rank - len(self._shape(name))
+            for each in tokens.axes:
+                if each.along.axis != inner:
+                    axis = each.along.axis + shift
+                    axis = rank - 1 if name == b and each.along.axis == columns[1] else axis
+                    axes.append(replace(each, along=replace(each.along, axis=axis)))
+        self._check_sum(i, left, right, rows[1], columns[0], a, b)
+        if len({x.along.axis for x in axes}) < len(axes):
+            raise Unfollowed(f"{self.view.label(i)} pairs every token with itself")
+        batch = None
+        for tokens, name in ((left, a), (right, b)):
+            if tokens is not None and tokens.batch is not None:
+                batch = replace(tokens.batch, axis=tokens.batch.axis + rank - len(self._shape(name)))
+        return {node.output[0]: Tokens(batch, tuple(sorted(axes, key=lambda x: x.along.axis)))} if axes else {}
+
+    def _sides(
+        self, node: onnx.NodeProto, left: Tokens | None, right: Tokens | None, a: str, b: str
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(row axis, summed axis) of the first operand, (summed axis, column axis) of the second."""
+        ra, rb = len(self._shape(a)), len(self._shape(b))
+        if min(ra, rb) < 2:
+            raise Unfollowed(f"{self.view.label(self.view.producer[node.output[0]])} multiplies with a vector")
+        turned = bool(attribute(node, "transB", 0))
+        return (ra - 2, ra - 1), ((rb - 1, rb - 2) if turned else (rb - 2, rb - 1))
+
+    def _check_sum(
+        self, i: int, left: Tokens | None, right: Tokens | None, inner_a: int, inner_b: int, a: str, b: str
+    ) -> None:
+        """A sum over tokens must count every merged token as often as it stands for others, once."""
+        one = None if left is None else left.axis(inner_a)
+        two = None if right is None else right.axis(inner_b)
+        if one is None and two is None:
+            return
+        if one is None or two is None:
+            present, what = (one, b) if one is not None else (two, a)
+            if present is not None and present.stage:
+                raise Unfollowed(f"{self.view.label(i)} sums over tokens with weights of their own ('{what}')")
+            return
+        if one.stage != two.stage or (one.stage and one.counted == two.counted):
+            raise Unfollowed(f"{self.view.label(i)} sums over tokens without a softmax in front (linear attention)")
+
+    def _softmax(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
+        tokens = self.flow.tokens[node.input[0]]
+        rank = len(self._shape(node.input[0]))
+        default = -1 if self.view.model.opset >= 13 else 1
+        axis = int(attribute(node, "axis", default)) % rank  # type: ignore[call-overload]
+        over = tokens.axis(axis)
+        if any(a.counted for a in tokens.axes) or (self.view.model.opset < 13 and axis != rank - 1):
+            raise Unfollowed(f"{self.view.label(i)} runs over more than one axis")
+        if over is None:
+            return {node.output[0]: tokens}
+        if node.op_type != "Softmax" or over.along.inner != 1 or over.along.count != self._shape(node.input[0])[axis]:
+            raise Unfollowed(f"{self.view.label(i)} runs over tokens and something else")
+        if over.stage:
+            self._check_broadcast(i, tokens, node.input[0])
+            self.flow.sized.append(i)
+        axes = tuple(replace(a, counted=True) if a is over else a for a in tokens.axes)
+        return {node.output[0]: replace(tokens, axes=axes)}
+
+    def _check_broadcast(self, i: int, tokens: Tokens, name: str) -> None:
+        """The items of the batch must be found on one axis, outermost there, so that each gets its own sizes."""
+        shape, batch = self._shape(name), tokens.batch
+        if batch is not None and batch.inner * batch.count != shape[batch.axis]:
+            raise Unfollowed(f"{self.view.label(i)} has heads outside the batch on one axis")
+
+    def _fused(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
+        q, k, v = (self.flow.tokens.get(n) for n in node.input[:3])
+        if k is None or v is None or any(n in self.flow.tokens for n in node.input[3:]):
+            raise Unfollowed(f"{self.view.label(i)} is no plain attention over the tokens")
+        if attribute(node, "is_causal", 0) or attribute(node, "unidirectional", 0):
+            raise Unfollowed(f"{self.view.label(i)} is causal")
+        if len(k.axes) != 1 or len(v.axes) != 1 or k.axes[0].stage != v.axes[0].stage or k.axes != v.axes:
+            raise Unfollowed(f"{self.view.label(i)} takes keys and values of different places in the network")
+        if any(n for n in node.output[1:]):
+            raise Unfollowed(f"{self.view.label(i)} returns its keys, values or scores")
+        if k.axes[0].stage:
+            place = FUSED[node.op_type]
+            for j, name in enumerate(node.input):
+                if j < 3 or not name:
+                    continue
+                if j != place or not self.facts.is_constant(name) or len(set(self.facts.array(name).flat)) != 1:
+                    raise Unfollowed(f"{self.view.label(i)} has a mask or position bias ('{name}')")
+            if k.batch is not None and (k.batch.axis != 0 or k.batch.inner != 1):
+                raise Unfollowed(f"{self.view.label(i)} has its batch on another axis")
+            self.flow.sized.append(i)
+        return {node.output[0]: q} if q is not None else {}
+
+    def _reduce(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
+        name = node.input[0]
+        tokens, shape = self.flow.tokens[name], self._shape(name)
+        axes = self._reduced_axes(node, len(shape))
+        keep = node.op_type == "GlobalAveragePool" or bool(attribute(node, "keepdims", 1))
+        inside = [a for a in tokens.axes if a.along.axis in axes]
+        if any(a.counted for a in tokens.axes):
+            raise Unfollowed(f"{self.view.label(i)} sums attention probabilities")
+        if inside and inside[0].stage:
+            self._check_mean(i, node, tokens, inside[0], shape)
+        shift = {a: a - (0 if keep else sum(r < a for r in axes)) for a in range(len(shape))}
+        left = [replace(a, along=replace(a.along, axis=shift[a.along.axis])) for a in tokens.axes if a not in inside]
+        batch = tokens.batch
+        if batch is not None:
+            batch = None if batch.axis in axes else replace(batch, axis=shift[batch.axis])
+        return {node.output[0]: Tokens(batch, tuple(left))} if left else {}
+
+    def _check_mean(
+        self, i: int, node: onnx.NodeProto, tokens: Tokens, over: TokenAxis, shape: tuple[int, ...]
+    ) -> None:
+        if node.op_type in ("ReduceMax", "ReduceMin"):
+            return
+        batch, along = tokens.batch, over.along
+        plain = along.inner == 1 and along.count == shape[along.axis] and along.axis > 0
+        if node.op_type not in ("ReduceMean", "ReduceSum", "GlobalAveragePool") or not plain or len(tokens.axes) > 1:
+            raise Unfollowed(f"{self.view.label(i)} takes another statistic than a mean over the tokens")
+        if batch is not None and (batch.axis != 0 or batch.inner != 1):
+            raise Unfollowed(f"{self.view.label(i)} has its batch on another axis")
+        self.flow.weighted.append(i)
+
+    def _reduced_axes(self, node: onnx.NodeProto, rank: int) -> set[int]:
+        if node.op_type == "GlobalAveragePool":
+            return set(range(2, rank))
+        given: object = attribute(node, "axes")
+        if given is None and len(node.input) > 1 and node.input[1]:
+            given = self.facts.value(node.input[1])
+            if given is None:
+                raise Unfollowed("the axes of a reduction are not known")
+        axes = list(range(rank)) if given is None else [int(a) % rank for a in np.asarray(given).reshape(-1)]
+        return set(axes)
+
+
+def follow(
+    view: GraphView,
+    facts: Facts,
+    other: Facts,
+    sequence: TokenSequence,
+    merges: Mapping[str, int],
+    cores: Sequence[tuple[int, ...]],
+) -> Flow:
+    """Follow a sequence's tokens; attentions that cannot take merged tokens get all of them back.
+
+    Returns:
+        The flow; `refused` names the attentions that were given all tokens back, by their first node, -1 for what lies
+        outside of every attention and cannot be given them.
+    """
+    refused: dict[int, str] = {}
+    while True:
+        flow = Walker(view, facts, other, sequence, merges, cores, refused).walk()
+        if set(flow.refused) == set(refused):
+            return flow
+        refused = flow.refused

@@ -1,0 +1,241 @@
+"""The nodes of a merge: which tokens are most alike, their size-weighted means, and the sizes that all else needs.
+
+All counts are static. Matching is one product of normalized metrics and three TopK; tokens move by GatherND, and are
+added up by a product with a one-hot matrix, so that nothing is scattered and nothing loops (ToMe, arXiv 2210.09461,
+section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from toast_onnx.edit import GraphEdit
+from toast_onnx.tokens.follow import TokenSequence
+
+#: "To the end" for a Slice.
+END = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes nodes at one place of a graph under one prefix.
+
+    Attributes:
+        edit: the graph's edit.
+        at: position to insert at.
+        name: prefix of the new names.
+    """
+
+    edit: GraphEdit
+    at: int
+    name: str
+
+    def node(self, op: str, inputs: Sequence[str], what: str = "", outputs: int = 1, **attributes: Any) -> list[str]:
+        """A node with several outputs; returns their names."""
+        name = self.edit.fresh(f"{self.name}/{what or op}")
+        made = [self.edit.fresh(f"{name}_output_{k}") for k in range(outputs)]
+        self.edit.insert(self.at, onnx.helper.make_node(op, list(inputs), made, name=name, **attributes))
+        return made
+
+    def one(self, op: str, inputs: Sequence[str], what: str = "", **attributes: Any) -> str:
+        """A node with one output; returns its name."""
+        return self.node(op, inputs, what, **attributes)[0]
+
+    def numbers(self, values: Sequence[int], what: str = "numbers") -> str:
+        """An int64 constant."""
+        return self.edit.constant(f"{self.name}/{what}", np.asarray(values, np.int64))
+
+    def slice(self, x: str, axis: int, start: int, stop: int = END, step: int = 1, what: str = "Slice") -> str:
+        """x[start:stop:step] along an axis."""
+        operands = [self.numbers([v], "bounds") for v in (start, stop, axis, step)]
+        return self.one("Slice", [x, *operands], what)
+
+    def reshape(self, x: str, shape: Sequence[int], what: str = "Reshape") -> str:
+        """Reshape; 0 copies an extent, -1 is what is left."""
+        return self.one("Reshape", [x, self.numbers(shape, "shape")], what)
+
+    def cast(self, x: str, elem_type: int) -> str:
+        """Cast to an element type."""
+        return self.one("Cast", [x], "Cast", to=elem_type)
+
+    def rows(self, x: str, index: str, what: str) -> str:
+        """x (batch, n, channels), index (batch, k) -> (batch, k, channels)."""
+        position = self.one("Unsqueeze", [index, self.numbers([2], "axes")], f"{what}/Unsqueeze")
+        return self.one("GatherND", [x, position], what, batch_dims=1)
+
+    def mean(self, x: str, axis: int) -> str:
+        """Mean over one axis, which goes."""
+        if self.edit.opset >= 18:
+            return self.one("ReduceMean", [x, self.numbers([axis], "axes")], "ReduceMean", keepdims=0)
+        return self.one("ReduceMean", [x], "ReduceMean", axes=[axis], keepdims=0)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Counts of one merge.
+
+    Attributes:
+        count: tokens before it.
+        removed: tokens that go into others.
+        front, back: tokens at either end that stay as they are.
+    """
+
+    count: int
+    removed: int
+    front: int
+    back: int
+
+    @property
+    def sources(self) -> int:
+        """Tokens that may go into others: every second one."""
+        return (self.count - self.front - self.back + 1) // 2
+
+    @property
+    def targets(self) -> int:
+        """Tokens that others may go into."""
+        return (self.count - self.front - self.back) // 2
+
+    @property
+    def kept(self) -> int:
+        """Sources that stay."""
+        return self.sources - self.removed
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Tensors of one match.
+
+    Attributes:
+        gone: (batch, removed) which sources go, most alike first.
+        stays: (batch, kept) which sources stay, in order.
+        into: (batch, removed) the target that each goes into.
+    """
+
+    gone: str
+    stays: str
+    into: str
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """The three tensors."""
+        return self.gone, self.stays, self.into
+
+
+def write_match(w: Writer, metric: str, merge: Merge) -> Matched:
+    """The most alike pairs of two alternating sets.
+
+    Args:
+        w: writer.
+        metric: (batch, tokens, features), float32.
+        merge: counts.
+    """
+    unit = w.one("LpNormalization", [metric], "unit", axis=-1, p=2)
+    stop = merge.count - merge.back
+    a = w.slice(unit, 1, merge.front, stop, 2, "sources")
+    b = w.slice(unit, 1, merge.front + 1, stop, 2, "targets")
+    turned = w.one("Transpose", [b], "targets/Transpose", perm=[0, 2, 1])
+    cosine = w.one("MatMul", [a, turned], "cosine")
+    best, nearest = w.node("TopK", [cosine, w.numbers([1], "one")], "nearest", 2, axis=-1)
+    best = w.reshape(best, [-1, merge.sources], "best/Reshape")
+    nearest = w.reshape(nearest, [-1, merge.sources], "nearest/Reshape")
+    _, order = w.node("TopK", [best, w.numbers([merge.sources], "all")], "order", 2, axis=-1)
+    gone = w.slice(order, 1, 0, merge.removed, what="gone")
+    rest = w.cast(w.slice(order, 1, merge.removed, what="rest"), onnx.TensorProto.FLOAT)
+    stays, _ = w.node("TopK", [rest, w.numbers([merge.kept], "kept")], "stays", 2, axis=-1, largest=0)
+    into = w.one("GatherElements", [nearest, gone], "into", axis=1)
+    return Matched(gone, w.cast(stays, onnx.TensorProto.INT64), into)
+
+
+def write_ones(w: Writer, x: str, count: int) -> str:
+    """Sizes (batch, tokens, 1) of tokens that stand for themselves alone."""
+    batch = w.slice(w.one("Shape", [x], "Shape"), 0, 0, 1, what="batch")
+    shape = w.one("Concat", [batch, w.numbers([count, 1], "shape")], "size/shape", axis=0)
+    one = w.edit.constant(f"{w.name}/one", np.ones((1, 1, 1), np.float32))
+    return w.one("Expand", [one, shape], "size")
+
+
+def write_merge(w: Writer, x: str, size: str, matched: Matched, merge: Merge) -> tuple[str, str]:
+    """Merge tokens into the size-weighted means of those they are most like.
+
+    Args:
+        w: writer.
+        x: (batch, tokens, channels), float32.
+        size: (batch, tokens, 1), how many tokens each stands for.
+        matched: what goes into what.
+        merge: counts.
+
+    Returns:
+        Merged tokens and sizes: front ones, sources that stay, targets, back ones.
+    """
+    total = w.one("Concat", [w.one("Mul", [x, size], "times_size"), size], "totals", axis=-1)
+    stop = merge.count - merge.back
+    a = w.slice(total, 1, merge.front, stop, 2, "source_totals")
+    b = w.slice(total, 1, merge.front + 1, stop, 2, "target_totals")
+    moving = w.rows(a, matched.gone, "moving")
+    target = w.edit.constant(f"{w.name}/targets", np.arange(merge.targets, dtype=np.int64).reshape(1, -1, 1))
+    same = w.one("Equal", [w.reshape(matched.into, [-1, 1, merge.removed], "into/Reshape"), target], "same")
+    chosen = w.cast(same, onnx.TensorProto.FLOAT)  # (batch, targets, removed)
+    grown = w.one("Add", [b, w.one("MatMul", [chosen, moving], "arriving")], "grown")
+    parts = [w.slice(total, 1, 0, merge.front, what="front")] if merge.front else []
+    parts += [w.rows(a, matched.stays, "staying")] if merge.kept else []
+    parts += [grown]
+    parts += [w.slice(total, 1, merge.count - merge.back, what="back")] if merge.back else []
+    merged = w.one("Concat", parts, "merged_totals", axis=1)
+    sizes = w.slice(merged, 2, -1, what="sizes")
+    return w.one("Div", [w.slice(merged, 2, 0, -1, what="sums"), sizes], "means"), sizes
+
+
+def write_places(w: Writer, matched: Matched, merge: Merge, before: str | None) -> str:
+    """Where every original token is found after a merge.
+
+    Args:
+        w: writer.
+        matched: what goes into what.
+        merge: counts.
+        before: (batch, original tokens) where they were before it; None for the first merge.
+
+    Returns:
+        (batch, original tokens), int64.
+    """
+    first = merge.front + merge.kept
+    number = w.edit.constant(f"{w.name}/sources", np.arange(merge.sources, dtype=np.int64).reshape(1, -1, 1))
+    into = w.cast(matched.into, onnx.TensorProto.FLOAT)
+    offset = w.edit.constant(f"{w.name}/first_target", np.asarray(first, np.float32))
+    arriving = w.reshape(w.one("Add", [into, offset], "arriving_at"), [-1, merge.removed, 1])
+    gone = w.one("Equal", [w.reshape(matched.gone, [-1, 1, merge.removed]), number], "is_gone")
+    place = w.one("MatMul", [w.cast(gone, onnx.TensorProto.FLOAT), arriving], "place_of_gone")
+    if merge.kept:
+        stays = w.one("Equal", [w.reshape(matched.stays, [-1, 1, merge.kept]), number], "is_staying")
+        line = np.arange(merge.front, first, dtype=np.float32).reshape(1, -1, 1)
+        ranks = w.edit.constant(f"{w.name}/ranks", line)
+        staying = w.one("MatMul", [w.cast(stays, onnx.TensorProto.FLOAT), ranks], "place_of_staying")
+        place = w.one("Add", [place, staying], "place_of_sources")
+    # The others have fixed places; only their batch must be made.
+    zero = w.one(
+        "Mul", [w.slice(place, 1, 0, 1), w.edit.constant(f"{w.name}/zero", np.asarray(0, np.float32))], "zero_places"
+    )
+    stop = merge.count - merge.removed
+    fixed = [*range(merge.front), *range(first, first + merge.targets), *range(stop - merge.back, stop)]
+    line = np.asarray(fixed, np.float32).reshape(1, -1, 1)
+    others = w.one("Add", [zero, w.edit.constant(f"{w.name}/fixed", line)])
+    whole = w.one("Concat", [place, others], "places", axis=1)
+    middle = np.arange(merge.front, merge.count - merge.back)
+    back = np.arange(merge.count - merge.back, merge.count)
+    original = np.argsort(np.concatenate([middle[0::2], np.arange(merge.front), middle[1::2], back]))
+    ordered = w.one("Gather", [whole, w.numbers(original.tolist(), "order")], "places/Gather", axis=1)
+    new = w.cast(w.reshape(ordered, [-1, merge.count]), onnx.TensorProto.INT64)
+    return new if before is None else w.one("GatherElements", [new, before], "places_now", axis=1)
+
+
+def merge_counts(sequence: TokenSequence, removed: Sequence[int]) -> list[Merge]:
+    """Counts of every merge in turn."""
+    merges, count = [], sequence.count
+    for r in removed:
+        merges.append(Merge(count, r, sequence.front, sequence.back))
+        count -= r
+    return merges

@@ -1,0 +1,204 @@
+"""Where tokens may be merged: after which attention, and for every other one the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from toast_onnx.errors import MatchError
+from toast_onnx.matching.blocks import Attention, Block
+from toast_onnx.matching.cores import Core, find_cores
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.span import residual_sum
+from toast_onnx.matching.study import Study
+from toast_onnx.tokens.follow import Flow, TokenSequence, Unfollowed, follow
+from toast_onnx.tokens.special import learned_tokens
+
+#: First opset with every operator that merging is written with.
+OPSET = 13
+
+
+@dataclass(frozen=True)
+class MergePoint:
+    """One block's place for merging: its attention's sum with the residual stream.
+
+    Attributes:
+        block: number of the block.
+        tensor: that sum, (batch, tokens, channels); None where there is none.
+        sequence: number of the token sequence it belongs to; -1 where there is none.
+        reason: why tokens cannot be merged there, None when they can.
+        unread: whether everything behind the block reads its special tokens alone, so that the others can be dropped
+            there without any effect.
+    """
+
+    block: int
+    tensor: str | None
+    sequence: int
+    reason: str | None
+    unread: bool = False
+
+
+@dataclass(frozen=True)
+class TokenStudy:
+    """Token merging in a model.
+
+    Attributes:
+        points: one entry a block.
+        sequences: the token sequences of the model (one for each tower).
+    """
+
+    points: tuple[MergePoint, ...]
+    sequences: tuple[TokenSequence, ...]
+
+    @property
+    def mergeable(self) -> tuple[int, ...]:
+        """Numbers of the blocks where tokens can be merged."""
+        return tuple(p.block for p in self.points if p.reason is None)
+
+
+def study_tokens(study: Study) -> TokenStudy:
+    """Find out where tokens can be merged.
+
+    Args:
+        study: the model.
+    """
+    view, facts, other = study.view, study.facts, study.other
+    cores = find_cores(view, facts)[0]
+    sequences: list[TokenSequence] = []
+    found: list[tuple[Block, str | None, int, str | None]] = []
+    flows: list[Flow] = []
+    for block in study.match.blocks:
+        try:
+            tensor, skip = _sum(view, facts, block)
+            number = _sequence_of(flows, tensor)
+            if number is None:
+                sequence = _new_sequence(view, facts, other, skip)
+                flow = follow(view, facts, other, sequence, {}, _nodes(cores))
+                if not _holds(flow, tensor):
+                    raise Unfollowed("its tokens are not those that enter it")
+                sequences.append(sequence)
+                flows.append(flow)
+                number = len(flows) - 1
+            found.append((block, tensor, number, None))
+        except (Unfollowed, MatchError) as e:
+            found.append((block, None, -1, str(e)))
+    points: dict[int, MergePoint] = {
+        block.index: MergePoint(block.index, tensor, number, reason) for block, tensor, number, reason in found
+    }
+    for number, sequence in enumerate(sequences):
+        members = [(b, t) for b, t, n, _ in found if n == number and t is not None]
+        for block, tensor in members:
+            reason, unread = _verdict(study, sequence, members, block, tensor, cores)
+            points[block.index] = MergePoint(block.index, tensor, number, reason, unread)
+    return TokenStudy(tuple(points[b.index] for b in study.match.blocks), tuple(sequences))
+
+
+def _nodes(cores: Sequence[Core]) -> list[tuple[int, ...]]:
+    return [core.nodes for core in cores]
+
+
+def _sum(view: GraphView, facts: Facts, block: Block) -> tuple[str, str]:
+    """(the attention's sum with the residual stream, the stream before it)."""
+    attention = block.attention
+    if attention is None:
+        raise Unfollowed("it has no attention")
+    if attention.proj is None:
+        raise Unfollowed(attention.vo_reason or "its output projection was not found")
+    if view.model.opset < OPSET:
+        raise Unfollowed(f"the graph's opset {view.model.opset} is older than {OPSET}")
+    tensor = residual_sum(view, facts, attention.proj.linear)
+    shape = facts.shape(tensor)
+    if shape is None or len(shape) != 3:
+        raise Unfollowed("its tokens lie on a grid (windows), not in one sequence")
+    node = view.nodes[view.producer[tensor]]
+    behind = _follows(view, facts, attention, node.input[0])
+    return tensor, node.input[1] if behind else node.input[0]
+
+
+def _follows(view: GraphView, facts: Facts, attention: Attention, tensor: str) -> bool:
+    """Whether a tensor is computed from the attention's output projection."""
+    assert attention.proj is not None
+    wanted, pending, seen = attention.proj.linear.output, [tensor], set[str]()
+    floor = attention.proj.linear.node
+    while pending:
+        name = pending.pop()
+        if name == wanted:
+            return True
+        i = view.producer.get(name, -1)
+        if i < floor or name in seen:
+            continue
+        seen.add(name)
+        pending.extend(n for n in view.nodes[i].input if n and not facts.is_constant(n))
+    return False
+
+
+def _sequence_of(flows: Sequence[Flow], tensor: str) -> int | None:
+    return next((k for k, flow in enumerate(flows) if _holds(flow, tensor)), None)
+
+
+def _holds(flow: Flow, tensor: str) -> bool:
+    tokens = flow.tokens.get(tensor)
+    return tokens is not None and len(tokens.axes) == 1 and tokens.axes[0].along.axis == 1
+
+
+def _new_sequence(view: GraphView, facts: Facts, other: Facts, tensor: str) -> TokenSequence:
+    shape, elsewhere = facts.shape(tensor), other.shape(tensor)
+    if shape is None or elsewhere is None or len(shape) != 3:
+        raise Unfollowed("its tokens lie on a grid (windows), not in one sequence")
+    if shape[1] != elsewhere[1]:
+        raise Unfollowed("the number of its tokens changes with the input's size; export with a fixed size")
+    if facts.is_constant(tensor):
+        raise Unfollowed("its tokens are learned queries, not made of the input")
+    learned = learned_tokens(view, facts, tensor)
+    if learned.all():
+        raise Unfollowed("its tokens are learned queries, not made of the input")
+    front = int(np.argmin(learned))
+    back = int(np.argmin(learned[::-1]))
+    if learned[front : learned.size - back].any():
+        raise Unfollowed("learned tokens stand among those of the image")
+    return TokenSequence(tensor, shape[1], front, back)
+
+
+def _verdict(
+    study: Study,
+    sequence: TokenSequence,
+    members: Sequence[tuple[Block, str]],
+    block: Block,
+    tensor: str,
+    cores: Sequence[Core],
+) -> tuple[str | None, bool]:
+    """(reason against merging behind a block, whether what follows reads special tokens alone)."""
+    view, facts = study.view, study.facts
+    if sequence.count - sequence.front - sequence.back < 2:
+        return "there are no two tokens to merge", False
+    flow = follow(view, facts, study.other, sequence, {tensor: 1}, _nodes(cores))
+    if -1 in flow.refused:
+        return flow.refused[-1], False
+    at = view.producer[tensor]
+    touched = [c for c in cores if c.qk > at and any(flow.tokens.get(n) for n in (c.q, c.k, c.v))]
+    if touched and touched[0].qk in flow.refused:
+        return flow.refused[touched[0].qk], False
+    if not touched:
+        for name, reader in flow.unmerge:
+            if reader >= 0 and _reaches_core(view, reader, cores):
+                return flow.reasons[(name, reader)], False
+    asked = flow.unmerge or flow.weighted or flow.sized or touched
+    return None, not asked and sequence.front + sequence.back > 0
+
+
+def _reaches_core(view: GraphView, start: int, cores: Sequence[Core]) -> bool:
+    """Whether an attention follows from a node."""
+    wanted = {i for core in cores for i in core.nodes}
+    pending, seen = [start], {start}
+    while pending:
+        i = pending.pop()
+        if i in wanted:
+            return True
+        for name in view.nodes[i].output:
+            fresh = [k for k in view.consumers.get(name, []) if k not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return False

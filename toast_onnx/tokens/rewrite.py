@@ -1,0 +1,486 @@
+"""Writing token merging into a graph.
+
+A last pass, over a graph whose widths are done. Nodes behind a merge stay as they are but for numbers of tokens they
+hold; attentions learn the tokens' sizes, means over tokens too, and what wants every token gets it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx.helper
+
+from toast_onnx.edit import GraphEdit, OldShape
+from toast_onnx.errors import MatchError
+from toast_onnx.matching.cores import find_cores
+from toast_onnx.matching.graph import attribute
+from toast_onnx.matching.study import Study
+from toast_onnx.model import Model
+from toast_onnx.rewriting.fusing import fuse_again
+from toast_onnx.rewriting.shapes import settle_shapes
+from toast_onnx.tokens.follow import FUSED, Flow, TokenAxis, TokenSequence, follow
+from toast_onnx.tokens.metrics import METRICS, Features, find_features, write_features
+from toast_onnx.tokens.nodes import (
+    END,
+    Matched,
+    Merge,
+    Writer,
+    merge_counts,
+    write_match,
+    write_merge,
+    write_ones,
+    write_places,
+)
+from toast_onnx.tokens.points import TokenStudy
+
+
+@dataclass(frozen=True)
+class WrittenMerge:
+    """One merge as it stands in a graph.
+
+    Attributes:
+        block: the block whose attention it follows.
+        tensor: the sum that it merges, by its name in the unmerged graph.
+        merged: the same, merged, in the merged graph.
+        counts: its counts.
+        matched: tensors that say what goes into what; None where unread tokens are dropped.
+        features: what the tokens were compared by; None where nothing is compared.
+        sequence: its token sequence.
+    """
+
+    block: int
+    tensor: str
+    merged: str
+    counts: Merge
+    matched: Matched | None
+    features: Features | None
+    sequence: TokenSequence
+
+
+def write_merging(
+    study: Study, tokens: TokenStudy, removed: Mapping[int, int], metric: str, drop_unread: bool = True
+) -> tuple[Model, tuple[WrittenMerge, ...]]:
+    """Merge tokens in a graph.
+
+    Args:
+        study: the model.
+        tokens: where its tokens can be merged.
+        removed: block number -> tokens that are merged away behind its attention.
+        metric: what tokens are compared by, a name of `METRICS`.
+        drop_unread: also drop what nothing reads any more behind the last attention; that changes no output.
+
+    Returns:
+        The merged model (the very same one where nothing is merged), and what was written.
+
+    Raises:
+        MatchError: a block cannot merge, or its metric cannot be made.
+    """
+    removed = {b: r for b, r in removed.items() if r}
+    if not removed:
+        return study.source, ()
+    for point in tokens.points:
+        if point.block in removed and point.reason is not None:
+            raise MatchError(f"tokens cannot be merged behind block {point.block}: {point.reason}")
+    work = _Work(study)
+    for number, sequence in enumerate(tokens.sequences):
+        points = [p for p in tokens.points if p.sequence == number and p.tensor is not None and p.reason is None]
+        chosen = {p.tensor: (p.block, removed[p.block]) for p in points if p.block in removed and p.tensor}
+        if not chosen:
+            continue
+        if drop_unread:
+            last = next((p for p in points if p.unread and p.tensor), None)
+            if last is not None and last.tensor is not None:
+                chosen[last.tensor] = (last.block, -1)
+        _Sequence(work, sequence, chosen, metric).write()
+    model = work.apply()
+    return model, tuple(work.written)
+
+
+class _Work:
+    """One graph being edited: nodes changed in place, nodes around them."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.view = study, study.view
+        self.edit = GraphEdit(study.view)
+        self.nodes: dict[int, onnx.NodeProto] = {}
+        self.written: list[WrittenMerge] = []
+        self.cores = [core.nodes for core in find_cores(study.view, study.facts)[0]]
+        self.pending: list[tuple[int, _Sequence]] = []
+
+    def copy(self, i: int) -> onnx.NodeProto:
+        """A copy of a node that may be changed; it takes the node's place."""
+        if i not in self.nodes:
+            self.nodes[i] = onnx.NodeProto()
+            self.nodes[i].CopyFrom(self.view.nodes[i])
+        return self.nodes[i]
+
+    def place(self, i: int) -> None:
+        """Put a changed node where the old one was, behind what was inserted before it."""
+        self.edit.remove([i])
+        self.edit.insert(i, self.nodes[i])
+
+    def apply(self) -> Model:
+        model = self.edit.apply()
+        settle_shapes(model, self.edit, self.view, self.study.facts, self.study.other)
+        return fuse_again(model, self.study.spelled_out)
+
+
+class _Sequence:
+    """Writes the merges of one token sequence."""
+
+    def __init__(
+        self, work: _Work, sequence: TokenSequence, chosen: Mapping[str, tuple[int, int]], metric: str
+    ) -> None:
+        self.work, self.view, self.edit = work, work.view, work.edit
+        self.facts, self.other = work.study.facts, work.study.other
+        self.sequence, self.metric = sequence, metric
+        self.order = sorted(chosen, key=lambda name: self.view.producer[name])
+        self.blocks = [chosen[name][0] for name in self.order]
+        counts = [chosen[name][1] for name in self.order]
+        spare = sequence.count - sum(r for r in counts if r > 0) - sequence.front - sequence.back
+        counts = [spare if r < 0 else r for r in counts]
+        self.drops = {name for name in self.order if chosen[name][1] < 0}
+        self.merges = merge_counts(sequence, counts)
+        for block, merge, name in zip(self.blocks, self.merges, self.order, strict=True):
+            if name not in self.drops and not 0 < merge.removed <= min(merge.sources, merge.targets):
+                raise MatchError(
+                    f"block {block} cannot merge {merge.removed} of {merge.count} tokens: at most "
+                    f"{min(merge.sources, merge.targets)} are left to merge there"
+                )
+        self.flow: Flow = follow(
+            self.view, self.facts, self.other, sequence, {n: k + 1 for k, n in enumerate(self.order)}, work.cores
+        )
+        if -1 in self.flow.refused:
+            raise MatchError(f"tokens cannot be merged: {self.flow.refused[-1]}")
+        self.sizes: list[str | None] = [None]
+        self.places: list[str | None] = [None]
+        self.logs: dict[int, str] = {}
+        self.restored: dict[str, str] = {}
+        self.renamed: dict[str, str] = {}
+
+    def left(self, stage: int) -> int:
+        """Number of tokens behind so many merges."""
+        return self.sequence.count - sum(m.removed for m in self.merges[:stage])
+
+    def moved(self, index: int, stage: int) -> int:
+        """Where a token that is never merged, or the end of those that are, lies behind so many merges."""
+        if index <= self.sequence.front:
+            return index
+        return index - (self.sequence.count - self.left(stage))
+
+    def write(self) -> None:
+        """Change every node that has to change, in order."""
+        respell, sized, weighted = set(self.flow.respell), set(self.flow.sized), set(self.flow.weighted)
+        unmerged: dict[int, list[str]] = {}
+        for name, reader in self.flow.unmerge:
+            unmerged.setdefault(reader, []).append(name)
+        outputs = set(unmerged.get(-1, ()))
+        for i, node in enumerate(self.view.nodes):
+            made = [n for n in node.output if n in self.order or n in outputs]
+            shape_only = node.op_type in ("Shape", "Size")
+            reads = [] if shape_only else [n for n in node.input if n in self.renamed]
+            uniform = [k for k in range(len(node.input)) if (i, k) in self.flow.uniform]
+            if not (made or reads or uniform or i in respell or i in sized or i in weighted or i in unmerged):
+                self._note(node)
+                continue
+            copy = self.work.copy(i)
+            for name in unmerged.get(i, ()):
+                _substitute(copy, name, self._unmerged(i, name))
+            for name in reads:
+                _substitute(copy, name, self.renamed[name])
+            for k in uniform:
+                copy.input[k] = self._uniform(copy.input[k], self.flow.uniform[(i, k)])
+            if i in respell:
+                self._respell(i, copy)
+            if i in sized:
+                self._sized(i, copy)
+            if i in weighted:
+                self._weighted(i, copy)
+            for name in made:
+                inner = self.edit.fresh(f"{name}/all_tokens" if name in self.order else f"{name}/merged")
+                copy.output[list(copy.output).index(name)] = inner
+                self.renamed[name] = inner
+            self.work.place(i)
+            for name in [n for n in made if n in self.order]:
+                self._merge(i, name, self.renamed[name])
+            for name in [n for n in made if n in outputs]:
+                self.edit.emit(i, "Identity", [self._unmerged(i, name)], name, f"{name}/unmerged")
+            self._note(node)
+
+    def _note(self, node: onnx.NodeProto) -> None:
+        """Remember where the old extents of merged tensors can be read, for what computes with them."""
+        for name in node.output:
+            tokens = self.flow.tokens.get(name)
+            if tokens is not None and tokens.merged:
+                source, origins = self._origins(name)
+                self.edit.changed[name] = OldShape(source, origins)
+
+    def _origins(self, name: str) -> tuple[str, tuple[int | tuple[int, int], ...]]:
+        """The old extents of a tensor, dynamic ones as multiples of an axis of a graph input."""
+        shape, elsewhere = self.facts.shape(name) or (), self.other.shape(name) or ()
+        inputs = [i.name for i in self.view.model.proto.graph.input if i.name not in self.view.initializers]
+        for source in inputs:
+            own, theirs = self.facts.shape(source) or (), self.other.shape(source) or ()
+            origins: list[int | tuple[int, int]] = []
+            for a, b in zip(shape, elsewhere, strict=True):
+                fits = [(k, a // m) for k, (m, n) in enumerate(zip(own, theirs, strict=True)) if m != n and a % m == 0
+                        and a // m * n == b]  # fmt: skip
+                if a == b:
+                    origins.append(a)
+                elif fits:
+                    origins.append(fits[0])
+            if len(origins) == len(shape):
+                return source, tuple(origins)
+        return name, tuple(shape)
+
+    # What a merge adds.
+
+    def _merge(self, i: int, name: str, raw: str) -> None:
+        k = self.order.index(name)
+        merge, block = self.merges[k], self.blocks[k]
+        w = Writer(self.edit, i, f"{self.work.study.match.blocks[block].name}/merge")
+        merged = self.edit.fresh(f"{name}/merged")
+        if name in self.drops:
+            parts = [w.slice(raw, 1, 0, merge.front, what="front")] if merge.front else []
+            parts += [w.slice(raw, 1, merge.count - merge.back, what="back")] if merge.back else []
+            self.edit.emit(i, "Concat", parts, merged, f"{w.name}/special", axis=1)
+            self.sizes.append(None)
+            self.places.append(None)
+            self.work.written.append(WrittenMerge(block, name, merged, merge, None, None, self.sequence))
+        else:
+            attention = self.work.study.match.blocks[block].attention
+            assert attention is not None
+            features = find_features(METRICS[self.metric], name, attention, self.flow.tokens)
+            tensor = raw if features.tensor == name else self.renamed.get(features.tensor, features.tensor)
+            width = (self.facts.shape(features.tensor) or (0,))[-1]
+            matched = write_match(w, write_features(w, features, tensor, merge.count, width), merge)
+            elem = self.facts.elem_type(name)
+            x = raw if elem == onnx.TensorProto.FLOAT else w.cast(raw, onnx.TensorProto.FLOAT)
+            size = self.sizes[-1] or write_ones(w, x, merge.count)
+            means, sizes = write_merge(w, x, size, matched, merge)
+            self.edit.emit(i, "Cast", [means], merged, f"{w.name}/tokens", to=elem)
+            self.sizes.append(sizes)
+            self.places.append(write_places(w, matched, merge, self.places[-1]) if self.flow.unmerge else None)
+            self.work.written.append(WrittenMerge(block, name, merged, merge, matched, features, self.sequence))
+        self.renamed[name] = merged
+
+    def _unmerged(self, i: int, name: str) -> str:
+        """A tensor with a token for every original place."""
+        if name not in self.restored:
+            each = self.flow.tokens[name].axes[0]
+            w = Writer(self.edit, i, f"{name}/unmerge")
+            place = self.places[each.stage]
+            if place is None:
+                raise MatchError(f"the tensor '{name}' is read behind tokens that were dropped")
+            along, x = each.along, self.renamed.get(name, name)
+            rank = len(self.facts.shape(name) or ())
+            turn = [0, along.axis, *(a for a in range(1, rank) if a != along.axis)]
+            if along.axis != 1:
+                x = w.one("Transpose", [x], "tokens_first", perm=turn)
+            if along.first or along.count != self.sequence.count:
+                place = w.slice(place, 1, along.first, along.stop, what="places")
+                if along.first:
+                    place = w.one("Sub", [place, w.numbers([along.first], "first")], "places_from_first")
+            x = w.rows(x, place, "tokens")
+            if along.axis != 1:
+                x = w.one("Transpose", [x], "tokens_back", perm=[int(v) for v in np.argsort(turn)])
+            self.restored[name] = x
+        return self.restored[name]
+
+    def _size(self, w: Writer, each: TokenAxis, log: bool) -> str:
+        """(batch, tokens) sizes of a range of tokens, or their logarithms."""
+        size = self.sizes[each.stage]
+        if size is None:
+            raise MatchError("an attention follows tokens that were dropped")
+        count = self.left(each.stage)
+        flat = w.reshape(size, [-1, count], "sizes/Reshape")
+        if each.along.first or each.along.count != self.sequence.count:
+            start, stop = self.moved(each.along.first, each.stage), self.moved(each.along.stop, each.stage)
+            flat = w.slice(flat, 1, start, stop, what="sizes/range")
+        return w.one("Log", [flat], "log_size") if log else flat
+
+    def _sized(self, i: int, node: onnx.NodeProto) -> None:
+        """Proportional attention: log(size) on the scores of every key."""
+        if node.op_type in FUSED:
+            self._sized_fused(i, node)
+            return
+        name = self.view.nodes[i].input[0]
+        tokens, shape = self.flow.tokens[name], self.facts.shape(name) or ()
+        axis = int(attribute(node, "axis", -1)) % len(shape)  # type: ignore[call-overload]
+        over = tokens.axis(axis)
+        assert over is not None
+        w = Writer(self.edit, i, f"{self.view.nodes[i].name or self.view.nodes[i].output[0]}/sizes")
+        term = self._size(w, over, log=True)
+        target = [1] * len(shape)
+        target[axis] = self._extent(over)
+        if tokens.batch is not None:
+            target[0] = 0
+            if tokens.batch.inner > 1:
+                line = w.reshape(term, [0, 1, target[axis]], "by_item")
+                heads = w.numbers([1, tokens.batch.inner, 1], "heads")
+                term = w.one("Expand", [line, heads], "by_head")
+                target[0] = -1
+        term = w.reshape(term, target, "on_keys")
+        elem = self.facts.elem_type(name)
+        if elem != onnx.TensorProto.FLOAT:
+            term = w.cast(term, elem)
+        node.input[0] = w.one("Add", [node.input[0], term], "Add")
+
+    def _sized_fused(self, i: int, node: onnx.NodeProto) -> None:
+        old = self.view.nodes[i]
+        tokens = self.flow.tokens[old.input[1]]
+        w = Writer(self.edit, i, f"{old.name or old.output[0]}/sizes")
+        term = w.reshape(self._size(w, tokens.axes[0], log=True), [-1, 1, 1, self._extent(tokens.axes[0])], "on_keys")
+        queries = self.flow.tokens.get(old.input[0])
+        q_shape = self.facts.shape(old.input[0]) or ()
+        rows = q_shape[-2] if queries is None else self._extent(queries.axes[0])
+        term = w.one("Expand", [term, w.numbers([1, 1, rows, 1], "queries")], "for_queries")
+        elem = self.facts.elem_type(old.input[0])
+        if elem != onnx.TensorProto.FLOAT:
+            term = w.cast(term, elem)
+        place = FUSED[node.op_type]
+        while len(node.input) <= place:
+            node.input.append("")
+        node.input[place] = term
+
+    def _weighted(self, i: int, node: onnx.NodeProto) -> None:
+        """A mean over tokens counts each as often as it stands for others."""
+        old = self.view.nodes[i]
+        name = old.input[0]
+        tokens, shape = self.flow.tokens[name], self.facts.shape(name) or ()
+        each = tokens.axes[0]
+        w = Writer(self.edit, i, f"{old.name or old.output[0]}/sizes")
+        size = self._size(w, each, log=False)
+        axes = [int(a) for a in self._axes(old, len(shape))]
+        if old.op_type != "ReduceSum":
+            total = w.edit.constant(f"{w.name}/count", np.asarray(np.prod([shape[a] for a in axes]), np.float32))
+            size = w.one("Div", [size, total], "share")
+        target = [1] * len(shape)
+        target[0] = 0 if tokens.batch is not None else 1
+        target[each.along.axis] = self._extent(each)
+        size = w.reshape(size, target, "share/Reshape")
+        elem = self.facts.elem_type(name)
+        if elem != onnx.TensorProto.FLOAT:
+            size = w.cast(size, elem)
+        product = w.one("Mul", [node.input[0], size], "Mul")
+        keep = 1 if old.op_type == "GlobalAveragePool" else int(attribute(old, "keepdims", 1))  # type: ignore[call-overload]
+        node.CopyFrom(
+            onnx.helper.make_node(
+                "ReduceSum", [product, w.numbers(axes, "axes")], [node.output[0]], name=node.name, keepdims=keep
+            )
+        )
+
+    def _axes(self, node: onnx.NodeProto, rank: int) -> Sequence[int]:
+        if node.op_type == "GlobalAveragePool":
+            return range(2, rank)
+        given: object = attribute(node, "axes")
+        if given is None and len(node.input) > 1 and node.input[1]:
+            given = self.facts.value(node.input[1])
+        return range(rank) if given is None else [int(a) % rank for a in np.asarray(given).reshape(-1)]
+
+    def _uniform(self, name: str, axes: Sequence[int]) -> str:
+        """A constant that is the same for every token, once for all of them."""
+        value = self.facts.array(name)
+        for axis in axes:
+            value = np.take(value, [0], axis)
+        return self.edit.constant(f"{name}/of_any_token", value)
+
+    # Numbers of tokens in nodes that move data.
+
+    def _extent(self, each: TokenAxis) -> int:
+        """Number of tokens of a range now."""
+        return self.moved(each.along.stop, each.stage) - self.moved(each.along.first, each.stage)
+
+    def _respell(self, i: int, node: onnx.NodeProto) -> None:
+        old = self.view.nodes[i]
+        w = Writer(self.edit, i, f"{old.name or old.output[0]}/merged")
+        if old.op_type in ("Reshape", "Expand"):
+            node.input[1] = w.numbers(self._target(i), "shape")
+            if old.op_type == "Reshape":
+                for a in [a for a in node.attribute if a.name == "allowzero"]:
+                    node.attribute.remove(a)
+            return
+        source = self.flow.tokens[old.input[0]]
+        if old.op_type == "Slice":
+            self._respell_slice(i, node, w)
+        elif old.op_type == "Split":
+            axis = int(attribute(old, "axis", 0)) % len(self.facts.shape(old.input[0]) or ())  # type: ignore[call-overload]
+            each = source.axis(axis)
+            if each is not None:
+                sizes = [(self.facts.shape(n) or ())[axis] for n in old.output]
+                ends = np.cumsum([0, *sizes]) + each.along.first
+                moved = [self.moved(int(p), each.stage) for p in ends]
+                while len(node.input) < 2:
+                    node.input.append("")
+                node.input[1] = w.numbers(np.diff(moved).tolist(), "split")
+                for a in [a for a in node.attribute if a.name == "num_outputs"]:
+                    node.attribute.remove(a)
+        elif old.op_type == "Gather":
+            axis = int(attribute(old, "axis", 0)) % len(self.facts.shape(old.input[0]) or ())  # type: ignore[call-overload]
+            each = source.axis(axis)
+            if each is not None:
+                index = np.asarray(self.facts.value(old.input[1]))
+                known = np.where(index < 0, index + each.along.count, index) + each.along.first
+                base = self.moved(each.along.first, each.stage)
+                # an index names a token, its end names where it stops: those at the back are counted from there
+                moved = np.vectorize(lambda p: self.moved(int(p) + 1, each.stage) - 1 - base, otypes=[np.int64])(known)
+                node.input[1] = self.edit.constant(f"{w.name}/indices", moved)
+
+    def _target(self, i: int) -> list[int]:
+        """Target of a Reshape or Expand: numbers of tokens as they are now, dynamic extents copied or left over."""
+        old = self.view.nodes[i]
+        source, made = old.input[0], old.output[0]
+        shape, elsewhere = self.facts.shape(made) or (), self.other.shape(made) or ()
+        before, before_elsewhere = self.facts.shape(source) or (), self.other.shape(source) or ()
+        tokens = self.flow.tokens.get(made)
+        target: list[int] = []
+        for axis, extent in enumerate(shape):
+            each = None if tokens is None else tokens.axis(axis)
+            now = extent if each is None else extent // each.along.count * self._extent(each)
+            if extent == elsewhere[axis]:
+                target.append(now)
+            elif axis < len(before) and (before[axis], before_elsewhere[axis]) == (extent, elsewhere[axis]):
+                target.append(1 if old.op_type == "Expand" else 0)
+            else:
+                target.append(-1)
+        if target.count(-1) > (0 if old.op_type == "Expand" else 1):
+            raise MatchError(f"{self.view.label(i)} has several dynamic extents behind merged tokens")
+        return target
+
+    def _respell_slice(self, i: int, node: onnx.NodeProto, w: Writer) -> None:
+        old = self.view.nodes[i]
+        shape = self.facts.shape(old.input[0]) or ()
+        source = self.flow.tokens[old.input[0]]
+        operands = [self.facts.value(n) if n else None for n in old.input[1:]]
+        starts, ends = (np.asarray(v).reshape(-1) for v in operands[:2])
+        axes = (
+            np.arange(starts.size) if len(operands) < 3 or operands[2] is None else np.asarray(operands[2]).reshape(-1)
+        )
+        new_starts, new_ends, changed = starts.astype(np.int64), ends.astype(np.int64), False
+        for k, axis in enumerate(axes):
+            each = source.axis(int(axis) % len(shape))
+            if each is None or each.along.inner != 1:
+                continue
+            extent = shape[each.along.axis]
+            start, stop, _ = slice(int(starts[k]), int(ends[k])).indices(extent)
+            base = self.moved(each.along.first, each.stage)
+            new_starts[k] = self.moved(start + each.along.first, each.stage) - base
+            new_ends[k] = END if stop == extent else self.moved(stop + each.along.first, each.stage) - base
+            changed = True
+        if changed:
+            node.input[1], node.input[2] = (
+                w.numbers(new_starts.tolist(), "starts"),
+                w.numbers(new_ends.tolist(), "ends"),
+            )
+            while len(node.input) < 4:
+                node.input.append("")
+            node.input[3] = w.numbers([int(a) for a in axes], "axes")
+
+
+def _substitute(node: onnx.NodeProto, name: str, new: str) -> None:
+    for k, old in enumerate(node.input):
+        if old == name:
+            node.input[k] = new
