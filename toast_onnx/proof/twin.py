@@ -280,7 +280,7 @@ def _worst(
 
 
 def relative_difference(want: np.ndarray, got: np.ndarray) -> float:
-    """The largest difference of two arrays over the first one's largest magnitude; NaN where it has no finite number."""
+    """The largest difference of two arrays over the first one's largest magnitude; NaN where that is not finite."""
     if want.shape != got.shape:
         return float("inf")
     if want.dtype.kind not in "fc":

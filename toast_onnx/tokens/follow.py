@@ -18,6 +18,7 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.probe import MOVEMENT
 from toast_onnx.tokens.along import Along, read_along, single_index
+from toast_onnx.tokens.uniform import uniform_value
 
 #: Operators that compute each element from the elements at the same place of their operands.
 ELEMENTWISE = frozenset(
@@ -90,7 +91,7 @@ class Flow:
     Attributes:
         tokens: tensor -> its tokens.
         respell: nodes that only move data and hold numbers of tokens.
-        uniform: (node, operand) -> axes of a constant operand along which it has one value for every token.
+        uniform: (node, operand) -> the operand without an entry for every token, where all entries were the same.
         sized: softmax or fused attention nodes that must learn the tokens' sizes.
         weighted: reductions over tokens that must learn the sizes.
         unmerge: (tensor, reader) pairs; the reader -1 is the graph's output.
@@ -100,7 +101,7 @@ class Flow:
 
     tokens: dict[str, Tokens] = field(default_factory=dict)
     respell: list[int] = field(default_factory=list)
-    uniform: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    uniform: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     sized: list[int] = field(default_factory=list)
     weighted: list[int] = field(default_factory=list)
     unmerge: list[tuple[str, int]] = field(default_factory=list)
@@ -144,6 +145,7 @@ class Walker:
         merges: Mapping[str, int],
         cores: Sequence[tuple[int, ...]],
         refused: Mapping[int, str],
+        drops: Mapping[tuple[str, int], int],
     ) -> None:
         """Prepare.
 
@@ -155,11 +157,13 @@ class Walker:
             merges: tensor -> stage of what reads it, for tensors behind which tokens are merged.
             cores: nodes of every attention, from the score product to the weighted sum.
             refused: first node of attentions that are known to need all tokens, with the reason.
+            drops: (tensor, reader) -> stage of what that reader sees: the special tokens alone.
         """
         self.view, self.facts, self.other = view, facts, other
-        self.sequence, self.merges = sequence, merges
+        self.sequence, self.merges, self.drops = sequence, merges, drops
         self.core_of = {i: core[0] for core in cores for i in core}
         self.flow = Flow(refused=dict(refused))
+        self.given_back = frozenset(refused)
 
     def walk(self) -> Flow:
         """The flow of all tokens behind the sequence's start."""
@@ -181,6 +185,15 @@ class Walker:
     def _visit(self, i: int) -> None:
         node = self.view.nodes[i]
         reason = self.flow.refused.get(self.core_of.get(i, -1))
+        whole = {n: self.flow.tokens[n] for n in node.input if (n, i) in self.drops and n in self.flow.tokens}
+        for name, tokens in whole.items():
+            self.flow.tokens[name] = _at_stage(tokens, self.drops[(name, i)])
+        try:
+            self._enter(i, node, reason)
+        finally:
+            self.flow.tokens.update(whole)
+
+    def _enter(self, i: int, node: onnx.NodeProto, reason: str | None) -> None:
         try:
             if reason is not None:
                 raise Unfollowed(reason)
@@ -191,11 +204,16 @@ class Walker:
         for name, tokens in found.items():
             stage = self.merges.get(name)
             if stage is not None:
-                tokens = replace(tokens, axes=tuple(replace(a, stage=stage) for a in tokens.axes))
+                tokens = _at_stage(tokens, stage)
             self.flow.tokens[name] = tokens
 
     def _leave(self, i: int, node: onnx.NodeProto, reason: str) -> None:
         """Give a node all tokens back, or decline the attention it belongs to."""
+        own = self.core_of.get(i)
+        if own is not None and own not in self.given_back:
+            if any(n in self.flow.tokens and self.flow.tokens[n].merged for n in node.input):
+                self.flow.refused.setdefault(own, reason)
+            return
         for name in dict.fromkeys(node.input):
             tokens = self.flow.tokens.get(name)
             if tokens is None or not tokens.merged or node.op_type in ("Shape", "Size"):
@@ -295,13 +313,17 @@ class Walker:
         wide = [a - shift for a, each in axes.items() if a >= shift and shape[a - shift] != 1 and each.stage]
         if not wide:
             return
-        if not self.facts.is_constant(name):
+        if self.facts.is_constant(name):
+            value = self.facts.array(name)
+            for axis in wide:
+                if not (value == (one := np.take(value, [0], axis))).all():
+                    raise Unfollowed(f"{self.view.label(i)} has a table ('{name}') with an entry for every token")
+                value = one
+            self.flow.uniform[(i, k)] = value
+        elif (single := uniform_value(self.view, self.facts, name)) is not None:
+            self.flow.uniform[(i, k)] = single
+        else:
             raise Unfollowed(f"{self.view.label(i)} has an operand ('{name}') that depends on a token's place")
-        value = self.facts.array(name)
-        for axis in wide:
-            if not (value == np.take(value, [0], axis)).all():
-                raise Unfollowed(f"{self.view.label(i)} has a table ('{name}') with an entry for every token")
-        self.flow.uniform[(i, k)] = tuple(wide)
 
     def _movement(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         data = list(node.input) if node.op_type == "Concat" else [node.input[0]]
@@ -489,7 +511,7 @@ class Walker:
             for j, name in enumerate(node.input):
                 if j < 3 or not name:
                     continue
-                if j != place or not self.facts.is_constant(name) or len(set(self.facts.array(name).flat)) != 1:
+                if j != place or uniform_value(self.view, self.facts, name) is None:
                     raise Unfollowed(f"{self.view.label(i)} has a mask or position bias ('{name}')")
             if k.batch is not None and (k.batch.axis != 0 or k.batch.inner != 1):
                 raise Unfollowed(f"{self.view.label(i)} has its batch on another axis")
@@ -538,6 +560,10 @@ class Walker:
         return set(axes)
 
 
+def _at_stage(tokens: Tokens, stage: int) -> Tokens:
+    return replace(tokens, axes=tuple(replace(a, stage=stage) for a in tokens.axes))
+
+
 def follow(
     view: GraphView,
     facts: Facts,
@@ -545,6 +571,7 @@ def follow(
     sequence: TokenSequence,
     merges: Mapping[str, int],
     cores: Sequence[tuple[int, ...]],
+    drops: Mapping[tuple[str, int], int] | None = None,
 ) -> Flow:
     """Follow a sequence's tokens; attentions that cannot take merged tokens get all of them back.
 
@@ -554,7 +581,7 @@ def follow(
     """
     refused: dict[int, str] = {}
     while True:
-        flow = Walker(view, facts, other, sequence, merges, cores, refused).walk()
+        flow = Walker(view, facts, other, sequence, merges, cores, refused, drops or {}).walk()
         if set(flow.refused) == set(refused):
             return flow
         refused = flow.refused

@@ -24,18 +24,20 @@ class Metric:
         sentence: its description in the docs.
         part: where the features come from: keys or values of the attention in front, or the stream itself.
         average: whether heads are averaged; otherwise they stand side by side.
+        by_size: whether pairs are weighed by what merging them loses (Ward), not by the cosine alone.
     """
 
     name: str
     sentence: str
     part: Literal["k", "v", "stream"]
     average: bool = False
+    by_size: bool = True
 
 
 METRICS = {
     m.name: m
     for m in (
-        Metric("keys", "keys averaged over heads, as ToMe compares them", "k", average=True),
+        Metric("keys", "keys averaged over heads, as ToMe compares them", "k", average=True, by_size=False),
         Metric("keys-by-head", "keys of all heads side by side, which need no axes in common", "k"),
         Metric("values", "values of all heads side by side", "v"),
         Metric("tokens", "the tokens themselves, after the attention", "stream"),
@@ -52,12 +54,14 @@ class Features:
         tokens: where its tokens lie.
         columns: (features,) its channels that are compared; None for all.
         heads: number of heads that are averaged, 1 for none.
+        by_size: whether pairs are weighed by their sizes.
     """
 
     tensor: str
     tokens: Tokens
     columns: np.ndarray | None
     heads: int
+    by_size: bool
 
 
 def find_features(metric: Metric, stream: str, attention: Attention, tokens: Mapping[str, Tokens]) -> Features:
@@ -73,7 +77,7 @@ def find_features(metric: Metric, stream: str, attention: Attention, tokens: Map
         MatchError: the attention has no such part, or its tokens lie in another order.
     """
     if metric.part == "stream":
-        return Features(stream, tokens[stream], None, 1)
+        return Features(stream, tokens[stream], None, 1, metric.by_size)
     branch = attention.k if metric.part == "k" else attention.v
     what = "keys" if metric.part == "k" else "values"
     found = None if branch is None else tokens.get(branch.linear.output)
@@ -83,7 +87,8 @@ def find_features(metric: Metric, stream: str, attention: Attention, tokens: Map
     if along.inner != 1 and (along.axis != 0 or batch is None):
         raise MatchError(f"the {what} of an attention lie in another order; choose tokens.metric: tokens")
     columns = branch.layout.channels.reshape(-1)
-    return Features(branch.linear.output, found, columns, branch.layout.num_heads if metric.average else 1)
+    heads = branch.layout.num_heads if metric.average else 1
+    return Features(branch.linear.output, found, columns, heads, metric.by_size)
 
 
 def write_features(w: Writer, features: Features, tensor: str, count: int, width: int) -> str:

@@ -19,6 +19,8 @@ from toast_onnx.tokens.follow import TokenSequence
 
 #: "To the end" for a Slice.
 END = np.iinfo(np.int64).max
+#: Cosine that counts as no loss; above one, so that of equal pairs the smaller are merged first.
+EQUAL = 1.0001
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,13 @@ class Merge:
 
     @property
     def sources(self) -> int:
-        """Tokens that may go into others: every second one."""
-        return (self.count - self.front - self.back + 1) // 2
+        """Tokens that may go into others: the second, fourth and so on."""
+        return (self.count - self.front - self.back) // 2
 
     @property
     def targets(self) -> int:
-        """Tokens that others may go into."""
-        return (self.count - self.front - self.back) // 2
+        """Tokens that others may go into: the first, third and so on."""
+        return (self.count - self.front - self.back + 1) // 2
 
     @property
     def kept(self) -> int:
@@ -126,20 +128,23 @@ class Matched:
         return self.gone, self.stays, self.into
 
 
-def write_match(w: Writer, metric: str, merge: Merge) -> Matched:
+def write_match(w: Writer, metric: str, merge: Merge, size: str | None) -> Matched:
     """The most alike pairs of two alternating sets.
 
     Args:
         w: writer.
         metric: (batch, tokens, features), float32.
         merge: counts.
+        size: (batch, tokens, 1) sizes to weigh pairs by; None where they are alike by the cosine alone.
     """
     unit = w.one("LpNormalization", [metric], "unit", axis=-1, p=2)
     stop = merge.count - merge.back
-    a = w.slice(unit, 1, merge.front, stop, 2, "sources")
-    b = w.slice(unit, 1, merge.front + 1, stop, 2, "targets")
+    a = w.slice(unit, 1, merge.front + 1, stop, 2, "sources")
+    b = w.slice(unit, 1, merge.front, stop, 2, "targets")
     turned = w.one("Transpose", [b], "targets/Transpose", perm=[0, 2, 1])
     cosine = w.one("MatMul", [a, turned], "cosine")
+    if size is not None:
+        cosine = _weighed(w, cosine, size, merge)
     best, nearest = w.node("TopK", [cosine, w.numbers([1], "one")], "nearest", 2, axis=-1)
     best = w.reshape(best, [-1, merge.sources], "best/Reshape")
     nearest = w.reshape(nearest, [-1, merge.sources], "nearest/Reshape")
@@ -149,6 +154,18 @@ def write_match(w: Writer, metric: str, merge: Merge) -> Matched:
     stays, _ = w.node("TopK", [rest, w.numbers([merge.kept], "kept")], "stays", 2, axis=-1, largest=0)
     into = w.one("GatherElements", [nearest, gone], "into", axis=1)
     return Matched(gone, w.cast(stays, onnx.TensorProto.INT64), into)
+
+
+def _weighed(w: Writer, cosine: str, size: str, merge: Merge) -> str:
+    """What merging a pair loses: (1 - cosine) a b / (a + b), the growth of Ward's sum of squares; negative."""
+    stop = merge.count - merge.back
+    a = w.slice(size, 1, merge.front + 1, stop, 2, "source_sizes")
+    b = w.reshape(
+        w.slice(size, 1, merge.front, stop, 2, "target_sizes"), [-1, 1, merge.targets], "target_sizes/Reshape"
+    )
+    harmonic = w.one("Div", [w.one("Mul", [a, b], "product"), w.one("Add", [a, b], "sum")], "harmonic")
+    edge = w.edit.constant(f"{w.name}/edge", np.asarray(EQUAL, np.float32))
+    return w.one("Mul", [w.one("Sub", [cosine, edge], "unlike"), harmonic], "weighed")
 
 
 def write_ones(w: Writer, x: str, count: int) -> str:
@@ -174,8 +191,8 @@ def write_merge(w: Writer, x: str, size: str, matched: Matched, merge: Merge) ->
     """
     total = w.one("Concat", [w.one("Mul", [x, size], "times_size"), size], "totals", axis=-1)
     stop = merge.count - merge.back
-    a = w.slice(total, 1, merge.front, stop, 2, "source_totals")
-    b = w.slice(total, 1, merge.front + 1, stop, 2, "target_totals")
+    a = w.slice(total, 1, merge.front + 1, stop, 2, "source_totals")
+    b = w.slice(total, 1, merge.front, stop, 2, "target_totals")
     moving = w.rows(a, matched.gone, "moving")
     target = w.edit.constant(f"{w.name}/targets", np.arange(merge.targets, dtype=np.int64).reshape(1, -1, 1))
     same = w.one("Equal", [w.reshape(matched.into, [-1, 1, merge.removed], "into/Reshape"), target], "same")
@@ -226,7 +243,7 @@ def write_places(w: Writer, matched: Matched, merge: Merge, before: str | None) 
     whole = w.one("Concat", [place, others], "places", axis=1)
     middle = np.arange(merge.front, merge.count - merge.back)
     back = np.arange(merge.count - merge.back, merge.count)
-    original = np.argsort(np.concatenate([middle[0::2], np.arange(merge.front), middle[1::2], back]))
+    original = np.argsort(np.concatenate([middle[1::2], np.arange(merge.front), middle[0::2], back]))
     ordered = w.one("Gather", [whole, w.numbers(original.tolist(), "order")], "places/Gather", axis=1)
     new = w.cast(w.reshape(ordered, [-1, merge.count]), onnx.TensorProto.INT64)
     return new if before is None else w.one("GatherElements", [new, before], "places_now", axis=1)

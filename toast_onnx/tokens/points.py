@@ -30,15 +30,15 @@ class MergePoint:
         tensor: that sum, (batch, tokens, channels); None where there is none.
         sequence: number of the token sequence it belongs to; -1 where there is none.
         reason: why tokens cannot be merged there, None when they can.
-        unread: whether everything behind the block reads its special tokens alone, so that the others can be dropped
-            there without any effect.
+        drops: (tensor, reader) pairs behind which only special tokens are read: the queries of the attention and the
+            stream that its output is added to. Dropping the others there changes no output. Empty where all count.
     """
 
     block: int
     tensor: str | None
     sequence: int
     reason: str | None
-    unread: bool = False
+    drops: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,14 @@ def study_tokens(study: Study) -> TokenStudy:
     }
     for number, sequence in enumerate(sequences):
         members = [(b, t) for b, t, n, _ in found if n == number and t is not None]
+        # As if everything from the start on were merged: what refuses merged tokens shows at once.
+        flow = follow(view, facts, other, sequence, {sequence.start: 1}, _nodes(cores))
+        last = max(members, key=lambda m: view.producer[m[1]])
         for block, tensor in members:
-            reason, unread = _verdict(study, sequence, members, block, tensor, cores)
-            points[block.index] = MergePoint(block.index, tensor, number, reason, unread)
+            reason = _reason(study, sequence, flow, block, tensor, cores)
+            final = reason is None and tensor == last[1]
+            drops = _unread(study, sequence, block, tensor, cores) if final else ()
+            points[block.index] = MergePoint(block.index, tensor, number, reason, drops)
     return TokenStudy(tuple(points[b.index] for b in study.match.blocks), tuple(sequences))
 
 
@@ -162,31 +167,46 @@ def _new_sequence(view: GraphView, facts: Facts, other: Facts, tensor: str) -> T
     return TokenSequence(tensor, shape[1], front, back)
 
 
-def _verdict(
-    study: Study,
-    sequence: TokenSequence,
-    members: Sequence[tuple[Block, str]],
-    block: Block,
-    tensor: str,
-    cores: Sequence[Core],
-) -> tuple[str | None, bool]:
-    """(reason against merging behind a block, whether what follows reads special tokens alone)."""
-    view, facts = study.view, study.facts
+def _reason(
+    study: Study, sequence: TokenSequence, flow: Flow, block: Block, tensor: str, cores: Sequence[Core]
+) -> str | None:
+    """Why tokens cannot be merged behind a block's attention; None when they can."""
+    view = study.view
     if sequence.count - sequence.front - sequence.back < 2:
-        return "there are no two tokens to merge", False
-    flow = follow(view, facts, study.other, sequence, {tensor: 1}, _nodes(cores))
+        return "there are no two tokens to merge"
     if -1 in flow.refused:
-        return flow.refused[-1], False
+        return flow.refused[-1]
+    assert block.attention is not None
+    own = flow.refused.get(block.attention.core.qk)
+    if own is not None:
+        return f"its own attention needs every token: {own}"
+    if tensor not in flow.tokens:
+        return "something in front of it needs every token"
     at = view.producer[tensor]
-    touched = [c for c in cores if c.qk > at and any(flow.tokens.get(n) for n in (c.q, c.k, c.v))]
-    if touched and touched[0].qk in flow.refused:
-        return flow.refused[touched[0].qk], False
-    if not touched:
-        for name, reader in flow.unmerge:
-            if reader >= 0 and _reaches_core(view, reader, cores):
-                return flow.reasons[(name, reader)], False
-    asked = flow.unmerge or flow.weighted or flow.sized or touched
-    return None, not asked and sequence.front + sequence.back > 0
+    behind = [c for c in cores if c.qk > at and any(n in flow.tokens for n in (c.q, c.k, c.v))]
+    if behind:
+        return flow.refused.get(behind[0].qk)
+    for name, reader in flow.unmerge:
+        if reader > at and _reaches_core(view, reader, cores):
+            return flow.reasons[(name, reader)]
+    return None
+
+
+def _unread(
+    study: Study, sequence: TokenSequence, block: Block, tensor: str, cores: Sequence[Core]
+) -> tuple[tuple[str, int], ...]:
+    """Where the tokens that nothing reads behind the last block can be dropped; nothing where all of them count."""
+    if sequence.front + sequence.back == 0 or block.attention is None:
+        return ()
+    core, stream = block.attention.core, _sum(study.view, study.facts, block)[1]
+    drops = ((core.q, core.qk), (stream, study.view.producer[tensor]))
+    flow = follow(study.view, study.facts, study.other, sequence, {}, _nodes(cores), dict.fromkeys(drops, 1))
+    queries = flow.tokens.get(core.q)
+    if queries is None or len(queries.axes) != 1 or queries.axes[0].along.inner != 1 or tensor not in flow.tokens:
+        return ()
+    attends = any(flow.tokens[n].merged for c in cores if c != core for n in (c.q, c.k, c.v) if n in flow.tokens)
+    asked = flow.unmerge or flow.weighted or flow.sized or flow.refused or attends
+    return () if asked else drops
 
 
 def _reaches_core(view: GraphView, start: int, cores: Sequence[Core]) -> bool:

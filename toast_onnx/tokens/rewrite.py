@@ -34,7 +34,7 @@ from toast_onnx.tokens.nodes import (
     write_ones,
     write_places,
 )
-from toast_onnx.tokens.points import TokenStudy
+from toast_onnx.tokens.points import MergePoint, TokenStudy
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,10 @@ def write_merging(
         chosen = {p.tensor: (p.block, removed[p.block]) for p in points if p.block in removed and p.tensor}
         if not chosen:
             continue
-        if drop_unread:
-            last = next((p for p in points if p.unread and p.tensor), None)
-            if last is not None and last.tensor is not None:
-                chosen[last.tensor] = (last.block, -1)
-        _Sequence(work, sequence, chosen, metric).write()
+        last = next((p for p in points if p.drops), None) if drop_unread else None
+        if last is not None:
+            chosen.pop(last.tensor or "", None)
+        _Sequence(work, sequence, chosen, last, metric).write()
     model = work.apply()
     return model, tuple(work.written)
 
@@ -132,27 +131,31 @@ class _Sequence:
     """Writes the merges of one token sequence."""
 
     def __init__(
-        self, work: _Work, sequence: TokenSequence, chosen: Mapping[str, tuple[int, int]], metric: str
+        self,
+        work: _Work,
+        sequence: TokenSequence,
+        chosen: Mapping[str, tuple[int, int]],
+        last: MergePoint | None,
+        metric: str,
     ) -> None:
         self.work, self.view, self.edit = work, work.view, work.edit
         self.facts, self.other = work.study.facts, work.study.other
-        self.sequence, self.metric = sequence, metric
+        self.sequence, self.metric, self.last = sequence, metric, last
         self.order = sorted(chosen, key=lambda name: self.view.producer[name])
         self.blocks = [chosen[name][0] for name in self.order]
         counts = [chosen[name][1] for name in self.order]
-        spare = sequence.count - sum(r for r in counts if r > 0) - sequence.front - sequence.back
-        counts = [spare if r < 0 else r for r in counts]
-        self.drops = {name for name in self.order if chosen[name][1] < 0}
-        self.merges = merge_counts(sequence, counts)
-        for block, merge, name in zip(self.blocks, self.merges, self.order, strict=True):
-            if name not in self.drops and not 0 < merge.removed <= min(merge.sources, merge.targets):
+        spare = sequence.count - sum(counts) - sequence.front - sequence.back
+        self.merges = merge_counts(sequence, [*counts, spare])
+        self.dropped = len(counts) + 1  # the stage of what sees special tokens alone
+        for block, merge in zip(self.blocks, self.merges, strict=False):
+            if not 0 < merge.removed <= min(merge.sources, merge.targets):
                 raise MatchError(
                     f"block {block} cannot merge {merge.removed} of {merge.count} tokens: at most "
                     f"{min(merge.sources, merge.targets)} are left to merge there"
                 )
-        self.flow: Flow = follow(
-            self.view, self.facts, self.other, sequence, {n: k + 1 for k, n in enumerate(self.order)}, work.cores
-        )
+        stages = {name: k + 1 for k, name in enumerate(self.order)}
+        self.drops = {} if last is None else dict.fromkeys(last.drops, self.dropped)
+        self.flow: Flow = follow(self.view, self.facts, self.other, sequence, stages, work.cores, self.drops)
         if -1 in self.flow.refused:
             raise MatchError(f"tokens cannot be merged: {self.flow.refused[-1]}")
         self.sizes: list[str | None] = [None]
@@ -173,42 +176,48 @@ class _Sequence:
 
     def write(self) -> None:
         """Change every node that has to change, in order."""
-        respell, sized, weighted = set(self.flow.respell), set(self.flow.sized), set(self.flow.weighted)
-        unmerged: dict[int, list[str]] = {}
-        for name, reader in self.flow.unmerge:
-            unmerged.setdefault(reader, []).append(name)
-        outputs = set(unmerged.get(-1, ()))
+        flow = self.flow
+        changed = {*flow.respell, *flow.sized, *flow.weighted, *(i for i, _ in flow.uniform)}
+        changed |= {i for _, i in (*flow.unmerge, *self.drops)}
+        outputs = {name for name, reader in flow.unmerge if reader == -1}
+        end = None if self.last is None else self.last.tensor
         for i, node in enumerate(self.view.nodes):
             made = [n for n in node.output if n in self.order or n in outputs]
-            shape_only = node.op_type in ("Shape", "Size")
-            reads = [] if shape_only else [n for n in node.input if n in self.renamed]
-            uniform = [k for k in range(len(node.input)) if (i, k) in self.flow.uniform]
-            if not (made or reads or uniform or i in respell or i in sized or i in weighted or i in unmerged):
-                self._note(node)
-                continue
-            copy = self.work.copy(i)
-            for name in unmerged.get(i, ()):
-                _substitute(copy, name, self._unmerged(i, name))
-            for name in reads:
-                _substitute(copy, name, self.renamed[name])
-            for k in uniform:
-                copy.input[k] = self._uniform(copy.input[k], self.flow.uniform[(i, k)])
-            if i in respell:
-                self._respell(i, copy)
-            if i in sized:
-                self._sized(i, copy)
-            if i in weighted:
-                self._weighted(i, copy)
-            for name in made:
-                inner = self.edit.fresh(f"{name}/all_tokens" if name in self.order else f"{name}/merged")
-                copy.output[list(copy.output).index(name)] = inner
-                self.renamed[name] = inner
-            self.work.place(i)
-            for name in [n for n in made if n in self.order]:
-                self._merge(i, name, self.renamed[name])
-            for name in [n for n in made if n in outputs]:
-                self.edit.emit(i, "Identity", [self._unmerged(i, name)], name, f"{name}/unmerged")
+            reads_shape = node.op_type in ("Shape", "Size")
+            if made or i in changed or (not reads_shape and any(n in self.renamed for n in node.input)):
+                self._change(i, node, made)
+            if self.last is not None and end is not None and end in node.output:
+                counts = self.merges[-1]
+                self.work.written.append(WrittenMerge(self.last.block, end, end, counts, None, None, self.sequence))
             self._note(node)
+
+    def _change(self, i: int, node: onnx.NodeProto, made: Sequence[str]) -> None:
+        """Write one node anew, with what must stand in front of it and behind."""
+        copy = self.work.copy(i)
+        for name in [n for n, reader in self.flow.unmerge if reader == i]:
+            _substitute(copy, name, self._unmerged(i, name))
+        for name in [n for n, reader in self.drops if reader == i]:
+            _substitute(copy, name, self._special(i, name))
+        for name in [n for n in node.input if n in self.renamed]:
+            _substitute(copy, name, self.renamed[name])
+        for k in [k for reader, k in self.flow.uniform if reader == i]:
+            copy.input[k] = self.edit.constant(f"{node.input[k]}/of_any_token", self.flow.uniform[(i, k)])
+        if i in self.flow.respell:
+            self._respell(i, copy)
+        if i in self.flow.sized:
+            self._sized(i, copy)
+        if i in self.flow.weighted:
+            self._weighted(i, copy)
+        for name in made:
+            inner = self.edit.fresh(f"{name}/all_tokens" if name in self.order else f"{name}/merged")
+            copy.output[list(copy.output).index(name)] = inner
+            self.renamed[name] = inner
+        self.work.place(i)
+        for name in made:
+            if name in self.order:
+                self._merge(i, name, self.renamed[name])
+            if (name, -1) in self.flow.unmerge:
+                self.edit.emit(i, "Identity", [self._unmerged(i, name)], name, f"{name}/unmerged")
 
     def _note(self, node: onnx.NodeProto) -> None:
         """Remember where the old extents of merged tensors can be read, for what computes with them."""
@@ -243,29 +252,32 @@ class _Sequence:
         merge, block = self.merges[k], self.blocks[k]
         w = Writer(self.edit, i, f"{self.work.study.match.blocks[block].name}/merge")
         merged = self.edit.fresh(f"{name}/merged")
-        if name in self.drops:
-            parts = [w.slice(raw, 1, 0, merge.front, what="front")] if merge.front else []
-            parts += [w.slice(raw, 1, merge.count - merge.back, what="back")] if merge.back else []
-            self.edit.emit(i, "Concat", parts, merged, f"{w.name}/special", axis=1)
-            self.sizes.append(None)
-            self.places.append(None)
-            self.work.written.append(WrittenMerge(block, name, merged, merge, None, None, self.sequence))
-        else:
-            attention = self.work.study.match.blocks[block].attention
-            assert attention is not None
-            features = find_features(METRICS[self.metric], name, attention, self.flow.tokens)
-            tensor = raw if features.tensor == name else self.renamed.get(features.tensor, features.tensor)
-            width = (self.facts.shape(features.tensor) or (0,))[-1]
-            matched = write_match(w, write_features(w, features, tensor, merge.count, width), merge)
-            elem = self.facts.elem_type(name)
-            x = raw if elem == onnx.TensorProto.FLOAT else w.cast(raw, onnx.TensorProto.FLOAT)
-            size = self.sizes[-1] or write_ones(w, x, merge.count)
-            means, sizes = write_merge(w, x, size, matched, merge)
-            self.edit.emit(i, "Cast", [means], merged, f"{w.name}/tokens", to=elem)
-            self.sizes.append(sizes)
-            self.places.append(write_places(w, matched, merge, self.places[-1]) if self.flow.unmerge else None)
-            self.work.written.append(WrittenMerge(block, name, merged, merge, matched, features, self.sequence))
+        attention = self.work.study.match.blocks[block].attention
+        assert attention is not None
+        features = find_features(METRICS[self.metric], name, attention, self.flow.tokens)
+        tensor = raw if features.tensor == name else self.renamed.get(features.tensor, features.tensor)
+        width = (self.facts.shape(features.tensor) or (0,))[-1]
+        compared = write_features(w, features, tensor, merge.count, width)
+        weigh = self.sizes[-1] if features.by_size else None  # at first all weigh the same
+        matched = write_match(w, compared, merge, weigh)
+        elem = self.facts.elem_type(name)
+        x = raw if elem == onnx.TensorProto.FLOAT else w.cast(raw, onnx.TensorProto.FLOAT)
+        size = self.sizes[-1] or write_ones(w, x, merge.count)
+        means, sizes = write_merge(w, x, size, matched, merge)
+        self.edit.emit(i, "Cast", [means], merged, f"{w.name}/tokens", to=elem)
+        self.sizes.append(sizes)
+        self.places.append(write_places(w, matched, merge, self.places[-1]) if self.flow.unmerge else None)
+        self.work.written.append(WrittenMerge(block, name, merged, merge, matched, features, self.sequence))
         self.renamed[name] = merged
+
+    def _special(self, i: int, name: str) -> str:
+        """The special tokens of a tensor alone."""
+        each = self.flow.tokens[name].axes[0]
+        axis, x, left = each.along.axis, self.renamed.get(name, name), self._extent(each)
+        w = Writer(self.edit, i, f"{name}/special")
+        parts = [w.slice(x, axis, 0, self.sequence.front, what="front")] if self.sequence.front else []
+        parts += [w.slice(x, axis, left - self.sequence.back, what="back")] if self.sequence.back else []
+        return parts[0] if len(parts) == 1 else w.one("Concat", parts, "Concat", axis=axis)
 
     def _unmerged(self, i: int, name: str) -> str:
         """A tensor with a token for every original place."""
@@ -337,6 +349,8 @@ class _Sequence:
         queries = self.flow.tokens.get(old.input[0])
         q_shape = self.facts.shape(old.input[0]) or ()
         rows = q_shape[-2] if queries is None else self._extent(queries.axes[0])
+        if (old.input[0], i) in self.drops:
+            rows = self.sequence.front + self.sequence.back
         term = w.one("Expand", [term, w.numbers([1, 1, rows, 1], "queries")], "for_queries")
         elem = self.facts.elem_type(old.input[0])
         if elem != onnx.TensorProto.FLOAT:
@@ -380,13 +394,6 @@ class _Sequence:
         if given is None and len(node.input) > 1 and node.input[1]:
             given = self.facts.value(node.input[1])
         return range(rank) if given is None else [int(a) % rank for a in np.asarray(given).reshape(-1)]
-
-    def _uniform(self, name: str, axes: Sequence[int]) -> str:
-        """A constant that is the same for every token, once for all of them."""
-        value = self.facts.array(name)
-        for axis in axes:
-            value = np.take(value, [0], axis)
-        return self.edit.constant(f"{name}/of_any_token", value)
 
     # Numbers of tokens in nodes that move data.
 

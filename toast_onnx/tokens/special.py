@@ -33,17 +33,19 @@ def learned_tokens(view: GraphView, facts: Facts, tensor: str) -> np.ndarray:
     op = node.op_type
     if op in _ALONE:
         sequences = [n for n in data if (facts.shape(n) or ())[-2:] == shape[-2:] and not facts.is_constant(n)]
-        return learned_tokens(view, facts, sequences[0]) if len(sequences) == 1 else learned
+        if len(sequences) != 1:
+            return learned
+        return learned_tokens(view, facts, sequences[0])
     if op == "SkipLayerNormalization":
-        both = [learned_tokens(view, facts, name) for name in node.input[:2]]
-        return both[0] & both[1]
+        first, second = (learned_tokens(view, facts, name) for name in node.input[:2])
+        return np.logical_and(first, second, dtype=bool)
     if op == "Concat" and int(attribute(node, "axis", 0)) % 3 == 1:  # type: ignore[call-overload]
         parts = [learned_tokens(view, facts, n) for n in data]
         return np.concatenate(parts)
     if op == "Expand":
         source = facts.shape(data[0]) or ()
         repeated = facts.is_constant(data[0]) or (len(source) == 3 and learned_tokens(view, facts, data[0]).all())
-        return np.full(learned.shape, bool(repeated))
+        return learned | bool(repeated)
     if op in ("Slice", "Gather") and (facts.shape(data[0]) or ())[2:] == shape[2:]:
         source = facts.shape(data[0]) or ()
         operands = [facts.value(n) for n in data[1:]]

@@ -27,7 +27,7 @@ from toast_onnx.proof.precision import to_float32
 from toast_onnx.proof.twin import TOLERANCE, Difference, relative_difference
 from toast_onnx.runtime import random_inputs, run_model
 from toast_onnx.tokens.metrics import read_features
-from toast_onnx.tokens.nodes import Merge
+from toast_onnx.tokens.nodes import EQUAL, Merge
 from toast_onnx.tokens.rewrite import WrittenMerge
 
 #: How far from the best a choice may be: cosines of float32 tokens.
@@ -45,7 +45,7 @@ class MergeProof:
         tolerance: allowed difference, as a share of a tensor's scale.
         worst: largest difference.
         choices: number of choices checked.
-        furthest: how much less alike than the best the worst choice was (a cosine).
+        furthest: how much less alike than the best the worst choice was (a cosine, weighed where the metric is).
         differences: of every merge and output.
     """
 
@@ -155,7 +155,7 @@ def _check(differences: Sequence[Difference], furthest: float) -> None:
             )
     if not furthest <= CHOICE_TOLERANCE:
         raise TwinError(
-            f"the graph merges tokens that are not the most alike: {furthest:.1e} below the best cosine (allowed "
+            f"the graph merges tokens that are not the most alike: {furthest:.1e} below the best (allowed "
             f"{CHOICE_TOLERANCE:.0e}); nothing was written; please report the model"
         )
 
@@ -209,7 +209,7 @@ def _step(counts: Merge, gone: np.ndarray, stays: np.ndarray, into: np.ndarray) 
         raise TwinError("a merge takes a token twice, or loses one; nothing was written; please report the model")
     new = np.full(counts.count, -1)
     middle = np.arange(counts.front, counts.count - counts.back)
-    sources, targets = middle[0::2], middle[1::2]
+    targets, sources = middle[0::2], middle[1::2]
     new[: counts.front] = np.arange(counts.front)
     new[sources[stays]] = counts.front + np.arange(stays.size)
     new[targets] = counts.front + stays.size + np.arange(targets.size)
@@ -240,17 +240,22 @@ def _first_of(groups: np.ndarray) -> np.ndarray:
 
 
 def _furthest(merge: WrittenMerge, made: Arrays, features: np.ndarray, before: np.ndarray) -> float:
-    """How far the worst choice of a merge lies behind the best, as a cosine."""
+    """How far the worst choice of a merge lies behind the best."""
     assert merge.matched is not None
     worst = 0.0
     stop = merge.counts.count - merge.counts.back
     choices = zip(*(made[name] for name in merge.matched.names), strict=True)
     for x, groups, (gone, stays, into) in zip(features, before, choices, strict=True):
-        unit = x[_first_of(groups)]
+        _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
+        unit = x[first]
         unit = unit / np.maximum(np.linalg.norm(unit, axis=-1, keepdims=True), np.finfo(np.float64).tiny)
-        cosine = unit[merge.counts.front : stop : 2] @ unit[merge.counts.front + 1 : stop : 2].T
-        best = cosine.max(1)
-        worst = max(worst, float((best[gone] - cosine[gone, into]).max(initial=0.0)))
+        sources, targets = slice(merge.counts.front + 1, stop, 2), slice(merge.counts.front, stop, 2)
+        alike = unit[sources] @ unit[targets].T
+        if merge.features is not None and merge.features.by_size:
+            a, b = sizes[sources, None].astype(np.float64), sizes[None, targets]
+            alike = (alike - EQUAL) * a * b / (a + b)
+        best = alike.max(1)
+        worst = max(worst, float((best[gone] - alike[gone, into]).max(initial=0.0)))
         if stays.size:
             worst = max(worst, float(best[stays].max() - best[gone].min()))
     return worst

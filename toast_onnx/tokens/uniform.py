@@ -1,0 +1,50 @@
+"""Whether a tensor holds one value everywhere: masks that mask nothing, repeated for the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from toast_onnx.errors import ModelError
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView, attribute
+
+#: Operators whose first operand's values are all that their output holds.
+_MOVES = frozenset(
+    {"Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Slice", "Gather", "Identity", "Tile", "Flatten"}
+)
+_COMPUTES = frozenset(
+    {"Add", "Sub", "Mul", "Div", "And", "Or", "Not", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+    | {"Where", "Cast", "Neg"}
+)
+
+
+def uniform_value(view: GraphView, facts: Facts, tensor: str) -> np.ndarray | None:
+    """The one value () that all elements of a tensor have, whatever the input holds; None where they differ.
+
+    Args:
+        view: the graph.
+        facts: its facts.
+        tensor: the tensor.
+    """
+    if facts.is_constant(tensor) or (known := facts.value(tensor)) is not None:
+        value = facts.array(tensor) if facts.is_constant(tensor) else np.asarray(known)
+        same = value.size > 0 and bool((value == value.reshape(-1)[0]).all())
+        return value.reshape(-1)[0].reshape(()) if same else None
+    node = view.producer_of(tensor)
+    if node is None or node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op_type == "ConstantOfShape":
+        if attribute(node, "value") is None:
+            return np.asarray(0, np.float32)
+        return np.asarray(facts.evaluate(node, [np.ones(1, np.int64)])[0][0])
+    if node.op_type in _MOVES:
+        return uniform_value(view, facts, node.input[0])
+    if node.op_type in _COMPUTES:
+        operands = [uniform_value(view, facts, name) for name in node.input]
+        if any(v is None for v in operands):
+            return None
+        try:
+            return np.asarray(facts.evaluate(node, operands)[0]).reshape(())
+        except ModelError:
+            return None
+    return None
