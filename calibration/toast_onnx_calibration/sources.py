@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import re
 import sys
 import zipfile
 import zlib
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from toast_onnx.errors import ConfigError, DataError
+from toast_onnx.planning.settings import names_code
 from toast_onnx_calibration.images import ReadReport, choose, find_images, read_images
 from toast_onnx_calibration.recipes import Recipe, adapt
 from toast_onnx_calibration.sessions import ModelInput, one_line
@@ -26,7 +26,6 @@ from toast_onnx_calibration.sessions import ModelInput, one_line
 Arrays = dict[str, NDArray[Any]]
 LABELS_KEY = "labels"
 IMAGES_KEY = "images"
-_CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _TENSOR_ROWS = 16  # rows handed on at a time where they need no work
 
 
@@ -225,7 +224,7 @@ def open_source(
 
 def is_callable(spec: str | Path) -> bool:
     """Whether a data specification means `module:function`."""
-    return isinstance(spec, str) and _CALLABLE.fullmatch(spec) is not None and not Path(spec).exists()
+    return isinstance(spec, str) and names_code(spec) and not Path(spec).exists()
 
 
 def load_callable(spec: str) -> Callable[..., Any]:
