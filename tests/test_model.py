@@ -202,6 +202,37 @@ def test_local_functions_are_inlined(tmp_path: Path) -> None:
     assert not model.proto.functions
 
 
+def test_defaults_of_local_functions_hold_where_a_call_says_nothing(tmp_path: Path) -> None:
+    """The first call has its own slope, the second one that of the function and not that of the operator."""
+    node = onnx.helper.make_node
+    inner = node("LeakyRelu", ["a"], ["b"])
+    inner.attribute.add(name="alpha", ref_attr_name="slope", type=onnx.AttributeProto.FLOAT)
+    default = onnx.helper.make_attribute("slope", 0.5)
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    function = onnx.helper.make_function("local", "Bend", ["a"], ["b"], [inner], opsets, attribute_protos=[default])
+    info = onnx.helper.make_tensor_value_info
+    calls = [node("Bend", ["x"], ["m"], domain="local", slope=0.25), node("Bend", ["m"], ["y"], domain="local")]
+    floats = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(calls, "calls", [info("x", floats, [1])], [info("y", floats, [1])])
+    opsets = [*opsets, onnx.helper.make_opsetid("local", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=[function]), tmp_path / "m")
+    save_model(load_model(tmp_path / "m"), tmp_path / "new.onnx")
+    assert run(tmp_path / "new.onnx", {"x": np.asarray([-8.0], np.float32)})[0].tolist() == [-1.0]
+
+
+def test_functions_that_call_one_another_in_a_circle(tmp_path: Path) -> None:
+    proto = tiny()
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("local", 1)]
+    for name, other in (("F", "G"), ("G", "F")):
+        inner = onnx.helper.make_node(other, ["a"], ["b"], domain="local")
+        proto.functions.append(onnx.helper.make_function("local", name, ["a"], ["b"], [inner], opsets))
+    proto.opset_import.append(opsets[1])
+    proto.graph.node[0].CopyFrom(onnx.helper.make_node("F", ["x"], ["p"], domain="local"))
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match="cannot be inlined"):
+        load_model(tmp_path / "model.onnx")
+
+
 def test_a_weight_that_is_shorter_than_its_shape_says_which(tmp_path: Path) -> None:
     proto = tiny()
     proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[:-8]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
 import onnx.external_data_helper as external
+import onnx.helper
 
 from toast_onnx.errors import ModelError
 
@@ -16,31 +21,177 @@ from toast_onnx.errors import ModelError
 LEAVE_INSIDE = 64_000_000
 
 
+#: Where a number stands in an external reference: decimal digits, few enough for any file.
+_NUMBER = re.compile(r"[0-9]{1,18}")
+#: Values a byte of element types that are packed: UINT4, INT4, FLOAT4E2M1, UINT2, INT2.
+_PACKED = {21: 2, 22: 2, 23: 2, 25: 4, 26: 4}
+
+
+def all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a model holds, the main graph's initializers first."""
+    yield from proto.graph.initializer
+    yield from inner_tensors(proto)
+
+
+def inner_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor but the main graph's initializers: of attributes, subgraphs, functions, sparse and in lists."""
+    yield from _of_sparse(proto.graph.sparse_initializer)
+    yield from _of_nodes(proto.graph.node)
+    for function in proto.functions:
+        yield from _of_nodes(function.node)
+        yield from _of_attributes(function.attribute_proto)
+    for training in proto.training_info:
+        yield from _of_graph(training.initialization)
+        yield from _of_graph(training.algorithm)
+
+
+def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    yield from _of_sparse(graph.sparse_initializer)
+    yield from _of_nodes(graph.node)
+
+
+def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        yield from _of_attributes(node.attribute)
+
+
+def _of_attributes(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        if attribute.HasField("sparse_tensor"):
+            yield from _of_sparse([attribute.sparse_tensor])
+        yield from _of_sparse(attribute.sparse_tensors)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _of_graph(graph)
+
+
+def _of_sparse(tensors: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorProto]:
+    for tensor in tensors:
+        yield tensor.values
+        yield tensor.indices
+
+
 def check_files(proto: onnx.ModelProto, path: Path) -> None:
-    """Make sure that a model's external data is there, and note in what state.
+    """Make sure that a model's external data is there, wherever a tensor stands, and note in what state.
+
+    References come out in full: with offset and length.
 
     Raises:
-        ModelError: a file is missing, too short, or outside the model's folder.
+        ModelError: a file is missing, too short, no regular file or outside the model's folder, or a reference is no
+            possible one.
     """
-    for tensor in proto.graph.initializer:
+    states: dict[str, os.stat_result] = {}
+    for tensor in all_tensors(proto):
         if not external.uses_external_data(tensor):
             continue
-        info = external.ExternalDataInfo(tensor)
-        file = path.parent / info.location
-        if os.path.isabs(info.location) or ".." in Path(info.location).parts:
+        location, offset, length = _reference(tensor, path)
+        if location not in states:
+            states[location] = _data_file(location, path)
+        needed = offset + length
+        if states[location].st_size < needed:
             raise ModelError(
-                f"{path}: its external data file '{info.location}' lies outside the model's folder; "
-                "put the data beside the model and save it with a plain file name"
+                f"{path}: external data file '{location}' is too short for the weight '{tensor.name}' "
+                f"({states[location].st_size} bytes of {needed}); copy it again"
             )
-        if not file.is_file():
-            raise ModelError(f"{path}: external data file '{info.location}' is missing; put it beside the model")
-        needed = (info.offset or 0) + (info.length or 0)
-        if file.stat().st_size < needed:
+        _remember(tensor, states[location])
+
+
+def _data_file(location: str, path: Path) -> os.stat_result:
+    """State of an external data file.
+
+    Raises:
+        ModelError: it is missing, no regular file, or outside the model's folder.
+    """
+    if os.path.isabs(location) or ".." in Path(location).parts:
+        raise ModelError(
+            f"{path}: its external data file '{location}' lies outside the model's folder; "
+            "put the data beside the model and save it with a plain file name"
+        )
+    try:
+        found = (path.parent / location).stat()
+    except (OSError, ValueError) as e:  # a name with a null byte is a ValueError
+        raise ModelError(f"{path}: external data file '{location}' is missing; put it beside the model") from e
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelError(f"{path}: external data file '{location}' is not a regular file; put the data itself there")
+    return found
+
+
+def _reference(tensor: onnx.TensorProto, path: Path) -> tuple[str, int, int]:
+    """Location, offset and length (bytes) of an external tensor; offset and length are noted where they were left out.
+
+    Raises:
+        ModelError: a number is no number, or the length is not what type and shape of the tensor take.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if len(entries) < len(tensor.external_data):
+        raise ModelError(f"{path}: the weight '{tensor.name}' names its external data twice; export it again")
+    for key in ("offset", "length"):
+        value = entries.get(key, "0")
+        if not isinstance(value, str) or _NUMBER.fullmatch(value) is None:
             raise ModelError(
-                f"{path}: external data file '{info.location}' is too short for the weight '{tensor.name}' "
-                f"({file.stat().st_size} bytes of {needed}); copy it again"
+                f"{path}: the weight '{tensor.name}' has the {key} {value[:20]!r} in its external data, which is no "
+                "whole number of bytes from 0 on; export it again"
             )
-        _remember(tensor, file.stat())
+    size = _tensor_size(tensor, path)
+    length = int(entries.get("length", size))
+    if length != size:
+        raise ModelError(
+            f"{path}: the weight '{tensor.name}' takes {size} bytes by its type and shape, but its external data says "
+            f"{length}; export it again"
+        )
+    offset = int(entries.get("offset", 0))
+    for key, number in (("offset", offset), ("length", length)):
+        if key not in entries:
+            tensor.external_data.add(key=key, value=str(number))
+    return entries.get("location", ""), offset, length
+
+
+def _tensor_size(tensor: onnx.TensorProto, path: Path) -> int:
+    """Bytes of a tensor's raw form.
+
+    Raises:
+        ModelError: its type has none, or it has a negative extent.
+    """
+    if tensor.data_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+        raise ModelError(f"{path}: the weight '{tensor.name}' has a type that cannot lie in a file; export it again")
+    try:
+        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except (KeyError, ValueError, TypeError) as e:
+        raise ModelError(
+            f"{path}: the weight '{tensor.name}' has the unknown element type {tensor.data_type}; export it again"
+        ) from e
+    if any(extent < 0 for extent in tensor.dims):
+        raise ModelError(f"{path}: the weight '{tensor.name}' has a negative extent; export it again")
+    return -(-math.prod(tensor.dims) * itemsize // _PACKED.get(tensor.data_type, 1))
+
+
+def bring_in_all(proto: onnx.ModelProto, path: Path, limit: int) -> None:
+    """Put every external tensor but the main graph's initializers inside, in place.
+
+    What reads an attribute's tensor would look for the file in the working directory, and take another one found there.
+
+    Args:
+        proto: a model that `check_files` has passed.
+        path: its file.
+        limit: most bytes that may come in.
+
+    Raises:
+        ModelError: a file was replaced or cannot be read, or together they are too large.
+    """
+    outside = [tensor for tensor in inner_tensors(proto) if external.uses_external_data(tensor)]
+    if sum(external.ExternalDataInfo(tensor).length or 0 for tensor in outside) > limit:
+        raise ModelError(
+            f"{path}: Constant nodes and subgraphs hold more than {limit} bytes of external data; turn them into "
+            "initializers (onnxslim does) and save the model again"
+        )
+    for tensor in outside:
+        try:
+            bring_in(tensor, path.parent)
+        except OSError as e:
+            raise ModelError(f"{path}: cannot read the weight '{tensor.name}': {e}") from e
 
 
 def leave_inside(graph: onnx.GraphProto, path: Path) -> None:

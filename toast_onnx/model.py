@@ -13,7 +13,7 @@ import hashlib
 import heapq
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,10 +24,19 @@ import onnx.external_data_helper as external
 import onnx.inliner
 import onnx.numpy_helper
 import onnx.shape_inference
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from toast_onnx.errors import ModelError
-from toast_onnx.external import LEAVE_INSIDE, bring_in, check_files, is_inside, leave_inside
+from toast_onnx.external import (
+    LEAVE_INSIDE,
+    all_tensors,
+    bring_in,
+    bring_in_all,
+    check_files,
+    is_inside,
+    leave_inside,
+)
+from toast_onnx.files import regular_file
 
 #: Protobuf cannot serialise more than 2 GiB; above this, weights go to a file beside the graph.
 INLINE_LIMIT = 1_900_000_000
@@ -109,27 +118,80 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         ModelError: the file is missing, not ONNX, truncated, empty, or its external data is missing or short.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder; give the .onnx file inside it")
-    try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except FileNotFoundError as e:
-        raise ModelError(f"{path} does not exist; check the path of the model") from e
-    except OSError as e:
-        raise ModelError(f"{path} cannot be read: {e.strerror or e}") from e
-    except DecodeError as e:
-        raise ModelError(f"{path} is not an ONNX file or is truncated; export or copy it again") from e
+    proto = read_graph(path)
     if not proto.graph.node or not proto.opset_import:
         raise ModelError(f"{path} holds no ONNX graph; export or copy it again")
     check_files(proto, path)
+    bring_in_all(proto, path, INLINE_LIMIT)
     if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
+        proto = _inline_functions(proto, path)
     _sort_nodes(proto.graph, path)
     if path.stat().st_size >= LEAVE_INSIDE:
         leave_inside(proto.graph, path)
         emptied, proto = proto, onnx.ModelProto()
         proto.CopyFrom(emptied)  # a message keeps the memory of fields that were cleared as long as it lives
     return Model(proto, path)
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The protobuf of an ONNX file as it stands there, external data left outside.
+
+    Raises:
+        ModelError: the file is missing, no regular file, too large, not ONNX or truncated.
+    """
+    if regular_file(path, ModelError, "give the path of an .onnx file").st_size >= 2**31:
+        raise ModelError(f"{path} is larger than 2 GiB, which no ONNX file can be; put its weights into external data")
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except OSError as e:
+        raise ModelError(f"{path} cannot be read: {e.strerror or e}") from e
+    except DecodeError as e:
+        raise ModelError(f"{path} is not an ONNX file or is truncated; export or copy it again") from e
+    if not _is_text(proto):
+        raise ModelError(f"{path} holds a name that is not text in UTF-8; export or copy it again")
+    return proto
+
+
+def _inline_functions(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """A model whose local functions are replaced by their bodies.
+
+    Raises:
+        ModelError: functions call one another in a circle, or are no functions.
+    """
+    # The inliner passes over defaults: a call without an attribute would get the operator's own default, another value.
+    defaults = {(f.domain, f.name): f.attribute_proto for f in proto.functions if f.attribute_proto}
+    for nodes in (proto.graph.node, *(function.node for function in proto.functions)):
+        for node in all_nodes(nodes):
+            present = {a.name for a in node.attribute}
+            missing = (a for a in defaults.get((node.domain, node.op_type), ()) if a.name not in present)
+            node.attribute.extend(missing)
+    try:
+        return onnx.inliner.inline_local_functions(proto)
+    except Exception as e:  # onnx raises errors of several kinds, some of them from C++
+        reason = str(e).strip().splitlines()[0]
+        raise ModelError(f"{path}: its local functions cannot be inlined: {reason}; export it again") from e
+
+
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes, and those inside their subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from all_nodes(graph.node)
+
+
+def _is_text(message: Message) -> bool:
+    """Whether every string of a message and of those inside is one; protobuf hands out others as bytes."""
+    for kind, value in message.ListFields():
+        if kind.type == kind.TYPE_STRING:
+            if isinstance(value, bytes) or (not isinstance(value, str) and any(isinstance(v, bytes) for v in value)):
+                return False
+        elif kind.type == kind.TYPE_MESSAGE:
+            inner = (value,) if isinstance(value, Message) else value
+            if not all(_is_text(m) for m in inner):
+                return False
+    return True
 
 
 def _sort_nodes(graph: onnx.GraphProto, path: Path) -> None:
@@ -170,9 +232,14 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def model_files(path: Path) -> list[Path]:
-    """The files a model consists of: its graph file, then its external data files in the order of their names."""
-    proto = onnx.load(str(path), load_external_data=False)
-    names = {external.ExternalDataInfo(t).location for t in proto.graph.initializer if external.uses_external_data(t)}
+    """The files a model consists of: its graph file, then its external data files in the order of their names.
+
+    Raises:
+        ModelError: as for `read_graph` and `check_files`.
+    """
+    proto = read_graph(path)
+    check_files(proto, path)
+    names = {external.ExternalDataInfo(t).location for t in all_tensors(proto) if external.uses_external_data(t)}
     return [path, *(path.parent / name for name in sorted(names))]
 
 

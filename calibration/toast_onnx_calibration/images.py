@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from toast_onnx.errors import DataError
-from toast_onnx_calibration.recipes import Recipe
+from toast_onnx.files import regular_file
+from toast_onnx_calibration.recipes import Recipe, check_pixels
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 # What may hide behind these names: data sets contain PNG and GIF files called .jpeg. Never EPS, which starts a program.
@@ -97,7 +98,9 @@ def decode(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about EXIF blocks and odd metadata, which change no pixel
+            regular_file(path, DataError, "it is no image")
             with Image.open(path, formats=_FORMATS) as image:
+                check_pixels(image.height, image.width, "of")
                 image.load()
                 return _upright(image)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
@@ -130,6 +133,8 @@ def read_images(
             return recipe.apply(decode(folder / name))
         except CorruptImage as error:
             return error
+        except DataError as error:  # it would become too large
+            return CorruptImage(str(error))
 
     waiting: deque[tuple[str, Future[NDArray[Any] | CorruptImage]]] = deque()
     upcoming = iter(names)

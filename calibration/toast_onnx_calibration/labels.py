@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError
 from toast_onnx_calibration.images import find_images
-from toast_onnx_calibration.sources import LABELS_KEY, is_callable, read_npz
+from toast_onnx_calibration.npy import check_npy, read_npz_arrays
+from toast_onnx_calibration.sources import LABELS_KEY, is_callable
 
 FOLDERS = "folders"
+_CLASS = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,11 @@ def labels_from_array(array: NDArray[np.generic], where: str) -> Labels:
 
 def _read_array(path: Path) -> NDArray[np.generic]:
     if path.suffix.lower() == ".npz":
-        arrays = read_npz(path)
+        arrays = read_npz_arrays(path)
         if LABELS_KEY not in arrays:
             raise DataError(f"{path}: holds no array '{LABELS_KEY}' (it has {', '.join(arrays)})")
         return arrays[LABELS_KEY]
+    check_npy(path)
     try:
         array: NDArray[np.generic] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -149,7 +153,7 @@ def _read_csv(path: Path) -> dict[str, int]:
         rows = rows[1:]
     listed: dict[str, int] = {}
     for row in rows:
-        if len(row) <= max(file_column, label_column) or not row[label_column].strip().isdecimal():
+        if len(row) <= max(file_column, label_column) or _CLASS.fullmatch(row[label_column].strip()) is None:
             raise DataError(f"{path}: '{','.join(row)}' is not a file and a class number counted from 0")
         name = PurePosixPath(row[file_column].strip().replace("\\", "/")).as_posix()
         label = int(row[label_column])

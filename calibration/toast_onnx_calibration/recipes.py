@@ -30,6 +30,37 @@ INTERPOLATIONS = {
 }
 
 
+#: Pixels of an image, as it is stored and as a recipe resizes it; an image of a few bytes can ask for any number.
+MAX_PIXELS = 64_000_000
+_allowed = {"pixels": MAX_PIXELS}
+
+
+def set_max_pixels(count: int) -> None:
+    """Allow images of more, or only of fewer pixels than `MAX_PIXELS`, from now on."""
+    _allowed["pixels"] = count
+    Image.MAX_IMAGE_PIXELS = max(count, MAX_PIXELS)  # Pillow's own limit is twice this
+
+
+def check_pixels(height: int, width: int, how: str) -> None:
+    """Refuse sizes that nobody's images have.
+
+    Args:
+        height: in pixels.
+        width: in pixels.
+        how: what the size is of, such as `resized to`.
+
+    Raises:
+        DataError: no pixel at all, or more than are allowed.
+    """
+    if height < 1 or width < 1:
+        raise DataError(f"an image {how} {width} x {height} pixels has none")
+    if height * width > _allowed["pixels"]:
+        raise DataError(
+            f"an image {how} {width} x {height} pixels has more than {_allowed['pixels']}; leave it out, or raise "
+            "--max-pixels"
+        )
+
+
 class Recipe(BaseModel):
     """Preprocessing of one image: resize, centre crop, `(pixel * scale - mean) / std`, layout.
 
@@ -110,6 +141,7 @@ class Recipe(BaseModel):
 
     def _resize(self, image: Image.Image) -> Image.Image:
         width, height = image.size
+        check_pixels(height, width, "of")
         if self.resize is None:
             new = (height, width)
         elif isinstance(self.resize, int):
@@ -124,6 +156,7 @@ class Recipe(BaseModel):
                 new = cover(*new, crop_height, crop_width)
         if new == (height, width):
             return image
+        check_pixels(*new, "resized to")
         return image.resize((new[1], new[0]), INTERPOLATIONS[self.interpolation])
 
     def _crop(self, image: Image.Image) -> Image.Image:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import re
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from toast_onnx.errors import ConfigError, DataError
+from toast_onnx.planning.settings import names_code
 from toast_onnx_calibration.images import ReadReport, choose, find_images, read_images
+from toast_onnx_calibration.npy import check_npy, read_npz_arrays, refused
 from toast_onnx_calibration.recipes import Recipe, adapt
 from toast_onnx_calibration.sessions import ModelInput, one_line
 
 Arrays = dict[str, NDArray[Any]]
 LABELS_KEY = "labels"
 IMAGES_KEY = "images"
-_CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _TENSOR_ROWS = 16  # rows handed on at a time where they need no work
 
 
@@ -225,7 +223,7 @@ def open_source(
 
 def is_callable(spec: str | Path) -> bool:
     """Whether a data specification means `module:function`."""
-    return isinstance(spec, str) and _CALLABLE.fullmatch(spec) is not None and not Path(spec).exists()
+    return isinstance(spec, str) and names_code(spec) and not Path(spec).exists()
 
 
 def load_callable(spec: str) -> Callable[..., Any]:
@@ -259,10 +257,9 @@ def load_npy(path: Path, inputs: Sequence[ModelInput]) -> Arrays:
     Raises:
         DataError: Truncated, pickled, or the model has more inputs.
     """
-    try:
+    check_npy(path)
+    with refused(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: {_load_failure(error)}") from error
     return _by_input(array, inputs, f"{path}: holds")
 
 
@@ -272,7 +269,7 @@ def load_npz(path: Path, inputs: Sequence[ModelInput]) -> Arrays:
     Raises:
         DataError: Truncated, pickled, or names that do not match the model's inputs.
     """
-    arrays = read_npz(path)
+    arrays = read_npz_arrays(path)
     arrays.pop(LABELS_KEY, None) if LABELS_KEY not in {i.name for i in inputs} else None
     if len(inputs) == 1 and inputs[0].name not in arrays:
         if IMAGES_KEY in arrays:
@@ -280,21 +277,6 @@ def load_npz(path: Path, inputs: Sequence[ModelInput]) -> Arrays:
         if len(arrays) == 1:
             return {inputs[0].name: next(iter(arrays.values()))}
     return _by_input(arrays, inputs, f"{path}: holds")
-
-
-def read_npz(path: Path) -> Arrays:
-    """Every array of a .npz file.
-
-    Raises:
-        DataError: Truncated, pickled, or not such a file.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: named .npz but holds a single array: rename it to .npy")
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: {_load_failure(error)}") from error
 
 
 class _Preparation:
@@ -366,12 +348,6 @@ def _common_length(arrays: Arrays, where: str) -> int:
         counts = ", ".join(f"{name} {count}" for name, count in lengths.items())
         raise DataError(f"{where} arrays with different numbers of samples: {counts}")
     return next(iter(lengths.values())) or 0
-
-
-def _load_failure(error: Exception) -> str:
-    if "allow_pickle" in str(error):
-        return "holds Python objects (pickle), which may run code: save plain numeric arrays"
-    return f"cannot be read, it is damaged or no numpy file ({one_line(error)})"
 
 
 def _listed(names: Iterable[Any]) -> str:

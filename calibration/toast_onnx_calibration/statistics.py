@@ -13,7 +13,7 @@ from toast_onnx.errors import DataError, MatchError
 from toast_onnx.importance.activation import token_channel_scores
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.synthetic import AttentionStatistics
-from toast_onnx.matching.blocks import Attention
+from toast_onnx.matching.blocks import Attention, Block
 from toast_onnx.matching.study import Study
 from toast_onnx.model import file_hash
 from toast_onnx_calibration.store import StatisticsFile, check_model, open_statistics
@@ -33,6 +33,7 @@ class CalibratedStatistics:
         self._study = study
         self.file: StatisticsFile = open_statistics(path)
         check_model(self.file, file_hash(study.view.model.path), study.view.model.path)
+        _check_widths(self.file, study)
 
     @property
     def source(self) -> str:
@@ -110,7 +111,7 @@ class CalibratedStatistics:
     def _average(self, block: int, part: str, attention: Attention, measured: bool) -> Array:
         if not measured:
             return np.full((attention.num_heads, attention.qk_dim, attention.qk_dim), np.nan)
-        gram: Array = self.file.array(f"{block}.{part}.gram") / float(self.file.array(f"{block}.{part}.count"))
+        gram: Array = self.file.array(f"{block}.{part}.gram") / self.file.count(f"{block}.{part}")
         return (gram + np.swapaxes(gram, -1, -2)) / 2
 
     def _context(self, block: int, attention: Attention, measured: bool) -> Moments:
@@ -118,3 +119,28 @@ class CalibratedStatistics:
             return self.file.moments(f"{block}.context")
         n = attention.num_heads * attention.vo_dim
         return Moments.known(np.full(n, np.nan), np.full((n, n), np.nan))
+
+
+def _check_widths(file: StatisticsFile, study: Study) -> None:
+    """Make sure that entries have the sizes of the blocks they speak of.
+
+    Raises:
+        DataError: one has not, or speaks of a block that the model does not have.
+    """
+    for name, shape in file.shapes().items():
+        index, part, quantity = name.split(".")
+        wanted = _extents(study.match.blocks[int(index)], part) if int(index) < len(study.match.blocks) else None
+        if wanted is None or (quantity in ("gram", "mean", "magnitude") and shape[-len(wanted) :] != wanted):
+            raise DataError(f"{file.path}: '{name}' has shape {shape}, which no such part has; calibrate again")
+
+
+def _extents(block: Block, part: str) -> tuple[int, ...] | None:
+    """The last extents of what is measured of a part of a block; None where it has no such part."""
+    attention, ffn = block.attention, block.ffn
+    if part in ("qq", "kk"):
+        return None if attention is None else (attention.num_heads, attention.qk_dim, attention.qk_dim)
+    if part == "context":
+        return None if attention is None else (attention.num_heads * attention.vo_dim,)
+    if ffn is None:
+        return None
+    return (ffn.in_features,) if part in ("inputs", "fc1") else (ffn.width,)

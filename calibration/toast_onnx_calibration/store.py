@@ -15,17 +15,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from toast_onnx.errors import DataError
+from toast_onnx.files import regular_file
 from toast_onnx.importance.moments import Moments
 from toast_onnx.model import drafts, file_hash
+from toast_onnx.planning.strict_json import parse_json
+from toast_onnx_calibration.npy import Claim, members_of, read_claim, read_member
+from toast_onnx_calibration.sessions import one_line
+from toast_onnx_calibration.store_checks import form_problem, value_problem
 
 VERSION = 1
 _HEADER = "header.json"
+_AGAIN = "calibrate again"
 _FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # same run, same bytes
 
 Array = NDArray[np.float64]
@@ -55,13 +62,18 @@ class Header:
     data: str
     fingerprints: tuple[str, ...]
     preprocessing: dict[str, Any] | None
-    samples: int
-    seed: int
-    tokens: float
-    class_weight: float
+    samples: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)]
+    tokens: Annotated[float, Field(gt=0, le=1)]
+    class_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     parts: dict[str, list[str]]
     notes: tuple[str, ...] = ()
     version: int = VERSION
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+_HEADER_READER = TypeAdapter(Header)
 
 
 class StatisticsFile:
@@ -78,26 +90,34 @@ class StatisticsFile:
             DataError: the file lacks it or is damaged.
         """
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
-                # The whole member is read first: that is what checks its CRC.
-                return np.asarray(np.lib.format.read_array(io.BytesIO(stream.read()), allow_pickle=False))
+            with zipfile.ZipFile(self.path) as archive:
+                return read_member(archive, archive.getinfo(f"{name}.npy"))
         except KeyError as e:
             raise DataError(f"{self.path}: has no '{name}'; run `toast-onnx calibrate` with the same --ratios") from e
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-            raise DataError(f"{self.path}: '{name}' is damaged; calibrate again") from e
+            raise DataError(f"{self.path}: '{name}' is damaged; {_AGAIN}") from e
 
     def names(self) -> list[str]:
         """Names of all entries."""
         with zipfile.ZipFile(self.path) as archive:
             return [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all entries by name."""
+        with zipfile.ZipFile(self.path) as archive:
+            return {name: _claim(archive, archive.getinfo(f"{name}.npy")).shape for name in self.names()}
+
     def moments(self, key: str) -> Moments:
         """Moments stored under a key such as `3.hidden`."""
-        count = float(self.array(f"{key}.count"))
+        count = self.count(key)
         mean = self.array(f"{key}.mean").astype(np.float64)
         covariance = self.array(f"{key}.covariance").astype(np.float64)
         second = covariance + np.outer(mean, mean)
         return Moments(count, count * mean, count * second, self.tokens(key, self.header.tokens))
+
+    def count(self, key: str) -> float:
+        """Sum of the token weights behind an entry."""
+        return float(self.array(f"{key}.count").reshape(()))
 
     def tokens(self, key: str, sampled: float = 1.0) -> float:
         """How many tokens stand behind an entry, up to the rounding of each layer's sample.
@@ -106,7 +126,7 @@ class StatisticsFile:
             key: such as `3.hidden`.
             sampled: the fraction of the tokens that it was measured on.
         """
-        count, samples, weight = float(self.array(f"{key}.count")), self.header.samples, self.header.class_weight
+        count, samples, weight = self.count(key), self.header.samples, self.header.class_weight
         if weight == 1 or count < samples * weight:  # no class token, or none in this layer
             return count
         # beside a weighted class token, sampled patches carry the weight of those left out
@@ -114,27 +134,65 @@ class StatisticsFile:
 
 
 def open_statistics(path: str | Path) -> StatisticsFile:
-    """Open a statistics file.
+    """Open a statistics file and check everything in it.
 
     Raises:
-        DataError: it is missing, truncated, of another format or of a later version.
+        DataError: it is missing, truncated, of another format or of a later version, or holds what cannot have been
+            measured.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such statistics file; `toast-onnx calibrate` writes one")
+    size = regular_file(path, DataError, "`toast-onnx calibrate` writes statistics").st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            document = json.loads(archive.read(_HEADER))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as e:
-        raise DataError(f"{path}: truncated, damaged or no statistics file; calibrate again") from e
+            members = members_of(archive, size)
+            text = archive.read(_HEADER)
+            claims = {m.filename: _claim(archive, m) for m in members if m.filename != _HEADER}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as e:
+        raise DataError(f"{path}: truncated, damaged or no statistics file ({one_line(e)}); {_AGAIN}") from e
+    file = StatisticsFile(path, _read_header(text, path))
+    _check_entries(file, claims)
+    return file
+
+
+def _claim(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Claim:
+    with archive.open(member) as stream:
+        return read_claim(stream)
+
+
+def _read_header(text: bytes, path: Path) -> Header:
+    """The header of a statistics file.
+
+    Raises:
+        DataError: it is none, or of another version.
+    """
+    document = parse_json(text, f"{path}: its header", DataError, _AGAIN)
     if not isinstance(document, dict) or document.get("version") != VERSION:
         found = document.get("version") if isinstance(document, dict) else None
-        raise DataError(f"{path}: statistics format {found}, but this release reads {VERSION}; calibrate again")
+        raise DataError(f"{path}: statistics format {found!r:.40}, but this release reads {VERSION}; {_AGAIN}")
     try:
-        header = Header(**document)
-    except TypeError as e:
-        raise DataError(f"{path}: its header is incomplete; calibrate again") from e
-    return StatisticsFile(path, replace(header, fingerprints=tuple(header.fingerprints), notes=tuple(header.notes)))
+        return _HEADER_READER.validate_json(text, strict=True)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: its header is wrong at '{where}': {first['msg']}; {_AGAIN}") from e
+
+
+def _check_entries(file: StatisticsFile, claims: dict[str, Claim]) -> None:
+    """Make sure that every entry can have been measured.
+
+    Raises:
+        DataError: one cannot.
+    """
+    names = {member.removesuffix(".npy"): claim for member, claim in claims.items()}
+    shapes = {name: claim.shape for name, claim in names.items()}
+    problems = {name: form_problem(name, claim.dtype, shapes) for name, claim in names.items()}
+    for name, problem in problems.items():
+        if problem is None:
+            key, _, quantity = name.rpartition(".")
+            mean = file.array(f"{key}.mean").astype(np.float64) if quantity == "covariance" else None
+            problem = value_problem(name, file.array(name).astype(np.float64), mean)
+        if problem is not None:
+            raise DataError(f"{file.path}: '{name}' {problem}; {_AGAIN}")
 
 
 def check_model(file: StatisticsFile, sha256: str, model: Path) -> None:

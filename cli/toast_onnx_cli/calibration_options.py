@@ -11,6 +11,7 @@ import click
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx_cli.console import Advance, progress
 from toast_onnx_cli.numbers import FiniteRange
+from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrate import CalibrationOptions
@@ -37,6 +38,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--preprocess", metavar="RECIPE", help="imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."
         ),
+        max_pixels_option,
         click.option("--samples", type=click.IntRange(1), help="Draw so many samples; 256 by default."),
         click.option("--tokens", callback=parse_tokens, metavar="all|FRACTION", help="Tokens that count; default all."),
         click.option(

@@ -15,6 +15,7 @@ from toast_onnx.errors import BackendError
 from toast_onnx_cli.console import print_json, print_table
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.numbers import FiniteRange
+from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", help="Image folder, .npy or .npz file, or module:function; random inputs where none is given.")
 @click.option("--preprocess", help="Recipe for images: imagenet, clip, dinov2, mae, none, or a file.")
+@max_pixels_option
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many inputs to compare on.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Inputs a run, where it is free.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For the draw of samples.")

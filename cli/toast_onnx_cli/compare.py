@@ -9,6 +9,7 @@ import click
 
 from toast_onnx_cli.calibration_options import DATA_HELP, sample_progress
 from toast_onnx_cli.console import format_bytes, format_count, print_json, print_table
+from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.compare import Comparison
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 @click.option(
     "--preprocess", metavar="RECIPE", help="imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."
 )
+@max_pixels_option
 @click.option("--samples", type=click.IntRange(1), help="Draw so many samples instead of taking all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)

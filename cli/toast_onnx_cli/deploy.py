@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--redo", multiple=True, metavar="STEP", help="Run this step even where it is done; may be repeated.")
 @click.option("--partial", is_flag=True, help="Status 0 even where steps wait for a machine that can run them.")
+@click.option("--allow-code", is_flag=True, help="Run Python code that CONFIG names as module:function.")
 @click.option("--dry-run", is_flag=True, help="Print the steps' commands and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-def command(config: Path, redo: tuple[str, ...], partial: bool, dry_run: bool, as_json: bool) -> None:
+def command(config: Path, redo: tuple[str, ...], partial: bool, allow_code: bool, dry_run: bool, as_json: bool) -> None:
     """Prune, convert, build, measure and check in one go, as CONFIG, a YAML file, says.
 
     A run that was stopped goes on where it was: steps whose command, inputs and versions are the same and whose outputs
@@ -36,7 +37,7 @@ def command(config: Path, redo: tuple[str, ...], partial: bool, dry_run: bool, a
 
     from toast_onnx.deploy import deploy, load_deployment, plan_steps
 
-    settings = load_deployment(config)
+    settings = load_deployment(config, allow_code=allow_code)
     if dry_run:
         for step in plan_steps(settings, config):
             click.echo(shlex.join(["toast-onnx", *step.arguments]))

@@ -13,7 +13,7 @@ def read_files(model: Path) -> list[Path]:
     """The files of a model, its external weights too; only the named file where it is no model."""
     try:
         return model_files(model)
-    except Exception:  # whatever a file that is no model sets off: what loads it says so in better words
+    except ModelError:  # what loads it says so, too
         return [model]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toast_onnx_cli.console import Advance, print_json, print_table, progress
+from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.evaluate import Evaluation
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--labels", help="CSV with columns file and label, the word 'folders', or a .npz with 'labels'.")
 @click.option("--metric", help="Python module:function that gets all outputs, instead of top-1 and top-5.")
 @click.option("--preprocess", help="Recipe: imagenet, imagenet-inception, clip, dinov2, mae, none, or a file.")
+@max_pixels_option
 @click.option("--output", help="Name of the output with the class scores; the first 2-D one by default.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run, where it is free.")

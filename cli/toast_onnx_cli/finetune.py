@@ -14,6 +14,7 @@ from toast_onnx.errors import ModelError
 from toast_onnx_cli.console import print_json, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.numbers import FiniteRange
+from toast_onnx_cli.pixels import max_pixels_option
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ _data_options = _options(
     click.option("--data", required=True, help="Image folder, .npy or .npz file, or a Python module:function."),
     click.option("--labels", help="CSV with columns file and label, the word 'folders', or a .npz with 'labels'."),
     click.option("--preprocess", help="Recipe: imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."),
+    max_pixels_option,
     click.option("--samples", type=click.IntRange(2), help="Draw so many samples instead of taking all."),
     click.option(
         "--holdout",

@@ -153,3 +153,18 @@ def test_a_run_killed_while_it_builds_goes_on_with_the_build(tmp_path: Path) -> 
     assert "== prune: done before" in result.stderr
     assert (tmp_path / "out" / "digits_vit.pruned.onnx").stat().st_mtime_ns == pruned
     assert steps(config)["build"]["status"] == "done"
+
+
+def test_code_that_a_file_names_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a deployment file nor the ratios file that it names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    named = prepare(tmp_path, {"version": 1, "model": "model.onnx", "eval": {"data": "x", "metric": "code"}})
+    assert "eval.metric is Python code" in deploy(named).stderr
+    (tmp_path / "r.yaml").write_text("version: 1\ncalibration: {data: 'code:run'}\n")
+    inside = prepare(tmp_path, {"version": 1, "model": "model.onnx", "prune": {"ratios": "r.yaml"}})
+    for options in ([], ["--allow-code"]):
+        result = deploy(inside, *options)
+        assert result.exit_code == 1
+        assert "a file may not name code" in result.stderr
+    assert not (tmp_path / "ran").exists()

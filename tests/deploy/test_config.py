@@ -37,6 +37,31 @@ def test_every_section_is_read_and_numbers_become_what_commands_take(tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("prune: {ratios: r.yaml, data: 'code:run'}", "prune.data"),
+        ("compare: {data: 'a.code:run'}", "compare.data"),
+        ("eval: {data: 'code:run'}", "eval.data"),
+        ("eval: {data: images, metric: 'code:run'}", "eval.metric"),
+        ("eval: {data: images, metric: code}", "eval.metric"),
+        ("build: {}\ncheck: {data: 'code:run'}", "check.data"),
+    ],
+)
+def test_code_is_named_only_where_that_is_allowed(section: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.yaml"
+    path.write_text(f"version: 1\nmodel: m.onnx\n{section}\n")
+    with pytest.raises(ConfigError, match=f"{key} is Python code.*--allow-code"):
+        load_deployment(path)
+    load_deployment(path, allow_code=True)
+
+
+@pytest.mark.parametrize("keys", ["model: --data=code:run", "model: m.onnx\noutput: --data=code:run"])
+def test_no_path_is_taken_for_an_option(keys: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="starts with -"):
+        read(tmp_path, LEAST.replace("model: m.onnx", keys))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- a\n", "d.yaml holds no keys"),

@@ -83,7 +83,7 @@ def write(path: Path, document: dict[str, object]) -> Path:
 def go(source: Path, player: Player, redo: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
     """Steps that ran, and the status of all."""
     player.ran.clear()
-    document = deploy(load_deployment(source), source, player, redo=redo)
+    document = deploy(load_deployment(source, allow_code=True), source, player, redo=redo)
     on_disk = json.loads((source.parent / "out" / "deploy.json").read_text())
     assert on_disk == document
     return list(player.ran), {name: entry["status"] for name, entry in document["steps"].items()}
@@ -236,7 +236,7 @@ def test_without_a_backend_the_engine_waits_and_what_reads_it_too(
 
 def test_float32_needs_no_conversion_and_no_pruning_no_baseline(source: Path) -> None:
     write(source, {"version": 1, "model": "m.onnx", "build": {}, "bench": {"runtime": "trtexec"}})
-    steps = plan_steps(load_deployment(source), source)
+    steps = plan_steps(load_deployment(source, allow_code=True), source)
     assert [s.name for s in steps] == ["build", "bench-trtexec"]
     assert steps[0].outputs == ("d/m.fp32.engine", "d/m.fp32.engine.json")
 
@@ -263,7 +263,7 @@ def test_models_that_are_timed_together_have_one_precision(
     document = {"version": 1, "model": "m.onnx", "output": "out", "prune": {"ratios": "ratios.yaml"}, **settings}
     document["bench"] = {"provider": document.pop("provider", "cpu")}
     write(source, {key: value for key, value in document.items() if value is not None})
-    steps = plan_steps(load_deployment(source), source)
+    steps = plan_steps(load_deployment(source, allow_code=True), source)
     assert list(steps[-1].inputs) == timed
     made = {name for step in steps for name in step.outputs} | {"m.onnx"}
     assert made.issuperset(timed)
@@ -271,7 +271,7 @@ def test_models_that_are_timed_together_have_one_precision(
 
 def test_the_preprocessing_beside_the_dense_model_is_handed_on(source: Path) -> None:
     (source.parent / "preprocessor_config.json").write_text("{}")
-    steps = {s.name: s for s in plan_steps(load_deployment(source), source)}
+    steps = {s.name: s for s in plan_steps(load_deployment(source, allow_code=True), source)}
     assert "preprocessor_config.json" in steps["prune"].arguments
     assert "preprocessor_config.json" in steps["compare"].inputs
 
@@ -281,7 +281,7 @@ def test_a_record_that_is_none_is_not_overwritten(source: Path, content: str) ->
     (source.parent / "out").mkdir()
     (source.parent / "out" / "deploy.json").write_text(content)
     with pytest.raises(ConfigError, match=r"deploy\.json"):
-        deploy(load_deployment(source), source, Player())
+        deploy(load_deployment(source, allow_code=True), source, Player())
 
 
 def test_a_missing_model_is_told_before_anything_runs(source: Path) -> None:

@@ -195,6 +195,7 @@ def test_paper_rounding_brings_its_alignment(tmp_path: Path) -> None:
         ("version: 1\ncalibration: {samples: true}", "calibration.samples is true", "whole number"),
         ("version: 1\ncalibration: {seed: -1}", "calibration.seed is -1", "at least 0"),
         ("version: 1\ncalibration: {data: ''}", "calibration.data is the text ''", "expected text"),
+        ("version: 1\ncalibration: {data: 'code:run'}", "calibration.data is the text 'code:run'", "--data"),
         ("version: 1\ncalibration: {data: 5}", "calibration.data is 5", "expected text"),
         ("version: 1\ncalibration: {tokens: 0}", "calibration.tokens is 0", "above 0 and at most 1"),
         ("version: 1\nffn: {fc1: 2, fc2: 3, mode: x}", "ffn.fc1 is 2", "(2 more problems after this)"),

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.planning.settings import Section, explain, invalid
+from toast_onnx.planning.settings import Section, explain, invalid, names_code
 from toast_onnx.planning.strict_yaml import read_document
 
 Text = Annotated[str, Field(min_length=1)]
@@ -185,13 +185,31 @@ class Deployment(Section):
             raise invalid(f"has precision: {self.precision} with build.format: ort, which takes fp32 or fp16")
         if self.prune is not None and self.prune.data is not None and self.prune.statistics is not None:
             raise invalid("has prune.data and prune.statistics; keep one")
+        for name in ("model", "output"):
+            if (getattr(self, name) or "").startswith("-"):
+                raise invalid("starts with -, like an option; write ./ in front of it", suffix=f"{name}")
         if all(getattr(self, name) is None for name in ("prune", "build", "compare", "eval", "bench", "check")):
             raise invalid("asks for no step; add one of prune, build, compare, eval, bench, check")
         return self
 
 
-def load_deployment(path: str | os.PathLike[str]) -> Deployment:
+def _code_named(config: Deployment) -> str | None:
+    """The first key whose value is Python code, None where there is none."""
+    if config.eval is not None and config.eval.metric is not None:  # never anything else
+        return "eval.metric"
+    for name in ("prune", "compare", "eval", "check"):
+        data = getattr(getattr(config, name), "data", None)
+        if data is not None and names_code(data):
+            return f"{name}.data"
+    return None
+
+
+def load_deployment(path: str | os.PathLike[str], *, allow_code: bool = False) -> Deployment:
     """Reads a deployment file.
+
+    Args:
+        path: The file.
+        allow_code: Take `module:function` for data and metrics.
 
     Raises:
         ConfigError: In one line, the file, the key at fault, its value and what is allowed.
@@ -203,6 +221,12 @@ def load_deployment(path: str | os.PathLike[str]) -> Deployment:
         if key not in document:
             raise ConfigError(f"{source} has no {key}; add the line `{line}`")
     try:
-        return Deployment.model_validate(dict(document))
+        config = Deployment.model_validate(dict(document))
     except ValidationError as e:
         raise ConfigError(f"{source}: {explain(e, document)}") from e
+    named = _code_named(config)
+    if named is not None and not allow_code:
+        raise ConfigError(
+            f"{source}: {named} is Python code, which this would run; give --allow-code where you trust the file"
+        )
+    return config

@@ -9,12 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from toast_onnx import __version__
 from toast_onnx.deploy.code import code_files
 from toast_onnx.deploy.steps import Step
-from toast_onnx.errors import ConfigError
+from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.model import model_files, write_bytes
 
 FORMAT = "toast-onnx/deploy/1"
@@ -61,7 +59,7 @@ def _parts(path: Path) -> list[Path]:
     """The files of an ONNX model; the file alone where it is none, which the command that reads it will say."""
     try:
         return model_files(path)
-    except DecodeError:
+    except ModelError:
         return [path]
 
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
-from toast_onnx.planning.settings import Section, exact_decimal, invalid, shown
+from toast_onnx.planning.settings import Section, exact_decimal, invalid, names_code, shown
 from toast_onnx.planning.widths import Rounding
 
 Select = Literal["subspace", "index"]
@@ -213,18 +213,27 @@ class Compensation(Section):
     ridge: Annotated[Decimal | Literal["auto"], PlainValidator(_ridge)] = "auto"
 
 
+def _no_code(value: str) -> str:
+    if names_code(value):
+        raise invalid(
+            f"is {shown(value)}, Python code; a file may not name code, since reading it would run it: give --data on "
+            "the command line, or write ./ in front of a file of that name"
+        )
+    return value
+
+
 class Calibration(Section):
     """Where calibration samples come from; the command line's options override each of these.
 
     Attributes:
-        data: A folder or file, relative to the working directory; None when the run has no data.
+        data: A folder or file, relative to the working directory, never code; None when the run has no data.
         samples: How many samples to read at most.
         preprocess: A named preprocessing or a recipe file.
         tokens: `all`, or the fraction of tokens to sample.
         seed: Seed of every draw.
     """
 
-    data: Annotated[str, Field(min_length=1)] | None = None
+    data: Annotated[str, Field(min_length=1), AfterValidator(_no_code)] | None = None
     samples: Annotated[int, Field(ge=1)] = 256
     preprocess: Annotated[str, Field(min_length=1)] = "imagenet"
     tokens: Annotated[Decimal | Literal["all"], PlainValidator(_tokens)] = "all"

@@ -22,6 +22,14 @@ def invalid(problem: str, suffix: str = "") -> PydanticCustomError:
     return PydanticCustomError("setting", "{problem}", {"problem": problem, "suffix": suffix})
 
 
+_CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def names_code(text: str) -> bool:
+    """Returns whether text has the form `module:function`, which the command line takes for Python code to run."""
+    return _CODE.fullmatch(text) is not None
+
+
 def exact_decimal(value: object) -> Decimal:
     """Returns a number as an exact decimal; a float stands for the shortest decimal that prints it.
 

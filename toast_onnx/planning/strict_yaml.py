@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.files import read_limited
 
 _MAX_BYTES = 1 << 18
 _MAX_VALUES = 20_000  # aliases can repeat a value without writing it, so the file's size does not bound this
@@ -121,13 +122,7 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 
 def _read_text(source: Path) -> str:
-    try:
-        with source.open("rb") as stream:
-            data = stream.read(_MAX_BYTES + 1)
-    except OSError as e:
-        raise ConfigError(f"cannot read {source}: {e.strerror or e}; check the path") from e
-    if len(data) > _MAX_BYTES:
-        raise ConfigError(f"{source} is larger than 256 KiB, so it is no settings file; give the YAML file")
+    data = read_limited(source, _MAX_BYTES, ConfigError, "give the YAML file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:

@@ -1,0 +1,93 @@
+"""Whether a statistics file's entries can be what was measured: wrong sums would make a wrong model in silence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Shape = tuple[int, ...]
+
+_NAME = re.compile(r"([0-9]{1,6}\.(qq|kk|context|hidden|inputs|fc1|fc2))\.([a-z]+)")
+_MOMENTS = ("count", "mean", "covariance")
+_SCORES = ("magnitude", "images", "attention")
+_QUANTITIES = {
+    "qq": ("gram", "count"),
+    "kk": ("gram", "count"),
+    "context": _MOMENTS,
+    "hidden": _MOMENTS,
+    "inputs": _MOMENTS,
+    "fc1": _SCORES,
+    "fc2": _SCORES,
+}
+_LARGEST = 1e18  # of a count or a magnitude; products of two stay finite
+#: Sums are taken in float32: what they may be off by, in steps of its rounding, beside one step a channel.
+_STEPS = 1000
+
+
+def form_problem(name: str, dtype: np.dtype[np.generic], shapes: Mapping[str, Shape]) -> str | None:
+    """What is wrong with an entry's name, type or shape, continuing a sentence; None where nothing is.
+
+    Args:
+        name: such as `3.hidden.mean`.
+        dtype: its type.
+        shapes: shapes of all entries by name.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None or found[3] not in _QUANTITIES[found[2]]:
+        return "is no entry of a statistics file"
+    if dtype not in (np.dtype("<f4"), np.dtype("<f8")):
+        return f"is of type {dtype}, not float32 or float64"
+    shape = shapes[name]
+    if found[3] in ("count", "images"):
+        return None if shape in ((), (1,)) else f"has shape {shape}, but is one number"
+    fits = {
+        "gram": len(shape) == 3 and shape[1:] == shape[-1:] * 2,
+        "covariance": shape == shapes.get(f"{found[1]}.mean", ()) * 2,
+        "magnitude": len(shape) == 2,
+    }.get(found[3], len(shape) == 1)
+    return None if fits and 0 not in shape else f"has shape {shape}, which nothing that is measured has"
+
+
+def value_problem(name: str, value: Array, mean: Array | None) -> str | None:
+    """What is wrong with an entry's values, continuing a sentence; None where nothing is.
+
+    Args:
+        name: of the entry; its form has no problem.
+        value: its values.
+        mean: for a covariance the mean (n,) that belongs to it.
+    """
+    quantity = name.rpartition(".")[2]
+    if not np.isfinite(value).all() or np.abs(value).max() > _LARGEST:
+        return "holds NaN, infinity or numbers beyond any measurement"
+    if quantity in ("count", "images"):
+        return None if value.reshape(()) > 0 else f"is {float(value.reshape(())):g}, but counts samples or tokens"
+    if quantity in ("magnitude", "attention"):
+        return None if value.min() >= 0 else "holds negative numbers, but magnitudes have no sign"
+    if quantity == "mean":
+        return None
+    if not value.any():
+        return "is zero everywhere: no activation ever differs"
+    matrices = value.reshape(-1, *value.shape[-2:])
+    offset = np.zeros(value.shape[-1]) if mean is None else np.square(mean)
+    return next((problem for m in matrices if (problem := _not_a_moment(m, offset)) is not None), None)
+
+
+def _not_a_moment(matrix: Array, offset: Array) -> str | None:
+    """Why (n, n) is no covariance to rounding, given (n,) squared means; None where it is one."""
+    size = float(np.max(np.abs(np.diag(matrix)) + offset))
+    tolerance = (len(matrix) + _STEPS) * float(np.finfo(np.float32).eps) * size
+    if np.abs(matrix - matrix.T).max() > tolerance:
+        return "is not symmetric"
+    if not tolerance:  # a head whose activations are all zero has a zero matrix
+        return "is not positive semi-definite" if matrix.any() else None
+    shifted = (matrix + matrix.T) / 2
+    shifted[np.diag_indices_from(shifted)] += tolerance
+    try:
+        np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        return "is not positive semi-definite"
+    return None

@@ -1,0 +1,20 @@
+"""`--max-pixels`, of every command that reads images."""
+
+from __future__ import annotations
+
+import click
+
+
+def _set(_ctx: click.Context, _param: click.Parameter, value: int | None) -> None:
+    from toast_onnx_calibration.recipes import MAX_PIXELS, set_max_pixels
+
+    set_max_pixels(value or MAX_PIXELS)
+
+
+max_pixels_option = click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    callback=_set,
+    expose_value=False,
+    help="Skip images that are, or would be resized to, more pixels; 64000000 by default.",
+)
