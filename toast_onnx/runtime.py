@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.helper
-import onnxruntime as ort
 
 from toast_onnx.errors import BackendError
+from toast_onnx.ort import ort, session_options
 
 
 def expose(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
@@ -33,8 +33,7 @@ def open_session(path: Path, names: Sequence[str], *, threads: int = 0) -> ort.I
     """
     proto = onnx.load(str(path), load_external_data=False)
     onnx.save(expose(proto, names), str(path))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options()
     options.intra_op_num_threads = threads
     # Extended fusions may rename or swallow the tensors that are asked for; basic ones keep outputs.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
