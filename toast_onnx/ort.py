@@ -51,9 +51,16 @@ else:
         import onnxruntime as ort
 
 
-def session_options() -> Any:
-    """`onnxruntime.SessionOptions` of a session that says nothing but what it raises."""
+def session_options(threads: int | None = None) -> Any:
+    """`onnxruntime.SessionOptions` of a session that says nothing but what it raises.
+
+    Args:
+        threads: threads inside one operator; None or 0 leaves it to `OMP_NUM_THREADS`, as NumPy and PyTorch do, and
+            to ONNX Runtime (one a core) where that is not set.
+    """
     options = ort.SessionOptions()
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    options.intra_op_num_threads = threads or (int(wished) if wished.isdecimal() else 0)
     options.log_severity_level = _WARNING if logger.isEnabledFor(logging.DEBUG) else _FATAL
     return options
 

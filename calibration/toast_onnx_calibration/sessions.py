@@ -65,7 +65,7 @@ def make_session(
     Args:
         model: An ONNX file, or a serialized model (kept in memory as long as the session).
         provider: `cpu`, `cuda` or `tensorrt`.
-        threads: Threads inside one operator; None is one a core.
+        threads: Threads inside one operator; None leaves it to `OMP_NUM_THREADS`, or is one a core.
         optimize: Whether ONNX Runtime may fuse and fold; without it the nodes run as they are written.
         external_data: Folder of the external data of a serialized model.
         memory_arena: Whether the CPU keeps freed buffers for reuse: faster, but the largest peak stays allocated.
@@ -85,8 +85,7 @@ def make_session(
     name = "the model" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelError(f"{name}: no such file")
-    options = session_options()
-    options.intra_op_num_threads = threads or 0
+    options = session_options(threads)
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = memory_arena
     if not optimize:

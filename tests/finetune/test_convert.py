@@ -13,6 +13,7 @@ import torch
 
 from tests import zoo
 from tests.finetune.graphs import FLOAT, graph_model, residual_mlp, run_onnx
+from tests.pace import mostly_slow
 from tests.pruning import UNEVEN, prune_file, run
 from tests.test_zoo import FAST
 from toast_onnx.errors import ModelError
@@ -56,7 +57,9 @@ def test_outputs_are_those_of_onnx_runtime_and_gradients_reach_every_weight(case
 #: What simplifiers and optimizers make of an export; the transformer optimizer fuses attention in BERT alone.
 AFTER = [
     pytest.param(
-        zoo.Case(family, after=after), id=f"{family}/{after}", marks=() if after == "fp16" else pytest.mark.slow
+        zoo.Case(family, after=after),
+        id=f"{family}/{after}",
+        marks=() if (family, after) == ("hf-bert-eager", "fp16") else pytest.mark.slow,
     )
     for family in ("hf-bert-eager", "hf-swin")
     for after in zoo.AFTERMATHS
@@ -79,7 +82,12 @@ def test_optimized_and_half_precision_files_convert_too(case: zoo.Case, exported
             assert relative(outputs[name], want) <= (HALF_ROUNDING if case.after == "fp16" else 1e-4)
 
 
-@pytest.mark.parametrize("family", ["timm-vit", "timm-deit-distilled", "hf-dinov2", "torchvision-vit"])
+@pytest.mark.parametrize(
+    "family",
+    mostly_slow(
+        ["timm-vit", "timm-deit-distilled", "hf-dinov2", "torchvision-vit"], ("timm-vit", "hf-dinov2").__contains__
+    ),
+)
 def test_the_weights_are_the_library_modules_parameters(family: str, exported: Exported) -> None:
     """As many numbers are trained as the original module has parameters that its outputs depend on."""
     path = exported(zoo.Case(family))

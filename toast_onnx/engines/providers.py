@@ -50,8 +50,7 @@ def open_session(
         raise ConfigError(f"provider '{provider}' is unknown; use one of {', '.join(PROVIDERS)}")
     full_name = PROVIDERS[provider]
     options = session_options()
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or 0
     settings = _profile_settings(provider, profile or {})
     try:
         with quiet():
