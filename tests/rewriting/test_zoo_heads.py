@@ -11,7 +11,7 @@ import pytest
 from tests import zoo
 from tests.pace import mostly_slow
 from tests.pruning import look, prune_file, run, worst
-from tests.test_zoo import CHOSEN, FAST, WIDER
+from tests.test_zoo import CHOSEN, FAST, WIDER, WIDER_DYNAMO
 
 Exported = Callable[[zoo.Case], Path]
 
@@ -40,9 +40,10 @@ DECLINED = {
     **{(family, batch): {SINGLE: 1} for family in ("timm-hiera", "hf-segformer") for batch in ("static", "dynamic")},
     **{("timm-sam2", batch): {SINGLE: 1, POOLED: 3} for batch in ("static", "dynamic")},
 }
-DYNAMO = [c for c in zoo.cases(2) if c.exporter in ("dynamo-18", "dynamo-20", "dynamo-23") and c.batch == "static"]
 QUICK = {c for c in FAST if c.family in ("timm-vit", "hf-vit", "timm-swin", "hf-dinov2")}
-CASES = [pytest.param(c, id=c.id, marks=() if c in QUICK else pytest.mark.slow) for c in (*CHOSEN, *WIDER, *DYNAMO)]
+CASES = [
+    pytest.param(c, id=c.id, marks=() if c in QUICK else pytest.mark.slow) for c in (*CHOSEN, *WIDER, *WIDER_DYNAMO)
+]
 
 
 @pytest.mark.parametrize("case", CASES)
