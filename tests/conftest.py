@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+# Tests run beside one another: one thread each, so that they do not get into each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from tests import zoo
+
+pytest_plugins = ["tests.skips"]
 
 # A busy machine must not fail a property; what is slow belongs to benchmarks/.
 # The same examples in every run: what fails on a clean checkout fails on every other, too.

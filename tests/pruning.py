@@ -42,6 +42,7 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """All outputs of a model file."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = 1  # idle threads would spin, and two tests run at a time
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return list(session.run(None, feeds))
 

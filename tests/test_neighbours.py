@@ -49,12 +49,14 @@ def is_pruned_and_quantized(model: onnx.ModelProto) -> bool:
     return ops["QuantizeLinear"] >= 36 and (96, 192) in shapes and (96, 384) not in shapes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("olive") is None, reason="Olive is not installed: pip install olive-ai")
 def test_olive_prunes_and_quantizes_in_one_workflow(tmp_path: Path) -> None:
     assert is_pruned_and_quantized(run_example("olive_workflow.py", tmp_path))
     assert accuracy(tmp_path / "digits_vit.int8.onnx") > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("modelopt") is None,
     reason="NVIDIA ModelOpt is not installed: pip install 'nvidia-modelopt[onnx]'",

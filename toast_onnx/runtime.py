@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.helper
-import onnxruntime as ort
 
 from toast_onnx.errors import BackendError
+from toast_onnx.ort import ort, session_options
 
 
 def expose(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
@@ -26,16 +26,14 @@ def open_session(path: Path, names: Sequence[str], *, threads: int = 0) -> ort.I
     Args:
         path: the model; tensors that are no outputs are made outputs (the file is changed).
         names: tensors to return.
-        threads: intra-op threads; 0 leaves the choice to ONNX Runtime.
+        threads: intra-op threads; 0 leaves the choice to `session_options`.
 
     Raises:
         BackendError: ONNX Runtime refuses the model.
     """
     proto = onnx.load(str(path), load_external_data=False)
     onnx.save(expose(proto, names), str(path))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
+    options = session_options(threads)
     # Extended fusions may rename or swallow the tensors that are asked for; basic ones keep outputs.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     try:
@@ -72,7 +70,7 @@ def run_model(
         path: the model; tensors that are no outputs are made outputs (the file is changed).
         names: tensors to return.
         feeds: input name -> array, one mapping a run.
-        threads: intra-op threads; 0 leaves the choice to ONNX Runtime.
+        threads: intra-op threads; 0 leaves the choice to `session_options`.
 
     Raises:
         BackendError: ONNX Runtime refuses the model or fails on it.

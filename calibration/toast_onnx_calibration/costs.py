@@ -73,9 +73,8 @@ def onnxruntime_runtime(
         rounds: timed rounds.
         shapes: full shapes of inputs with open axes other than the batch.
     """
-    import onnxruntime
-
     from toast_onnx.engines.ortbench import benchmark
+    from toast_onnx.ort import ort
 
     def timer(models: Sequence[Path]) -> list[float]:
         timings = benchmark(models, [batch], provider=provider, threads=threads, warmup=2, rounds=rounds, shapes=shapes)
@@ -84,7 +83,7 @@ def onnxruntime_runtime(
 
     described = {
         "program": "onnxruntime",
-        "version": onnxruntime.__version__,
+        "version": ort.__version__,
         "provider": provider,
         "threads": str(threads or "one a core"),
         "machine": platform.processor() or platform.machine(),

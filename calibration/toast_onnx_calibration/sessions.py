@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +17,6 @@ from toast_onnx_calibration.recipes import Dim
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-logger = logging.getLogger(__name__)
 
 PROVIDERS: dict[str, str] = {
     "cpu": "CPUExecutionProvider",
@@ -69,16 +65,17 @@ def make_session(
     Args:
         model: An ONNX file, or a serialized model (kept in memory as long as the session).
         provider: `cpu`, `cuda` or `tensorrt`.
-        threads: Threads inside one operator; None is one a core.
+        threads: Threads inside one operator; None leaves it to `OMP_NUM_THREADS`, or is one a core.
         optimize: Whether ONNX Runtime may fuse and fold; without it the nodes run as they are written.
         external_data: Folder of the external data of a serialized model.
         memory_arena: Whether the CPU keeps freed buffers for reuse: faster, but the largest peak stays allocated.
 
     Raises:
-        BackendError: ONNX Runtime is missing or cannot use the provider.
+        BackendError: ONNX Runtime cannot use the provider.
         ModelError: The model cannot be loaded.
     """
-    ort = _onnxruntime()
+    from toast_onnx.ort import ort, quiet, session_options
+
     if provider not in PROVIDERS:
         raise BackendError(f"unknown provider '{provider}': choose {', '.join(PROVIDERS)}")
     available = ort.get_available_providers()
@@ -88,9 +85,7 @@ def make_session(
     name = "the model" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelError(f"{name}: no such file")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors: what it warns about (unused initializers, node placement) is no user's
-    options.intra_op_num_threads = threads or 0
+    options = session_options(threads)
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = memory_arena
     if not optimize:
@@ -104,7 +99,7 @@ def make_session(
         f"ONNX Runtime could not start {wanted} (no such device, or its libraries are missing; its log at level DEBUG "
         "says which): install the driver and the libraries, or choose another provider"
     )
-    with _quiet(ort):
+    with quiet():
         try:
             source = model if isinstance(model, bytes) else str(model)
             session = ort.InferenceSession(source, options, providers=chain, enable_fallback=0)
@@ -171,24 +166,3 @@ def one_line(error: Exception, limit: int = 300) -> str:
     """An exception's message on one line, shortened."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[:limit] + " ..."
-
-
-@contextmanager
-def _quiet(ort: Any) -> Iterator[None]:
-    """Silences ONNX Runtime's log of failing providers, which an error of ours replaces, unless debugging."""
-    if logger.isEnabledFor(logging.DEBUG):
-        yield
-        return
-    ort.set_default_logger_severity(4)  # fatal
-    try:
-        yield
-    finally:
-        ort.set_default_logger_severity(2)  # warning, its default
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError("ONNX Runtime is not installed: pip install onnxruntime") from error
-    return onnxruntime

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from tests import zoo
+from tests.pace import mostly_slow
 from tests.pruning import look
 from toast_onnx.matching.study import Study
 from toast_onnx_calibration import calibrate as module
@@ -40,7 +41,10 @@ def measured(study: Study, data: Path, out: Path, budget: int) -> dict[str, np.n
     return {name: file.array(name) for name in file.names()}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    mostly_slow(CASES, lambda c: c.family in ("timm-vit", "hf-bert", "hf-vitmae-pretraining"), lambda c: c.id),
+)
 def test_many_passes_give_what_one_gives(case: zoo.Case, exported: Exported, tmp_path: Path) -> None:
     path = exported(case)
     study = look(path)

@@ -154,7 +154,7 @@ def test_parts_that_keep_their_width_are_left_alone(vit: Study, samples: Path) -
         assert weights.attention.q is None
 
 
-@pytest.mark.parametrize("family", ["timm-swin", "hf-dinov2"])
+@pytest.mark.parametrize("family", [pytest.param("timm-swin", marks=pytest.mark.slow), "hf-dinov2"])
 def test_other_families_are_cut_into_blocks(family: str, exported: Exported, tmp_path: Path) -> None:
     dense = look(exported(zoo.Case(family)))
     (shape,) = dense.counted_shapes.values()

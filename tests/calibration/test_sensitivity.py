@@ -79,7 +79,7 @@ def test_the_order_of_trials_does_not_matter(vit: Study, tmp_path: Path) -> None
     assert again == [first[1], first[0], first[1]]
 
 
-@pytest.mark.parametrize("name", ["hf-dinov2", "timm-swin"])
+@pytest.mark.parametrize("name", ["hf-dinov2", pytest.param("timm-swin", marks=pytest.mark.slow)])
 def test_other_models(name: str, exported: Exported, tmp_path: Path) -> None:
     dense = look(exported(zoo.Case(name)))
     trials = trials_of(dense, tmp_path, 4)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import zoo
+from tests.pace import mostly_slow
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.matching.study import study as look_at
 from toast_onnx.model import load_model, save_model
@@ -31,7 +32,12 @@ RATIOS = {
 
 
 @pytest.mark.parametrize(
-    "case", [zoo.Case("timm-vit"), zoo.Case("hf-swin"), zoo.Case("timm-vit", after="external")], ids=lambda c: c.id
+    "case",
+    mostly_slow(
+        [zoo.Case("timm-vit"), zoo.Case("hf-swin"), zoo.Case("timm-vit", after="external")],
+        lambda c: c.family == "timm-vit",
+        lambda c: c.id,
+    ),
 )
 def test_a_block_is_measured_in_the_model_with_the_new_weights_before_it(
     case: zoo.Case, exported: Exported, tmp_path: Path

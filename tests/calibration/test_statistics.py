@@ -14,6 +14,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tests import zoo
 from tests.calibration.reference import Reference, image_keys, moments, query_moments, references, seen_keys
+from tests.pace import mostly_slow
 from tests.pruning import look
 from toast_onnx.errors import DataError
 from toast_onnx.importance.activation import attended_magnitude, token_channel_scores
@@ -70,7 +71,7 @@ def token_weights(r: Reference, boosted: bool) -> np.ndarray:
     return weights
 
 
-@pytest.mark.parametrize("case", UNFUSED, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", mostly_slow(UNFUSED, lambda c: c.exporter == "torchscript-17", lambda c: c.id))
 def test_moments_are_those_of_the_module(case: zoo.Case, exported: Exported, tmp_path: Path) -> None:
     path = exported(case)
     study, feeds = look(path), zoo.inputs(path, SAMPLES)
@@ -108,13 +109,16 @@ def test_other_spellings_of_the_same_module(case: zoo.Case, exported: Exported, 
 
 @pytest.mark.parametrize(
     "case",
-    [
-        zoo.Case("hf-bert-eager"),
-        zoo.Case("hf-bert"),
-        zoo.Case("hf-bert", "dynamo-23"),
-        zoo.Case("hf-bert", "dynamo-20"),
-    ],
-    ids=lambda c: c.id,
+    mostly_slow(
+        [
+            zoo.Case("hf-bert-eager"),
+            zoo.Case("hf-bert"),
+            zoo.Case("hf-bert", "dynamo-23"),
+            zoo.Case("hf-bert", "dynamo-20"),
+        ],
+        lambda c: c.exporter == "torchscript-17",
+        lambda c: c.id,
+    ),
 )
 def test_padded_tokens_count_nowhere(case: zoo.Case, exported: Exported, tmp_path: Path) -> None:
     path = exported(case)
@@ -132,7 +136,7 @@ def test_padded_tokens_count_nowhere(case: zoo.Case, exported: Exported, tmp_pat
         assert differs(found.hidden(index), moments(r.hidden, valid)) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["hf-vitdet", "hf-detr", "timm-swinv2"])
+@pytest.mark.parametrize("family", mostly_slow(["hf-vitdet", "hf-detr", "timm-swinv2"], "hf-vitdet".__eq__))
 def test_what_layers_add_to_the_scores_is_no_padding(family: str, exported: Exported, tmp_path: Path) -> None:
     """Relative positions computed from Q, cross-attention, cosine attention: measured whole, without a note."""
     path = exported(zoo.Case(family))
@@ -178,7 +182,7 @@ def test_token_channel_selection_without_a_class_token(exported: Exported, tmp_p
         ("timm-swin", False),
     ],
 )
-@pytest.mark.parametrize("exporter", ["torchscript-17", "dynamo-20"])
+@pytest.mark.parametrize("exporter", ["torchscript-17", pytest.param("dynamo-20", marks=pytest.mark.slow)])
 def test_whether_the_output_reads_the_class_token_alone(
     family: str, alone: bool, exporter: str, exported: Exported
 ) -> None:
@@ -249,7 +253,10 @@ def test_sampled_tokens(class_weight: float, exported: Exported, tmp_path: Path)
         assert found.hidden(index).tokens == pytest.approx(SAMPLES * (number + boosted))
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(o, marks=() if o == (2, 0, 1) else pytest.mark.slow) for o in itertools.permutations(range(3))],
+)
 def test_shards_in_any_order(order: tuple[int, ...], exported: Exported, tmp_path: Path) -> None:
     path = exported(zoo.Case("timm-vit"))
     study, feeds = look(path), zoo.inputs(path, 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests import zoo
+from tests.pace import mostly_slow
 from tests.pruning import look
 from toast_onnx.choosing.blocks import Widths, solve_block
 from toast_onnx.choosing.losses import loss_curves
@@ -39,8 +41,13 @@ def curves_of(path: Path, document: dict[str, Any], block: int = 0) -> dict[Part
     return dict(loss_curves(dense, found, parts, settings[block], ratios.compensation.kind, statistics))
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "timm-eva02-unfused", "timm-swinv2"])
-@pytest.mark.parametrize("document", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "document"),
+    mostly_slow(
+        itertools.product(("timm-vit", "timm-eva02-unfused", "timm-swinv2"), SETTINGS),
+        lambda v: v[0] == "timm-vit" and v[1] in (SETTINGS[0], SETTINGS[3]),
+    ),
+)
 def test_curves_fall_to_nothing(name: str, document: dict[str, Any], exported: Exported) -> None:
     path = exported(zoo.Case(name))
     found = curves_of(path, document)
@@ -55,7 +62,7 @@ def test_curves_fall_to_nothing(name: str, document: dict[str, Any], exported: E
             assert (np.diff(curve) <= 1e-9 * curve[0]).all()
 
 
-@pytest.mark.parametrize("document", SETTINGS)
+@pytest.mark.parametrize("document", mostly_slow(SETTINGS, [SETTINGS[1], SETTINGS[3]].__contains__))
 def test_hidden_units_lose_what_the_solution_loses(document: dict[str, Any], exported: Exported) -> None:
     dense = look(exported(zoo.Case("timm-vit")))
     ratios = parse_ratios({"version": 1} | document)

@@ -57,7 +57,6 @@ def test_the_document_measures_the_modules_activations(files: Path) -> None:
 
 
 def test_a_table_and_a_plot(files: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'toast-onnx[report]'")
     result = run("m.onnx", "--data", "x.npy", "--plot", "p.png", "--dead", "0.5")
     assert result.exit_code == 0, result.stderr
     assert "effective rank" in result.stdout
@@ -86,7 +85,6 @@ def test_one_source_of_statistics(files: Path, arguments: tuple[str, ...]) -> No
 
 
 def test_an_ending_that_is_no_image_is_refused(files: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'toast-onnx[report]'")
     result = run("m.onnx", "--data", "x.npy", "--plot", "p.txt")
     assert result.exit_code == 1
     assert "use .png, .svg or .pdf" in result.stderr

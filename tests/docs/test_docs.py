@@ -59,7 +59,7 @@ def test_runnable_blocks_run(page: Path, tmp_path: Path) -> None:
     for source in EXAMPLE_FILES:
         shutil.copy(source, tmp_path)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PATH": path}
     missing = set()
     for block in blocks(page):
         needs = block["kind"]

@@ -208,7 +208,7 @@ def _whole(out: Path, versions: list[dict[str, bytes]]) -> bool:
 @pytest.mark.parametrize(
     "old", [pytest.param(False, id="fresh", marks=pytest.mark.slow), pytest.param(True, id="over-an-older-result")]
 )
-@pytest.mark.parametrize("kind", ["inline", "external"])
+@pytest.mark.parametrize("kind", ["inline", pytest.param("external", marks=pytest.mark.slow)])
 def test_killed_before_any_operation_on_disk(
     kind: str, old: bool, request: pytest.FixtureRequest, ratios: Path, tmp_path: Path
 ) -> None:

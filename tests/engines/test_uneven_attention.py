@@ -18,7 +18,7 @@ from toast_onnx.model import load_model, save_model
 Exported = Callable[[zoo.Case], Path]
 
 
-@pytest.mark.parametrize("family", ["hf-vit", "timm-beit"])
+@pytest.mark.parametrize("family", ["hf-vit", pytest.param("timm-beit", marks=pytest.mark.slow)])
 def test_a_pruned_export_computes_the_same_without_fused_nodes(family: str, exported: Exported, tmp_path: Path) -> None:
     source = exported(zoo.Case(family, "dynamo-23"))
     prune_file(source, UNEVEN, tmp_path / "uneven.onnx", check=False)

@@ -13,22 +13,23 @@ import torch
 
 from tests import zoo
 from tests.finetune.graphs import FLOAT, graph_model, residual_mlp, run_onnx
+from tests.pace import mostly_slow
 from tests.pruning import UNEVEN, prune_file, run
-from tests.test_zoo import FAST
+from tests.test_zoo import CHOSEN, FAST, WIDER, WIDER_DYNAMO
 from toast_onnx.errors import ModelError
 from toast_onnx.finetune import to_onnx, to_torch
 from toast_onnx.finetune.naming import readable_names
 from toast_onnx.model import load_model, save_model
 
 Exported = Callable[[zoo.Case], Path]
-EVERY = [case for stage in sorted(set(zoo.STAGE.values())) for case in zoo.cases(stage=stage)]
-CASES = [pytest.param(c, id=c.id, marks=() if c in FAST else pytest.mark.slow) for c in EVERY]
 #: DETR's first decoder layer attends from queries that are all zero, so that this weight's gradient is zero in the
 #: original, too.
 ZERO_GRADIENT = "decoder.layers.0.self_attn.v_proj.weight"
 
 #: ONNX Runtime has no GridSample for the float64 grid in this file, so the library's own module says what is right.
-NO_KERNEL = "hf-mask2former/torchscript-17/static"
+NO_KERNEL = zoo.Case("hf-mask2former", batch="static")
+EVERY = [*CHOSEN, *WIDER, *WIDER_DYNAMO, NO_KERNEL]
+CASES = mostly_slow(EVERY, FAST.__contains__, lambda c: c.id)
 
 
 def relative(found: torch.Tensor, want: np.ndarray) -> float:
@@ -44,7 +45,7 @@ def test_outputs_are_those_of_onnx_runtime_and_gradients_reach_every_weight(case
     for batch in (1, 3) if case.batch == "dynamic" else (1,):
         feeds = zoo.inputs(path, batch)
         outputs = module(*(torch.from_numpy(feeds[name]) for name in module.input_names), keep=module.output_names)
-        wanted = zoo.reference(zoo.build(case.family), feeds) if case.id == NO_KERNEL else run(path, feeds)
+        wanted = zoo.reference(zoo.build(case.family), feeds) if case == NO_KERNEL else run(path, feeds)
         for name, want in zip(module.output_names, wanted, strict=True):
             assert relative(outputs[name], want) <= 1e-4
     floats = [o for o in outputs.values() if o.requires_grad]
@@ -56,7 +57,9 @@ def test_outputs_are_those_of_onnx_runtime_and_gradients_reach_every_weight(case
 #: What simplifiers and optimizers make of an export; the transformer optimizer fuses attention in BERT alone.
 AFTER = [
     pytest.param(
-        zoo.Case(family, after=after), id=f"{family}/{after}", marks=() if after == "fp16" else pytest.mark.slow
+        zoo.Case(family, after=after),
+        id=f"{family}/{after}",
+        marks=() if (family, after) == ("hf-bert-eager", "fp16") else pytest.mark.slow,
     )
     for family in ("hf-bert-eager", "hf-swin")
     for after in zoo.AFTERMATHS
@@ -79,7 +82,12 @@ def test_optimized_and_half_precision_files_convert_too(case: zoo.Case, exported
             assert relative(outputs[name], want) <= (HALF_ROUNDING if case.after == "fp16" else 1e-4)
 
 
-@pytest.mark.parametrize("family", ["timm-vit", "timm-deit-distilled", "hf-dinov2", "torchvision-vit"])
+@pytest.mark.parametrize(
+    "family",
+    mostly_slow(
+        ["timm-vit", "timm-deit-distilled", "hf-dinov2", "torchvision-vit"], ("timm-vit", "hf-dinov2").__contains__
+    ),
+)
 def test_the_weights_are_the_library_modules_parameters(family: str, exported: Exported) -> None:
     """As many numbers are trained as the original module has parameters that its outputs depend on."""
     path = exported(zoo.Case(family))

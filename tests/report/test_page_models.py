@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper, save_model
 
-from tests.report.test_page import DENSE, PRUNED, comparison, evaluation, pruning, put, timing
+from tests.report.documents import DENSE, PRUNED, comparison, evaluation, pruning, put, timing
 from toast_onnx.report.lineage import side_of, trace
 from toast_onnx.report.page import page_context, tiles
 from toast_onnx.report.page_sources import find_sources
-
-pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'toast-onnx[report]'")
 
 OTHER = "a" * 64
 

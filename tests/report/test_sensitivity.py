@@ -40,14 +40,14 @@ def test_one_curve_a_block_and_part() -> None:
 @pytest.mark.parametrize("document", [DOCUMENT, with_labels()])
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_a_figure_is_written(document: dict[str, Any], ending: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot_sensitivity(document, tmp_path / f"f.{ending}")
     assert (tmp_path / f"f.{ending}").stat().st_size > 1000
     assert [p.name for p in tmp_path.iterdir()] == [f"f.{ending}"]
 
 
 def test_panels_and_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure_module = pytest.importorskip("matplotlib.figure")
+    import matplotlib.figure as figure_module
+
     drawn: list[Any] = []
     original = figure_module.Figure.savefig
     monkeypatch.setattr(
@@ -61,7 +61,6 @@ def test_panels_and_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
     with pytest.raises(ConfigError, match="no image format"):
         plot_sensitivity(DOCUMENT, tmp_path / "f.txt")
     with pytest.raises(ConfigError, match="nothing to plot"):

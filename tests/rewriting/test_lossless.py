@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tests import zoo
+from tests.pace import mostly_slow
 from tests.pruning import look, run, worst
 from tests.zoo.modules import attentions, ffns
 from toast_onnx.model import save_model
@@ -31,7 +32,10 @@ FORMS = {"subspace": {"select": "subspace"}, "index": {"select": "index", "score
 @pytest.mark.parametrize("select", FORMS)
 @pytest.mark.parametrize(
     ("family", "samples"),
-    [("timm-vit", 96), ("hf-swin", 24), ("timm-swin", 24), ("hf-dinov2", 96), ("timm-dinov2", 96)],
+    mostly_slow(
+        [("timm-vit", 96), ("hf-swin", 24), ("timm-swin", 24), ("hf-dinov2", 96), ("timm-dinov2", 96)],
+        lambda v: v[0] in ("timm-vit", "hf-swin"),
+    ),
 )
 def test_pruning_to_the_true_rank_changes_no_output(
     family: str, samples: int, select: str, tmp_path: Path, exported: Callable[[zoo.Case], Path]

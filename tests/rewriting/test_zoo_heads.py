@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests import zoo
+from tests.pace import mostly_slow
 from tests.pruning import look, prune_file, run, worst
-from tests.test_zoo import CHOSEN, FAST, WIDER
+from tests.test_zoo import CHOSEN, FAST, WIDER, WIDER_DYNAMO
 
 Exported = Callable[[zoo.Case], Path]
 
@@ -39,11 +40,9 @@ DECLINED = {
     **{(family, batch): {SINGLE: 1} for family in ("timm-hiera", "hf-segformer") for batch in ("static", "dynamic")},
     **{("timm-sam2", batch): {SINGLE: 1, POOLED: 3} for batch in ("static", "dynamic")},
 }
-DYNAMO = [c for c in zoo.cases(2) if c.exporter in ("dynamo-18", "dynamo-20", "dynamo-23") and c.batch == "static"]
-QUICK = {c for c in FAST if not c.family.endswith("-real")}
+QUICK = {c for c in FAST if c.family in ("timm-vit", "hf-vit", "timm-swin", "hf-dinov2")}
 CASES = [
-    pytest.param(c, id=c.id, marks=() if c in QUICK or c in WIDER[:1] else pytest.mark.slow)
-    for c in (*CHOSEN, *WIDER, *DYNAMO)
+    pytest.param(c, id=c.id, marks=() if c in QUICK else pytest.mark.slow) for c in (*CHOSEN, *WIDER, *WIDER_DYNAMO)
 ]
 
 
@@ -92,7 +91,7 @@ def test_one_head_is_left_of_optimized_graphs(case: zoo.Case, exported: Exported
     assert kinds[0] == kinds[1]  # what was fused stays fused
 
 
-@pytest.mark.parametrize("family", ["timm-vit", "torchvision-vit", "timm-swin"])
+@pytest.mark.parametrize("family", mostly_slow(["timm-vit", "torchvision-vit", "timm-swin"], "timm-vit".__eq__))
 def test_dynamic_batch_and_image_size_stay(family: str, exported: Exported, tmp_path: Path) -> None:
     path = exported(zoo.Case(family))
     prune_file(path, FEWER, tmp_path / "pruned.onnx", check=False)

@@ -32,7 +32,7 @@ OTHER = [
 EVEN = UNEVEN | {"attention": UNEVEN["attention"] | {"vo": UNEVEN["attention"]["qk"]}}
 #: What leaves com.microsoft operators in a graph, which TensorRT has none of.
 UNPARSED = ("ort-fused", "ort-fused-mha", "ort-extended")
-FAST = {zoo.Case("timm-deit"), zoo.Case("hf-swin"), zoo.Case("hf-bert"), zoo.Case("hf-vit", "dynamo-23")}
+FAST = {zoo.Case("timm-vit"), zoo.Case("hf-swin"), zoo.Case("hf-bert"), zoo.Case("hf-vit", "dynamo-23")}
 
 
 def _one_export(family: str) -> zoo.Case:

@@ -36,7 +36,7 @@ def build_ort(
         ModelError: the model cannot be read, or the result cannot be written.
         BackendError: ONNX Runtime refuses the model.
     """
-    import onnxruntime as ort
+    from toast_onnx.ort import ort, session_options
 
     if output.suffix not in (".ort", ".onnx"):
         raise ConfigError(f"{output.name}: --format ort writes .ort or .onnx files; choose such a name with -o")
@@ -51,8 +51,7 @@ def build_ort(
     with tempfile.TemporaryDirectory(prefix="toast-onnx-") as folder:
         source, notes = precise_file(model, precision, Path(folder), fp16_io=fp16_io)
         draft = Path(folder) / f"optimized{output.suffix}"
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options()
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}")
         options.optimized_model_filepath = str(draft)
         if output.suffix == ".ort":

@@ -44,30 +44,27 @@ def open_session(
         ConfigError: an unknown provider.
         BackendError: the provider is not installed or does not work here, or the model does not load.
     """
-    import onnxruntime as ort
+    from toast_onnx.ort import ort, quiet, session_options
 
     if provider not in PROVIDERS:
         raise ConfigError(f"provider '{provider}' is unknown; use one of {', '.join(PROVIDERS)}")
     full_name = PROVIDERS[provider]
-    options = ort.SessionOptions()
-    # What goes wrong is raised below, in one line; providers that fail to load report through the default logger.
-    options.log_severity_level = 4
-    ort.set_default_logger_severity(4)
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options = session_options()
+    options.intra_op_num_threads = threads or 0
     settings = _profile_settings(provider, profile or {})
     try:
-        if full_name in ort.get_available_providers():
-            chosen = [(full_name, settings)] if provider == "cpu" else [(full_name, settings), PROVIDERS["cpu"]]
-            session = ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
-        elif provider == "tensorrt-rtx":
-            options.add_provider_for_devices(_rtx_devices(ort), settings)
-            session = ort.InferenceSession(str(path), options, enable_fallback=0)
-        else:
-            raise BackendError(
-                f"this ONNX Runtime has no {full_name} (it has {', '.join(ort.get_available_providers())}); "
-                "install onnxruntime-gpu"
-            )
+        with quiet():
+            if full_name in ort.get_available_providers():
+                chosen = [(full_name, settings)] if provider == "cpu" else [(full_name, settings), PROVIDERS["cpu"]]
+                session = ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+            elif provider == "tensorrt-rtx":
+                options.add_provider_for_devices(_rtx_devices(ort), settings)
+                session = ort.InferenceSession(str(path), options, enable_fallback=0)
+            else:
+                raise BackendError(
+                    f"this ONNX Runtime has no {full_name} (it has {', '.join(ort.get_available_providers())}); "
+                    "install onnxruntime-gpu"
+                )
     except BackendError:
         raise
     except Exception as e:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy
 import onnx
-import onnxruntime
 
 from toast_onnx import __version__
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, load_model, stored_bytes, write_bytes
+from toast_onnx.ort import ort
 from toast_onnx.planning.macs import (
     attention_linears,
     attention_macs,
@@ -55,7 +55,7 @@ def pruning_report(pruned: Pruned, dense: Study, out: Path, options: dict[str, A
         "versions": {
             "toast-onnx": __version__,
             "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
+            "onnxruntime": ort.__version__,
             "numpy": numpy.__version__,
         },
     }
