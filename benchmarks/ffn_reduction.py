@@ -33,11 +33,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from deit import CALIBRATION, evaluation_images, export, load_deit, logits, parser_with_data
 
+from toast_onnx.importance.ffn import select_ffn_second_order
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.second_order import default_batch
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
-from toast_onnx.solving.ffn import select_ffn_second_order, solve_ffn
+from toast_onnx.solving.ffn import solve_ffn
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything

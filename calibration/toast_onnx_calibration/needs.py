@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.importance.scores import attention_score, ffn_score
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
-from toast_onnx.planning.schema import WEIGHT_SCORES
+from toast_onnx.solving.compensations import compensation as compensation_named
 
 Wanted = dict[int, frozenset[str]]
 
@@ -88,16 +89,17 @@ def _available(block: Block) -> frozenset[str]:
 
 def _parts(ratio: BlockRatios, compensation: str) -> frozenset[str]:
     parts = set()
-    if ratio.select == "subspace" or ratio.score not in WEIGHT_SCORES or compensation != "none":
+    compensated = compensation_named(compensation).needs_moments
+    if attention_score(ratio.score).needs == "moments" or compensated:
         parts |= {"qk"} if ratio.qk else set()
         parts |= {"context"} if ratio.vo or ratio.heads else set()
     if ratio.mode == "runtime":  # scores the batch that it is given
         return frozenset(parts)
-    by_moments = ratio.ffn_score in ("second-order", "variance") or compensation != "none"
+    needs = ffn_score(ratio.ffn_score).needs
     for removed, moments, magnitude in ((ratio.fc1, "inputs", "fc1"), (ratio.fc2, "hidden", "fc2")):
         if removed:
-            parts |= {moments} if by_moments else set()
-            parts |= {magnitude} if ratio.ffn_score == "activation" else set()
+            parts |= {moments} if needs == "moments" or compensated else set()
+            parts |= {magnitude} if needs == "tokens" else set()
     return frozenset(parts)
 
 

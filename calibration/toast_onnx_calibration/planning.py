@@ -12,6 +12,7 @@ import numpy as np
 
 from toast_onnx.choosing.losses import loss_curves
 from toast_onnx.errors import ConfigError
+from toast_onnx.importance.scores import ffn_score
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
@@ -81,8 +82,9 @@ class LatencyCheck:
 def statistics_for(study: Study, settings: Ratios, parts: Sequence[Part]) -> Wanted:
     """The statistics that solving and predicting need for some parts of all blocks."""
     names = {_STATISTICS[part] for part in parts}
-    scores = {settings.ffn.score, *(o.ffn.score for o in settings.blocks)}
-    names |= {part for part in parts if part in ("fc1", "fc2") and "activation" in scores}
+    scores = [settings.ffn.score, *(o.ffn.score for o in settings.blocks if o.ffn.score is not None)]
+    by_tokens = any(ffn_score(score).needs == "tokens" for score in scores)
+    names |= {part for part in parts if part in ("fc1", "fc2") and by_tokens}
     return everything(study, names)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from toast_onnx.importance.ffn import select_ffn_second_order
 from toast_onnx.importance.moments import Moments
-from toast_onnx.solving.ffn import select_ffn_second_order, solve_ffn
+from toast_onnx.solving.ffn import solve_ffn
 from toast_onnx.solving.linear_algebra import ALIKE, STRENGTHS, best_strength, ridge_solve
 from toast_onnx.solving.vo import solve_vo_subspace
 

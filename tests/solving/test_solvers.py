@@ -8,23 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.importance.ffn import variance_scores
+from toast_onnx.importance.attention import select_qk_second_order, select_vo_second_order
+from toast_onnx.importance.ffn import select_ffn_second_order, variance_scores
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.selection import top_k
 from toast_onnx.solving.ffn import (
-    select_fc1_inputs,
-    select_ffn_second_order,
     solve_fc1_inputs,
     solve_ffn,
 )
 from toast_onnx.solving.linear_algebra import ridge_solve
 from toast_onnx.solving.qk import (
-    select_qk_second_order,
     solve_qk_cosine,
     solve_qk_index,
     solve_qk_subspace,
 )
-from toast_onnx.solving.vo import select_vo_second_order, solve_vo_index, solve_vo_subspace
+from toast_onnx.solving.vo import solve_vo_index, solve_vo_subspace
 
 C, H, D = 10, 2, 6
 
@@ -269,7 +267,7 @@ def test_fc1_inputs_fold_into_both_entries_of_a_gated_ffn() -> None:
     w1 = (rng.standard_normal((8, 6)), rng.standard_normal((8, 6)))
     b1 = (rng.standard_normal(6), np.zeros(6))
     moments = Moments.of(x)
-    kept = select_fc1_inputs(moments, w1, 5)
+    kept = select_ffn_second_order(moments, np.concatenate(w1, axis=1), 5)
     solved = solve_fc1_inputs(kept, w1, b1, moments)
     for i in range(2):
         assert error(x[:, kept] @ solved.w1[i] + solved.b1[i], x @ w1[i] + b1[i]) < 1e-6

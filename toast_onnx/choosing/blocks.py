@@ -11,10 +11,9 @@ import numpy as np
 
 from toast_onnx.choosing.kept_heads import KeptHeads, keep_heads, ranked_heads
 from toast_onnx.errors import MatchError, ModelError
-from toast_onnx.importance.attention import qk_energy, qk_scores, vo_energy, vo_scores
-from toast_onnx.importance.ffn import hidden_weight_scores, input_weight_scores, variance_scores
+from toast_onnx.importance.ffn import scaled_rows
 from toast_onnx.importance.moments import Moments
-from toast_onnx.importance.selection import top_k, top_k_shared
+from toast_onnx.importance.scores import Channels, QueriesKeys, Values, attention_score, ffn_score
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.importance.synthetic import AttentionStatistics
 from toast_onnx.matching.blocks import Attention, Block, Ffn
@@ -22,21 +21,18 @@ from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.matching.norms import layer_scale
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios, Ratios
-from toast_onnx.planning.schema import WEIGHT_SCORES
 from toast_onnx.planning.widths import kept_count, kept_width
 from toast_onnx.rewriting.attention import head_weights
-from toast_onnx.solving.ffn import select_fc1_inputs, select_ffn_second_order, solve_fc1_inputs, solve_ffn
+from toast_onnx.solving.compensations import Solved, compensation
+from toast_onnx.solving.ffn import solve_fc1_inputs, solve_ffn
 from toast_onnx.solving.qk import (
     QKSolution,
-    select_qk_second_order,
     solve_qk_cosine,
     solve_qk_index,
     solve_qk_subspace,
 )
-from toast_onnx.solving.vo import VOSolution, select_vo_second_order, solve_vo_index, solve_vo_subspace
+from toast_onnx.solving.vo import VOSolution, solve_vo_index, solve_vo_subspace
 from toast_onnx.solving.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights, ProjWeights
-
-Kind = Literal["none", "bias", "ridge"]
 
 
 @dataclass(frozen=True)
@@ -113,10 +109,9 @@ def solve_block(
         ModelError: its weights are NaN or infinite.
         ConfigError: what was asked for is not to be had (statistics without data, say).
     """
-    kind = ratios.compensation.kind
-    compensation: Kind = "ridge" if kind == "local" else kind  # local starts from the closed form
+    kind = compensation(ratios.compensation.kind).solved
     ridge = ratios.compensation.ridge if ratios.compensation.ridge == "auto" else float(ratios.compensation.ridge)
-    solver = _Solver(study, block, ratio, statistics, compensation, ridge)
+    solver = _Solver(study, block, ratio, statistics, kind, ridge)
     attention = ffn = None
     if block.attention is not None and (widths.qk or widths.vo or widths.heads):
         attention = solver.attention(block.attention, widths)
@@ -131,13 +126,12 @@ class _Solver:
     block: Block
     ratio: BlockRatios
     statistics: Statistics
-    compensation: Kind
+    compensation: Solved
     ridge: Any
 
     def attention(self, attention: Attention, widths: Widths) -> AttentionWeights:
         """New weights of an attention: heads first, then dimensions of those that stay."""
-        by_weight = self.ratio.score in WEIGHT_SCORES and self.ratio.select == "index"
-        needed = not (by_weight and self.compensation == "none")
+        needed = attention_score(self.ratio.score).needs != "weights" or compensation(self.compensation).needs_moments
         found = self.statistics.attention(self.block.index) if needed else None
         heads = None if widths.heads is None else self._heads(attention, widths.heads, found)
         if heads is not None:
@@ -169,7 +163,7 @@ class _Solver:
         # Rotary embedding in front of the split into heads: statistics are those of all heads together.
         s_qq = np.empty(0) if found is None else np.broadcast_to(found.s_qq, (*old_q.bias.shape, attention.qk_dim))
         # Folding into the keys alone would change their lengths, or mix what is turned by different angles.
-        fold: Kind = self.compensation if attention.folds else "none"
+        fold: Solved = self.compensation if attention.folds else "none"
         queries = math.inf if found is None else found.tokens
         return _qk_weights(solve_qk_index(*arrays, s_qq, indices, fold, self.ridge, queries), stay)
 
@@ -210,25 +204,19 @@ class _Solver:
         return keep_heads(np.sort(ranked[:kept]), wo, bo, found, self.compensation, self.ridge)
 
     def _qk_indices(self, attention: Attention, q: HeadWeights, k: HeadWeights, found: Any, kept: int) -> np.ndarray:
-        score = self.ratio.score
-        if score in WEIGHT_SCORES and self.ratio.select != "subspace":
-            scores = qk_scores(q.weight, k.weight, score, self.ratio.coupling)
-        elif score == "second-order" and not attention.regions:
-            return select_qk_second_order(found.s_qq, found.s_kk, kept)
-        else:
-            scores = qk_energy(found.s_qq, found.s_kk)
-        scores = np.broadcast_to(scores, q.bias.shape)
-        return top_k_shared(scores, kept, attention.pairs) if attention.regions else top_k(scores, kept)
+        score = attention_score(self.ratio.score)
+        s_qq, s_kk = (None, None) if found is None else (found.s_qq, found.s_kk)
+        subject = QueriesKeys(q.weight, k.weight, s_qq, s_kk, self.ratio.coupling)
+        if attention.regions:
+            return score.keep_shared(subject, kept, attention.pairs)
+        return score.qk.keep(subject, kept)
 
     def _vo_indices(
         self, v: HeadWeights, wo: np.ndarray, found: Any, kept: int, gamma: np.ndarray | None
     ) -> np.ndarray:
-        score = self.ratio.score
-        if score in WEIGHT_SCORES:
-            return top_k(vo_scores(v.weight, wo, score, self.ratio.coupling, gamma), kept)
-        if score == "second-order":
-            return select_vo_second_order(found.context, wo, kept, gamma)
-        return top_k(vo_energy(found.context.covariance, wo, gamma), kept)
+        context = None if found is None else found.context
+        subject = Values(v.weight, scaled_rows(wo, gamma), context, self.ratio.coupling)
+        return attention_score(self.ratio.score).vo.keep(subject, kept)
 
     def ffn(self, ffn: Ffn, fc1: int | None, fc2: int | None) -> FfnWeights:
         view, facts = self.study.view, self.study.facts
@@ -245,45 +233,28 @@ class _Solver:
                 for p in range(u.shape[1])
             )
             moments = self._moments(self.statistics.hidden)
-            units = self._units(by_unit, w2, gamma, moments, fc2)
+            units = self._keep(by_unit, scaled_rows(w2, gamma), moments, "fc2", fc2)
             solved = solve_ffn(units, w2, b2, moments, self.compensation, self.ridge)
             exit_ = (solved.w2, solved.b2)
         if fc1 is not None:
             moments = self._moments(self.statistics.inputs)
-            inputs = self._inputs(entry_weights, moments, fc1)
+            inputs = self._keep((), np.concatenate(entry_weights, axis=1).astype(np.float64), moments, "fc1", fc1)
             biases = tuple(self._bias(e) for e in ffn.entries)
             found = solve_fc1_inputs(inputs, entry_weights, biases, moments, self.compensation, self.ridge)
             entries = tuple(zip(found.w1, found.b1, strict=True))
         return FfnWeights(inputs, entries, units, exit_)
 
     def _moments(self, ask: Callable[[int], Moments]) -> Moments | None:
-        weight_only = self.ratio.ffn_score in ("l1", "l2") and self.compensation == "none"
-        scores_only = self.ratio.ffn_score == "activation" and self.compensation == "none"
-        return None if weight_only or scores_only else ask(self.block.index)
+        read = ffn_score(self.ratio.ffn_score).needs == "moments" or compensation(self.compensation).needs_moments
+        return ask(self.block.index) if read else None
 
-    def _units(
-        self, w1: tuple[np.ndarray, ...], w2: np.ndarray, gamma: np.ndarray | None, moments: Moments | None, kept: int
+    def _keep(
+        self, writers: tuple[np.ndarray, ...], rows: np.ndarray, moments: Moments | None, part: str, kept: int
     ) -> np.ndarray:
-        score = self.ratio.ffn_score
-        if score in ("l1", "l2"):
-            return top_k(hidden_weight_scores(w1, w2, score, gamma), kept)
-        if score == "activation":
-            return top_k(np.asarray(self.statistics.activation_scores(self.block.index, "fc2")), kept)
-        assert moments is not None
-        if score == "variance":
-            return top_k(variance_scores(moments, w2, gamma), kept)
-        return select_ffn_second_order(moments, w2, kept, gamma=gamma)
+        def tokens() -> np.ndarray:
+            return np.asarray(self.statistics.activation_scores(self.block.index, part))
 
-    def _inputs(self, w1: tuple[np.ndarray, ...], moments: Moments | None, kept: int) -> np.ndarray:
-        score = self.ratio.ffn_score
-        if score in ("l1", "l2"):
-            return top_k(input_weight_scores(w1, None, score), kept)
-        if score == "activation":
-            return top_k(np.asarray(self.statistics.activation_scores(self.block.index, "fc1")), kept)
-        assert moments is not None
-        if score == "variance":
-            return top_k(variance_scores(moments, np.concatenate(w1, axis=1)), kept)
-        return select_fc1_inputs(moments, w1, kept)
+        return ffn_score(self.ratio.ffn_score).ranking.keep(Channels(writers, rows, moments, tokens), kept)
 
     def _bias(self, linear: Linear) -> np.ndarray:
         b = bias(self.study.view, self.study.facts, linear)

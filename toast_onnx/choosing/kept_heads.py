@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from toast_onnx.importance.attention import vo_scores
+from toast_onnx.importance.ffn import scaled_rows
 from toast_onnx.importance.head_ranking import rank_heads
 from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.scores import Values, attention_score
 from toast_onnx.importance.synthetic import AttentionStatistics
 from toast_onnx.planning.ratios import BlockRatios
-from toast_onnx.planning.schema import WEIGHT_SCORES
 from toast_onnx.solving.linear_algebra import Compensation, Ridge
 from toast_onnx.solving.vo import refit
 
@@ -60,11 +60,12 @@ def ranked_heads(
         ratio: selection and scores.
         compensation: with ridge the other heads are refitted.
     """
-    if ratio.select == "index" and ratio.score in WEIGHT_SCORES:
-        scores = vo_scores(wv, wo, ratio.score, ratio.coupling, gamma).sum(axis=1)  # (H,)
+    rows = scaled_rows(wo, gamma)
+    score = attention_score(ratio.score)
+    if score.needs == "weights":
+        scores = score.vo.ranks(Values(wv, rows, None, ratio.coupling)).sum(axis=1)  # (H,)
         return np.asarray(np.argsort(-scores, kind="stable"), np.int64)
     assert context is not None
-    rows = wo if gamma is None else wo.astype(np.float64) * gamma
     second = context.second if compensation == "none" else context.covariance
     return rank_heads(second, rows, refitted=compensation == "ridge")
 

@@ -6,17 +6,18 @@ grows with what is removed, and one measurement at the output says where it star
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.choosing.kept_heads import ranked_heads
-from toast_onnx.importance.attention import qk_energy, qk_scores, vo_energy, vo_scores
-from toast_onnx.importance.ffn import hidden_weight_scores, input_weight_scores, variance_scores
-from toast_onnx.importance.loss_curves import by_head, elimination_order, readout_losses, tail_energies
+from toast_onnx.importance.ffn import scaled_rows
+from toast_onnx.importance.loss_curves import by_head, readout_losses, tail_energies
 from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.regular import root
+from toast_onnx.importance.scores import Channels, QueriesKeys, Values, attention_score, ffn_score
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.importance.synthetic import AttentionStatistics
 from toast_onnx.matching.blocks import Attention, Block, Ffn
@@ -24,10 +25,9 @@ from toast_onnx.matching.linear import weights
 from toast_onnx.matching.norms import layer_scale
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios
-from toast_onnx.planning.schema import WEIGHT_SCORES
 from toast_onnx.planning.width_costs import Part
 from toast_onnx.rewriting.attention import head_weights
-from toast_onnx.solving.linear_algebra import root
+from toast_onnx.solving.compensations import compensation as compensation_named
 from toast_onnx.solving.qk import unit_trace
 
 Array = NDArray[np.float64]
@@ -53,7 +53,7 @@ def loss_curves(
         statistics: of the dense model.
     """
     found: dict[Part, Array] = {}
-    kind = "ridge" if compensation == "local" else compensation
+    kind = compensation_named(compensation).solved
     if block.attention is not None:
         if "heads" in parts:
             found["heads"] = _heads(study, block.attention, settings, kind, statistics.attention(block.index).context)
@@ -81,15 +81,10 @@ def _qk(study: Study, a: Attention, settings: BlockRatios, kind: str, measured: 
     assert a.q is not None
     assert a.k is not None
     fold = "ridge" if a.folds and kind == "ridge" else "none"
-    if settings.score == "second-order" and not a.regions:
-        orders = [elimination_order(s, r) for s, r in zip(s_qq, root_k, strict=True)]
-    else:
-        if settings.score in WEIGHT_SCORES and settings.select != "subspace":
-            q, k = (head_weights(study.view, study.facts, b).weight for b in (a.q, a.k))
-            scores = qk_scores(q, k, settings.score, settings.coupling)
-        else:
-            scores = qk_energy(s_qq, s_kk)
-        orders = [_ranked(s) for s in (_shared(scores, a.pairs) if a.regions else scores)]
+    q, k = (head_weights(study.view, study.facts, b).weight for b in (a.q, a.k))
+    score, subject = attention_score(settings.score), QueriesKeys(q, k, s_qq, s_kk, settings.coupling)
+    scores = _shared(score.shared(subject), a.pairs) if a.regions else score.qk.ranks(subject)
+    orders = [_ranked(s) for s in scores]
     heads = [readout_losses(s, r, o, fold) for s, r, o in zip(s_qq, root_k, orders, strict=True)]
     return np.asarray(np.sum(heads, axis=0))
 
@@ -110,15 +105,7 @@ def _vo(study: Study, a: Attention, settings: BlockRatios, kind: str, context: M
         own = np.stack([s[h * d : (h + 1) * d, h * d : (h + 1) * d] for h in range(heads)])
         values = np.linalg.svd(root(own) @ wo, compute_uv=False)  # (H, min(d, C_out))
         return tail_energies(np.pad(values, ((0, 0), (0, d - values.shape[1]))))
-    if settings.score == "second-order":
-        order = elimination_order(s, wo.reshape(heads * d, -1))
-        ranks = np.empty(heads * d)
-        ranks[order] = -np.arange(heads * d)
-        scores = ranks.reshape(heads, d)
-    elif settings.score in WEIGHT_SCORES:
-        scores = vo_scores(wv, wo, settings.score, settings.coupling)
-    else:
-        scores = vo_energy(s, wo)
+    scores = attention_score(settings.score).vo.ranks(Values(wv, wo, context, settings.coupling))
     losses = readout_losses(_spread(context, kind), wo.reshape(heads * d, -1), by_head(scores), kind)
     return losses[::heads]
 
@@ -129,7 +116,7 @@ def _values_and_read_out(study: Study, a: Attention) -> tuple[Array, Array]:
     assert a.proj is not None
     view, facts, linear = study.view, study.facts, a.proj.linear
     gamma = layer_scale(view, facts, linear.output, linear.out_features)
-    wo = _scaled(weights(view, facts, linear)[a.proj.layout.channels], gamma)
+    wo = scaled_rows(weights(view, facts, linear)[a.proj.layout.channels], gamma)
     return head_weights(view, facts, a.v).weight, wo
 
 
@@ -137,63 +124,43 @@ def _fc2(study: Study, block: Block, f: Ffn, settings: BlockRatios, kind: str, s
     view, facts = study.view, study.facts
     moments = statistics.hidden(block.index)
     gamma = layer_scale(view, facts, f.fc2.output, f.fc2.out_features)
-    w2 = _scaled(weights(view, facts, f.fc2), gamma)
-
-    def by_weight(score: str) -> Array:
-        w1 = tuple(
-            weights(view, facts, e)[:, u[:, p]]
-            for e, u in zip(f.entries, f.units, strict=not f.selects_at_exit)
-            for p in range(u.shape[1])
-        )
-        return hidden_weight_scores(w1, w2, score)
-
-    def by_activation() -> Array:
-        return np.asarray(statistics.activation_scores(block.index, "fc2"))
-
-    order = _order(settings.ffn_score, moments, w2, by_activation, by_weight)
-    return readout_losses(_spread(moments, kind), w2, order, kind)
+    rows = scaled_rows(weights(view, facts, f.fc2), gamma)
+    writers = tuple(
+        weights(view, facts, e)[:, u[:, p]]
+        for e, u in zip(f.entries, f.units, strict=not f.selects_at_exit)
+        for p in range(u.shape[1])
+    )
+    return _channels(block, writers, rows, moments, settings, kind, statistics, "fc2")
 
 
 def _fc1(study: Study, block: Block, f: Ffn, settings: BlockRatios, kind: str, statistics: Statistics) -> Array:
     moments = statistics.inputs(block.index)
-    w1 = tuple(np.asarray(weights(study.view, study.facts, e), np.float64) for e in f.entries)
-    rows = np.concatenate(w1, axis=1)
-    order = _order(
-        settings.ffn_score,
-        moments,
-        rows,
-        lambda: np.asarray(statistics.activation_scores(block.index, "fc1")),
-        lambda score: input_weight_scores(w1, None, score),
-    )
-    return readout_losses(_spread(moments, kind), rows, order, kind)
+    rows = np.concatenate([weights(study.view, study.facts, e) for e in f.entries], axis=1).astype(np.float64)
+    return _channels(block, (), rows, moments, settings, kind, statistics, "fc1")
 
 
-def _order(
-    score: str,
+def _channels(
+    block: Block,
+    writers: tuple[Array, ...],
+    rows: Array,
     moments: Moments,
-    readout: Array,
-    by_activation: Callable[[], Array],
-    by_weight: Callable[[str], Array],
-) -> Indices:
-    """Channels (n,) of a feed-forward layer, the one that stays longest first.
+    settings: BlockRatios,
+    kind: str,
+    statistics: Statistics,
+    part: str,
+) -> Array:
+    """Losses of a feed-forward network's channels in the order of their score; arguments as for `Channels`."""
 
-    Args:
-        score: the ratios file's.
-        moments: of the channels.
-        readout: (n, out) weights that read them.
-        by_activation: scores (n,) measured along with the moments.
-        by_weight: scores (n,) of weights alone, by their name.
-    """
-    if score == "second-order":
-        return elimination_order(moments.covariance, readout)
-    if score == "activation":
-        return _ranked(by_activation())
-    return _ranked(variance_scores(moments, readout) if score == "variance" else by_weight(score))
+    def tokens() -> Array:
+        return np.asarray(statistics.activation_scores(block.index, part))
+
+    ranks = ffn_score(settings.ffn_score).ranking.ranks(Channels(writers, rows, moments, tokens))
+    return readout_losses(_spread(moments, kind), rows, _ranked(ranks), kind)
 
 
 def _spread(moments: Moments, kind: str) -> Array:
     """(n, n) second moments of what is lost: around the mean where compensation restores it."""
-    return moments.covariance if kind != "none" else moments.second
+    return moments.covariance if compensation_named(kind).restores_mean else moments.second
 
 
 def _shared(scores: Array, pairs: NDArray[Any] | None) -> Array:
@@ -207,9 +174,3 @@ def _shared(scores: Array, pairs: NDArray[Any] | None) -> Array:
 def _ranked(scores: Array) -> Indices:
     """Channels from the highest score to the lowest, ties to the lower number."""
     return np.asarray(np.argsort(-scores, kind="stable"), np.int64)
-
-
-def _scaled(w: Array, gamma: Array | None) -> Array:
-    """A read-out in float64 with layer scale folded in."""
-    rows = np.asarray(w, np.float64)
-    return rows if gamma is None else rows * np.asarray(gamma, np.float64)

@@ -13,6 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.regular import root
+from toast_onnx.importance.second_order import keep_second_order
+from toast_onnx.importance.selection import Indices
 
 Array = NDArray[np.float64]
 RowScore = Literal["gm", "l1", "l2"]
@@ -137,3 +141,36 @@ def vo_energy(context_covariance: Array, wo: ArrayLike, gamma: ArrayLike | None 
 def _head_rows(w: ArrayLike) -> Array:
     """(C, H, d) -> (H, d, C), one row a dimension."""
     return np.ascontiguousarray(np.moveaxis(np.asarray(w, dtype=np.float64), 0, -1))
+
+
+def select_qk_second_order(s_qq: Array, s_kk: Array, kept: int) -> Indices:
+    """Indices whose removal costs the scores least once the keys are refitted: (H, kept), ascending.
+
+    Args:
+        s_qq: E[q q^T], (H, d, d).
+        s_kk: covariance of the keys within an image, (H, d, d).
+        kept: dimensions that stay in every head.
+    """
+    roots = root(s_kk)
+    return np.stack([keep_second_order(s_qq[h], roots[h], kept) for h in range(s_qq.shape[0])])
+
+
+def select_vo_second_order(
+    context: Moments, wo: ArrayLike, kept: int, gamma: ArrayLike | None = None, batch: int = 1
+) -> Indices:
+    """Indices of all heads chosen together, each removal refitting W_O of every head: (H, kept), ascending.
+
+    Args:
+        context: moments of the concatenated contexts, n = H * d.
+        wo: (H, d, C_out).
+        kept: dimensions that stay in every head.
+        gamma: layer scale (C_out,), folded into `wo`.
+        batch: removals between two refits.
+    """
+    out = np.asarray(wo, dtype=np.float64)
+    if gamma is not None:
+        out = out * np.asarray(gamma, dtype=np.float64)
+    heads, d, _ = out.shape
+    groups = np.repeat(np.arange(heads), d)
+    channels = keep_second_order(context.covariance, out.reshape(heads * d, -1), kept, batch, groups)
+    return np.asarray(channels - d * np.arange(heads)[:, None], dtype=np.int64)

@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from toast_onnx.errors import ConfigError
 from toast_onnx.importance.attention import ROW_SCORES
 from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.second_order import default_batch, keep_second_order
+from toast_onnx.importance.selection import Indices
 
 Array = NDArray[np.float64]
 
@@ -85,3 +87,19 @@ def _magnitude(rows: Array, score: str) -> Array:
     if score not in ("l1", "l2"):
         raise ConfigError(f"unknown weight score {score!r} for an FFN; choose l1 or l2")
     return ROW_SCORES[score](rows)
+
+
+def select_ffn_second_order(
+    moments: Moments, w2: ArrayLike, kept: int, batch: int | None = None, gamma: ArrayLike | None = None
+) -> Indices:
+    """Hidden units whose removal costs the output least once fc2 is refitted: (kept,), ascending.
+
+    Args:
+        moments: of the hidden activations, n = F.
+        w2: (F, C_out).
+        kept: units that stay.
+        batch: removals between two refits; None grows it with the width.
+        gamma: layer scale (C_out,), folded into `w2`.
+    """
+    rows = scaled_rows(w2, gamma)
+    return keep_second_order(moments.covariance, rows, kept, batch or default_batch(rows.shape[0]))

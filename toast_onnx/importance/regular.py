@@ -32,3 +32,10 @@ def damping(s: Array, strength: float, eps: float = SINGLE) -> float:
     n = s.shape[0]
     rounding = 4 * eps * float(np.linalg.norm(s)) / n**0.5
     return float(max(strength * float(np.trace(s)) / n, rounding, 1e-30))  # the last of no variance at all
+
+
+def root(s: Array) -> Array:
+    """Symmetric square root of a positive semi-definite matrix (..., n, n); rounding below zero is cut off."""
+    values, vectors = np.linalg.eigh((s + np.swapaxes(s, -1, -2)) / 2)
+    scaled = vectors * np.sqrt(np.clip(values, 0, None))[..., None, :]
+    return np.asarray(scaled @ np.swapaxes(vectors, -1, -2), dtype=np.float64)

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.importance.scores import attention_score
 from toast_onnx.planning.schema import (
-    WEIGHT_SCORES,
     AttentionScore,
     BlockOverride,
     Coupling,
@@ -196,7 +196,7 @@ def _changes(override: BlockOverride) -> dict[str, Any]:
     changes: dict[str, Any] = {name: getattr(attention, name) for name in attention.model_fields_set}
     if changes.get("select") == "subspace":
         changes.setdefault("score", "energy")
-    if "score" in changes and changes["score"] not in WEIGHT_SCORES:
+    if "score" in changes and not attention_score(changes["score"]).couples:
         changes.setdefault("coupling", "coupled")
     for name in ffn.model_fields_set:
         changes["ffn_score" if name == "score" else name] = getattr(ffn, name)

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
+from toast_onnx.importance.scores import ATTENTION_SCORES, FFN_SCORES, attention_score
 from toast_onnx.planning.settings import Section, exact_decimal, invalid, names_code, shown
 from toast_onnx.planning.widths import Rounding
+from toast_onnx.solving.compensations import COMPENSATIONS
 
 Select = Literal["subspace", "index"]
-AttentionScore = Literal["energy", "second-order", "gm", "l1", "l2"]
 Coupling = Literal["coupled", "q_only", "k_only", "proj_only", "average"]
-FfnScore = Literal["second-order", "variance", "activation", "l1", "l2"]
 Mode = Literal["static", "runtime"]
 Residual = Literal["masked", "kept"]
 
-WEIGHT_SCORES = ("gm", "l1", "l2")  # the scores that read weights alone, and the only ones that couplings apply to
+if TYPE_CHECKING:  # a type checker reads no tables
+    AttentionScore = str
+    FfnScore = str
+    CompensationKind = str
+else:
+    AttentionScore = Literal[tuple(ATTENTION_SCORES)]
+    FfnScore = Literal[tuple(FFN_SCORES)]
+    CompensationKind = Literal[tuple(COMPENSATIONS)]
 
 
 def _ratio(value: object) -> Decimal:
@@ -92,16 +99,16 @@ def check_attention(select: Select, score: AttentionScore, coupling: Coupling) -
     """Raises a `ValueError` whose text continues a sentence where three attention settings contradict each other."""
     if select == "subspace" and score != "energy":
         raise invalid(f"has score: {score} with select: subspace, which ranks no dimensions; write select: index")
-    if coupling != "coupled" and score not in WEIGHT_SCORES:
-        raise invalid(
-            f"has coupling: {coupling} with score: {score}; couplings belong to the scores {', '.join(WEIGHT_SCORES)}"
-        )
+    if coupling != "coupled" and not attention_score(score).couples:
+        coupled = ", ".join(name for name, entry in ATTENTION_SCORES.items() if entry.couples)
+        raise invalid(f"has coupling: {coupling} with score: {score}; couplings belong to the scores {coupled}")
 
 
 def _imply_index(data: Any) -> Any:
     """A score that ranks single dimensions asks for `select: index` where no selection is named."""
-    if isinstance(data, dict) and data.get("score") in ("second-order", *WEIGHT_SCORES) and "select" not in data:
-        return {**data, "select": "index"}
+    if isinstance(data, dict) and "select" not in data and isinstance(score := data.get("score"), str):
+        entry = ATTENTION_SCORES.get(score)  # an unknown one is refused by its own field
+        return {**data, "select": "index"} if entry is not None and entry.implies_index else data
     return data
 
 
@@ -203,12 +210,12 @@ class Compensation(Section):
     """How the surviving weights make up for what was removed.
 
     Attributes:
-        kind: `none` is plain removal, `bias` keeps the mean, `ridge` solves for new weights, `local` trains them on.
+        kind: A key of `toast_onnx.solving.compensations.COMPENSATIONS`.
         statistics: Take them all from the dense model (`one-shot`) or from the compressed prefix (`sequential`).
         ridge: Strength of the regularization, or `auto`.
     """
 
-    kind: Literal["none", "bias", "ridge", "local"] = "ridge"
+    kind: CompensationKind = "ridge"
     statistics: Literal["one-shot", "sequential"] = "one-shot"
     ridge: Annotated[Decimal | Literal["auto"], PlainValidator(_ridge)] = "auto"
 

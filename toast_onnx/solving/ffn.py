@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toast_onnx.importance.ffn import entries, scaled_rows
 from toast_onnx.importance.moments import Moments
-from toast_onnx.importance.second_order import default_batch, keep_second_order
 from toast_onnx.solving.linear_algebra import Compensation, Ridge
 from toast_onnx.solving.vo import refit
 
@@ -48,22 +46,6 @@ class InputSolution:
     b1: tuple[NDArray[Any], ...]
 
 
-def select_ffn_second_order(
-    moments: Moments, w2: ArrayLike, kept: int, batch: int | None = None, gamma: ArrayLike | None = None
-) -> Indices:
-    """Hidden units whose removal costs the output least once fc2 is refitted: (kept,), ascending.
-
-    Args:
-        moments: of the hidden activations, n = F.
-        w2: (F, C_out).
-        kept: units that stay.
-        batch: removals between two refits; None grows it with the width.
-        gamma: layer scale (C_out,), folded into `w2`.
-    """
-    rows = scaled_rows(w2, gamma)
-    return keep_second_order(moments.covariance, rows, kept, batch or default_batch(rows.shape[0]))
-
-
 def solve_ffn(
     kept: Indices,
     w2: ArrayLike,
@@ -90,21 +72,6 @@ def solve_ffn(
         return HiddenSolution(indices, weight, bias)
     new, shift = refit(weight.astype(np.float64), indices, moments, compensation, ridge)
     return HiddenSolution(indices, new.astype(weight.dtype), (bias.astype(np.float64) + shift).astype(bias.dtype))
-
-
-def select_fc1_inputs(
-    moments: Moments, w1: ArrayLike | Sequence[ArrayLike], kept: int, batch: int | None = None
-) -> Indices:
-    """Channels of the normalised input that fc1 can least do without, by second order: (kept,), ascending.
-
-    Args:
-        moments: of the normalised input (gain and bias included), n = C.
-        w1: (C, F), or a sequence of such entries for a gated FFN.
-        kept: channels that stay.
-        batch: removals between two refits; None grows it with the width.
-    """
-    rows = np.concatenate(entries(w1), axis=1)
-    return keep_second_order(moments.covariance, rows, kept, batch or default_batch(rows.shape[0]))
 
 
 def solve_fc1_inputs(

@@ -26,13 +26,6 @@ PLENTY = 80
 ALIKE = 20
 
 
-def root(s: Array) -> Array:
-    """Symmetric square root of a positive semi-definite matrix (..., n, n); rounding below zero is cut off."""
-    values, vectors = np.linalg.eigh((s + np.swapaxes(s, -1, -2)) / 2)
-    scaled = vectors * np.sqrt(np.clip(values, 0, None))[..., None, :]
-    return np.asarray(scaled @ np.swapaxes(vectors, -1, -2), dtype=np.float64)
-
-
 def ridge_solve(
     s: Array, cross: Array, ridge: Ridge = "auto", *, tokens: float = math.inf, energy: float = 0.0
 ) -> Array:

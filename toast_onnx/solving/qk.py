@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toast_onnx.importance.second_order import keep_second_order
-from toast_onnx.solving.linear_algebra import Compensation, Ridge, plain_removal, predict_all, root
+from toast_onnx.importance.regular import root
+from toast_onnx.solving.linear_algebra import Compensation, Ridge, plain_removal, predict_all
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -63,18 +63,6 @@ def solve_qk_subspace(
     a = root_k @ np.swapaxes(vt, -1, -2) * scale  # (H, d, r)
     b = root_q @ u * scale
     return QKSolution(*_project(wq, bq, a), *_project(wk, bk, b), kept=None)
-
-
-def select_qk_second_order(s_qq: Array, s_kk: Array, kept: int) -> Indices:
-    """Indices whose removal costs the scores least once the keys are refitted: (H, kept), ascending.
-
-    Args:
-        s_qq: E[q q^T], (H, d, d).
-        s_kk: covariance of the keys within an image, (H, d, d).
-        kept: dimensions that stay in every head.
-    """
-    roots = root(s_kk)
-    return np.stack([keep_second_order(s_qq[h], roots[h], kept) for h in range(s_qq.shape[0])])
 
 
 def solve_qk_index(

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from toast_onnx.importance.moments import Moments
-from toast_onnx.importance.second_order import keep_second_order
-from toast_onnx.solving.linear_algebra import Compensation, Ridge, predict_all, ridge_solve, root
+from toast_onnx.importance.regular import root
+from toast_onnx.solving.linear_algebra import Compensation, Ridge, predict_all, ridge_solve
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -90,27 +90,6 @@ def solve_vo_subspace(
         new = _readout(alone, mix, w, ridge, context.tokens)
     shift = context.mean @ (w - mix @ new) if compensation != "none" else np.zeros(w.shape[1])
     return _solution(wv, bv, out, bo, np.stack(bases), new, shift, None)
-
-
-def select_vo_second_order(
-    context: Moments, wo: ArrayLike, kept: int, gamma: ArrayLike | None = None, batch: int = 1
-) -> Indices:
-    """Indices of all heads chosen together, each removal refitting W_O of every head: (H, kept), ascending.
-
-    Args:
-        context: moments of the concatenated contexts, n = H * d.
-        wo: (H, d, C_out).
-        kept: dimensions that stay in every head.
-        gamma: layer scale (C_out,), folded into `wo`.
-        batch: removals between two refits.
-    """
-    out = np.asarray(wo, dtype=np.float64)
-    if gamma is not None:
-        out = out * np.asarray(gamma, dtype=np.float64)
-    heads, d, _ = out.shape
-    groups = np.repeat(np.arange(heads), d)
-    channels = keep_second_order(context.covariance, out.reshape(heads * d, -1), kept, batch, groups)
-    return np.asarray(channels - d * np.arange(heads)[:, None], dtype=np.int64)
 
 
 def solve_vo_index(
