@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from toast_onnx.choosing.blocks import Widths, plan_widths, solve_block
-from toast_onnx.errors import ConfigError, ModelError
+from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.study import Shapes, Study, input_shapes
+from toast_onnx.matching.study import study as study_model
 from toast_onnx.model import Model
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.proof.decisions import follow_decisions
@@ -21,6 +22,10 @@ from toast_onnx.selection.plan import Selection, plan_selections, settled_widths
 from toast_onnx.selection.rewrite import Chosen, select_at_run_time
 from toast_onnx.selection.twin import check_scores, masked_twin
 from toast_onnx.solving.weights import BlockWeights
+from toast_onnx.tokens.points import study_tokens
+from toast_onnx.tokens.rewrite import WrittenMerge, write_merging
+from toast_onnx.tokens.schedule import removed_counts
+from toast_onnx.tokens.twin import MergeProof, prove_merging
 
 #: Called after each unit of work with what was done.
 Progress = Callable[[str], None]
@@ -56,6 +61,8 @@ class Pruned:
         local: what correction on samples did to each block, empty where there was none.
         selections: what the graph selects while it runs, empty where every network is static.
         normalized: number of spelled-out norms that became LayerNormalization operators.
+        merges: where tokens are merged or dropped, empty where they are left alone.
+        merging: outcome of the proof of merging, None without merges or when it was not asked for.
     """
 
     model: Model
@@ -67,6 +74,8 @@ class Pruned:
     local: tuple[LocalResult, ...] = ()
     selections: tuple[Selection, ...] = ()
     normalized: int = 0
+    merges: tuple[WrittenMerge, ...] = ()
+    merging: MergeProof | None = None
 
 
 def prune(
@@ -144,8 +153,28 @@ def prune(
     if normalize:
         model, normalized = normalize_layer_norms(model, study.counted_shapes)
     twin = _prove(study, model, weights, chosen, seed) if check else None
+    merges: tuple[WrittenMerge, ...] = ()
+    merging: MergeProof | None = None
+    if ratios.tokens.merges:
+        model, merges, merging = _merge(study, model, ratios, check, skip_unprunable, seed)
     progress("twin" if check else "no twin")
-    return Pruned(model, weights, widths, settings, twin, statistics.source, trained, selections, normalized)
+    source = statistics.source
+    return Pruned(model, weights, widths, settings, twin, source, trained, selections, normalized, merges, merging)
+
+
+def _merge(
+    study: Study, model: Model, ratios: Ratios, check: bool, skip_unprunable: bool, seed: int
+) -> tuple[Model, tuple[WrittenMerge, ...], MergeProof | None]:
+    """Merge the tokens of a model whose widths are done, and prove it."""
+    pruned = study if model is study.source else study_model(model, study.counted_shapes)
+    if len(pruned.match.blocks) != len(study.match.blocks):
+        raise MatchError("the pruned graph shows other blocks, so no tokens can be merged in it; set tokens.merge to 0")
+    tokens = study_tokens(pruned)
+    removed = removed_counts(tokens, ratios.tokens.merge, skip_unprunable)
+    merged, merges = write_merging(pruned, tokens, removed, ratios.tokens.metric, ratios.tokens.unread)
+    if not check or not merges:
+        return merged, merges, None
+    return merged, merges, prove_merging(pruned, merged, merges, twin_shapes(pruned), seed)
 
 
 def _prove(

@@ -13,7 +13,7 @@ from toast_onnx.report.inspection import inspection
 from toast_onnx_cli.console import format_count, print_json, print_table
 from toast_onnx_cli.shapes import shape_option
 
-COLUMNS = ("block", "name", "heads", "qk", "vo", "in", "width", "activation", "MACs", "params", "prunable")
+COLUMNS = ("block", "name", "heads", "qk", "vo", "in", "width", "activation", "MACs", "params", "prunable", "tokens")
 #: Parts as the table names them -> keys of the document.
 ATTENTION = {"heads": "heads_prunable", "qk": "qk", "vo": "vo"}
 FFN = {"fc1": "fc1", "fc2": "fc2"}
@@ -30,7 +30,7 @@ def command(model: Path, shapes: dict[str, tuple[int, ...]], as_json: bool) -> N
         print_json(document)
         return
     title = f"{document['model']}  opset {document['opset']}  {document['producer']}".rstrip()
-    align = ("right", "left", *("right",) * 5, "left", "right", "right", "left")
+    align = ("right", "left", *("right",) * 5, "left", "right", "right", "left", "left")
     print_table(COLUMNS, [_row(b) for b in document["blocks"]], title=title, align=align)  # type: ignore[arg-type]
     click.echo(
         f"{len(document['blocks'])} blocks, {format_count(document['macs'])} MACs at {_inputs(document)}, "
@@ -38,6 +38,8 @@ def command(model: Path, shapes: dict[str, tuple[int, ...]], as_json: bool) -> N
     )
     for reason, blocks in _reasons(document["blocks"]).items():
         click.echo(f"not prunable: {reason} (block {', '.join(blocks)})")
+    for reason, blocks in _token_reasons(document["blocks"]).items():
+        click.echo(f"tokens not mergeable: {reason} (block {', '.join(blocks)})")
     for entry in document["declined"]:
         click.echo(f"declined: {entry['node']}: {entry['reason']}")
 
@@ -61,6 +63,7 @@ def _row(block: dict[str, Any]) -> list[str]:
         format_count(sum(p["macs"] for p in parts)),
         format_count(sum(p["params"] for p in parts)),
         " ".join(prunable) or "nothing",
+        "mergeable" if block["tokens"]["mergeable"] else "-",
     ]
 
 
@@ -72,6 +75,15 @@ def _reasons(blocks: list[dict[str, Any]]) -> dict[str, list[str]]:
             for name, key in names.items() if block[part] else ():
                 if not block[part][key]["prunable"]:
                     found.setdefault(f"{name}: {block[part][key]['reason']}", []).append(str(block["index"]))
+    return found
+
+
+def _token_reasons(blocks: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Reasons against merging tokens, with the blocks they hold for."""
+    found: dict[str, list[str]] = {}
+    for block in blocks:
+        if not block["tokens"]["mergeable"]:
+            found.setdefault(block["tokens"]["reason"], []).append(str(block["index"]))
     return found
 
 

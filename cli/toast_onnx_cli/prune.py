@@ -240,6 +240,22 @@ def _show_notes(notes: Sequence[str]) -> None:
         click.echo(f"Note: {note}", err=True)
 
 
+def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
+    """What became of the tokens, in a line where something did."""
+    if tokens is None:
+        return []
+    merged = [m for m in tokens["merges"] if m["how"] == "merged"]
+    dropped = [m for m in tokens["merges"] if m["how"] != "merged"]
+    parts = []
+    if merged:
+        first, last = merged[0]["before"], merged[-1]["after"]
+        parts.append(f"{first} -> {last} in {len(merged)} blocks")
+    parts += [f"{m['before']} -> {m['after']} that are read behind block {m['block']}" for m in dropped]
+    proof = tokens["twin"]
+    checked = "not checked" if proof is None else f"twin agrees to {proof['worst']:.1e} of scale"
+    return [f"tokens: {'; '.join(parts)}; {checked}"]
+
+
 def summary(document: dict[str, Any], out: Path, report: Path) -> str:
     """Three lines on what happened."""
     dense, pruned, twin = document["dense"], document["pruned"], document["twin"]
@@ -249,6 +265,7 @@ def summary(document: dict[str, Any], out: Path, report: Path) -> str:
         f"parameters {format_count(dense['params'])} -> {format_count(pruned['params'])}, "
         f"file {format_bytes(dense['bytes'])} -> {format_bytes(pruned['bytes'])}; {proof}",
         f"statistics: {document['statistics']['source']}",
+        *_token_lines(document["tokens"]),
         f"report: {report}",
     ]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from toast_onnx.importance.scores import ATTENTION_SCORES, FFN_SCORES, attention
 from toast_onnx.planning.settings import Section, exact_decimal, invalid, names_code, shown
 from toast_onnx.planning.widths import Rounding
 from toast_onnx.solving.compensations import COMPENSATIONS
+from toast_onnx.tokens.metrics import DEFAULT_METRIC, METRICS
 
 Select = Literal["subspace", "index"]
 Coupling = Literal["coupled", "q_only", "k_only", "proj_only", "average"]
@@ -60,6 +61,12 @@ def _per_block(value: object) -> Decimal | tuple[Decimal, ...]:
         except ValueError as e:
             raise invalid(str(e), suffix=f"[{index}]") from e
     return tuple(entries)
+
+
+def _metric(value: object) -> str:
+    if not isinstance(value, str) or value not in METRICS:
+        raise invalid(f"is {shown(value)}; choose one of: {', '.join(METRICS)}")
+    return value
 
 
 def _one_block(value: object) -> Decimal:
@@ -229,6 +236,26 @@ def _no_code(value: str) -> str:
     return value
 
 
+class Tokens(Section):
+    """Token merging: alike tokens become one behind an attention, and everything behind computes on fewer.
+
+    Attributes:
+        merge: Share of the tokens that enter the network which goes behind every block that can merge, or one entry a
+            block; at most half of what is left goes at once.
+        metric: What tokens are compared by.
+        unread: Drop tokens in the last block that nothing reads behind it; that changes no output.
+    """
+
+    merge: PerBlock = ZERO
+    metric: Annotated[str, PlainValidator(_metric)] = DEFAULT_METRIC
+    unread: bool = True
+
+    @property
+    def merges(self) -> bool:
+        """Whether any tokens are merged."""
+        return any(self.merge) if isinstance(self.merge, tuple) else bool(self.merge)
+
+
 class Calibration(Section):
     """Where calibration samples come from; the command line's options override each of these.
 
@@ -289,6 +316,7 @@ class Ratios(Section):
     version: Annotated[int, PlainValidator(_version)] = 1
     attention: Attention = Attention()
     ffn: Ffn = Ffn()
+    tokens: Tokens = Tokens()
     blocks: Annotated[tuple[BlockOverride, ...], BeforeValidator(_overrides)] = ()
     align: Annotated[Align, BeforeValidator(_align)] = Align()
     rounding: Rounding = "nearest"

@@ -14,6 +14,7 @@ from toast_onnx.planning.macs import (
     graph_params,
     linear_params,
 )
+from toast_onnx.tokens.points import MergePoint, TokenStudy, study_tokens
 
 
 def inspection(study: Study) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def inspection(study: Study) -> dict[str, Any]:
         the shapes under "inputs".
     """
     proto = study.view.model.proto
+    tokens = study_tokens(study)
     return {
         "model": study.view.model.path.name,
         "opset": study.view.model.opset,
@@ -31,17 +33,29 @@ def inspection(study: Study) -> dict[str, Any]:
         "inputs": {name: list(shape) for name, shape in study.counted_shapes.items()},
         "macs": graph_macs(study.view, study.counted),
         "params": graph_params(study.view),
-        "blocks": [_block(study, b) for b in study.match.blocks],
+        "blocks": [_block(study, b, p, tokens) for b, p in zip(study.match.blocks, tokens.points, strict=True)],
         "declined": [{"node": node, "reason": reason} for node, reason in study.match.declined.items()],
     }
 
 
-def _block(study: Study, block: Block) -> dict[str, Any]:
+def _block(study: Study, block: Block, point: MergePoint, tokens: TokenStudy) -> dict[str, Any]:
     return {
         "index": block.index,
         "name": block.name,
         "attention": None if block.attention is None else _attention(study, block.attention),
         "ffn": None if block.ffn is None else _ffn(study, block.ffn),
+        "tokens": _tokens(point, tokens),
+    }
+
+
+def _tokens(point: MergePoint, tokens: TokenStudy) -> dict[str, Any]:
+    sequence = tokens.sequences[point.sequence] if point.sequence >= 0 else None
+    return {
+        "mergeable": point.reason is None,
+        "reason": point.reason,
+        "count": None if sequence is None else sequence.count,
+        "special": None if sequence is None else sequence.front + sequence.back,
+        "unread": bool(point.drops),
     }
 
 

@@ -51,6 +51,7 @@ def pruning_report(pruned: Pruned, dense: Study, out: Path, options: dict[str, A
         "declined": [{"node": node, "reason": reason} for node, reason in dense.match.declined.items()],
         "statistics": pruned.statistics,
         "twin": None if pruned.twin is None else pruned.twin.to_document(),
+        "tokens": _merging(pruned),
         "options": options,
         "versions": {
             "toast-onnx": __version__,
@@ -102,6 +103,24 @@ def _block(pruned: Pruned, dense: Study, block: Block, after: Study, smaller: Bl
         "after": None if smaller is None else _sizes(after, smaller),
         "kept": _kept(block, weights) | {s.part: _selected(s) for s in pruned.selections if s.block == block.index},
         "notes": _notes(block, weights, settings.select),
+    }
+
+
+def _merging(pruned: Pruned) -> dict[str, Any] | None:
+    """What became of the tokens; None where they were left alone."""
+    if not pruned.merges:
+        return None
+    return {
+        "merges": [
+            {
+                "block": m.block,
+                "before": m.counts.count,
+                "after": m.counts.count - m.counts.removed,
+                "how": "merged" if m.matched is not None else "unread tokens dropped",
+            }
+            for m in pruned.merges
+        ],
+        "twin": None if pruned.merging is None else pruned.merging.to_document(),
     }
 
 

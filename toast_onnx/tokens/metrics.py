@@ -38,11 +38,15 @@ METRICS = {
     m.name: m
     for m in (
         Metric("keys", "keys averaged over heads, as ToMe compares them", "k", average=True, by_size=False),
-        Metric("keys-by-head", "keys of all heads side by side, which need no axes in common", "k"),
+        Metric("keys-by-head", "keys of all heads side by side, which need no axes in common", "k", by_size=False),
         Metric("values", "values of all heads side by side", "v"),
         Metric("tokens", "the tokens themselves, after the attention", "stream"),
     )
 }
+
+
+#: What measured best of those that every attention offers (benchmarks/tokens.py).
+DEFAULT_METRIC = "keys-by-head"
 
 
 @dataclass(frozen=True)

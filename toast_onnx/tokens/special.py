@@ -35,10 +35,12 @@ def learned_tokens(view: GraphView, facts: Facts, tensor: str) -> np.ndarray:
         sequences = [n for n in data if (facts.shape(n) or ())[-2:] == shape[-2:] and not facts.is_constant(n)]
         if len(sequences) != 1:
             return learned
-        return learned_tokens(view, facts, sequences[0])
+        alone: np.ndarray = learned_tokens(view, facts, sequences[0])
+        return alone
     if op == "SkipLayerNormalization":
         first, second = (learned_tokens(view, facts, name) for name in node.input[:2])
-        return np.logical_and(first, second, dtype=bool)
+        both: np.ndarray = first & second
+        return both
     if op == "Concat" and int(attribute(node, "axis", 0)) % 3 == 1:  # type: ignore[call-overload]
         parts = [learned_tokens(view, facts, n) for n in data]
         return np.concatenate(parts)

@@ -1,0 +1,130 @@
+"""Merging tokens on the exported graph: KL, top-1, MACs and latency on DeiT-Tiny: python benchmarks/tokens.py
+
+Rows: the same number of tokens in every block by each metric, and schedules of their own, written into the exported
+graph by this project's library and judged on labelled images by top-1 and by the mean KL divergence from the dense model.
+MACs are of the whole model, matching and merging included. With --latency each graph's time on ONNX Runtime's CPU is
+measured in turns with the dense one, at batch 8.
+
+Needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors and data/ilsvrc_val_300.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from deit import evaluation_images, export_deit, logits, parser_with_data
+
+from toast_onnx.matching.study import study
+from toast_onnx.model import load_model, save_model
+from toast_onnx.planning.macs import graph_macs
+from toast_onnx.tokens.metrics import METRICS
+from toast_onnx.tokens.points import study_tokens
+from toast_onnx.tokens.rewrite import write_merging
+from toast_onnx_calibration.agreement import divergences
+from toast_onnx_calibration.sessions import make_session, run
+from toast_onnx_cli.console import print_table
+
+#: ToMe off the shelf, in PyTorch, on the same images: tokens a block -> KL.
+TOME = {4: 0.009, 6: 0.017, 8: 0.022, 10: 0.037, 12: 0.047, 14: 0.081, 16: 0.129}
+#: Tokens merged behind each block, chosen on calibration images for a share of the MACs.
+SCHEDULES = {
+    "0.70": (0, 2, 5, 9, 11, 16, 18, 18, 18, 18, 18, 0),
+    "0.60": (0, 0, 0, 43, 28, 13, 21, 10, 7, 5, 2, 0),
+    "0.50": (0, 10, 14, 37, 31, 24, 18, 12, 8, 5, 0, 0),
+    "0.40": (0, 23, 23, 58, 29, 19, 10, 6, 4, 2, 0, 0),
+}
+
+
+def main() -> None:
+    options = arguments()
+    data: Path = options.data
+    images, labels = evaluation_images(data / "data" / "ilsvrc_val_300", options.images)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="toast-tokens-") as name:
+        folder = Path(name)
+        path = export_deit(data / "weights" / "deit_tiny_patch16_224.safetensors", folder / "dense.onnx")
+        dense = study(load_model(path))
+        tokens = study_tokens(dense)
+        macs = graph_macs(dense.view, dense.counted)
+        scores = logits(path, images, options.threads).astype(np.float64)
+
+        def judge(what: str, metric: str, removed: Mapping[int, int], unread: bool) -> None:
+            model, _ = write_merging(dense, tokens, removed, metric, unread)
+            merged = folder / "merged.onnx"
+            save_model(model, merged)
+            look = study(load_model(merged))
+            found = logits(merged, images, options.threads).astype(np.float64)
+            row = {
+                "tokens": what,
+                "metric": metric,
+                "unread dropped": unread,
+                "macs": graph_macs(look.view, look.counted) / macs,
+                "kl": float(divergences(scores, found).mean()),
+                "top1": float((found.argmax(1) == labels).mean()),
+                "tome_kl": TOME.get(int(what)) if what.isdigit() else None,
+            }
+            if options.latency:
+                row["latency"] = latency(path, merged, images[:8])
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr)
+
+        for r in options.removed:
+            for metric in options.metrics:
+                every = dict.fromkeys(tokens.mergeable, r)
+                judge(str(r), metric, every, False)
+                judge(str(r), metric, every, True)
+        for share in options.schedules:
+            for metric in options.metrics:
+                judge(f"schedule {share}", metric, dict(enumerate(SCHEDULES[share])), True)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    columns = ("tokens", "metric", "unread dropped", "MACs", "KL", "top-1", "ToMe's KL", "latency")
+    print_table(columns, [_cells(row) for row in rows], title="DeiT-Tiny, merged on the graph")
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    tome = "-" if row["tome_kl"] is None else f"{row['tome_kl']:.3f}"
+    timed = f"{row['latency']:.3f}" if "latency" in row else "-"
+    dropped = "yes" if row["unread dropped"] else "no"
+    kl, top1 = f"{row['kl']:.4f}", f"{100 * row['top1']:.1f} %"
+    return [row["tokens"], row["metric"], dropped, f"{row['macs']:.3f}", kl, top1, tome, timed]
+
+
+def latency(dense: Path, merged: Path, batch: np.ndarray, turns: int = 15) -> float:
+    """Median time of the merged graph over the dense one's, on one thread, in turns."""
+    sessions = [make_session(p, threads=1) for p in (dense, merged)]
+    feeds = {sessions[0].get_inputs()[0].name: batch}
+    seconds: list[list[float]] = [[], []]
+    for _ in range(turns + 2):
+        for k, session in enumerate(sessions):
+            start = time.perf_counter()
+            run(session, feeds)
+            seconds[k].append(time.perf_counter() - start)
+    before, after = (float(np.median(each[2:])) for each in seconds)
+    return after / before
+
+
+def arguments() -> argparse.Namespace:
+    parser = parser_with_data(__doc__)
+    parser.add_argument("--images", type=int, help="evaluate on the first N images only")
+    parser.add_argument("--removed", type=int, nargs="*", default=list(TOME), help="tokens merged in every block")
+    parser.add_argument("--metrics", nargs="*", default=["keys", "keys-by-head"], choices=list(METRICS))
+    parser.add_argument("--schedules", nargs="*", default=list(SCHEDULES), choices=list(SCHEDULES))
+    parser.add_argument("--latency", action="store_true", help="time each graph beside the dense one")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""How many tokens go at which merge: shares of a ratios file to counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import ROUND_HALF_UP, Decimal
+
+from toast_onnx.errors import MatchError
+from toast_onnx.tokens.nodes import Merge
+from toast_onnx.tokens.points import TokenStudy
+
+
+def removed_counts(
+    tokens: TokenStudy, merge: Decimal | Sequence[Decimal], skip_unprunable: bool = False
+) -> dict[int, int]:
+    """Tokens merged away behind each block's attention.
+
+    Args:
+        tokens: where tokens can be merged.
+        merge: share of the tokens that enter the network, one number for every block that can merge, or one for each
+            block. Rounded to the nearest whole token, ties up; at most half of those that may still be merged.
+        skip_unprunable: leave blocks alone that are named but cannot merge.
+
+    Returns:
+        Block number -> tokens, for blocks that merge any.
+
+    Raises:
+        MatchError: a block is asked to merge and cannot, or none of them can; the list has another length.
+    """
+    alike = isinstance(merge, Decimal)
+    shares = [merge] * len(tokens.points) if isinstance(merge, Decimal) else list(merge)
+    if len(shares) != len(tokens.points):
+        raise MatchError(f"tokens.merge lists {len(shares)} entries, but the model has {len(tokens.points)} blocks")
+    if not any(shares):
+        return {}
+    if alike and not tokens.mergeable and not skip_unprunable:
+        reasons = dict.fromkeys(p.reason for p in tokens.points if p.reason)
+        raise MatchError(f"tokens cannot be merged in this model: {next(iter(reasons), 'it has no blocks')}")
+    counts: dict[int, int] = {}
+    left = [s.count for s in tokens.sequences]
+    for point, share in zip(tokens.points, shares, strict=True):
+        if not share:
+            continue
+        if point.reason is not None:
+            if alike or skip_unprunable:
+                continue
+            raise MatchError(f"tokens cannot be merged behind block {point.block}: {point.reason}")
+        sequence = tokens.sequences[point.sequence]
+        wanted = int((share * sequence.count).to_integral_value(ROUND_HALF_UP))
+        now = Merge(left[point.sequence], 0, sequence.front, sequence.back)
+        counts[point.block] = min(wanted, now.sources)
+        left[point.sequence] -= counts[point.block]
+    return {block: count for block, count in counts.items() if count}
