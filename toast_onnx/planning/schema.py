@@ -16,7 +16,7 @@ from toast_onnx.importance.scores import ATTENTION_SCORES, FFN_SCORES, attention
 from toast_onnx.planning.settings import Section, exact_decimal, invalid, names_code, shown
 from toast_onnx.planning.widths import Rounding
 from toast_onnx.solving.compensations import COMPENSATIONS
-from toast_onnx.tokens.metrics import DEFAULT_METRIC, METRICS
+from toast_onnx.tokens.metrics import AUTO, METRICS
 
 Select = Literal["subspace", "index"]
 Coupling = Literal["coupled", "q_only", "k_only", "proj_only", "average"]
@@ -64,8 +64,8 @@ def _per_block(value: object) -> Decimal | tuple[Decimal, ...]:
 
 
 def _metric(value: object) -> str:
-    if not isinstance(value, str) or value not in METRICS:
-        raise invalid(f"is {shown(value)}; choose one of: {', '.join(METRICS)}")
+    if not isinstance(value, str) or value not in (AUTO, *METRICS):
+        raise invalid(f"is {shown(value)}; choose one of: {', '.join((AUTO, *METRICS))}")
     return value
 
 
@@ -242,12 +242,12 @@ class Tokens(Section):
     Attributes:
         merge: Share of the tokens that enter the network which goes behind every block that can merge, or one entry a
             block; at most half of what is left goes at once.
-        metric: What tokens are compared by.
+        metric: What tokens are compared by; `auto` takes the best that the model's attentions have the parts for.
         unread: Drop tokens in the last block that nothing reads behind it; that changes no output.
     """
 
     merge: PerBlock = ZERO
-    metric: Annotated[str, PlainValidator(_metric)] = DEFAULT_METRIC
+    metric: Annotated[str, PlainValidator(_metric)] = AUTO
     unread: bool = True
 
     @property

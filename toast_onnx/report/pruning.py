@@ -117,6 +117,7 @@ def _merging(pruned: Pruned) -> dict[str, Any] | None:
                 "before": m.counts.count,
                 "after": m.counts.count - m.counts.removed,
                 "how": "merged" if m.matched is not None else "unread tokens dropped",
+                "metric": None if m.features is None else m.features.metric.name,
             }
             for m in pruned.merges
         ],

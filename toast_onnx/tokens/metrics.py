@@ -11,8 +11,15 @@ import onnx
 
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention
-from toast_onnx.tokens.follow import Tokens
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.tokens.follow import Tokens, TokenSequence
 from toast_onnx.tokens.nodes import Writer
+
+#: What a metric weighs pairs by.
+Weight = Literal["nothing", "sizes", "attention"]
+#: Added to attention, so that two tokens that nothing attends to still compare.
+FLOOR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -24,29 +31,37 @@ class Metric:
         sentence: its description in the docs.
         part: where the features come from: keys or values of the attention in front, or the stream itself.
         average: whether heads are averaged; otherwise they stand side by side.
-        by_size: whether pairs are weighed by what merging them loses (Ward), not by the cosine alone.
+        weight: what pairs are weighed by besides: nothing; their sizes, so that what counts is Ward's loss of merging
+            them; or the attention that the class token pays them, so that what it reads stays apart.
     """
 
     name: str
     sentence: str
     part: Literal["k", "v", "stream"]
     average: bool = False
-    by_size: bool = True
+    weight: Weight = "nothing"
 
 
 METRICS = {
     m.name: m
     for m in (
-        Metric("keys", "keys averaged over heads, as ToMe compares them", "k", average=True, by_size=False),
-        Metric("keys-by-head", "keys of all heads side by side, which need no axes in common", "k", by_size=False),
-        Metric("values", "values of all heads side by side", "v"),
-        Metric("tokens", "the tokens themselves, after the attention", "stream"),
+        Metric("keys", "keys averaged over heads, as ToMe compares them", "k", average=True),
+        Metric("keys-by-head", "keys of all heads side by side, which need no axes in common", "k"),
+        Metric("attended-keys", "the same, weighed by the class token's attention to both", "k", weight="attention"),
+        Metric("values", "values of all heads side by side, weighed by sizes", "v", weight="sizes"),
+        Metric("tokens", "the tokens themselves, after the attention, weighed by sizes", "stream", weight="sizes"),
     )
 }
 
 
-#: What measured best of those that every attention offers (benchmarks/tokens.py).
-DEFAULT_METRIC = "keys-by-head"
+#: Takes the first of these that a model has what it needs for; in the order they measured in (benchmarks/tokens.py).
+AUTO = "auto"
+PREFERRED = ("attended-keys", "keys-by-head", "tokens")
+
+
+def candidates(name: str) -> tuple[Metric, ...]:
+    """The metrics to try in turn for a name of a ratios file."""
+    return tuple(METRICS[n] for n in PREFERRED) if name == AUTO else (METRICS[name],)
 
 
 @dataclass(frozen=True)
@@ -58,17 +73,29 @@ class Features:
         tokens: where its tokens lie.
         columns: (features,) its channels that are compared; None for all.
         heads: number of heads that are averaged, 1 for none.
-        by_size: whether pairs are weighed by their sizes.
+        metric: the metric.
+        attended: for weights by attention, the tensor of probabilities (queries and keys on its last axes).
+        attended_heads: number of heads in it.
     """
 
     tensor: str
     tokens: Tokens
     columns: np.ndarray | None
     heads: int
-    by_size: bool
+    metric: Metric
+    attended: str | None = None
+    attended_heads: int = 1
 
 
-def find_features(metric: Metric, stream: str, attention: Attention, tokens: Mapping[str, Tokens]) -> Features:
+def find_features(
+    metric: Metric,
+    stream: str,
+    attention: Attention,
+    tokens: Mapping[str, Tokens],
+    sequence: TokenSequence,
+    view: GraphView,
+    facts: Facts,
+) -> Features:
     """Where the features of a metric lie at one merge.
 
     Args:
@@ -76,12 +103,15 @@ def find_features(metric: Metric, stream: str, attention: Attention, tokens: Map
         stream: the tokens to merge, (batch, tokens, channels).
         attention: the attention in front of the merge.
         tokens: tensor -> where its tokens lie.
+        sequence: the token sequence.
+        view: the unmerged graph.
+        facts: its facts.
 
     Raises:
         MatchError: the attention has no such part, or its tokens lie in another order.
     """
     if metric.part == "stream":
-        return Features(stream, tokens[stream], None, 1, metric.by_size)
+        return Features(stream, tokens[stream], None, 1, metric)
     branch = attention.k if metric.part == "k" else attention.v
     what = "keys" if metric.part == "k" else "values"
     found = None if branch is None else tokens.get(branch.linear.output)
@@ -92,7 +122,28 @@ def find_features(metric: Metric, stream: str, attention: Attention, tokens: Map
         raise MatchError(f"the {what} of an attention lie in another order; choose tokens.metric: tokens")
     columns = branch.layout.channels.reshape(-1)
     heads = branch.layout.num_heads if metric.average else 1
-    return Features(branch.linear.output, found, columns, heads, metric.by_size)
+    if metric.weight != "attention":
+        return Features(branch.linear.output, found, columns, heads, metric)
+    attended = _attended(attention, tokens, sequence, view, facts)
+    return Features(branch.linear.output, found, columns, heads, metric, *attended)
+
+
+def _attended(
+    attention: Attention, tokens: Mapping[str, Tokens], sequence: TokenSequence, view: GraphView, facts: Facts
+) -> tuple[str, int]:
+    """(probabilities (..., queries, keys), number of heads) of an attention whose first token is a class token."""
+    name = view.nodes[attention.core.softmax].output[0]
+    found, shape = tokens.get(name), facts.shape(name)
+    if sequence.front == 0 or attention.core.kind != "matmul" or found is None or shape is None:
+        raise MatchError(
+            "no class token's attention can be read here (a fused node, or no such token); choose another tokens.metric"
+        )
+    batch, rank = found.batch, len(shape)
+    outermost = batch is None or (batch.axis == 0 and batch.inner * batch.count == shape[0])
+    if [a.along.axis for a in found.axes] != [rank - 2, rank - 1] or not outermost:
+        raise MatchError("the attention's probabilities lie in another order; choose another tokens.metric")
+    items = 1 if batch is None else batch.count
+    return name, int(np.prod(shape[:-2])) // items
 
 
 def write_features(w: Writer, features: Features, tensor: str, count: int, width: int) -> str:
@@ -121,6 +172,38 @@ def write_features(w: Writer, features: Features, tensor: str, count: int, width
     if features.heads > 1:
         x = w.mean(w.reshape(x, [0, 0, features.heads, -1], "features/by_head"), 2)
     return w.cast(x, onnx.TensorProto.FLOAT)
+
+
+def write_weights(w: Writer, features: Features, size: str | None, count: int) -> str | None:
+    """Nodes for the weights (batch, tokens, 1) of a metric; None where all tokens weigh the same.
+
+    Args:
+        w: writer.
+        features: what is compared.
+        size: (batch, tokens, 1), how many tokens each stands for; None where each stands for itself.
+        count: number of tokens now.
+    """
+    if features.attended is None:
+        return size if features.metric.weight == "sizes" else None
+    rows = w.reshape(features.attended, [-1, features.attended_heads, count, count], "attended/by_head")
+    row = w.reshape(w.slice(rows, 2, 0, 1, what="attended/class"), [-1, features.attended_heads, count], "attended/row")
+    mean = w.reshape(w.mean(w.cast(row, onnx.TensorProto.FLOAT), 1), [-1, count, 1], "attended")
+    floor = w.edit.constant(f"{w.name}/attended/floor", np.asarray(FLOOR, np.float32))
+    return w.one("Sqrt", [w.one("Add", [mean, floor], "attended/Add")], "attended/Sqrt")
+
+
+def read_weights(features: Features, array: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(batch, merged tokens) weights in float64, from the probabilities of the unmerged graph.
+
+    Args:
+        features: what is compared; weighed by attention.
+        array: probabilities of the unmerged graph.
+        groups: (batch, tokens) the merged token that each belongs to.
+    """
+    tokens = array.shape[-1]
+    row = array.astype(np.float64).reshape(-1, features.attended_heads, tokens, tokens)[:, :, 0].mean(1)
+    weights: np.ndarray = np.sqrt(np.stack([np.bincount(g, p) for g, p in zip(groups, row, strict=True)]) + FLOOR)
+    return weights
 
 
 def _in_order(columns: np.ndarray | None) -> bool:

@@ -128,14 +128,14 @@ class Matched:
         return self.gone, self.stays, self.into
 
 
-def write_match(w: Writer, metric: str, merge: Merge, size: str | None) -> Matched:
+def write_match(w: Writer, metric: str, merge: Merge, weights: str | None) -> Matched:
     """The most alike pairs of two alternating sets.
 
     Args:
         w: writer.
         metric: (batch, tokens, features), float32.
         merge: counts.
-        size: (batch, tokens, 1) sizes to weigh pairs by; None where they are alike by the cosine alone.
+        weights: (batch, tokens, 1) to weigh pairs by; None where they are alike by the cosine alone.
     """
     unit = w.one("LpNormalization", [metric], "unit", axis=-1, p=2)
     stop = merge.count - merge.back
@@ -143,8 +143,8 @@ def write_match(w: Writer, metric: str, merge: Merge, size: str | None) -> Match
     b = w.slice(unit, 1, merge.front, stop, 2, "targets")
     turned = w.one("Transpose", [b], "targets/Transpose", perm=[0, 2, 1])
     cosine = w.one("MatMul", [a, turned], "cosine")
-    if size is not None:
-        cosine = _weighed(w, cosine, size, merge)
+    if weights is not None:
+        cosine = _weighed(w, cosine, weights, merge)
     best, nearest = w.node("TopK", [cosine, w.numbers([1], "one")], "nearest", 2, axis=-1)
     best = w.reshape(best, [-1, merge.sources], "best/Reshape")
     nearest = w.reshape(nearest, [-1, merge.sources], "nearest/Reshape")
@@ -156,12 +156,12 @@ def write_match(w: Writer, metric: str, merge: Merge, size: str | None) -> Match
     return Matched(gone, w.cast(stays, onnx.TensorProto.INT64), into)
 
 
-def _weighed(w: Writer, cosine: str, size: str, merge: Merge) -> str:
-    """What merging a pair loses: (1 - cosine) a b / (a + b), the growth of Ward's sum of squares; negative."""
+def _weighed(w: Writer, cosine: str, weights: str, merge: Merge) -> str:
+    """(cosine - 1) a b / (a + b) for weights a and b; for sizes the growth of Ward's sum of squares, negative."""
     stop = merge.count - merge.back
-    a = w.slice(size, 1, merge.front + 1, stop, 2, "source_sizes")
+    a = w.slice(weights, 1, merge.front + 1, stop, 2, "source_weights")
     b = w.reshape(
-        w.slice(size, 1, merge.front, stop, 2, "target_sizes"), [-1, 1, merge.targets], "target_sizes/Reshape"
+        w.slice(weights, 1, merge.front, stop, 2, "target_weights"), [-1, 1, merge.targets], "target_weights/Reshape"
     )
     harmonic = w.one("Div", [w.one("Mul", [a, b], "product"), w.one("Add", [a, b], "sum")], "harmonic")
     edge = w.edit.constant(f"{w.name}/edge", np.asarray(EQUAL, np.float32))

@@ -15,6 +15,7 @@ import onnx.helper
 
 from toast_onnx.edit import GraphEdit, OldShape
 from toast_onnx.errors import MatchError
+from toast_onnx.matching.blocks import Attention
 from toast_onnx.matching.cores import find_cores
 from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.study import Study
@@ -22,7 +23,7 @@ from toast_onnx.model import Model
 from toast_onnx.rewriting.fusing import fuse_again
 from toast_onnx.rewriting.shapes import settle_shapes
 from toast_onnx.tokens.follow import FUSED, Flow, TokenAxis, TokenSequence, follow
-from toast_onnx.tokens.metrics import METRICS, Features, find_features, write_features
+from toast_onnx.tokens.metrics import Features, candidates, find_features, write_features, write_weights
 from toast_onnx.tokens.nodes import (
     END,
     Matched,
@@ -69,7 +70,7 @@ def write_merging(
         study: the model.
         tokens: where its tokens can be merged.
         removed: block number -> tokens that are merged away behind its attention.
-        metric: what tokens are compared by, a name of `METRICS`.
+        metric: what tokens are compared by, a name of `METRICS`, or `auto`.
         drop_unread: also drop what nothing reads any more behind the last attention; that changes no output.
 
     Returns:
@@ -254,11 +255,11 @@ class _Sequence:
         merged = self.edit.fresh(f"{name}/merged")
         attention = self.work.study.match.blocks[block].attention
         assert attention is not None
-        features = find_features(METRICS[self.metric], name, attention, self.flow.tokens)
+        features = self._features(name, attention)
         tensor = raw if features.tensor == name else self.renamed.get(features.tensor, features.tensor)
         width = (self.facts.shape(features.tensor) or (0,))[-1]
         compared = write_features(w, features, tensor, merge.count, width)
-        weigh = self.sizes[-1] if features.by_size else None  # at first all weigh the same
+        weigh = write_weights(w, features, self.sizes[-1], merge.count)
         matched = write_match(w, compared, merge, weigh)
         elem = self.facts.elem_type(name)
         x = raw if elem == onnx.TensorProto.FLOAT else w.cast(raw, onnx.TensorProto.FLOAT)
@@ -269,6 +270,17 @@ class _Sequence:
         self.places.append(write_places(w, matched, merge, self.places[-1]) if self.flow.unmerge else None)
         self.work.written.append(WrittenMerge(block, name, merged, merge, matched, features, self.sequence))
         self.renamed[name] = merged
+
+    def _features(self, name: str, attention: Attention) -> Features:
+        """What the tokens of one merge are compared by: the first metric that this attention has the parts for."""
+        wanted = candidates(self.metric)
+        for metric in wanted:
+            try:
+                return find_features(metric, name, attention, self.flow.tokens, self.sequence, self.view, self.facts)
+            except MatchError:
+                if metric is wanted[-1]:
+                    raise
+        raise MatchError(f"tokens.metric: {self.metric} names no metric")
 
     def _special(self, i: int, name: str) -> str:
         """The special tokens of a tensor alone."""

@@ -26,7 +26,7 @@ from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.proof.precision import to_float32
 from toast_onnx.proof.twin import TOLERANCE, Difference, relative_difference
 from toast_onnx.runtime import random_inputs, run_model
-from toast_onnx.tokens.metrics import read_features
+from toast_onnx.tokens.metrics import read_features, read_weights
 from toast_onnx.tokens.nodes import EQUAL, Merge
 from toast_onnx.tokens.rewrite import WrittenMerge
 
@@ -116,7 +116,7 @@ def prove_merging(
     twin, merged = to_float32(twin), to_float32(merged)
     outputs = [o.name for o in merged.proto.graph.output]
     asked = [*outputs, *(m.merged for m in merges), *(n for m in merges if m.matched for n in m.matched.names)]
-    features = {m.tensor: _before_averaging(m) for m in merges if m.features is not None}
+    compared = [name for m in merges for name in _compared(m)]
     watched = [*(m.tensor for m in merges), *outputs]
     worst: dict[str, float] = dict.fromkeys(watched, 0.0)
     furthest, choices = 0.0, 0
@@ -127,11 +127,10 @@ def prove_merging(
             (made,) = run_model(small, list(dict.fromkeys(asked)), [feeds])
             groups = compose(merges, made)
             matrices = {name: averaging(groups[tensor].after).astype(np.float32) for tensor, name in given.items()}
-            (theirs,) = run_model(wide, list(dict.fromkeys([*watched, *features.values()])), [feeds | matrices])
+            (theirs,) = run_model(wide, list(dict.fromkeys([*watched, *compared])), [feeds | matrices])
             for merge in merges:
                 if merge.features is not None:
-                    compared = read_features(merge.features, theirs[features[merge.tensor]], merge.sequence.count)
-                    furthest = max(furthest, _furthest(merge, made, compared, groups[merge.tensor].before))
+                    furthest = max(furthest, _furthest(merge, made, theirs, groups[merge.tensor].before))
                     choices += int(made[merge.matched.gone].size) if merge.matched else 0
                 want = _one_of_each(merge, theirs[merge.tensor], groups)
                 worst[merge.tensor] = max(worst[merge.tensor], relative_difference(want, made[merge.merged]))
@@ -160,10 +159,13 @@ def _check(differences: Sequence[Difference], furthest: float) -> None:
         )
 
 
-def _before_averaging(merge: WrittenMerge) -> str:
-    """The twin's name for what a merge compares: of the stream itself, what it is before it is averaged."""
-    assert merge.features is not None
-    return unaveraged(merge.tensor) if merge.features.tensor == merge.tensor else merge.features.tensor
+def _compared(merge: WrittenMerge) -> list[str]:
+    """The twin's names for what a merge compares: of the stream itself, what it is before it is averaged."""
+    if merge.features is None:
+        return []
+    own = merge.features.tensor == merge.tensor
+    weighed = [] if merge.features.attended is None else [merge.features.attended]
+    return [unaveraged(merge.tensor) if own else merge.features.tensor, *weighed]
 
 
 @dataclass(frozen=True)
@@ -239,20 +241,26 @@ def _first_of(groups: np.ndarray) -> np.ndarray:
     return np.unique(groups, return_index=True)[1]
 
 
-def _furthest(merge: WrittenMerge, made: Arrays, features: np.ndarray, before: np.ndarray) -> float:
+def _furthest(merge: WrittenMerge, made: Arrays, theirs: Arrays, before: np.ndarray) -> float:
     """How far the worst choice of a merge lies behind the best."""
     assert merge.matched is not None
+    assert merge.features is not None
+    compared, *weighed = (theirs[name] for name in _compared(merge))
+    features = read_features(merge.features, compared, merge.sequence.count)
+    by_size = merge.features.metric.weight == "sizes"
+    given = read_weights(merge.features, weighed[0], before) if weighed else [None] * len(before)
     worst = 0.0
     stop = merge.counts.count - merge.counts.back
     choices = zip(*(made[name] for name in merge.matched.names), strict=True)
-    for x, groups, (gone, stays, into) in zip(features, before, choices, strict=True):
+    for x, groups, attended, (gone, stays, into) in zip(features, before, given, choices, strict=True):
         _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
         unit = x[first]
         unit = unit / np.maximum(np.linalg.norm(unit, axis=-1, keepdims=True), np.finfo(np.float64).tiny)
         sources, targets = slice(merge.counts.front + 1, stop, 2), slice(merge.counts.front, stop, 2)
         alike = unit[sources] @ unit[targets].T
-        if merge.features is not None and merge.features.by_size:
-            a, b = sizes[sources, None].astype(np.float64), sizes[None, targets]
+        weights = sizes.astype(np.float64) if by_size else attended
+        if weights is not None:
+            a, b = weights[sources, None], weights[None, targets]
             alike = (alike - EQUAL) * a * b / (a + b)
         best = alike.max(1)
         worst = max(worst, float((best[gone] - alike[gone, into]).max(initial=0.0)))
