@@ -92,10 +92,10 @@ def pair_scores(metric: Tensor, weights: Tensor | None, special: int) -> Tensor:
         weights: (batch, tokens), or None where all pairs count alike.
 
     Returns:
-        (batch, sources, destinations): cos - 1, times v·w/(v+w) of the two weights.
+        (batch, sources, destinations): cos - 1.0001, times v·w/(v+w) of the two weights.
     """
     _, a, b = split(functional.normalize(metric, dim=-1), special)
-    scores = a @ b.transpose(1, 2) - 1
+    scores = a @ b.transpose(1, 2) - 1.0001  # above one: of equal pairs the smaller weights merge first
     if weights is None:
         return scores
     _, v, w = split(weights, special)
