@@ -287,7 +287,7 @@ def test_a_wrong_weight_row_is_seen(exported: Exported) -> None:
         (zoo.Case("timm-deit"), ratios(score="variance"), ConfigError, "knows one score only"),
         (zoo.Case("timm-deit"), ratios() | {"compensation": {"kind": "local"}}, ConfigError, "local"),
         (zoo.Case("timm-deit", "torchscript-14"), ratios(), MatchError, "write residual: kept"),
-        (zoo.Case("hf-vit", "dynamo-23"), ratios(), MatchError, "below 23"),
+        (zoo.Case("timm-vit", "dynamo-23"), ratios(), MatchError, "below 23"),
     ],
     ids=["score", "local", "opset-14", "fused"],
 )
