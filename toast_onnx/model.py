@@ -37,6 +37,7 @@ from toast_onnx.external import (
     leave_inside,
 )
 from toast_onnx.files import regular_file
+from toast_onnx.wellformed import check_graph
 
 #: Protobuf cannot serialise more than 2 GiB; above this, weights go to a file beside the graph.
 INLINE_LIMIT = 1_900_000_000
@@ -125,6 +126,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     bring_in_all(proto, path, INLINE_LIMIT)
     if proto.functions:
         proto = _inline_functions(proto, path)
+    check_graph(proto, path)
     _sort_nodes(proto.graph, path)
     if path.stat().st_size >= LEAVE_INSIDE:
         leave_inside(proto.graph, path)

@@ -13,7 +13,7 @@ import click
 
 from toast_onnx.choosing.blocks import heads_rounded_away
 from toast_onnx.choosing.synthetic import SyntheticStatistics
-from toast_onnx.errors import ConfigError
+from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, staged_model
@@ -22,6 +22,7 @@ from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import Pruned, Refine, prune
 from toast_onnx.report.pruning import pruning_report, write_report
 from toast_onnx.solving.weights import BlockWeights
+from toast_onnx.wellformed import blame_model, why_not_loaded
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import Advance, format_bytes, format_count, print_json, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
@@ -81,7 +82,7 @@ def command(
     calibration = gather_options(settings, seed, given)
     seed = calibration.seed
     samples = samples_to_refine(settings, data, statistics)
-    with find_statistics(dense, settings, data, statistics, calibration) as found:
+    with blame_model(model), find_statistics(dense, settings, data, statistics, calibration) as found:
         steps = len(dense.match.blocks) * (1 if samples is None else 2) + 1
         with progress("pruning", steps) as advance:
             pruned = prune(
@@ -110,6 +111,8 @@ def command(
         "normalize": normalize,
     }
     with staged_model(pruned.model, out) as draft:  # a model never appears without its report
+        if not no_check and (reason := why_not_loaded(draft)) is not None:
+            raise ModelError(f"{out} was not written: {reason}; export {model} again")
         document = pruning_report(pruned, dense, draft, options) | {"statistics": source}
         if pruned.local:
             document["local"] = [result.to_document() for result in pruned.local]

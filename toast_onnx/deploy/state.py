@@ -7,16 +7,35 @@ import json
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from toast_onnx import __version__
 from toast_onnx.deploy.code import code_files
 from toast_onnx.deploy.steps import Step
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.model import model_files, write_bytes
+from toast_onnx.planning.strict_json import read_json
 
 FORMAT = "toast-onnx/deploy/1"
 RECORD = "deploy.json"
+
+
+class _Entry(BaseModel):
+    """A step on record, as far as it is read again."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    status: Literal["done", "waiting", "failed"]
+    command: list[str]
+    inputs: dict[str, str | None]
+    versions: dict[str, str]
+    outputs: dict[str, str | None] = {}
+    reason: str = ""
+
+
+_STEPS = TypeAdapter(dict[str, _Entry])
 
 
 class Digests:
@@ -97,15 +116,19 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is something else.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be read as a deployment's record: {e}; remove it to start over") from e
+    document = read_json(path, hint="it is no record of a deployment; remove it to start over")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ConfigError(f"{path} is no record of a deployment; choose another output folder")
-    steps: dict[str, Any] = document["steps"]
+    steps = document.get("steps")
+    try:
+        _STEPS.validate_python(steps)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = ".".join(map(str, ("steps", *first["loc"])))
+        raise ConfigError(f"{path}: {where}: {first['msg']}; remove it to start over") from e
+    assert isinstance(steps, dict)
     return steps
 
 
