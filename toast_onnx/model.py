@@ -245,6 +245,17 @@ def model_files(path: Path) -> list[Path]:
     return [path, *(path.parent / name for name in sorted(names))]
 
 
+def links_out(path: Path) -> dict[str, Path]:
+    """Files of a model that are links to somewhere outside its folder, as download caches have them: name -> file.
+
+    Raises:
+        ModelError: as for `model_files`.
+    """
+    folder = path.parent.resolve()
+    behind = {str(file.relative_to(path.parent)): file.resolve() for file in model_files(path)}
+    return {name: file for name, file in behind.items() if not file.is_relative_to(folder)}
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a model: its graph file, then its external data files in the order of their names."""
     digest = hashlib.sha256()

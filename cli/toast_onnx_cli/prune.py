@@ -16,7 +16,7 @@ from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import load_model, staged_model
+from toast_onnx.model import links_out, load_model, staged_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import Pruned, Refine, prune
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @calibration_options
 @click.option("--skip-unprunable", is_flag=True, help="Leave parts alone that cannot be pruned, instead of stopping.")
 @click.option("--normalize", is_flag=True, help="Write norms that are spelled out as LayerNormalization (opset >= 17).")
+@click.option("--no-links", is_flag=True, help="Refuse a model whose files are links out of its folder.")
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
@@ -57,6 +58,7 @@ def command(
     statistics: Path | None,
     skip_unprunable: bool,
     normalize: bool,
+    no_links: bool,
     no_check: bool,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
@@ -79,6 +81,12 @@ def command(
     )
     settings = read_ratios(ratios)
     dense = study(load_model(model), shapes)
+    links = links_out(model)
+    if links and no_links:
+        name, behind = next(iter(links.items()))
+        raise ModelError(
+            f"{model}: '{name}' is a link to {behind}, outside its folder; leave out --no-links to follow it"
+        )
     calibration = gather_options(settings, seed, given)
     seed = calibration.seed
     samples = samples_to_refine(settings, data, statistics)
@@ -114,6 +122,8 @@ def command(
         if not no_check and (reason := why_not_loaded(draft)) is not None:
             raise ModelError(f"{out} was not written: {reason}; export {model} again")
         document = pruning_report(pruned, dense, draft, options) | {"statistics": source}
+        if links:
+            document["dense"]["links"] = {name: str(behind) for name, behind in links.items()}
         if pruned.local:
             document["local"] = [result.to_document() for result in pruned.local]
         write_report(document, report)
