@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -127,7 +128,7 @@ def _check_inputs(config: Deployment, folder: Path) -> None:
     """
     wanted = [config.model, config.prune.statistics if config.prune is not None else None]
     for name in wanted:
-        if name is not None and not (folder / name).is_file():
+        if name is not None and not os.path.isfile(folder / name):
             raise ConfigError(f"{folder / name} does not exist; paths are relative to the deployment file's folder")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,10 +52,10 @@ class Digests:
         None for what is none of these. It does not depend on where the folder is.
         """
         path = self._folder / name
-        if path.is_dir():
+        if os.path.isdir(path):
             inside = sorted(p for p in path.rglob("*") if p.is_file())
             return _of_pairs((str(p.relative_to(path)), self._file(p)) for p in inside)
-        if not path.is_file():
+        if not os.path.isfile(path):
             code = code_files(name, self._folder)
             return _of_pairs((p.name, self._file(p)) for p in code) if code else None
         return _of_pairs((p.name, self._file(p)) for p in _parts(path)) if path.suffix == ".onnx" else self._file(path)
