@@ -37,6 +37,7 @@ from toast_onnx.external import (
     leave_inside,
 )
 from toast_onnx.files import regular_file
+from toast_onnx.wellformed import check_graph
 
 #: Protobuf cannot serialise more than 2 GiB; above this, weights go to a file beside the graph.
 INLINE_LIMIT = 1_900_000_000
@@ -125,6 +126,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     bring_in_all(proto, path, INLINE_LIMIT)
     if proto.functions:
         proto = _inline_functions(proto, path)
+    check_graph(proto, path)
     _sort_nodes(proto.graph, path)
     if path.stat().st_size >= LEAVE_INSIDE:
         leave_inside(proto.graph, path)
@@ -241,6 +243,17 @@ def model_files(path: Path) -> list[Path]:
     check_files(proto, path)
     names = {external.ExternalDataInfo(t).location for t in all_tensors(proto) if external.uses_external_data(t)}
     return [path, *(path.parent / name for name in sorted(names))]
+
+
+def links_out(path: Path) -> dict[str, Path]:
+    """Files of a model that are links to somewhere outside its folder, as download caches have them: name -> file.
+
+    Raises:
+        ModelError: as for `model_files`.
+    """
+    folder = path.parent.resolve()
+    behind = {str(file.relative_to(path.parent)): file.resolve() for file in model_files(path)}
+    return {name: file for name, file in behind.items() if not file.is_relative_to(folder)}
 
 
 def file_hash(path: Path) -> str:

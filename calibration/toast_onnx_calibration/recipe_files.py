@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.planning.strict_json import read_json
+from toast_onnx.planning.strict_yaml import read_document
 from toast_onnx_calibration.recipes import NAMED, Dim, Recipe, adapt, parse_recipe
 
+_MAX_BYTES = 1 << 22
 # Pillow's numbers for its filters, which Hugging Face stores as `resample`.
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # Old configs write `size` as one number. These families mean the shorter side by it, the others a square.
@@ -58,14 +61,7 @@ def load_recipe(path: str | Path) -> RecipeChoice:
         ConfigError: The file cannot be read or is none of these.
     """
     path = Path(path)
-    try:
-        # A leading byte order mark would otherwise become part of the first key.
-        text = path.read_text(encoding="utf-8-sig")
-        data = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML or JSON ({' '.join(str(error).split())})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a recipe ({error})") from error
+    data: Any = _read_json(path) if path.suffix.lower() == ".json" else _plain(read_document(path))
     if _is_timm(data):
         return RecipeChoice(from_timm(data, str(path)), str(path))
     if _is_hugging_face(data):
@@ -74,13 +70,74 @@ def load_recipe(path: str | Path) -> RecipeChoice:
     return RecipeChoice(parse_recipe(data, str(path)), str(path))
 
 
+def _read_json(path: Path) -> object:
+    return read_json(path, hint="give a recipe, a preprocessor_config.json or a timm config", limit=_MAX_BYTES)
+
+
+def _plain(value: object) -> object:
+    """Numbers of a YAML file as floats."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return float(value) if isinstance(value, Decimal) else value
+
+
+class _HuggingFace(BaseModel):
+    """Types of the keys that are read of an image processor's configuration; null stands for a key that is not set."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    image_processor_type: str | None = None
+    feature_extractor_type: str | None = None
+    do_resize: bool | None = None
+    do_center_crop: bool | None = None
+    do_rescale: bool | None = None
+    do_normalize: bool | None = None
+    do_flip_channel_order: bool | None = None
+    do_pad: bool | None = None
+    resample: int | None = None
+    crop_pct: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    rescale_factor: Annotated[float, Field(gt=0, le=1e9)] | None = None
+
+
+class _Timm(BaseModel):
+    """Types of the keys that are read of a timm configuration."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    input_size: Annotated[Sequence[Annotated[int, Field(ge=1, le=65536)]], Field(min_length=3, max_length=3)]
+    mean: Any
+    std: Any
+    crop_pct: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
+
+
+def _check(model: type[BaseModel], config: object, where: str) -> dict[str, Any]:
+    """The configuration, whose keys have the types that a model says.
+
+    Raises:
+        ConfigError: the first that has not.
+    """
+    try:
+        model.model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{where}: {key + ': ' if key else ''}{first['msg']}; write a YAML recipe instead") from error
+    assert isinstance(config, dict)
+    return config
+
+
 def from_hugging_face(config: dict[str, Any], where: str) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe of a Hugging Face image processor's configuration, and notes on what it leaves out.
 
     Raises:
         ConfigError: A key is missing or has a value that a recipe cannot express.
     """
-    config = config.get("image_processor", config)  # processor_config.json holds it one level down
+    # processor_config.json holds it one level down
+    config = _check(_HuggingFace, config.get("image_processor", config), where)
     kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
     fields: dict[str, Any] = {"crop_offset": "floor", "channels": "rgb"}
     notes = []
@@ -90,7 +147,7 @@ def from_hugging_face(config: dict[str, Any], where: str) -> tuple[Recipe, tuple
         fields["crop"] = _hugging_face_side(config.get("crop_size"), "crop_size", where)
     if config.get("crop_pct") is not None and isinstance(fields.get("resize"), int):
         fields |= _convnext_sizes(fields["resize"], float(config["crop_pct"]))
-    fields["scale"] = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
+    fields["scale"] = float(config.get("rescale_factor") or 1 / 255) if config.get("do_rescale", True) else 1.0
     if config.get("do_normalize", "image_mean" in config):
         for field, key in (("mean", "image_mean"), ("std", "image_std")):
             if key not in config:
@@ -112,22 +169,22 @@ def from_timm(config: dict[str, Any], where: str) -> Recipe:
         ConfigError: A key is missing, or `crop_mode` is `border`.
     """
     config = config.get("pretrained_cfg") or config
-    try:
-        channels, height, width = config["input_size"]
-        mean, std = config["mean"], config["std"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: a timm config needs input_size (three numbers), mean and std") from error
+    if not isinstance(config, dict) or not {"input_size", "mean", "std"} <= config.keys():
+        raise ConfigError(f"{where}: a timm config needs input_size (three numbers), mean and std")
+    config = _check(_Timm, config, where)
+    channels, height, width = config["input_size"]
+    mean, std = config["mean"], config["std"]
     ratio = config.get("crop_pct") or 0.875
     mode = config.get("crop_mode") or "center"
     if mode not in ("center", "squash"):
-        raise ConfigError(f"{where}: crop_mode '{mode}' is not supported; write a YAML recipe instead")
+        raise ConfigError(f"{where}: crop_mode '{mode:.40}' is not supported; write a YAML recipe instead")
     resize = (math.floor(height / ratio), math.floor(width / ratio))
     square = resize[0] == resize[1]
     return parse_recipe(
         {
             "resize": resize[0] if square and mode == "center" else resize,
             "keep_ratio": mode == "center" and not square,
-            "interpolation": _timm_interpolation(config.get("interpolation", "bilinear")),
+            "interpolation": _timm_interpolation(config.get("interpolation") or "bilinear"),
             "crop": (height, width),
             "mean": mean,
             "std": std,
@@ -167,14 +224,16 @@ def _is_hugging_face(data: Any) -> bool:
 
 def _json_or_none(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _read_json(path)
+    except ConfigError:
         return None  # somebody else's file that merely has the name
 
 
 def _hugging_face_resize(config: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
     size = config.get("size")
-    resample = config.get("resample", 3 if kind.startswith(("CLIP", "Bit", "DeiT", "ConvNext")) else 2)
+    resample = config.get("resample")
+    if resample is None:
+        resample = 3 if kind.startswith(("CLIP", "Bit", "DeiT", "ConvNext")) else 2
     if resample not in _RESAMPLE:
         raise ConfigError(f"{where}: resample {resample!r} is none of Pillow's filters 0..5")
     fields: dict[str, Any] = {"interpolation": _RESAMPLE[resample]}
@@ -192,7 +251,9 @@ def _hugging_face_side(size: Any, key: str, where: str) -> int | tuple[int, int]
         return size
     if isinstance(size, dict) and {"height", "width"} <= size.keys():
         return size["height"], size["width"]
-    raise ConfigError(f"{where}: {key} {size!r} is neither a number nor height and width; write a YAML recipe instead")
+    raise ConfigError(
+        f"{where}: {key} {size!r:.60} is neither a number nor height and width; write a YAML recipe instead"
+    )
 
 
 def _convnext_sizes(side: int, ratio: float) -> dict[str, Any]:

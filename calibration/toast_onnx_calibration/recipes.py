@@ -18,7 +18,9 @@ Dim = int | str | None
 
 _Side = Annotated[int, Strict(), Field(gt=0, le=65536)]
 _Size = _Side | tuple[_Side, _Side]
-_Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+_Number = Annotated[float, Strict(), Field(ge=-1e9, le=1e9)]
+
+_SMALLEST = 1e-12  # what is left of it in float32 still divides
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -105,7 +107,7 @@ class Recipe(BaseModel):
             given = len(getattr(self, name))
             if given not in allowed:
                 raise ValueError(f"{name} needs {' or '.join(map(str, allowed))} numbers, not {given}")
-        if min(self.std) <= 0 or self.scale <= 0:
+        if min(self.std) < _SMALLEST or self.scale < _SMALLEST:
             raise ValueError("std and scale must be above 0")
         raw = self.scale == 1 and set(self.mean) == {0.0} and set(self.std) == {1.0}
         if self.dtype == "uint8" and not raw:
@@ -242,7 +244,7 @@ def parse_recipe(data: Any, where: str) -> Recipe:
         key = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, Recipe.model_fields, 1, 0.0)
-            raise ConfigError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?") from error
+            raise ConfigError(f"{where}: unknown key '{key:.40}'; did you mean '{near[0]}'?") from error
         reason = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {key + ': ' if key else ''}{reason}") from error
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from toast_onnx.choosing.blocks import Widths, solve_block
 from toast_onnx.errors import ConfigError, DataError
@@ -21,6 +23,7 @@ from toast_onnx.model import file_hash, write_bytes
 from toast_onnx.planning.planned import selection_only
 from toast_onnx.planning.ratios import Ratios, resolve
 from toast_onnx.planning.search import Kept
+from toast_onnx.planning.strict_json import read_json
 from toast_onnx.planning.width_costs import Part, prunable_widths, width_step
 from toast_onnx.planning.widths import kept_count
 from toast_onnx.solving.weights import BlockWeights
@@ -244,18 +247,50 @@ def resume(path: Path | None, identity: dict[str, Any], metric: str, dense_top1:
     return Sensitivity(fresh.identity, metric, dense_top1, [Trial(**t) for t in document["trials"]])
 
 
+class _Trial(BaseModel):
+    """A trial as it stands in a file of results."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    block: Annotated[int, Field(ge=0)]
+    part: str
+    ratio: Annotated[float, Field(ge=0, lt=1)]
+    kept: dict[str, int]
+    damage: dict[str, float]
+
+    @field_validator("part")
+    @classmethod
+    def _known(cls, part: str) -> str:
+        if part not in TRIAL_PARTS:
+            raise ValueError(f"is none of {', '.join(TRIAL_PARTS)}")
+        return part
+
+
+class _Results(BaseModel):
+    """What is read again of a file of results."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    metric: str
+    dense_top1: float | None
+    trials: list[_Trial]
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """The document of a results file.
 
     Raises:
         DataError: it is missing, damaged, or of another format.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path}: cannot be read as sensitivity results ({e}); remove it and measure again") from e
+    document = read_json(path, DataError, "it holds no sensitivity results; remove it and measure again")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise DataError(f"{path}: is no file of sensitivity results; give one that `toast-onnx sensitivity` wrote")
+    try:
+        _Results.model_validate(document)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: {where}: {first['msg']}; remove it and measure again") from e
     return document
 
 

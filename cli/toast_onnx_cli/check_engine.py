@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -98,13 +97,10 @@ def _leave_command(script: Path | None) -> None:
 
 def _record(engine: Path) -> dict[str, Any]:
     """The JSON beside an engine; empty where there is none."""
-    from toast_onnx.engines import record_path
+    from toast_onnx.engines import read_record
 
-    try:
-        found = json.loads(record_path(engine).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    record = read_record(engine)
+    return {} if record is None else record.model_dump(exclude_none=True)
 
 
 def _made_up(session: Any, shapes: dict[str, Any], samples: int, batch: int, seed: int) -> Iterator[Feeds]:

@@ -68,6 +68,9 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the subcommand: a `ToastError` ends in one `Error:` line and status 1, Ctrl-C in one line and 130."""
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # it was closed by whoever started this
+                setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()  # so that a broken pipe shows here and not while Python shuts down
@@ -79,9 +82,23 @@ class LazyGroup(click.Group):
             click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
-            # The reader (`| head`) has all it wants. Python flushes stdout once more at exit; let that go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader (`| head`) has all it wants.
+            _discard_output()
             ctx.exit(EXIT_BROKEN_PIPE)
+        except OSError as error:
+            logger.debug("the error came from here", exc_info=True)
+            if error.filename is None:
+                _discard_output()  # a full disk behind stdout, most likely
+            where = f"{error.filename!s:.200}: " if error.filename is not None else "the output cannot be written: "
+            raise click.ClickException(f"{where}{error.strerror or error}") from error
+        except MemoryError as error:
+            logger.debug("the error came from here", exc_info=True)
+            raise click.ClickException("memory ran out; free some, or raise the limit that is set") from error
+
+
+def _discard_output() -> None:
+    """Python flushes stdout once more at exit; let that go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

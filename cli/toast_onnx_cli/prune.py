@@ -13,15 +13,16 @@ import click
 
 from toast_onnx.choosing.blocks import heads_rounded_away
 from toast_onnx.choosing.synthetic import SyntheticStatistics
-from toast_onnx.errors import ConfigError
+from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import load_model, staged_model
+from toast_onnx.model import links_out, load_model, staged_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import Pruned, Refine, prune
 from toast_onnx.report.pruning import pruning_report, write_report
 from toast_onnx.solving.weights import BlockWeights
+from toast_onnx.wellformed import blame_model, why_not_loaded
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import Advance, format_bytes, format_count, print_json, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @calibration_options
 @click.option("--skip-unprunable", is_flag=True, help="Leave parts alone that cannot be pruned, instead of stopping.")
 @click.option("--normalize", is_flag=True, help="Write norms that are spelled out as LayerNormalization (opset >= 17).")
+@click.option("--no-links", is_flag=True, help="Refuse a model whose files are links out of its folder.")
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
@@ -56,6 +58,7 @@ def command(
     statistics: Path | None,
     skip_unprunable: bool,
     normalize: bool,
+    no_links: bool,
     no_check: bool,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
@@ -78,10 +81,16 @@ def command(
     )
     settings = read_ratios(ratios)
     dense = study(load_model(model), shapes)
+    links = links_out(model)
+    if links and no_links:
+        name, behind = next(iter(links.items()))
+        raise ModelError(
+            f"{model}: '{name}' is a link to {behind}, outside its folder; leave out --no-links to follow it"
+        )
     calibration = gather_options(settings, seed, given)
     seed = calibration.seed
     samples = samples_to_refine(settings, data, statistics)
-    with find_statistics(dense, settings, data, statistics, calibration) as found:
+    with blame_model(model), find_statistics(dense, settings, data, statistics, calibration) as found:
         steps = len(dense.match.blocks) * (1 if samples is None else 2) + 1
         with progress("pruning", steps) as advance:
             pruned = prune(
@@ -110,7 +119,11 @@ def command(
         "normalize": normalize,
     }
     with staged_model(pruned.model, out) as draft:  # a model never appears without its report
+        if not no_check and (reason := why_not_loaded(draft)) is not None:
+            raise ModelError(f"{out} was not written: {reason}; export {model} again")
         document = pruning_report(pruned, dense, draft, options) | {"statistics": source}
+        if links:
+            document["dense"]["links"] = {name: str(behind) for name, behind in links.items()}
         if pruned.local:
             document["local"] = [result.to_document() for result in pruned.local]
         write_report(document, report)

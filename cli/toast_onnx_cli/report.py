@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
+from toast_onnx.errors import ConfigError
 from toast_onnx_cli.destinations import check_destinations, read_files
 
 
@@ -31,10 +34,30 @@ def command(run: Path, output: Path | None, extra: tuple[Path, ...], title: str 
     from toast_onnx.report.page import render_page
     from toast_onnx.report.page_sources import find_sources
 
-    sources = find_sources(run, extra)
+    with _as_documents(run):
+        sources = find_sources(run, extra)
     target = output or sources.path.with_suffix(".html")
     folder = sources.path.parent
-    models = [file for side in ("dense", "pruned") for file in read_files(folder / sources.run[side]["file"])]
+    with _as_documents(sources.path):
+        models = [file for side in ("dense", "pruned") for file in read_files(folder / sources.run[side]["file"])]
     check_destinations([sources.path, run, *extra, *(folder / name for name in sources.names), *models], {"-o": target})
-    write_bytes(target, render_page(sources, title).encode())
+    with _as_documents(sources.path):
+        page = render_page(sources, title).encode()
+    write_bytes(target, page)
     click.echo(str(target))
+
+
+@contextmanager
+def _as_documents(path: Path) -> Iterator[None]:
+    """What a page shows was written by commands; where a value has been changed by hand, no page can be made of it.
+
+    Raises:
+        ConfigError: a key is missing or has a value of another kind.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as e:
+        raise ConfigError(
+            f"{path}, or a document beside it, is not as its command wrote it ({type(e).__name__}: {str(e)[:100]}); "
+            "run that command again"
+        ) from e

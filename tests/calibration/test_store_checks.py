@@ -216,3 +216,14 @@ def test_a_header_that_claims_more_than_there_is(tmp_path: Path) -> None:
         archive.writestr("header.json", json.dumps(header))
     with pytest.raises(DataError, match=r"s\.npz"):
         open_statistics(tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize("part", ["qk", "context"])
+def test_a_part_that_the_header_does_not_name(part: str, tmp_path: Path) -> None:
+    """What was not measured is no number, which no solver takes."""
+    header, arrays = whole()
+    header["parts"] = {"0": [p for p in header["parts"]["0"] if p != part]}
+    found = CalibratedStatistics(look(measured()[0]), written(tmp_path / "s.npz", header, arrays))
+    ratios = {"version": 1, "align": 1, "attention": {"qk": 0.5, "vo": 0.5}}
+    with pytest.raises(DataError, match="cannot be solved with these statistics"):
+        prune(look(measured()[0]), parse_ratios(ratios), found)

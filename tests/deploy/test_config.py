@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from toast_onnx.deploy import load_deployment
+from toast_onnx.deploy import load_deployment, plan_steps
 from toast_onnx.errors import ConfigError
 
 LEAST = "version: 1\nmodel: m.onnx\nprune: {ratios: r.yaml}\n"
@@ -88,3 +88,9 @@ def test_what_cannot_be_is_one_line_that_names_the_key(tmp_path: Path, text: str
         read(tmp_path, text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    path = tmp_path / "d.yaml"
+    path.write_text(f"version: 1\nmodel: m.onnx\nprune: {{ratios: {'r' * 5000}}}\n")
+    assert [step.name for step in plan_steps(load_deployment(path), path)] == ["prune"]

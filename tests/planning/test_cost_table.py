@@ -62,7 +62,7 @@ def test_written_and_read(tmp_path: Path, exported: Exported) -> None:
         ({"model_sha256": "def"}, "another model"),
         ({"format": "toast-onnx/costs/9"}, "costs/9"),
         ({"batch": 0}, "batch"),
-        ({"dense_milliseconds": float("nan")}, "dense_milliseconds"),
+        ({"dense_milliseconds": float("nan")}, "NaN"),
         ({"speed": 1}, "speed"),
         ({"parts": [{"blocks": [0], "part": "fc2", "dense": 8, "milliseconds": {"9": 1.0}}]}, "9 of 8"),
         ({"parts": [{"blocks": [], "part": "fc2", "dense": 8, "milliseconds": {"4": 1.0}}]}, "blocks"),

@@ -90,8 +90,8 @@ def test_odd_files_are_refused_in_one_line(tmp_path: Path, text: str | bytes, me
 
 
 def test_unreadable_paths_are_named(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nothing.yaml"):
-        with pytest.raises(ConfigError, match="is a folder"):
+    for path, reason in ((tmp_path, "is a folder"), (tmp_path / "nothing.yaml", r"nothing\.yaml does not exist")):
+        with pytest.raises(ConfigError, match=reason):
             read_document(path)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from toast_onnx.choosing.kept_heads import KeptHeads, keep_heads, ranked_heads
-from toast_onnx.errors import MatchError, ModelError
+from toast_onnx.errors import DataError, MatchError, ModelError
 from toast_onnx.importance.ffn import scaled_rows
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.scores import Channels, QueriesKeys, Values, attention_score, ffn_score
@@ -113,10 +113,16 @@ def solve_block(
     ridge = ratios.compensation.ridge if ratios.compensation.ridge == "auto" else float(ratios.compensation.ridge)
     solver = _Solver(study, block, ratio, statistics, kind, ridge)
     attention = ffn = None
-    if block.attention is not None and (widths.qk or widths.vo or widths.heads):
-        attention = solver.attention(block.attention, widths)
-    if block.ffn is not None and (widths.fc1 or widths.fc2):
-        ffn = solver.ffn(block.ffn, widths.fc1, widths.fc2)
+    try:
+        if block.attention is not None and (widths.qk or widths.vo or widths.heads):
+            attention = solver.attention(block.attention, widths)
+        if block.ffn is not None and (widths.fc1 or widths.fc2):
+            ffn = solver.ffn(block.ffn, widths.fc1, widths.fc2)
+    except np.linalg.LinAlgError as e:  # what was not measured is NaN
+        raise DataError(
+            f"block {block.index} ({block.name}) cannot be solved with these statistics ({e}); if they come from a "
+            "file, run `toast-onnx calibrate` with the same --ratios"
+        ) from e
     return None if attention is None and ffn is None else BlockWeights(attention, ffn)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -15,6 +15,7 @@ from toast_onnx.deploy.state import FORMAT, RECORD, Digests, is_done, read_recor
 from toast_onnx.deploy.steps import Step, output_folder, plan_steps
 from toast_onnx.errors import BackendError, ConfigError, ModelError
 from toast_onnx.model import write_bytes
+from toast_onnx.planning.strict_json import parse_json
 
 #: Commands of the steps that wait, as a shell script in the output folder.
 SCRIPT = "elsewhere.sh"
@@ -127,7 +128,7 @@ def _check_inputs(config: Deployment, folder: Path) -> None:
     """
     wanted = [config.model, config.prune.statistics if config.prune is not None else None]
     for name in wanted:
-        if name is not None and not (folder / name).is_file():
+        if name is not None and not os.path.isfile(folder / name):
             raise ConfigError(f"{folder / name} does not exist; paths are relative to the deployment file's folder")
 
 
@@ -157,10 +158,10 @@ def _what_is_missing(step: Step, config: Deployment, folder: Path, waiting: Coll
 
 def _backend_of(engine: Path) -> str:
     """The backend that built an engine, as the JSON beside it says."""
-    from toast_onnx.engines import BACKENDS, record_path
+    from toast_onnx.engines import BACKENDS, read_record
 
-    name = json.loads(record_path(engine).read_text(encoding="utf-8")).get("backend")
-    return name if name in BACKENDS else "tensorrt"
+    record = read_record(engine)
+    return record.backend if record is not None and record.backend in BACKENDS else "tensorrt"
 
 
 def _run(step: Step, request: dict[str, Any], run: Runner, folder: Path, digests: Digests) -> dict[str, Any]:
@@ -184,10 +185,12 @@ def _run(step: Step, request: dict[str, Any], run: Runner, folder: Path, digests
 def _result(stdout: str, keep: Sequence[str]) -> Any:
     """The JSON a command printed, None where it is none."""
     try:
-        document = json.loads(stdout)
-    except ValueError:
+        document = parse_json(stdout, "the output")
+    except ConfigError:
         return None
-    return {key: document[key] for key in keep if key in document} if keep else document
+    if keep and not isinstance(document, dict):
+        return None
+    return {key: document[key] for key in keep if key in document} if isinstance(document, dict) and keep else document
 
 
 def _leave_script(path: Path, entries: dict[str, Any], out: Path, folder: Path) -> None:

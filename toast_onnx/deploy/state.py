@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from toast_onnx import __version__
 from toast_onnx.deploy.code import code_files
 from toast_onnx.deploy.steps import Step
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.model import model_files, write_bytes
+from toast_onnx.planning.strict_json import read_json
 
 FORMAT = "toast-onnx/deploy/1"
 RECORD = "deploy.json"
+
+
+class _Entry(BaseModel):
+    """A step on record, as far as it is read again."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    status: Literal["done", "waiting", "failed"]
+    command: list[str]
+    inputs: dict[str, str | None]
+    versions: dict[str, str]
+    outputs: dict[str, str | None] = {}
+    reason: str = ""
+
+
+_STEPS = TypeAdapter(dict[str, _Entry])
 
 
 class Digests:
@@ -32,10 +52,10 @@ class Digests:
         None for what is none of these. It does not depend on where the folder is.
         """
         path = self._folder / name
-        if path.is_dir():
+        if os.path.isdir(path):
             inside = sorted(p for p in path.rglob("*") if p.is_file())
             return _of_pairs((str(p.relative_to(path)), self._file(p)) for p in inside)
-        if not path.is_file():
+        if not os.path.isfile(path):
             code = code_files(name, self._folder)
             return _of_pairs((p.name, self._file(p)) for p in code) if code else None
         return _of_pairs((p.name, self._file(p)) for p in _parts(path)) if path.suffix == ".onnx" else self._file(path)
@@ -97,15 +117,19 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is something else.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be read as a deployment's record: {e}; remove it to start over") from e
+    document = read_json(path, hint="it is no record of a deployment; remove it to start over")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ConfigError(f"{path} is no record of a deployment; choose another output folder")
-    steps: dict[str, Any] = document["steps"]
+    steps = document.get("steps")
+    try:
+        _STEPS.validate_python(steps)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = ".".join(map(str, ("steps", *first["loc"])))
+        raise ConfigError(f"{path}: {where}: {first['msg']}; remove it to start over") from e
+    assert isinstance(steps, dict)
     return steps
 
 

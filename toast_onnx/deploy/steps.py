@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -104,7 +105,7 @@ def plan_steps(config: Deployment, source: Path) -> list[Step]:
 def _recipe_beside(model: str, folder: Path) -> str | None:
     """The preprocessing that lies beside the dense model; commands look beside the model they are given."""
     beside = PurePosixPath(model).parent / "preprocessor_config.json"
-    return str(beside) if (folder / beside).is_file() else None
+    return str(beside) if os.path.isfile(folder / beside) else None
 
 
 def _options(section: Section, *names: str) -> list[str]:
@@ -135,7 +136,7 @@ def _prune(config: Deployment, files: Files, recipe: str | None, folder: Path) -
     words = ["prune", files.dense, "--ratios", prune.ratios, "-o", files.pruned, "--report", report, "--json"]
     words += _options(prune, "data", "statistics", "samples", "seed", "skip_unprunable") + _preprocess(recipe)
     ratios = folder / prune.ratios
-    inside = load_ratios(ratios).calibration.data if ratios.is_file() else None
+    inside = load_ratios(ratios).calibration.data if os.path.isfile(ratios) else None
     inputs = _some((files.dense, prune.ratios, prune.data, inside, prune.statistics, recipe))
     keep = ("dense", "pruned", "inputs", "twin", "statistics")
     return [Step("prune", tuple(words), inputs, (files.pruned, report), keep=keep)]

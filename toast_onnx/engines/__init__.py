@@ -6,10 +6,11 @@ The two TensorRT packages are imported when a build or a check asks for one, nev
 from __future__ import annotations
 
 from toast_onnx.engines.backend import BACKENDS, EngineOptions, choose, parse_compute_capabilities
-from toast_onnx.engines.build import BuildRequest, build, record_path
+from toast_onnx.engines.build import BuildRequest, build
 from toast_onnx.engines.engine import ParserProblem, UnsupportedGraphError
 from toast_onnx.engines.precision import PRECISIONS, convert_precision
 from toast_onnx.engines.profiles import ShapeRange, build_profile, graph_inputs, parse_batch, parse_shapes
+from toast_onnx.engines.record import read_record, record_path
 
 __all__ = [
     "BACKENDS",
@@ -27,5 +28,6 @@ __all__ = [
     "parse_batch",
     "parse_compute_capabilities",
     "parse_shapes",
+    "read_record",
     "record_path",
 ]

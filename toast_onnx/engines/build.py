@@ -17,6 +17,7 @@ from toast_onnx.engines.cuda import gpu_name
 from toast_onnx.engines.engine import build_engine
 from toast_onnx.engines.precision import PRECISIONS, convert_precision, stated_precision, why_not_converted
 from toast_onnx.engines.profiles import Shape, build_profile, graph_inputs
+from toast_onnx.engines.record import read_record, record_path
 from toast_onnx.engines.uneven_attention import spell_out_uneven
 from toast_onnx.errors import ConfigError
 from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_bytes, write_draft
@@ -47,11 +48,6 @@ class BuildRequest:
     options: EngineOptions = field(default_factory=EngineOptions)
 
 
-def record_path(engine: Path) -> Path:
-    """The JSON beside an engine: its name with `.json` added."""
-    return engine.with_name(engine.name + ".json")
-
-
 def model_hash(path: Path) -> str | None:
     """SHA-256 of the ONNX model that a file holds or was made from; None where nothing says which.
 
@@ -60,12 +56,8 @@ def model_hash(path: Path) -> str | None:
     """
     if path.suffix == ".onnx":
         return file_hash(path)
-    try:
-        record = json.loads(record_path(path).read_text())
-    except (OSError, ValueError):
-        return None
-    found = record.get("model_sha256") if isinstance(record, dict) else None
-    return found if isinstance(found, str) else None
+    record = read_record(path)
+    return None if record is None else record.model_sha256
 
 
 def build(model_path: Path, output: Path, request: BuildRequest, progress: Progress | None = None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -13,9 +12,9 @@ import numpy as np
 
 from toast_onnx.engines import trtexec
 from toast_onnx.engines.blocknames import node_scopes
-from toast_onnx.engines.build import record_path
 from toast_onnx.engines.ortbench import shapes_at
 from toast_onnx.engines.profiles import Shape, ShapeRange, graph_inputs
+from toast_onnx.engines.record import read_record, record_path
 from toast_onnx.engines.trtexec_report import (
     QueryTimes,
     parse_layers,
@@ -80,29 +79,18 @@ def open_target(path: Path, batches: Sequence[int], shapes: Mapping[str, Shape] 
         return Target(path, ranges, node_scopes(model.proto))
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; check the path of the engine")
-    record = _record_of(path)
-    if record is None:
+    record = read_record(path)
+    if record is None or record.profile is None:
         if not shapes:
             raise ConfigError(
                 f"{path} has no {record_path(path).name} beside it; give its inputs with --shapes NAME:AxBxC"
             )
         anything = {name: ShapeRange((1, *s[1:]), s, (max(batches), *s[1:])) for name, s in shapes.items()}
         return Target(path, anything)
-    profile = {
-        name: ShapeRange(*(tuple(entry[kind]) for kind in ("min", "opt", "max")))
-        for name, entry in record["profile"].items()
-    }
-    source = Path(record["model"])
+    profile = {name: ShapeRange(entry.min, entry.opt, entry.max) for name, entry in record.profile.items()}
+    source = Path(record.model or "")
     scopes = node_scopes(load_model(source).proto) if source.is_file() else {}
-    return Target(path, profile, scopes, record.get("backend", "tensorrt"))
-
-
-def _record_of(engine: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads(record_path(engine).read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and "profile" in record else None
+    return Target(path, profile, scopes, record.backend or "tensorrt")
 
 
 def common_backend(targets: Sequence[Target]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from toast_onnx.engines.blocknames import block_of
 from toast_onnx.engines.trtexec import PERCENTILES
 from toast_onnx.errors import BackendError
+from toast_onnx.planning.strict_json import parse_json
 
 #: Thresholds of trtexec's own warnings.
 ENQUEUE_SHARE = 0.8
@@ -26,6 +26,8 @@ _METRICS = {
     "D2H Latency": "d2h",
 }
 _NUMBER = r"([-+\d.eE]+|inf|nan)"
+
+_HINT = "it may have been stopped early"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def parse_times(text: str) -> QueryTimes:
         BackendError: it is not that format, or holds no query.
     """
     try:
-        rows = json.loads(text)
+        rows: Any = parse_json(text, "trtexec's exported times cannot be read: the text", BackendError, _HINT)
         columns = {key: np.array([row[key] for row in rows], np.float64) for key in rows[0]}
         return QueryTimes(
             compute=columns["computeMs"],
@@ -105,7 +107,9 @@ def parse_profile(text: str) -> list[LayerTime]:
         BackendError: it is not that format.
     """
     try:
-        rows = json.loads(text, strict=False)
+        rows: Any = parse_json(
+            text, "trtexec's exported profile cannot be read: the text", BackendError, _HINT, lenient=True
+        )
         return [LayerTime(str(row["name"]), float(row["averageMs"])) for row in rows if "name" in row]
     except (ValueError, KeyError, TypeError) as e:
         raise BackendError(f"trtexec's exported profile cannot be read ({e!r}); it may have been stopped early") from e
@@ -117,8 +121,11 @@ def parse_layers(text: str) -> dict[str, str]:
     Engines built without detailed layer information give an empty mapping.
     """
     try:
-        layers = json.loads(text, strict=False).get("Layers", [])
-    except (ValueError, AttributeError):
+        document = parse_json(text, "trtexec's layers", BackendError, lenient=True)
+    except BackendError:
+        return {}
+    layers = document.get("Layers") if isinstance(document, dict) else None
+    if not isinstance(layers, list):
         return {}
     return {str(row["Name"]): str(row.get("Metadata", "")) for row in layers if isinstance(row, dict) and "Name" in row}
 

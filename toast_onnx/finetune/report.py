@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from toast_onnx import __version__
+from toast_onnx.errors import ConfigError
 from toast_onnx.finetune.require import require_torch
 from toast_onnx.finetune.trainer import Outcome
 from toast_onnx.model import file_hash, stored_bytes
+from toast_onnx.planning.strict_json import read_json
 
 
 def updated_report(pruned: Path, out: Path, outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:
@@ -26,14 +28,13 @@ def updated_report(pruned: Path, out: Path, outcome: Outcome, facts: dict[str, A
     """
     beside = pruned.with_suffix(".json")
     document: dict[str, Any] = {"format": "toast-onnx/finetune/1"}
-    try:
-        read = json.loads(beside.read_text(encoding="utf-8"))
+    with contextlib.suppress(ConfigError):  # nothing there, or something else's file
+        read = read_json(beside)
         if isinstance(read, dict) and str(read.get("format", "")).startswith("toast-onnx/prune/"):
             document = read
-    except (OSError, ValueError):
-        pass  # nothing there, or something else's file
     identity = {"file": out.name, "sha256": file_hash(out), "bytes": stored_bytes(out)}
-    document["pruned"] = document.get("pruned", {}) | identity
+    former = document.get("pruned")
+    document["pruned"] = (former if isinstance(former, dict) else {}) | identity
     if isinstance(document.get("twin"), dict):
         document["twin"]["weights"] = (
             "before fine-tuning; finetune.proof compares the written file with the trained weights"

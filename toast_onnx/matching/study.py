@@ -14,6 +14,7 @@ from toast_onnx.matching.fused import SpelledOut, spell_out
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.split_bias import join_split_biases
 from toast_onnx.model import Model
+from toast_onnx.wellformed import blame_model
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -55,7 +56,11 @@ def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Stu
     Raises:
         ModelError: a shape contradicts the model, or the graph does not fit any shapes tried.
     """
-    given = given or {}
+    with blame_model(model.path):
+        return _look_at(model, given or {})
+
+
+def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     view = GraphView(join_split_biases(model))
     counted_shapes = input_shapes(view, given, 1)
     counted = Facts(view, counted_shapes)

@@ -15,13 +15,16 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.files import read_limited
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
 from toast_onnx.model import write_bytes
 from toast_onnx.planning.search import aligned_widths
+from toast_onnx.planning.strict_json import MAX_BYTES, parse_json
 from toast_onnx.planning.width_costs import Part, dense_widths, prunable_widths
 
 FORMAT = "toast-onnx/costs/1"
+_HINT = "measure the table again with `toast-onnx costs`"
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -138,10 +141,10 @@ def read_table(path: Path, study: Study, model_sha256: str) -> CostTable:
     Raises:
         ConfigError: the file cannot be read, is no such table, or speaks of another model.
     """
+    data = read_limited(path, MAX_BYTES, ConfigError, _HINT)
+    parse_json(data, str(path), ConfigError, _HINT)
     try:
-        table = CostTable.model_validate_json(path.read_bytes())
-    except OSError as e:
-        raise ConfigError(f"{path}: cannot be read ({e.strerror}); `toast-onnx costs` writes a cost table") from e
+        table = CostTable.model_validate_json(data)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -44,7 +44,7 @@ def read_json(
 
 
 def parse_json(
-    data: bytes | str, source: str, error: type[ToastError] = ConfigError, hint: str = "", *, control: bool = False
+    data: bytes | str, source: str, error: type[ToastError] = ConfigError, hint: str = "", *, lenient: bool = False
 ) -> object:
     """As `read_json`, of text that is at hand.
 
@@ -53,16 +53,16 @@ def parse_json(
         source: The name that messages start with.
         error: What to raise.
         hint: What to do next, the end of every message.
-        control: Take control characters inside strings, which some programs write.
+        lenient: Take NaN, and control characters inside strings, which some programs write.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         document: object = json.loads(
             text,
-            strict=not control,
+            strict=not lenient,
             parse_int=_whole,
             parse_float=_float,
-            parse_constant=_constant,
+            parse_constant=float if lenient else _constant,
             object_pairs_hook=_mapping,
         )
         _check_depth(document)

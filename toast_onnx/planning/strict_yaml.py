@@ -7,6 +7,7 @@ specification), numbers with a fraction become exact decimals, and a repeated ke
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -118,7 +119,8 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     except OSError as e:
         raise ConfigError(f"cannot write {target}: {e.strerror or e}; choose another destination") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only place has none
+            temporary.unlink(missing_ok=True)
 
 
 def _read_text(source: Path) -> str:

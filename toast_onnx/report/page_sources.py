@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.planning.strict_json import read_json
 from toast_onnx.report.lineage import Lineage, side_of, trace
 
 _MOST_BYTES = 64 << 20  # of one JSON; a page is made of figures, not of data
@@ -135,12 +135,10 @@ def _read(path: Path) -> Any:
 def _try(path: Path) -> dict[str, Any] | None:
     """A document of this program, or None: what else lies in a folder is nobody's business."""
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            return None
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = read_json(path, limit=_MOST_BYTES)
+    except ConfigError:
         return None
-    return document if kind_of(document) is not None else None
+    return document if isinstance(document, dict) and kind_of(document) is not None else None
 
 
 def _of_deployment(path: Path, document: dict[str, Any]) -> Sources:

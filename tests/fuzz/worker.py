@@ -1,0 +1,50 @@
+"""Damaged files are used in a process of their own, so that one that hangs or dies is counted and replaced."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from tests.fuzz.targets import outcome, targets
+
+#: Seconds after which a file counts as one that hangs.
+PATIENCE = 20
+
+
+def work(connection: Connection) -> None:
+    """Use the damaged files that are asked for: (kind, seed) in, (result, largest memory in bytes) out."""
+    with tempfile.TemporaryDirectory(prefix="toast-fuzz-") as name:
+        folder = Path(name)
+        found = targets(folder)
+        connection.send([target.name for target in found])
+        while (asked := connection.recv()) is not None:
+            kind, seed = asked
+            result = outcome(found[kind], folder, seed)
+            connection.send((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+class Worker:
+    """A process that uses damaged files."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=work, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.names: list[str] = self._connection.recv()
+
+    def use(self, kind: int, seed: int) -> tuple[str, int]:
+        """Result and largest memory so far; after `hangs` and `dies` the worker is of no more use."""
+        self._connection.send((kind, seed))
+        try:
+            if not self._connection.poll(PATIENCE):
+                self._process.kill()
+                return "hangs", 0
+            result, memory = self._connection.recv()
+        except EOFError:
+            return "dies", 0
+        return result, memory

@@ -1,0 +1,49 @@
+"""The JSON beside an engine: where it lies, and what is read of it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from toast_onnx.errors import ToastError
+from toast_onnx.planning.strict_json import read_json
+
+
+def record_path(engine: Path) -> Path:
+    """The JSON beside an engine: its name with `.json` added."""
+    return engine.with_name(engine.name + ".json")
+
+
+Extents = Annotated[tuple[int, ...], Field(min_length=1)]
+
+
+class ProfileEntry(BaseModel):
+    """Sizes that an engine takes of one input."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    min: Extents
+    opt: Extents
+    max: Extents
+
+
+class EngineRecord(BaseModel):
+    """What the JSON beside an engine or an `.ort` file says, as far as it is read again."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    model: str | None = None
+    model_sha256: str | None = None
+    backend: str | None = None
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] | None = None
+    profile: dict[str, ProfileEntry] | None = None
+
+
+def read_record(engine: Path) -> EngineRecord | None:
+    """What the JSON beside an engine says; None where there is none, or another program's."""
+    try:
+        return EngineRecord.model_validate(read_json(record_path(engine)))
+    except (ToastError, ValidationError):
+        return None
