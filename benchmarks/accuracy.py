@@ -49,6 +49,7 @@ OURS = ({"select": "subspace"}, {"score": "second-order"})
 METHODS: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], str | None]] = {
     "paper's scores, plain removal": (INDEX | {"score": "gm"}, {"score": "activation"}, {"kind": "none"}, None),
     "variance + bias (VBP)": (INDEX | {"score": "energy"}, {"score": "variance"}, {"kind": "bias"}, None),
+    "wanda on hidden units, bias": (INDEX | {"score": "energy"}, {"score": "wanda"}, {"kind": "bias"}, None),
     "index pairs + ridge (CORP's form)": (INDEX | {"score": "energy"}, {"score": "variance"}, {"kind": "ridge"}, None),
     "ours, select: index": (INDEX | {"score": "second-order"}, {"score": "second-order"}, {"kind": "ridge"}, None),
     "ours (select: subspace)": (*OURS, {"kind": "ridge"}, None),
