@@ -11,7 +11,7 @@ import click
 from toast_onnx_cli.console import Advance, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.evaluate import Evaluation
+    from toast_onnx_calibration.evaluating import Evaluation
 
 
 @click.command("eval")
@@ -47,7 +47,7 @@ def command(
     and `.labels`; it goes through all of them and returns a number or a dict of numbers.
     """
     from toast_onnx.engines.build import model_hash
-    from toast_onnx_calibration.evaluate import evaluate
+    from toast_onnx_calibration.evaluating import evaluate
 
     if metric is not None and output is not None:
         raise click.UsageError("--output chooses the class scores; a metric gets every output")

@@ -31,7 +31,7 @@ from toast_onnx_calibration.planning import (
     predicted_damage,
     shares,
 )
-from toast_onnx_calibration.sensitivity import Sensitivity, Trial
+from toast_onnx_calibration.sensitivity_trials import Sensitivity, Trial
 
 Exported = Callable[[zoo.Case], Path]
 SETTINGS = parse_ratios({"version": 1, "align": {"head_dim": 2, "width": 4}})
