@@ -37,7 +37,7 @@ from toast_onnx.planning.macs import graph_macs
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
 from toast_onnx_calibration.agreement import divergences
-from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything
 from toast_onnx_calibration.sequential import SequentialStatistics
 from toast_onnx_calibration.statistics import CalibratedStatistics
@@ -49,6 +49,7 @@ OURS = ({"select": "subspace"}, {"score": "second-order"})
 METHODS: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], str | None]] = {
     "paper's scores, plain removal": (INDEX | {"score": "gm"}, {"score": "activation"}, {"kind": "none"}, None),
     "variance + bias (VBP)": (INDEX | {"score": "energy"}, {"score": "variance"}, {"kind": "bias"}, None),
+    "wanda on hidden units, bias": (INDEX | {"score": "energy"}, {"score": "wanda"}, {"kind": "bias"}, None),
     "index pairs + ridge (CORP's form)": (INDEX | {"score": "energy"}, {"score": "variance"}, {"kind": "ridge"}, None),
     "ours, select: index": (INDEX | {"score": "second-order"}, {"score": "second-order"}, {"kind": "ridge"}, None),
     "ours (select: subspace)": (*OURS, {"kind": "ridge"}, None),

@@ -17,7 +17,7 @@ import numpy as np
 
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
-from toast_onnx_calibration.calibrate import BUDGET, CalibrationOptions, calibrate
+from toast_onnx_calibration.calibrating import BUDGET, CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything, passes
 from toast_onnx_calibration.sessions import make_session, model_inputs, run
 from toast_onnx_cli.console import print_table

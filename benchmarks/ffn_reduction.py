@@ -40,7 +40,7 @@ from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.solving.ffn import solve_ffn
 from toast_onnx_calibration.agreement import divergences
-from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_cli.console import print_table

@@ -34,7 +34,7 @@ from toast_onnx.planning.ratios import Ratios, parse_ratios
 from toast_onnx.planning.search import Found, Kept, PartChoice, search
 from toast_onnx.planning.width_costs import Part, dense_widths, width_cost
 from toast_onnx.pruning import prune
-from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.costs import measure_costs, onnxruntime_runtime
 from toast_onnx_calibration.labels import open_labels
 from toast_onnx_calibration.planning import (
@@ -48,8 +48,8 @@ from toast_onnx_calibration.planning import (
     statistics_for,
     time_plan,
 )
-from toast_onnx_calibration.sensitivity import Solver, identity_of, measure, resume, trial_grid
 from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
+from toast_onnx_calibration.sensitivity_trials import Solver, identity_of, measure, resume, trial_grid
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_cli.console import print_table
 

@@ -32,7 +32,7 @@ from toast_onnx.planning.macs import graph_macs
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
 from toast_onnx_calibration.agreement import divergences
-from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_cli.console import print_table

@@ -31,7 +31,7 @@ from toast_onnx.proof.places import Place, masks, places, take_out
 from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.means import match_mean
 from toast_onnx.solving.weights import BlockWeights
-from toast_onnx_calibration.calibrate import CalibrationOptions
+from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.sessions import run
 from toast_onnx_calibration.stored import Samples, piece_session, store_samples, store_values, whole_session
 

@@ -34,7 +34,7 @@ from toast_onnx.planning.search import (
 from toast_onnx.planning.width_costs import PARTS, Part, Resource, dense_widths, prunable_widths, width_cost, width_step
 from toast_onnx_calibration.costs import Runtime, no_smaller_width, variant
 from toast_onnx_calibration.needs import Wanted, everything
-from toast_onnx_calibration.sensitivity import Sensitivity
+from toast_onnx_calibration.sensitivity_trials import Sensitivity
 
 BudgetKind = Literal["macs", "params", "latency"]
 #: Fractions removed at which every part of every block is measured.

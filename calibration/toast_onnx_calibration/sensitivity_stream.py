@@ -25,8 +25,8 @@ from toast_onnx.model import Model
 from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.agreement import Agreement
-from toast_onnx_calibration.calibrate import CalibrationOptions
-from toast_onnx_calibration.compare import is_classifier
+from toast_onnx_calibration.calibrating import CalibrationOptions
+from toast_onnx_calibration.comparing import is_classifier
 from toast_onnx_calibration.labels import Labels
 from toast_onnx_calibration.sessions import run
 from toast_onnx_calibration.stored import Samples, piece_session, store_samples, store_values, whole_session

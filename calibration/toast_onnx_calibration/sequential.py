@@ -10,7 +10,7 @@ from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.study import Study
 from toast_onnx.solving.weights import BlockWeights
-from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import Wanted
 from toast_onnx_calibration.statistics import CalibratedStatistics
 

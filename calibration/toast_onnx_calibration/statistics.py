@@ -24,13 +24,18 @@ Array = NDArray[np.float64]
 class CalibratedStatistics:
     """Statistics of real samples (implements `toast_onnx.importance.statistics.Statistics`)."""
 
-    def __init__(self, study: Study, path: str | Path) -> None:
+    def __init__(self, study: Study, path: str | Path, folder: object = None) -> None:
         """Open a statistics file for a model.
+
+        Args:
+            study: the model.
+            path: the file, which is read block by block.
+            folder: a temporary one around the file, kept for as long as the statistics.
 
         Raises:
             DataError: it cannot be read or was taken from another model.
         """
-        self._study = study
+        self._study, self._folder = study, folder
         self.file: StatisticsFile = open_statistics(path)
         check_model(self.file, file_hash(study.view.model.path), study.view.model.path)
         _check_widths(self.file, study)

@@ -16,7 +16,7 @@ from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, write_draft
 from toast_onnx.proof.precision import to_float32
 from toast_onnx.runtime import expose
-from toast_onnx_calibration.calibrate import CalibrationOptions, open_samples
+from toast_onnx_calibration.calibrating import CalibrationOptions, open_samples
 from toast_onnx_calibration.feeds import batch_size, batches
 from toast_onnx_calibration.sessions import make_session, model_inputs
 from toast_onnx_calibration.sources import Source

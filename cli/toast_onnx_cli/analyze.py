@@ -92,7 +92,7 @@ def _statistics(
     dense: Study, data: str | None, path: Path | None, seed: int | None, given: dict[str, Any]
 ) -> Iterator[CalibratedStatistics]:
     """Statistics from a file, or measured now into a temporary one."""
-    from toast_onnx_calibration.calibrate import calibrate
+    from toast_onnx_calibration.calibrating import calibrate
     from toast_onnx_calibration.needs import everything
     from toast_onnx_calibration.statistics import CalibratedStatistics
 

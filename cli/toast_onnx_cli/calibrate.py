@@ -51,7 +51,7 @@ def command(
     No labels are read. The file names the model by its hash; `toast-onnx prune --statistics` takes it for that model
     only.
     """
-    from toast_onnx_calibration.calibrate import calibrate
+    from toast_onnx_calibration.calibrating import calibrate
     from toast_onnx_calibration.needs import needed
     from toast_onnx_calibration.store import merge_statistics
 

@@ -14,7 +14,7 @@ from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.calibrate import CalibrationOptions
+    from toast_onnx_calibration.calibrating import CalibrationOptions
 
 DATA_HELP = "Image folder, .npy or .npz file, or a Python module:function."
 
@@ -69,7 +69,7 @@ def gather_options(ratios: Ratios | None, seed: int | None, given: dict[str, Any
         seed: the command's seed.
         given: the parameters that `calibration_options` adds.
     """
-    from toast_onnx_calibration.calibrate import BUDGET, CalibrationOptions
+    from toast_onnx_calibration.calibrating import BUDGET, CalibrationOptions
 
     section = (ratios or Ratios()).calibration
     named = ratios is not None and ratios.given("calibration.preprocess")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from toast_onnx_cli.calibration_options import DATA_HELP, sample_progress
-from toast_onnx_cli.console import format_bytes, format_count, print_json, print_table
+from toast_onnx_cli.console import print_json, show_table
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.compare import Comparison
+    from toast_onnx_calibration.comparing import Comparison
 
 
 @click.command("compare")
@@ -47,7 +47,7 @@ def command(
 
     No labels are read: the dense model's answers are the reference. Latency is measured in turns in the same run.
     """
-    from toast_onnx_calibration.compare import compare
+    from toast_onnx_calibration.comparing import compare
 
     with sample_progress("comparing") as show:
         found = compare(
@@ -72,46 +72,5 @@ def command(
 def _print(found: Comparison) -> None:
     for note in found.notes:
         click.echo(f"Note: {note}", err=True)
-    print_table(("", "dense", "pruned", "pruned / dense"), _figures(found))
-    print_table(
-        ("output", "same top-1", "KL", "cosine", "relative error"),
-        [[name, *_agreement(entry, ("top1_agreement", "kl"))] for name, entry in found.outputs.items()],
-        title=f"outputs on {found.samples} samples",
-    )
-    rows = [
-        [str(block["index"]), block["name"], part, *_agreement(block[part])]
-        for block in found.blocks
-        for part in ("attention", "ffn")
-        if part in block
-    ]
-    if rows:
-        print_table(
-            ("block", "name", "branch", "cosine", "relative error"),
-            rows,
-            title="branch outputs",
-            align=("right", "left", "left", "right", "right"),
-        )
-
-
-def _figures(found: Comparison) -> list[list[str]]:
-    a, b = found.models["dense"], found.models["pruned"]
-    rows = []
-    for label, key, show in (("MACs", "macs", format_count), ("parameters", "params", format_count)):
-        rows.append([label, show(a[key]), show(b[key]), f"{b[key] / a[key]:.3f}"])
-    rows.append(["file", format_bytes(a["bytes"]), format_bytes(b["bytes"]), f"{b['bytes'] / a['bytes']:.3f}"])
-    if found.latency is not None:
-        first, second = found.latency
-        ratio = f"{1 / second['speedup']:.3f}"
-        times = [f"{t['median_ms']:.2f} ms" for t in (first, second)]
-        rows.append([f"latency, batch {first['batch']}", *times, ratio])
-    return rows
-
-
-def _agreement(entry: dict[str, Any], more: tuple[str, ...] = ()) -> list[str]:
-    cells = {
-        "top1_agreement": lambda v: f"{v:.2%}",
-        "kl": lambda v: f"{v:.4f}",
-        "cosine": lambda v: f"{v:.4f}",
-        "relative_error": lambda v: f"{v:.3e}",
-    }
-    return [cells[key](entry[key]) if key in entry else "-" for key in (*more, "cosine", "relative_error")]
+    for table in found.tables:
+        show_table(table)

@@ -11,8 +11,11 @@ from typing import Any, Literal, Protocol
 
 import click
 
+from toast_onnx.report.tables import Table
+from toast_onnx.report.tables import format_bytes as format_bytes
+from toast_onnx.report.tables import format_count as format_count
+
 PLAIN_INTERVAL = 10.0  # seconds between two progress lines where stderr is a file or a pipe
-UNITS = ("", " K", " M", " G", " T", " P")
 
 
 class Advance(Protocol):
@@ -132,20 +135,8 @@ def print_table(
     click.echo("\n".join(lines))
 
 
-def format_count(value: float) -> str:
-    """A count in three digits with its unit: 1.25 G, 5.7 M, 588."""
-    return _scaled(value)
-
-
-def format_bytes(size: float) -> str:
-    """A file or memory size in powers of 1000, three digits: 21.9 MB, 512 B."""
-    number, _, unit = _scaled(size).partition(" ")
-    return f"{number} {unit}B"
-
-
-def _scaled(value: float) -> str:
-    scaled, unit = float(value), 0
-    # 999.5 and above would print as 1e+03: they belong to the next unit.
-    while abs(scaled) >= 999.5 and unit < len(UNITS) - 1:
-        scaled, unit = scaled / 1000, unit + 1
-    return f"{scaled:.3g}{UNITS[unit]}"
+def show_table(table: Table) -> None:
+    """Prints a table with the lines that belong to it."""
+    print_table(table.columns, table.rows, title=table.title, align=table.align)
+    for line in table.lines:
+        click.echo(line)

@@ -12,7 +12,7 @@ from toast_onnx_cli.console import Advance, print_json, print_table, progress
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.evaluate import Evaluation
+    from toast_onnx_calibration.evaluating import Evaluation
 
 
 @click.command("eval")
@@ -49,7 +49,7 @@ def command(
     and `.labels`; it goes through all of them and returns a number or a dict of numbers.
     """
     from toast_onnx.engines.build import model_hash
-    from toast_onnx_calibration.evaluate import evaluate
+    from toast_onnx_calibration.evaluating import evaluate
 
     if metric is not None and output is not None:
         raise click.UsageError("--output chooses the class scores; a metric gets every output")

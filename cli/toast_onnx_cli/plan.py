@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +13,12 @@ from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, load_model
 from toast_onnx.planning.cost_table import CostTable, read_table, write_table
-from toast_onnx.planning.macs import graph_macs, graph_params
-from toast_onnx.planning.planned import planned_ratios
-from toast_onnx.planning.ratios import Ratios, dump_ratios
-from toast_onnx.planning.width_costs import PARTS, dense_widths
-from toast_onnx_cli.console import format_count, print_json, print_table, progress
+from toast_onnx.planning.width_costs import PARTS
+from toast_onnx_cli.console import print_json, progress, show_table
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planning_options import (
     Planning,
-    Work,
     comma_list,
     counted,
     fractions,
@@ -32,7 +30,6 @@ from toast_onnx_cli.planning_options import (
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.costs import Runtime
-    from toast_onnx_calibration.planning import Budget
 
 share = FiniteRange(0, 1, min_open=True, max_open=True)
 
@@ -85,6 +82,7 @@ def command(
     grows between and beyond them. The file written is for `prune --ratios`. No labels are needed.
     """
     from toast_onnx_calibration.planning import Budget
+    from toast_onnx_calibration.plans import make_plan
 
     given_budgets = {"macs": macs, "params": params, "latency": latency}
     chosen = [Budget(kind, value) for kind, value in given_budgets.items() if value is not None]  # type: ignore[arg-type]
@@ -111,14 +109,15 @@ def command(
     if table is not None:
         parts = _timed(table, parts)
     with open_trials(dense, planning, parts) as work:
-        document, ratios = _plan(dense, planning.settings, chosen[0], parts, points, results, table, runtime, work)
-    if missed := _missed(document):
-        click.echo(f"Note: {missed}", err=True)
-    dump_ratios(ratios, out, _comment(document))
+        plan = make_plan(dense, planning.settings, chosen[0], parts, points, results, table, runtime, work, _measuring)
+    if plan.missed:
+        click.echo(f"Note: {plan.missed}", err=True)
+    plan.save(out)
     if as_json:
-        print_json({"ratios_file": str(out), **document})
+        print_json({"ratios_file": str(out), **plan.report()})
     else:
-        _print(document, out)
+        show_table(plan.table)
+        click.echo(f"ratios: {out}")
 
 
 def _costs(
@@ -164,130 +163,7 @@ def _timed(table: CostTable, parts: tuple[str, ...]) -> tuple[str, ...]:
     return known or parts
 
 
-def _plan(
-    dense: Study,
-    settings: Ratios,
-    budget: Budget,
-    parts: tuple[str, ...],
-    points: tuple[float, ...],
-    results: Path | None,
-    table: CostTable | None,
-    runtime: Runtime | None,
-    work: Work,
-) -> tuple[dict[str, Any], Ratios]:
-    """The plan as plain data, and as ratios."""
-    from toast_onnx_calibration.planning import plan_counted, plan_latency, predicted_choices, shares
-    from toast_onnx_calibration.sensitivity import identity_of, measure, missing, resume, trial_grid
-
-    metric = "kl" if work.trials.classes else "relative_error"
-    found = resume(
-        results, identity_of(dense, work.trials, settings, work.statistics), metric, work.trials.dense_top1()
-    )
-    grid = trial_grid(dense, settings, parts, points)
-    with progress("measuring", len(missing(grid, found))) as advance:
-        measure(work.trials, work.solver, grid, found, results, counted(advance))
-    choices = predicted_choices(dense, settings, work.statistics, found, parts, table)  # type: ignore[arg-type]
-    timed = None
-    if budget.kind == "latency":
-        assert table is not None
-        plan, timed = plan_latency(dense, choices, table, budget, runtime)
-    else:
-        plan = plan_counted(dense, choices, budget)
-    widths = [dense_widths(b) for b in dense.match.blocks]
-    smaller = {b: {p: k for p, k in kept.items() if k < widths[b][p]} for b, kept in plan.kept.items()}
-    new = work.solver.weights({b: kept for b, kept in smaller.items() if kept})
-    measured = work.trials.damage(new) if new else {}
-    ratios = planned_ratios(settings, plan.kept, widths)
-    totals = {"macs": graph_macs(dense.view, dense.counted), "params": graph_params(dense.view)}
-    document: dict[str, Any] = {
-        "model": dense.view.model.path.name,
-        "model_sha256": file_hash(dense.view.model.path),
-        "budget": {"kind": budget.kind, "share": budget.share},
-        "reached": {
-            kind: {"share": part, "dense": totals[kind], "planned": round(part * totals[kind])}
-            for kind, part in shares(dense, plan.kept).items()
-        },
-        "predicted": {"metric": _metric(metric), "damage": plan.damage},
-        "measured": measured,
-        "samples": len(work.trials.samples.rows),
-        "statistics_sha256": work.statistics_sha256,
-        "kept": {str(b): dict(kept) for b, kept in plan.kept.items()},
-        "ratios": ratios.to_document(),
-    }
-    if table is not None:
-        document["latency"] = {
-            "predicted_share": plan.cost / table.dense_milliseconds,
-            "measured_share": None if timed is None else timed.share,
-            "met": None if timed is None else timed.meets(budget),
-            "dense_milliseconds": table.dense_milliseconds if timed is None else timed.dense_milliseconds,
-            "runtime": table.runtime,
-            "batch": table.batch,
-        }
-    return document, ratios
-
-
-def _metric(metric: str) -> str:
-    return metric if metric == "kl" else f"{metric} squared"
-
-
-def _missed(document: dict[str, Any]) -> str | None:
-    """By how much a measured plan misses its latency budget; None where it does not, or was not measured."""
-    latency = document.get("latency", {})
-    if latency.get("met") is not False:
-        return None
-    return (
-        f"the latency budget of {document['budget']['share']:g} is missed: the planned model takes "
-        f"{latency['measured_share']:.3f} of the dense model's latency, the best of all corrections; "
-        "plan more parts, or lower the alignment"
-    )
-
-
-def _comment(document: dict[str, Any]) -> str:
-    """What the plan was made for and from, for the head of the ratios file."""
-    budget, predicted = document["budget"], document["predicted"]
-    lines = [
-        f"planned for {document['model']} (sha256 {document['model_sha256']})",
-        f"budget: --{budget['kind']} {budget['share']:g}",
-        *(
-            f"{kind}: {entry['planned']} of {entry['dense']} ({entry['share']:.4f})"
-            for kind, entry in document["reached"].items()
-        ),
-    ]
-    if "latency" in document:
-        latency = document["latency"]
-        measured = latency["measured_share"]
-        lines.append(
-            f"latency: {latency['predicted_share']:.3f} of dense by the table, "
-            + ("not measured here" if measured is None else f"{measured:.3f} measured")
-            + f" ({latency['runtime'].get('program')}, batch {latency['batch']})"
-        )
-    if missed := _missed(document):
-        lines.append(missed)
-    lines.append(f"predicted damage: {predicted['metric']} {predicted['damage']:.4f}, the sum over parts")
-    if document["measured"]:
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in document["measured"].items())
-        lines.append(f"measured together on the {document['samples']} samples planned with: {figures}")
-    lines.append(f"statistics: sha256 {document['statistics_sha256']}")
-    return "\n".join(lines)
-
-
-def _print(document: dict[str, Any], out: Path) -> None:
-    parts = list(dict.fromkeys(p for kept in document["kept"].values() for p in kept))
-    rows = [[b, *(str(kept.get(p, "")) for p in parts)] for b, kept in document["kept"].items()]
-    print_table(["block", *parts], rows, title="kept", align=["right"] * (len(parts) + 1))
-    reached = document["reached"]
-    click.echo(
-        "; ".join(
-            f"{label} {format_count(reached[kind]['dense'])} -> {format_count(reached[kind]['planned'])} "
-            f"({reached[kind]['share']:.3f})"
-            for kind, label in (("macs", "MACs"), ("params", "parameters"))
-        )
-    )
-    if "latency" in document and document["latency"]["measured_share"] is not None:
-        click.echo(f"latency: {document['latency']['measured_share']:.3f} of the dense model's, measured")
-    measured = document["measured"].get("kl", document["measured"].get("relative_error"))
-    click.echo(
-        f"damage: {document['predicted']['metric']} {document['predicted']['damage']:.4f} predicted"
-        + ("" if measured is None else f", {measured:.4f} measured on the samples planned with")
-    )
-    click.echo(f"ratios: {out}")
+@contextmanager
+def _measuring(trials: int) -> Iterator[Callable[[int, int, str], None]]:
+    with progress("measuring", trials) as advance:
+        yield counted(advance)

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
@@ -20,10 +18,8 @@ from toast_onnx_cli.console import Advance
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.calibrate import CalibrationOptions
-    from toast_onnx_calibration.sensitivity import Solver
-    from toast_onnx_calibration.sensitivity_stream import Trials
-    from toast_onnx_calibration.statistics import CalibratedStatistics
+    from toast_onnx_calibration.calibrating import CalibrationOptions
+    from toast_onnx_calibration.work import Work
 
 
 def comma_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -150,60 +146,21 @@ def _prepare_settings(
     return settings.model_copy(update=changes)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a measuring command works with.
-
-    Attributes:
-        trials: runs new weights.
-        solver: makes them.
-        statistics: of the dense model.
-        statistics_sha256: hash of their file.
-    """
-
-    trials: Trials
-    solver: Solver
-    statistics: CalibratedStatistics
-    statistics_sha256: str
-
-
 @contextmanager
 def open_trials(dense: Study, planning: Planning, parts: tuple[str, ...]) -> Iterator[Work]:
-    """Statistics, samples and the dense model's answers, in a folder that is removed at the end.
+    """As `toast_onnx_calibration.work.open_work`, with its progress and notes shown."""
+    from toast_onnx_calibration.work import open_work
 
-    Args:
-        dense: the model.
-        planning: how parts would be pruned, and on what that is measured.
-        parts: qk, vo, fc1, fc2.
-
-    Raises:
-        ConfigError: nothing can be pruned.
-        DataError: data, labels or statistics cannot be read.
-    """
-    import hashlib
-
-    from toast_onnx_calibration.calibrate import calibrate
-    from toast_onnx_calibration.labels import open_labels
-    from toast_onnx_calibration.planning import statistics_for
-    from toast_onnx_calibration.sensitivity import Solver
-    from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
-    from toast_onnx_calibration.statistics import CalibratedStatistics
-
-    wanted = statistics_for(dense, planning.settings, parts)  # type: ignore[arg-type]
-    if not wanted:
-        raise ConfigError(f"no block has a prunable part among {', '.join(parts)}; see `toast-onnx inspect`")
-    known = None if planning.labels is None else open_labels(planning.labels, planning.data)
-    with TemporaryDirectory(prefix="toast-planning-") as name:
-        folder = Path(name)
-        path = planning.statistics
-        if path is None:
-            path = folder / "statistics.npz"
-            with sample_progress("calibrating") as show:
-                calibrate(dense, planning.data, path, wanted, planning.calibration, show)
-        found = CalibratedStatistics(dense, path)
-        samples = read_samples(dense, planning.data, planning.calibration, folder)
-        for note in samples.notes:
-            click.echo(f"Note: {note}", err=True)
-        trials = Trials(dense, samples, planning.calibration, folder, planning.output, known)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        yield Work(trials, Solver(dense, planning.settings, found), found, digest)
+    with open_work(
+        dense,
+        planning.data,
+        planning.settings,
+        parts,
+        planning.calibration,
+        planning.statistics,
+        planning.labels,
+        planning.output,
+        lambda: sample_progress("calibrating"),
+        lambda note: click.echo(f"Note: {note}", err=True),
+    ) as work:
+        yield work

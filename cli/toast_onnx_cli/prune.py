@@ -16,20 +16,20 @@ from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import links_out, load_model, staged_model
+from toast_onnx.model import links_out, load_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import Pruned, Refine, prune
-from toast_onnx.report.pruning import pruning_report, write_report
+from toast_onnx.report.pruning import save_with_report
 from toast_onnx.solving.weights import BlockWeights
-from toast_onnx.wellformed import blame_model, why_not_loaded
+from toast_onnx.wellformed import blame_model
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import Advance, format_bytes, format_count, print_json, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.calibrate import CalibrationOptions
+    from toast_onnx_calibration.calibrating import CalibrationOptions
     from toast_onnx_calibration.sequential import SequentialStatistics
     from toast_onnx_calibration.statistics import CalibratedStatistics
 
@@ -118,15 +118,7 @@ def command(
         "skip_unprunable": skip_unprunable,
         "normalize": normalize,
     }
-    with staged_model(pruned.model, out) as draft:  # a model never appears without its report
-        if not no_check and (reason := why_not_loaded(draft)) is not None:
-            raise ModelError(f"{out} was not written: {reason}; export {model} again")
-        document = pruning_report(pruned, dense, draft, options) | {"statistics": source}
-        if links:
-            document["dense"]["links"] = {name: str(behind) for name, behind in links.items()}
-        if pruned.local:
-            document["local"] = [result.to_document() for result in pruned.local]
-        write_report(document, report)
+    document = save_with_report(pruned, dense, source, options, out, report, check=not no_check, links=links)
     if as_json:
         print_json(document)
     else:
@@ -211,7 +203,7 @@ def find_statistics(
     if data is None and statistics is None:
         yield SyntheticStatistics(dense, options.seed)
         return
-    from toast_onnx_calibration.calibrate import calibrate
+    from toast_onnx_calibration.calibrating import calibrate
     from toast_onnx_calibration.needs import needed
     from toast_onnx_calibration.sequential import SequentialStatistics
     from toast_onnx_calibration.statistics import CalibratedStatistics

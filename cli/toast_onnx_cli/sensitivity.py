@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
-from toast_onnx_cli.console import print_json, print_table, progress
+from toast_onnx_cli.console import print_json, progress, show_table
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.planning_options import (
     comma_list,
@@ -23,7 +23,7 @@ from toast_onnx_cli.planning_options import (
 )
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.sensitivity import Sensitivity
+    pass
 
 DEFAULT_RATIOS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
 ALL_PARTS = "qk,vo,fc1,fc2,fc1+fc2"
@@ -54,7 +54,7 @@ def command(
     holds no class scores; no labels are needed. Results are written after every trial, and the same command goes on
     where it was stopped.
     """
-    from toast_onnx_calibration.sensitivity import (
+    from toast_onnx_calibration.sensitivity_trials import (
         TRIAL_PARTS,
         identity_of,
         measure,
@@ -95,7 +95,8 @@ def command(
     if as_json:
         print_json(found.to_document())
     else:
-        _print(found, out, plot)
+        show_table(found.table)
+        click.echo(f"results: {out}" + (f"; plot: {plot}" if plot is not None else ""))
 
 
 def _numbers(blocks: tuple[str, ...], count: int) -> list[int] | None:
@@ -108,21 +109,3 @@ def _numbers(blocks: tuple[str, ...], count: int) -> list[int] | None:
     if wrong:
         raise ConfigError(f"--blocks names block {wrong[0]}; the model has blocks 0 to {count - 1}")
     return [int(b) for b in blocks] or None
-
-
-def _print(found: Sensitivity, out: Path, plot: Path | None) -> None:
-    columns = sorted({t.ratio for t in found.trials})
-    rows = []
-    for block, part in dict.fromkeys((t.block, t.part) for t in sorted(found.trials, key=lambda t: t.block)):
-        cells = {t.ratio: t.damage[found.metric] for t in found.trials if (t.block, t.part) == (block, part)}
-        rows.append([str(block), part, *(f"{cells[r]:.3g}" if r in cells else "" for r in columns)])
-    what = "KL in nats" if found.metric == "kl" else "relative error"
-    samples = found.identity["data"]["samples"]
-    alignment: list[Literal["left", "right"]] = ["right", "left", *(["right"] * len(columns))]  # type: ignore[list-item]
-    print_table(
-        ["block", "part", *(f"{r:g}" for r in columns)],
-        rows,
-        title=f"{what} at the output by fraction removed, {samples} samples",
-        align=alignment,
-    )
-    click.echo(f"results: {out}" + (f"; plot: {plot}" if plot is not None else ""))

@@ -14,8 +14,8 @@ from tests import zoo
 from tests.pace import mostly_slow
 from tests.pruning import look
 from toast_onnx.matching.study import Study
-from toast_onnx_calibration import calibrate as module
-from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration import calibrating as module
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.chain import Spool, chain
 from toast_onnx_calibration.needs import everything
 from toast_onnx_calibration.statistics_graph import PARTS, TokenSettings, measuring_graph

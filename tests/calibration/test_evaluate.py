@@ -17,7 +17,7 @@ from tests import zoo
 from tests.calibration.tiny import colour_folder, colour_model, two_input_model
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx_calibration.accuracy import Accuracy
-from toast_onnx_calibration.evaluate import Result, classify, evaluate, measure
+from toast_onnx_calibration.evaluating import Result, classify, evaluate, measure
 from toast_onnx_calibration.labels import Labels
 from toast_onnx_calibration.recipes import NAMED
 from toast_onnx_calibration.sessions import make_session, model_inputs

@@ -26,7 +26,7 @@ from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import Pruned, prune
 from toast_onnx.runtime import run_model
 from toast_onnx.solving.weights import BlockWeights
-from toast_onnx_calibration.calibrate import CalibrationOptions
+from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.local import refine_locally
 from toast_onnx_cli.main import main
 

@@ -22,10 +22,18 @@ from toast_onnx.planning.ratios import Ratios, parse_ratios
 from toast_onnx.planning.search import Kept
 from toast_onnx.planning.width_costs import dense_widths
 from toast_onnx.pruning import prune
-from toast_onnx_calibration.calibrate import CalibrationOptions
+from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.labels import Labels
-from toast_onnx_calibration.sensitivity import Solver, Trial, measure, read_results, resume, trial_grid, write_results
 from toast_onnx_calibration.sensitivity_stream import Trials, chosen_output, read_samples
+from toast_onnx_calibration.sensitivity_trials import (
+    Solver,
+    Trial,
+    measure,
+    read_results,
+    resume,
+    trial_grid,
+    write_results,
+)
 
 Exported = Callable[[zoo.Case], Path]
 SETTINGS = parse_ratios({"version": 1, "align": 1})

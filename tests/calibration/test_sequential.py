@@ -16,7 +16,7 @@ from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.proof.twin import padded_twin
 from toast_onnx.pruning import prune
-from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import DEFAULT_PARTS, everything, needed
 from toast_onnx_calibration.sequential import SequentialStatistics
 from toast_onnx_calibration.statistics import CalibratedStatistics

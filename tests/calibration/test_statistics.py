@@ -21,7 +21,7 @@ from toast_onnx.importance.activation import attended_magnitude, token_channel_s
 from toast_onnx.importance.moments import Moments
 from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.study import Study
-from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import DEFAULT_PARTS, everything
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.statistics_graph import PARTS

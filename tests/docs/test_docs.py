@@ -17,7 +17,9 @@ import yaml
 from _pytest.mark import ParameterSet
 
 from toast_onnx.deploy import load_deployment, plan_steps
+from toast_onnx.importance.scores import ATTENTION_SCORES, FFN_SCORES
 from toast_onnx.planning.ratios import load_ratios, resolve
+from toast_onnx.solving.compensations import COMPENSATIONS
 from toast_onnx_calibration.recipes import parse_recipe
 from toast_onnx_cli.main import SUBCOMMANDS, main
 
@@ -113,6 +115,17 @@ def test_deployments_shown_are_read_and_name_files_of_the_example(tmp_path: Path
             known = {name for name in step.inputs if (tmp_path / name).exists() or name == "none"}
             assert set(step.inputs) <= known | written
             written |= set(step.outputs)
+
+
+def test_scores_and_compensations_are_described_as_their_tables_say() -> None:
+    text = (DOCS / "formats.md").read_text(encoding="utf-8")
+    for key, table in (("attention.score", ATTENTION_SCORES), ("ffn.score", FFN_SCORES)):
+        shown_rows = re.findall(rf"^\| `{key}` \| `([\w-]+)` \| (\w+) \| (.+) \|$", text, flags=re.MULTILINE)
+        assert shown_rows == [(name, entry.needs, entry.meaning) for name, entry in table.items()]
+        assert f"| `{key}` | {', '.join(f'`{name}`' for name in table)} |" in text
+    kinds = re.search(r"^\| `compensation.kind` \| ([^|]+) \|", text, flags=re.MULTILINE)
+    assert kinds is not None
+    assert set(re.findall(r"`(\w+)`", kinds[1])) == set(COMPENSATIONS)
 
 
 def test_recipe_shown_is_read() -> None:

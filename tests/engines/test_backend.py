@@ -11,7 +11,8 @@ import pytest
 
 from toast_onnx.engines._rtx import TensorRTRTX
 from toast_onnx.engines._trt import TensorRT
-from toast_onnx.engines.backend import EngineOptions, choose, load, parse_compute_capabilities
+from toast_onnx.engines.backend import EngineOptions, load, parse_compute_capabilities
+from toast_onnx.engines.backends import choose
 from toast_onnx.errors import BackendError, ConfigError
 
 
@@ -19,7 +20,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, installed: set[str], gpu: str | Non
     """A machine with these packages and this GPU."""
     spec = importlib.machinery.ModuleSpec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec(name, None) if name in installed else None)
-    for module in ("backend", "_trt"):
+    for module in ("backends", "_trt"):
         monkeypatch.setattr(f"toast_onnx.engines.{module}.gpu_name", lambda: gpu)
 
 

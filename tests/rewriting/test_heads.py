@@ -19,7 +19,7 @@ from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.model import save_model
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import Pruned, prune
-from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything, needed
 from toast_onnx_calibration.statistics import CalibratedStatistics
 

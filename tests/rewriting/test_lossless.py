@@ -20,7 +20,7 @@ from tests.zoo.modules import attentions, ffns
 from toast_onnx.model import save_model
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
-from toast_onnx_calibration.calibrate import CalibrationOptions, calibrate
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything
 from toast_onnx_calibration.statistics import CalibratedStatistics
 

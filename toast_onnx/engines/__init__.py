@@ -5,7 +5,8 @@ The two TensorRT packages are imported when a build or a check asks for one, nev
 
 from __future__ import annotations
 
-from toast_onnx.engines.backend import BACKENDS, EngineOptions, choose, parse_compute_capabilities
+from toast_onnx.engines.backend import EngineOptions, parse_compute_capabilities
+from toast_onnx.engines.backends import BACKENDS, choose
 from toast_onnx.engines.build import BuildRequest, build
 from toast_onnx.engines.engine import ParserProblem, UnsupportedGraphError
 from toast_onnx.engines.precision import PRECISIONS, convert_precision

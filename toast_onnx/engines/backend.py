@@ -1,4 +1,4 @@
-"""What a TensorRT backend is, and which one to take.
+"""What a TensorRT backend is; `backends` has them all and takes one.
 
 A backend is thin: it names its Python module and says which options it has. The build itself (`engine.py`) is shared,
 since both modules offer the same Builder, OnnxParser and BuilderConfig.
@@ -15,11 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from toast_onnx.engines.cuda import gpu_name
 from toast_onnx.engines.profiles import ShapeRange
 from toast_onnx.errors import BackendError, ConfigError
-
-BACKENDS = ("tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -90,37 +87,6 @@ def load(backend: Backend) -> ModuleType:
         raise BackendError(
             f"{backend.module_name} cannot be imported ({e}); install it with: pip install {backend.module_name}"
         ) from e
-
-
-def choose(name: str = "auto") -> Backend:
-    """The backend of that name; `auto` takes the one installed, and of two `tensorrt` where a GPU is.
-
-    `tensorrt` needs a GPU to build at all, `tensorrt-rtx` builds without one.
-
-    Raises:
-        ConfigError: an unknown name.
-        BackendError: the package asked for, or for `auto` either, is not installed.
-    """
-    from toast_onnx.engines._rtx import TensorRTRTX
-    from toast_onnx.engines._trt import TensorRT
-
-    backends: dict[str, Backend] = {"tensorrt": TensorRT(), "tensorrt-rtx": TensorRTRTX()}
-    if name not in ("auto", *backends):
-        raise ConfigError(f"backend '{name}' is unknown; use one of auto, {', '.join(backends)}")
-    installed = [n for n, b in backends.items() if importlib.util.find_spec(b.module_name) is not None]
-    if name != "auto":
-        if name not in installed:
-            module = backends[name].module_name
-            raise BackendError(f"backend {name} is not installed; install it with: pip install {module}")
-        return backends[name]
-    if not installed:
-        raise BackendError(
-            "no TensorRT is installed; install one with: pip install tensorrt_rtx (builds without a GPU) or "
-            "pip install tensorrt"
-        )
-    if len(installed) == 2:
-        return backends["tensorrt" if gpu_name() is not None else "tensorrt-rtx"]
-    return backends[installed[0]]
 
 
 def parse_compute_capabilities(texts: tuple[str, ...]) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ from typing import Any
 import onnx
 
 import toast_onnx
-from toast_onnx.engines.backend import EngineOptions, Progress, choose, load
+from toast_onnx.engines.backend import EngineOptions, Progress, load
+from toast_onnx.engines.backends import choose
 from toast_onnx.engines.cuda import gpu_name
 from toast_onnx.engines.engine import build_engine
 from toast_onnx.engines.precision import PRECISIONS, convert_precision, stated_precision, why_not_converted

@@ -70,6 +70,17 @@ def variance_scores(moments: Moments, w2: ArrayLike, gamma: ArrayLike | None = N
     return np.asarray(variance * np.square(scaled_rows(w2, gamma)).sum(axis=1), dtype=np.float64)
 
 
+def wanda_scores(moments: Moments, rows: ArrayLike) -> Array:
+    """Wanda's |W_jo| ||x_j|| (arXiv 2306.11695) added up for whole channels: sqrt(E[x_j^2]) sum_o |w_jo|, (F,).
+
+    Args:
+        moments: of the channels, n = F; not centred, as Wanda's norm of the input is not.
+        rows: (F, C_out) weights that read them, layer scale folded in.
+    """
+    norms = np.sqrt(np.clip(np.diagonal(moments.second), 0, None))
+    return np.asarray(norms * np.abs(np.asarray(rows, dtype=np.float64)).sum(axis=1))
+
+
 def entries(w1: ArrayLike | Sequence[ArrayLike]) -> list[Array]:
     """The fc1 weights as a list of (C, F) float64 arrays, one entry unless the FFN is gated."""
     if isinstance(w1, tuple | list):

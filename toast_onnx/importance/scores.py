@@ -27,6 +27,7 @@ from toast_onnx.importance.ffn import (
     input_weight_scores,
     select_ffn_second_order,
     variance_scores,
+    wanda_scores,
 )
 from toast_onnx.importance.loss_curves import elimination_order
 from toast_onnx.importance.moments import Moments
@@ -270,6 +271,11 @@ FFN_SCORES: dict[str, FfnScore] = {
         "moments",
         Ranking(lambda of: variance_scores(of.measured(), of.rows)),
         "var(x) ‖w‖²: variance that a channel sends to the output",
+    ),
+    "wanda": FfnScore(
+        "moments",
+        Ranking(lambda of: wanda_scores(of.measured(), of.rows)),
+        "√E[x²] Σ|w|: Wanda's weight magnitude times input norm, added up for whole channels",
     ),
     "activation": FfnScore(
         "tokens",

@@ -14,7 +14,13 @@ from toast_onnx.planning.macs import (
     graph_params,
     linear_params,
 )
+from toast_onnx.report.tables import Table, format_count
 from toast_onnx.tokens.points import MergePoint, TokenStudy, study_tokens
+
+COLUMNS = ("block", "name", "heads", "qk", "vo", "in", "width", "activation", "MACs", "params", "prunable", "tokens")
+#: Parts as the table names them -> keys of the document.
+ATTENTION = {"heads": "heads_prunable", "qk": "qk", "vo": "vo"}
+FFN = {"fc1": "fc1", "fc2": "fc2"}
 
 
 def inspection(study: Study) -> dict[str, Any]:
@@ -87,3 +93,68 @@ def _ffn(study: Study, ffn: Ffn) -> dict[str, Any]:
 
 def _prunable(reason: str | None) -> dict[str, Any]:
     return {"prunable": reason is None, "reason": reason}
+
+
+def inspection_table(document: dict[str, Any]) -> Table:
+    """The blocks of an inspection, with what cannot be pruned and why below them."""
+    lines = [
+        f"{len(document['blocks'])} blocks, {format_count(document['macs'])} MACs at {_inputs(document)}, "
+        f"{format_count(document['params'])} parameters",
+        *(f"not prunable: {why} (block {', '.join(where)})" for why, where in _reasons(document["blocks"]).items()),
+        *(f"tokens not mergeable: {why} (block {', '.join(where)})" for why, where in _unmergeable(document).items()),
+        *(f"declined: {entry['node']}: {entry['reason']}" for entry in document["declined"]),
+    ]
+    return Table(
+        f"{document['model']}  opset {document['opset']}  {document['producer']}".rstrip(),
+        COLUMNS,
+        [_row(b) for b in document["blocks"]],
+        ("right", "left", *("right",) * 5, "left", "right", "right", "left", "left"),
+        tuple(lines),
+    )
+
+
+def _row(block: dict[str, Any]) -> list[str]:
+    attention, ffn = block["attention"], block["ffn"]
+    parts = [p for p in (attention, ffn) if p]
+    prunable = [
+        name
+        for part, names in ((attention, ATTENTION), (ffn, FFN))
+        if part
+        for name, key in names.items()
+        if part[key]["prunable"]
+    ]
+    return [
+        str(block["index"]),
+        block["name"],
+        *([str(attention[k]) for k in ("heads", "qk_dim", "vo_dim")] if attention else ["-"] * 3),
+        *([str(ffn["in_features"]), str(ffn["width"])] if ffn else ["-"] * 2),
+        (ffn["activation"] + (", gated" if ffn["gated"] else "")) if ffn else "-",
+        format_count(sum(p["macs"] for p in parts)),
+        format_count(sum(p["params"] for p in parts)),
+        " ".join(prunable) or "nothing",
+        "mergeable" if block["tokens"]["mergeable"] else "-",
+    ]
+
+
+def _reasons(blocks: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Reasons with the blocks they hold for."""
+    found: dict[str, list[str]] = {}
+    for block in blocks:
+        for part, names in (("attention", ATTENTION), ("ffn", FFN)):
+            for name, key in names.items() if block[part] else ():
+                if not block[part][key]["prunable"]:
+                    found.setdefault(f"{name}: {block[part][key]['reason']}", []).append(str(block["index"]))
+    return found
+
+
+def _unmergeable(document: dict[str, Any]) -> dict[str, list[str]]:
+    """Reasons against merging tokens, with the blocks they hold for."""
+    found: dict[str, list[str]] = {}
+    for block in document["blocks"]:
+        if not block["tokens"]["mergeable"]:
+            found.setdefault(block["tokens"]["reason"], []).append(str(block["index"]))
+    return found
+
+
+def _inputs(document: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in document["inputs"].items())

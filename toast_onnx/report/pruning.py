@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy
 import onnx
 
 from toast_onnx import __version__
+from toast_onnx.errors import ModelError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import file_hash, load_model, stored_bytes, write_bytes
+from toast_onnx.model import file_hash, load_model, staged_model, stored_bytes, write_bytes
 from toast_onnx.ort import ort
 from toast_onnx.planning.macs import (
     attention_linears,
@@ -23,8 +25,10 @@ from toast_onnx.planning.macs import (
     linear_params,
 )
 from toast_onnx.pruning import Pruned
+from toast_onnx.report.tables import Side, Table, format_count
 from toast_onnx.selection.plan import Selection
 from toast_onnx.solving.weights import BlockWeights, HeadWeights
+from toast_onnx.wellformed import why_not_loaded
 
 
 def pruning_report(pruned: Pruned, dense: Study, out: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -42,6 +46,7 @@ def pruning_report(pruned: Pruned, dense: Study, out: Path, options: dict[str, A
     """
     after = study(load_model(out), dense.counted_shapes)
     matched = {b.index: b for b in after.match.blocks}
+    local = {"local": [result.to_document() for result in pruned.local]} if pruned.local else {}
     return {
         "format": "toast-onnx/prune/1",
         "dense": _identity(dense.view.model.path) | _costs(dense),
@@ -59,7 +64,69 @@ def pruning_report(pruned: Pruned, dense: Study, out: Path, options: dict[str, A
             "onnxruntime": ort.__version__,
             "numpy": numpy.__version__,
         },
-    }
+    } | local
+
+
+def save_with_report(
+    pruned: Pruned,
+    dense: Study,
+    source: dict[str, Any],
+    options: dict[str, Any],
+    out: Path,
+    report: Path,
+    *,
+    check: bool = True,
+    links: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Write a pruned model and its report; a model never appears without its report.
+
+    Args:
+        pruned: the result.
+        dense: study of the dense model.
+        source: where the statistics came from.
+        options: the options of the run.
+        out: the model's file.
+        report: the report's file.
+        check: have ONNX Runtime load the model before it is kept.
+        links: files behind links that lead out of the dense model's folder, by the links' names.
+
+    Returns:
+        The report.
+
+    Raises:
+        ModelError: one of them cannot be written, or ONNX Runtime does not load the model.
+    """
+    with staged_model(pruned.model, out) as draft:
+        if check and (reason := why_not_loaded(draft)) is not None:
+            raise ModelError(f"{out} was not written: {reason}; export {dense.source.path} again")
+        document = pruning_report(pruned, dense, draft, options) | {"statistics": source}
+        if links:
+            document["dense"]["links"] = {name: str(behind) for name, behind in links.items()}
+        write_report(document, report)
+    return document
+
+
+def pruning_table(document: dict[str, Any]) -> Table:
+    """Widths and multiply-accumulates of every block before and after, and the totals below."""
+    sizes = {"heads": "heads", "qk_dim": "qk", "vo_dim": "vo", "in_features": "in", "width": "width"}
+    rows = []
+    for block in document["blocks"]:
+        before, after = block["before"], block["after"] or {}
+        cells = [_change(str(before.get(key, "-")), str(after.get(key, "-"))) for key in sizes]
+        totals = (s.get("attention_macs", 0) + s.get("ffn_macs", 0) for s in (before, after))
+        rows.append([str(block["index"]), block["name"], *cells, _change(*map(format_count, totals))])
+    dense, small, twin = document["dense"], document["pruned"], document["twin"]
+    proof = "not checked" if twin is None else f"twin agrees to {twin['worst']:.1e} of scale"
+    lines = (
+        f"MACs {format_count(dense['macs'])} -> {format_count(small['macs'])}, "
+        f"parameters {format_count(dense['params'])} -> {format_count(small['params'])}; {proof}",
+    )
+    sides: list[Side] = ["right", "left", *(["right"] * 6)]  # type: ignore[list-item]
+    return Table(document["dense"]["file"], ("block", "name", *sizes.values(), "MACs"), rows, sides, lines)
+
+
+def _change(before: str, after: str) -> str:
+    return before if before == after else f"{before} -> {after}"
 
 
 def write_report(document: dict[str, Any], path: Path) -> None:

@@ -26,6 +26,7 @@ from toast_onnx.planning.search import Kept
 from toast_onnx.planning.strict_json import read_json
 from toast_onnx.planning.width_costs import Part, prunable_widths, width_step
 from toast_onnx.planning.widths import kept_count
+from toast_onnx.report.tables import Side, Table
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.sensitivity_stream import Trials
 from toast_onnx_calibration.statistics import CalibratedStatistics
@@ -68,7 +69,7 @@ class Trial:
         return self.block, self.part, tuple(sorted(self.kept.items()))
 
 
-@dataclass
+@dataclass(repr=False)
 class Sensitivity:
     """Trials measured on one model, one set of samples and one way of pruning.
 
@@ -93,6 +94,38 @@ class Sensitivity:
             "dense_top1": self.dense_top1,
             "trials": [asdict(t) for t in sorted(self.trials, key=_order)],
         }
+
+    def report(self) -> dict[str, Any]:
+        """Plain data, as the file holds it."""
+        return self.to_document()
+
+    def save(self, path: str | Path) -> None:
+        """Write the results whole or not at all.
+
+        Raises:
+            ModelError: they cannot be written.
+        """
+        write_results(self, Path(path))
+
+    @property
+    def table(self) -> Table:
+        """Damage of every part of every block by fraction removed."""
+        columns = sorted({t.ratio for t in self.trials})
+        rows = []
+        for block, part in dict.fromkeys((t.block, t.part) for t in sorted(self.trials, key=lambda t: t.block)):
+            cells = {t.ratio: t.damage[self.metric] for t in self.trials if (t.block, t.part) == (block, part)}
+            rows.append([str(block), part, *(f"{cells[r]:.3g}" if r in cells else "" for r in columns)])
+        what = "KL in nats" if self.metric == "kl" else "relative error"
+        samples = self.identity["data"]["samples"]
+        sides: list[Side] = ["right", "left", *(["right"] * len(columns))]  # type: ignore[list-item]
+        title = f"{what} at the output by fraction removed, {samples} samples"
+        return Table(title, ["block", "part", *(f"{r:g}" for r in columns)], rows, sides)
+
+    def __repr__(self) -> str:
+        return self.table.text()
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
 
     def measured(self, block: int, part: Part) -> dict[int, float]:
         """Kept count -> damage that adds up, of the trials of one part."""

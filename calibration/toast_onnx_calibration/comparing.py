@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from toast_onnx.engines.ortbench import benchmark
 from toast_onnx.errors import DataError, ModelError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import Model, file_hash, load_model, stored_bytes
+from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
+from toast_onnx.report.tables import Table, format_bytes, format_count
 from toast_onnx.runtime import expose
 from toast_onnx_calibration.agreement import Agreement
 from toast_onnx_calibration.feeds import batch_size, batches
@@ -32,7 +34,7 @@ Progress = Callable[[int, int | None], None]
 HELD = 256_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What `compare` found; every entry is plain data.
 
@@ -65,6 +67,47 @@ class Comparison:
             "latency": self.latency,
             "notes": list(self.notes),
         }
+
+    @property
+    def tables(self) -> list[Table]:
+        """Costs of both models, agreement of every output, drift of every branch."""
+        outputs = Table(
+            f"outputs on {self.samples} samples",
+            ("output", "same top-1", "KL", "cosine", "relative error"),
+            [[name, *_agreement(entry, ("top1_agreement", "kl"))] for name, entry in self.outputs.items()],
+        )
+        rows = [
+            [str(block["index"]), block["name"], part, *_agreement(block[part])]
+            for block in self.blocks
+            for part in ("attention", "ffn")
+            if part in block
+        ]
+        branches = Table(
+            "branch outputs",
+            ("block", "name", "branch", "cosine", "relative error"),
+            rows,
+            ("right", "left", "left", "right", "right"),
+        )
+        costs = Table(None, ("", "dense", "pruned", "pruned / dense"), _costs(self))
+        return [costs, outputs, *([branches] if rows else [])]
+
+    def report(self) -> dict[str, Any]:
+        """One document of plain data."""
+        return self.to_json()
+
+    def save(self, path: str | Path) -> None:
+        """Write the document as JSON, whole or not at all.
+
+        Raises:
+            ModelError: it cannot be written.
+        """
+        write_bytes(Path(path), (json.dumps(self.to_json(), indent=2) + "\n").encode())
+
+    def __repr__(self) -> str:
+        return "\n".join(table.text() for table in self.tables[:2])
+
+    def _repr_html_(self) -> str:
+        return "".join(table.html() for table in self.tables)
 
 
 def compare(
@@ -261,3 +304,27 @@ def _figures(found: Study, path: Path) -> dict[str, Any]:
         "params": graph_params(found.view),
         "bytes": stored_bytes(path),
     }
+
+
+def _costs(found: Comparison) -> list[list[str]]:
+    a, b = found.models["dense"], found.models["pruned"]
+    rows = []
+    for label, key, show in (("MACs", "macs", format_count), ("parameters", "params", format_count)):
+        rows.append([label, show(a[key]), show(b[key]), f"{b[key] / a[key]:.3f}"])
+    rows.append(["file", format_bytes(a["bytes"]), format_bytes(b["bytes"]), f"{b['bytes'] / a['bytes']:.3f}"])
+    if found.latency is not None:
+        first, second = found.latency
+        ratio = f"{1 / second['speedup']:.3f}"
+        times = [f"{t['median_ms']:.2f} ms" for t in (first, second)]
+        rows.append([f"latency, batch {first['batch']}", *times, ratio])
+    return rows
+
+
+def _agreement(entry: dict[str, Any], more: tuple[str, ...] = ()) -> list[str]:
+    cells = {
+        "top1_agreement": lambda v: f"{v:.2%}",
+        "kl": lambda v: f"{v:.4f}",
+        "cosine": lambda v: f"{v:.4f}",
+        "relative_error": lambda v: f"{v:.3e}",
+    }
+    return [cells[key](entry[key]) if key in entry else "-" for key in (*more, "cosine", "relative_error")]

@@ -1,0 +1,90 @@
+"""What measuring damages works with: statistics, samples, and the dense model's answers, in a folder of their own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.matching.study import Study
+from toast_onnx.planning.ratios import Ratios
+from toast_onnx.planning.width_costs import Part
+from toast_onnx_calibration.calibrating import CalibrationOptions, Progress, calibrate
+from toast_onnx_calibration.labels import open_labels
+from toast_onnx_calibration.planning import statistics_for
+from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
+from toast_onnx_calibration.sensitivity_trials import Solver
+from toast_onnx_calibration.statistics import CalibratedStatistics
+
+
+@dataclass(frozen=True)
+class Work:
+    """What damages are measured with.
+
+    Attributes:
+        trials: runs new weights.
+        solver: makes them.
+        statistics: of the dense model.
+        statistics_sha256: hash of their file.
+    """
+
+    trials: Trials
+    solver: Solver
+    statistics: CalibratedStatistics
+    statistics_sha256: str
+
+
+@contextmanager
+def open_work(
+    dense: Study,
+    data: str | Path,
+    settings: Ratios,
+    parts: Sequence[str],
+    options: CalibrationOptions,
+    statistics: Path | None = None,
+    labels: str | None = None,
+    output: str | None = None,
+    calibrating: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
+    note: Callable[[str], object] = lambda _: None,
+) -> Iterator[Work]:
+    """Statistics, samples and the dense model's answers, in a folder that is removed at the end.
+
+    Args:
+        dense: the model.
+        data: samples.
+        settings: how parts would be pruned.
+        parts: heads, qk, vo, fc1, fc2.
+        options: how samples are read and run.
+        statistics: file of earlier measurements; None measures now.
+        labels: as for `labels.open_labels`; None leaves top-1 out.
+        output: name of the output to measure at; None leaves the choice to `sensitivity_stream.chosen_output`.
+        calibrating: opens what is called after every batch of calibration.
+        note: called with what the user should know of the samples.
+
+    Raises:
+        ConfigError: nothing can be pruned.
+        DataError: data, labels or statistics cannot be read.
+    """
+    wanted = statistics_for(dense, settings, cast(Sequence[Part], parts))
+    if not wanted:
+        raise ConfigError(f"no block has a prunable part among {', '.join(parts)}; see `toast-onnx inspect`")
+    known = None if labels is None else open_labels(labels, str(data))
+    with TemporaryDirectory(prefix="toast-planning-") as name:
+        folder = Path(name)
+        path = statistics
+        if path is None:
+            path = folder / "statistics.npz"
+            with calibrating() as progress:
+                calibrate(dense, data, path, wanted, options, progress)
+        found = CalibratedStatistics(dense, path)
+        samples = read_samples(dense, data, options, folder)
+        for text in samples.notes:
+            note(text)
+        trials = Trials(dense, samples, options, folder, output, known)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        yield Work(trials, Solver(dense, settings, found), found, digest)

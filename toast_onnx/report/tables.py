@@ -1,0 +1,77 @@
+"""Tables as plain data: the command prints them, Python shows them as text and a notebook as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+Side = Literal["left", "right"]
+UNITS = ("", " K", " M", " G", " T", " P")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, and lines under them.
+
+    Attributes:
+        title: above the table.
+        columns: the headings.
+        rows: the cells of each row, as many as there are headings.
+        align: of each column; None has the first left and the others right.
+        lines: below the table.
+    """
+
+    title: str | None
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    align: Sequence[Side] | None = None
+    lines: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """Fixed-width text."""
+        cells = [list(self.columns), *map(list, self.rows)]
+        widths = [max(len(row[k]) for row in cells) for k in range(len(self.columns))]
+        sides = self._sides()
+        shown = [
+            "  ".join(c.rjust(w) if s == "right" else c.ljust(w) for c, w, s in zip(row, widths, sides, strict=True))
+            for row in cells
+        ]
+        title = [] if self.title is None else [self.title]
+        return "\n".join(line.rstrip() for line in (*title, *shown, *self.lines))
+
+    def html(self) -> str:
+        """A table element, its title as caption, its lines behind it."""
+
+        def row(tag: str, cells: Sequence[str]) -> str:
+            sides = zip(cells, self._sides(), strict=True)
+            return "<tr>" + "".join(f"<{tag} align={side}>{escape(c)}</{tag}>" for c, side in sides) + "</tr>"
+
+        caption = "" if self.title is None else f"<caption>{escape(self.title)}</caption>"
+        head, body = row("th", self.columns), "".join(row("td", cells) for cells in self.rows)
+        below = "".join(f"<div>{escape(line)}</div>" for line in self.lines)
+        return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>{below}"
+
+    def _sides(self) -> Sequence[Side]:
+        rest: list[Side] = ["right"] * (len(self.columns) - 1)
+        return self.align or ["left", *rest]
+
+
+def format_count(value: float) -> str:
+    """A count in three digits with its unit: 1.25 G, 5.7 M, 588."""
+    return _scaled(value)
+
+
+def format_bytes(size: float) -> str:
+    """A file or memory size in powers of 1000, three digits: 21.9 MB, 512 B."""
+    number, _, unit = _scaled(size).partition(" ")
+    return f"{number} {unit}B"
+
+
+def _scaled(value: float) -> str:
+    scaled, unit = float(value), 0
+    # 999.5 and above would print as 1e+03: they belong to the next unit.
+    while abs(scaled) >= 999.5 and unit < len(UNITS) - 1:
+        scaled, unit = scaled / 1000, unit + 1
+    return f"{scaled:.3g}{UNITS[unit]}"
