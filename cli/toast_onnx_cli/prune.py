@@ -262,11 +262,12 @@ def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
 
 
 def summary(document: dict[str, Any], out: Path, report: Path) -> str:
-    """Three lines on what happened."""
+    """Three lines on what happened; the first says so where the file grew."""
     dense, pruned, twin = document["dense"], document["pruned"], document["twin"]
     proof = "not checked" if twin is None else f"twin agrees to {twin['worst']:.1e} of scale"
+    grown = "LARGER than the original: " if pruned["bytes"] > dense["bytes"] else ""
     lines = [
-        f"{out}: MACs {format_count(dense['macs'])} -> {format_count(pruned['macs'])}, "
+        f"{grown}{out}: MACs {format_count(dense['macs'])} -> {format_count(pruned['macs'])}, "
         f"parameters {format_count(dense['params'])} -> {format_count(pruned['params'])}, "
         f"file {format_bytes(dense['bytes'])} -> {format_bytes(pruned['bytes'])}; {proof}",
         f"statistics: {document['statistics']['source']}",

@@ -184,8 +184,8 @@ def _before_outsiders(view: GraphView, facts: Facts, core: Core, walks: Mapping[
     shared = [w for w in walks.values() if w.linear.output == walk.linear.output]
     allowed = {i for w in shared for i in w.nodes} | set(core.nodes)
     ends = {w.target for w in shared if w.blocked is not None}
-    own = propagate(view, facts, walk.nodes, walk.linear.output)
-    for tensor in sorted(set(own) - ends, key=lambda t: view.producer[t]):
+    own = _on_the_way(view, walk, set(propagate(view, facts, walk.nodes, walk.linear.output)))
+    for tensor in sorted(own - ends, key=lambda t: view.producer[t]):
         outside = [
             i
             for i in view.consumers.get(tensor, [])
@@ -196,6 +196,21 @@ def _before_outsiders(view: GraphView, facts: Facts, core: Core, walks: Mapping[
             reason = f"{name} is also read by {view.label(outside[0])}"
             return Walk(walk.linear, tensor, before, 1.0, reason)
     return walk
+
+
+def _on_the_way(view: GraphView, walk: Walk, labelled: set[str]) -> set[str]:
+    """Those labelled tensors that lead to the walk's target; a split's other parts do not."""
+    found: set[str] = set()
+    pending = [walk.target]
+    while pending:
+        tensor = pending.pop()
+        if tensor in found or tensor not in labelled:
+            continue
+        found.add(tensor)
+        i = view.producer.get(tensor)
+        if i in walk.nodes:
+            pending.extend(view.nodes[i].input)
+    return found
 
 
 def _heads_at(facts: Facts, core: Core, tensor: str, name: str) -> int | None:

@@ -50,7 +50,7 @@ def _turned(view: GraphView, facts: Facts, i: int) -> list[onnx.NodeProto] | Non
     perm = list(attribute(transpose, "perm", []))  # type: ignore[call-overload]
     swapped = [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
     ranks = {len(facts.shape(tensor) or ()) for tensor in node.input}
-    if len(perm) < 3 or perm != swapped or ranks != {len(perm)} or not _from_softmax(view, transpose.input[0]):
+    if len(perm) < 3 or perm != swapped or ranks != {len(perm)} or not from_softmax(view, transpose.input[0]):
         return None
     name = node.name or node.output[0]
     values, context = f"{node.output[0]}/values", f"{node.output[0]}/context"
@@ -63,7 +63,8 @@ def _turned(view: GraphView, facts: Facts, i: int) -> list[onnx.NodeProto] | Non
     ]
 
 
-def _from_softmax(view: GraphView, tensor: str) -> bool:
+def from_softmax(view: GraphView, tensor: str) -> bool:
+    """Whether a tensor holds the probabilities of a Softmax as they are."""
     node = view.producer_of(tensor)
     while node is not None and node.op_type in _KEEPING:
         node = view.producer_of(node.input[0])

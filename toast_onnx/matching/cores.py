@@ -16,7 +16,7 @@ _BETWEEN = frozenset(
     | {"QuantizeLinear", "DequantizeLinear"}  # found, so that it can be declined with the reason
 )
 #: Operators that move probabilities or mix those of different heads.
-_MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv"}
+_MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv", "Einsum"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,16 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
     if not sums:
         reader = _reader_before_values(view, facts, node.output[0])
         if reader is None:
-            return None  # a classifier's softmax, or probabilities that are only an output
+            if not _fed_by_product(view, facts, node.input[0]):
+                return None  # a classifier's softmax
+            raise Decline("the probabilities of this Softmax weigh no values: no product takes them up")
         raise Decline(
             f"{view.label(reader)} takes the probabilities of this Softmax before they meet another activation"
         )
     if not products:
+        einsum = _einsum_before(view, facts, node.input[0])
+        if einsum is not None:
+            raise Decline(f"the scores come from {view.label(einsum)}, whose equation is no batched matrix product")
         raise Decline("the scores before this Softmax are no product of two activations")
     if len(products) > 1 or len(sums) > 1:
         raise Decline("more than one activation product surrounds this Softmax")
@@ -119,6 +124,52 @@ def _is_product(view: GraphView, facts: Facts, i: int, learned: bool = False) ->
     else:
         plain = node.op_type == "MatMul" and node.domain in ("", "ai.onnx")
     return plain and not any(facts.is_constant(name) for name in (node.input[1:] if learned else node.input))
+
+
+def _meets(view: GraphView, facts: Facts, i: int) -> bool:
+    """Whether two activations meet in a node in any product: matrix product or contraction."""
+    einsum = view.nodes[i].op_type == "Einsum" and sum(not facts.is_constant(n) for n in view.nodes[i].input) > 1
+    return einsum or _is_product(view, facts, i)
+
+
+def _einsum_before(view: GraphView, facts: Facts, tensor: str) -> int | None:
+    """The nearest Einsum of two activations in front of a tensor, through scale, mask and movement."""
+    return next((i for i in _before(view, facts, tensor) if view.nodes[i].op_type == "Einsum"), None)
+
+
+def _fed_by_product(view: GraphView, facts: Facts, tensor: str) -> bool:
+    return any(_meets(view, facts, i) for i in _before(view, facts, tensor))
+
+
+def scores_of_softmax(view: GraphView, facts: Facts, i: int) -> bool:
+    """Whether a Softmax takes a node's output through scale, mask and shape nodes."""
+    seen: set[str] = set()
+    pending = list(view.nodes[i].output)
+    while pending:
+        tensor = pending.pop()
+        if tensor in seen or facts.is_constant(tensor):
+            continue
+        seen.add(tensor)
+        for reader in view.consumers.get(tensor, []):
+            if view.nodes[reader].op_type == "Softmax":
+                return True
+            if view.nodes[reader].op_type in _BETWEEN:
+                pending.extend(view.nodes[reader].output)
+    return False
+
+
+def _before(view: GraphView, facts: Facts, tensor: str) -> list[int]:
+    """Nodes in front of a tensor, nearest first, up to and with the first that is neither mask, scale nor movement."""
+    seen: dict[int, None] = {}
+    pending = [tensor]
+    while pending:
+        i = view.producer.get(pending.pop(0))
+        if i is None or i in seen:
+            continue
+        seen[i] = None
+        if view.nodes[i].op_type in _BETWEEN | MOVEMENT:
+            pending.extend(name for name in view.nodes[i].input if name and not facts.is_constant(name))
+    return list(seen)
 
 
 def _products_before(view: GraphView, facts: Facts, tensor: str) -> list[int]:
@@ -170,7 +221,7 @@ def _reader_before_values(view: GraphView, facts: Facts, tensor: str) -> int | N
         for i in view.consumers.get(name, []):
             node, own = view.nodes[i], first[name]
             own = i if own is None and node.op_type not in _BETWEEN else own
-            if _is_product(view, facts, i):
+            if _meets(view, facts, i):
                 return own if own is not None else i
             if node.op_type in _BETWEEN | _MIXING:
                 fresh = [t for t in node.output if t and t not in first]

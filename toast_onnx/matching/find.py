@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import os.path
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import onnx
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.attention import match_attention
@@ -18,6 +21,8 @@ from toast_onnx.matching.probe import Decline
 
 #: Metadata key under which PyTorch's exporter stores the module path of a node.
 _SCOPES = "pkg.torch.onnx.name_scopes"
+#: Operators that a transformer block's layers are made of.
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum", "FusedMatMul", "Attention", "MultiHeadAttention")
 
 
 def find_blocks(view: GraphView, facts: Facts, other: Facts) -> Match:
@@ -50,7 +55,32 @@ def find_blocks(view: GraphView, facts: Facts, other: Facts) -> Match:
     quantized = [i for i, node in enumerate(view.nodes) if node.op_type in QUANTIZED]
     if quantized and not parts:
         declined[view.label(quantized[0])] = f"{len(quantized)} nodes are quantized; prune first, then quantize"
+    declined.update(_hidden_in_bodies(view))
     return Match(tuple(_group(view, [p for _, p in parts])), declined)
+
+
+def _hidden_in_bodies(view: GraphView) -> dict[str, str]:
+    """Control flow whose bodies hold attention or products, which no search here enters: node label -> reason."""
+    hidden = {}
+    for i, node in enumerate(view.nodes):
+        ops = Counter(op for a in node.attribute for body in (a.g, *a.graphs) for op in _operators(body))
+        products = sum(ops[op] for op in _PRODUCTS)
+        if products:
+            softmaxes = ops["Softmax"] + ops["Attention"] + ops["MultiHeadAttention"]
+            hidden[view.label(i)] = (
+                f"its body holds {products} matrix products and {softmaxes} attentions or softmaxes, and bodies of "
+                f"{node.op_type} are not looked into; export the model without the condition or loop"
+            )
+    return hidden
+
+
+def _operators(graph: onnx.GraphProto) -> Iterator[str]:
+    """Operator types of a graph's nodes and of all bodies inside."""
+    for node in graph.node:
+        yield node.op_type
+        for a in node.attribute:
+            for body in (a.g, *a.graphs):
+                yield from _operators(body)
 
 
 def _group(view: GraphView, parts: Sequence[Attention | Ffn]) -> list[Block]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import QUANTIZED, GraphView, attribute
@@ -60,9 +61,14 @@ def is_plain(view: GraphView, i: int) -> bool:
 
 
 def scalar_factor(view: GraphView, facts: Facts, i: int) -> tuple[str, float] | None:
-    """(data tensor, factor) when a node multiplies or divides its data by one known number."""
+    """(data tensor, factor) when a node multiplies or divides its data by one known number, or adds nothing (1.0)."""
     node = view.nodes[i]
-    if node.op_type not in ("Mul", "Div") or node.domain not in ("", "ai.onnx"):
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op_type in ("Add", "Sub"):
+        data = _unchanged_by_sum(facts, node)
+        return None if data is None else (data, 1.0)
+    if node.op_type not in ("Mul", "Div"):
         return None
     for k in (1, 0) if node.op_type == "Mul" else (1,):
         value = facts.value(node.input[k])
@@ -70,6 +76,23 @@ def scalar_factor(view: GraphView, facts: Facts, i: int) -> tuple[str, float] | 
             factor = float(value.reshape(()))
             return node.input[1 - k], factor if node.op_type == "Mul" else 1.0 / factor
     return None
+
+
+def _unchanged_by_sum(facts: Facts, node: onnx.NodeProto) -> str | None:
+    """The operand that a sum or difference passes on as it is, because the other is all zeros; else None."""
+    for k in (1, 0) if node.op_type == "Add" else (1,):
+        zeros, data = facts.value(node.input[k]), node.input[1 - k]
+        if zeros is None or zeros.dtype.kind != "f" or zeros.any() or not _is_data(facts, data):
+            continue
+        if facts.shape(data) == facts.shape(node.output[0]):
+            return data
+    return None
+
+
+def _passes(view: GraphView, facts: Facts, i: int) -> bool:
+    """Whether a node computes nothing: it moves its data, passes it on, multiplies it by one or adds zero."""
+    scaled = scalar_factor(view, facts, i)
+    return is_plain(view, i) or (scaled is not None and scaled[1] == 1.0)
 
 
 def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], target: str, what: str) -> Walk:
@@ -210,7 +233,7 @@ def walk_forward(
                 found[i] = readers[i]
             elif view.nodes[i].op_type in ("Shape", "Size"):
                 continue
-            elif is_plain(view, i):
+            elif _passes(view, facts, i):
                 if i not in nodes:
                     nodes.add(i)
                     pending.extend(name for name in view.nodes[i].output if name)

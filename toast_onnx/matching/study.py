@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.blocks import Match
 from toast_onnx.matching.channels_first import turn_products
+from toast_onnx.matching.contractions import spell_contractions
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.find import find_blocks
 from toast_onnx.matching.fused import SpelledOut, spell_out
@@ -64,6 +65,10 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     view = GraphView(join_split_biases(model))
     counted_shapes = input_shapes(view, given, 1)
     counted = Facts(view, counted_shapes)
+    contracted = spell_contractions(view, counted)
+    if contracted is not view.model:
+        view = GraphView(contracted)
+        counted = Facts(view, counted_shapes)
     turned = turn_products(view, counted)
     if turned is not view.model:
         view = GraphView(turned)
