@@ -111,8 +111,8 @@ class Comparison:
 
 
 def compare(
-    dense: Path,
-    pruned: Path,
+    dense: str | Path,
+    pruned: str | Path,
     data: str | Path,
     *,
     preprocess: str | None = None,
@@ -142,6 +142,7 @@ def compare(
     Raises:
         ToastError: its children say what is wrong.
     """
+    dense, pruned = Path(dense), Path(pruned)
     pair = (study(load_model(dense)), study(load_model(pruned)))
     watched, notes = watch(*pair)
     sessions = [_session(s, [names[k] for names in watched], provider, threads) for k, s in enumerate(pair)]
