@@ -19,7 +19,7 @@ from tests.pruning import look
 from toast_onnx.errors import DataError
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
-from toast_onnx_calibration.calibrate import calibrate
+from toast_onnx_calibration.calibrating import calibrate
 from toast_onnx_calibration.needs import everything
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.store import open_statistics

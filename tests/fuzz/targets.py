@@ -24,7 +24,7 @@ from toast_onnx.model import save_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.pruning import prune
 from toast_onnx.wellformed import blame_model, why_not_loaded
-from toast_onnx_calibration.calibrate import calibrate
+from toast_onnx_calibration.calibrating import calibrate
 from toast_onnx_calibration.images import ReadReport, read_images
 from toast_onnx_calibration.labels import open_labels
 from toast_onnx_calibration.needs import everything
