@@ -301,3 +301,16 @@ def test_shapes_that_are_read_stay_what_they_were(exported: Exported, tmp_path: 
     onnx.checker.check_model(model, full_check=True)
     again = study(look(tmp_path / "merged.onnx").view.model)
     assert len(again.match.blocks) == len(look(path).match.blocks)
+
+
+@pytest.mark.parametrize("metric", ["attended-keys", pytest.param("keys", marks=pytest.mark.slow)])
+def test_tensorrt_rtx_builds_merged_graphs(metric: str, exported: Exported, tmp_path: Path) -> None:
+    """TensorRT refuses graphs whose packed layer is read by the matching, too; operands of the attention it takes."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    from toast_onnx.engines import BuildRequest, build
+
+    _, _, merges = merge_file(exported(zoo.Case("timm-deit")), 3, tmp_path / "merged.onnx", metric)
+    assert any(m.matched is not None for m in merges)
+    request = BuildRequest(backend="tensorrt-rtx", precision="fp16", batch=(1, 8, 32))
+    build(tmp_path / "merged.onnx", tmp_path / "merged.engine", request)
+    assert (tmp_path / "merged.engine").stat().st_size > 0

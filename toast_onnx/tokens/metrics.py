@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,10 +69,11 @@ class Features:
     """Where a metric's features lie.
 
     Attributes:
-        tensor: the tensor, by its name in the unmerged graph.
+        tensor: the tensor, by its name in the unmerged graph: the stream, or an operand of the attention. The operand
+            rather than the layer's output, because TensorRT builds no engine where the packed layer is read twice.
         tokens: where its tokens lie.
-        columns: (features,) its channels that are compared; None for all.
-        heads: number of heads that are averaged, 1 for none.
+        folded: number of heads that lie on the batch's axis, 1 for none.
+        order: axes, heads unfolded, as (batch, tokens, heads, dimensions), without heads where there are none.
         metric: the metric.
         attended: for weights by attention, the tensor of probabilities (queries and keys on its last axes).
         attended_heads: number of heads in it.
@@ -80,8 +81,8 @@ class Features:
 
     tensor: str
     tokens: Tokens
-    columns: np.ndarray | None
-    heads: int
+    folded: int
+    order: tuple[int, ...]
     metric: Metric
     attended: str | None = None
     attended_heads: int = 1
@@ -111,21 +112,30 @@ def find_features(
         MatchError: the attention has no such part, or its tokens lie in another order.
     """
     if metric.part == "stream":
-        return Features(stream, tokens[stream], None, 1, metric)
-    branch = attention.k if metric.part == "k" else attention.v
-    what = "keys" if metric.part == "k" else "values"
-    found = None if branch is None else tokens.get(branch.linear.output)
-    if branch is None or found is None or len(found.axes) != 1 or branch.linear.channel_axis == 1:
-        raise MatchError(f"the {what} of an attention were not found as a sequence; choose tokens.metric: tokens")
-    along, batch = found.axes[0].along, found.batch
-    if along.inner != 1 and (along.axis != 0 or batch is None):
-        raise MatchError(f"the {what} of an attention lie in another order; choose tokens.metric: tokens")
-    columns = branch.layout.channels.reshape(-1)
-    heads = branch.layout.num_heads if metric.average else 1
+        return Features(stream, tokens[stream], 1, (0, 1, 2), metric)
+    core = attention.core
+    name, dim_axis = (core.k, core.k_dim_axis) if metric.part == "k" else (core.v, -1)
+    found, shape = tokens.get(name), facts.shape(name) or ()
+    along = None if found is None or len(found.axes) != 1 else found.axes[0].along
+    if found is None or along is None or along.inner != 1 or along.count != sequence.count:
+        raise MatchError("the keys or values of an attention are no sequence of tokens; choose tokens.metric: tokens")
+    items = 1 if found.batch is None else found.batch.count
+    first = shape[0] == items if found.batch is None else found.batch.axis == 0 and found.batch.inner == 1
+    folded = 1 if len(shape) != 3 or core.heads is not None or first else shape[0] // items
+    rank, shift = len(shape) + (folded > 1), int(folded > 1)
+    token_axis, dims = along.axis + shift, dim_axis % rank
+    heads = [a for a in range(1, rank) if a not in (token_axis, dims)]
+    outermost = found.batch is None or (found.batch.axis == 0 and found.batch.inner == folded)
+    if rank not in (3, 4) or len({token_axis, dims, 0}) != 3 or not outermost or shape[0] != items * folded:
+        raise MatchError("the keys or values of an attention lie in another order; choose tokens.metric: tokens")
+    if metric.average and not heads and core.heads != 1:
+        raise MatchError(
+            "the heads of a fused attention have no axis to average over; choose tokens.metric: keys-by-head"
+        )
+    order = (0, token_axis, *heads, dims)
     if metric.weight != "attention":
-        return Features(branch.linear.output, found, columns, heads, metric)
-    attended = _attended(attention, tokens, sequence, view, facts)
-    return Features(branch.linear.output, found, columns, heads, metric, *attended)
+        return Features(name, found, folded, order, metric)
+    return Features(name, found, folded, order, metric, *_attended(attention, tokens, sequence, view, facts))
 
 
 def _attended(
@@ -146,32 +156,41 @@ def _attended(
     return name, int(np.prod(shape[:-2])) // items
 
 
-def write_features(w: Writer, features: Features, tensor: str, count: int, width: int) -> str:
+def write_features(w: Writer, features: Features, tensor: str, shape: Sequence[int], count: int) -> str:
     """Nodes that make (batch, tokens, features) in float32.
 
     Args:
         w: writer.
         features: where they lie.
         tensor: the tensor's name in the graph that is written.
+        shape: its shape in the unmerged graph.
         count: number of tokens now.
-        width: channels of the tensor.
     """
-    along, batch = features.tokens.axes[0].along, features.tokens.batch
-    x = tensor
-    if along.axis == 0 and (batch is None or batch.axis == 1):
-        x = w.one("Transpose", [x], "features/Transpose", perm=[1, 0, 2])
-    elif along.axis == 0:
-        x = w.reshape(x, [-1, count, width], "features/Reshape")
-    columns = features.columns
-    if (columns is not None and columns.size < width) or not _in_order(columns):
-        assert columns is not None
-        if np.array_equal(columns, np.arange(columns[0], columns[0] + columns.size)):
-            x = w.slice(x, 2, int(columns[0]), int(columns[-1]) + 1, what="features/Slice")
-        else:
-            x = w.one("Gather", [x, w.numbers(columns.tolist(), "columns")], "features/Gather", axis=2)
-    if features.heads > 1:
-        x = w.mean(w.reshape(x, [0, 0, features.heads, -1], "features/by_head"), 2)
+    x, order = tensor, features.order
+    if features.folded > 1:
+        now = [count if a == features.tokens.axes[0].along.axis else n for a, n in enumerate(shape)]
+        x = w.reshape(x, [-1, features.folded, *now[1:]], "features/unfolded")
+    if order != tuple(range(len(order))):
+        x = w.one("Transpose", [x], "features/Transpose", perm=list(order))
+    if len(order) == 4:
+        x = w.mean(x, 2) if features.metric.average else w.reshape(x, [0, 0, -1], "features")
     return w.cast(x, onnx.TensorProto.FLOAT)
+
+
+def read_features(features: Features, array: np.ndarray) -> np.ndarray:
+    """(batch, tokens, features) in float64, read from the tensor's value in the unmerged graph.
+
+    Args:
+        features: where they lie.
+        array: value of the tensor.
+    """
+    x = array.astype(np.float64)
+    if features.folded > 1:
+        x = x.reshape(-1, features.folded, *x.shape[1:])
+    x = x.transpose(features.order)
+    if x.ndim == 4:
+        x = x.mean(2) if features.metric.average else x.reshape(*x.shape[:2], -1)
+    return x
 
 
 def write_weights(w: Writer, features: Features, size: str | None, count: int) -> str | None:
@@ -204,25 +223,3 @@ def read_weights(features: Features, array: np.ndarray, groups: np.ndarray) -> n
     row = array.astype(np.float64).reshape(-1, features.attended_heads, tokens, tokens)[:, :, 0].mean(1)
     weights: np.ndarray = np.sqrt(np.stack([np.bincount(g, p) for g, p in zip(groups, row, strict=True)]) + FLOOR)
     return weights
-
-
-def _in_order(columns: np.ndarray | None) -> bool:
-    return columns is None or np.array_equal(columns, np.arange(columns.size))
-
-
-def read_features(features: Features, array: np.ndarray, count: int) -> np.ndarray:
-    """(batch, tokens, features) in float64, read from the tensor's value in the unmerged graph.
-
-    Args:
-        features: where they lie.
-        array: value of the tensor.
-        count: number of tokens of the unmerged graph.
-    """
-    along, batch = features.tokens.axes[0].along, features.tokens.batch
-    x = array.astype(np.float64)
-    if along.axis == 0:
-        x = x.swapaxes(0, 1) if batch is None or batch.axis == 1 else x.reshape(-1, count, x.shape[-1])
-    if features.columns is not None:
-        x = x[..., features.columns]
-    by_head: np.ndarray = x.reshape(*x.shape[:2], features.heads, -1)
-    return np.asarray(by_head.mean(2))

@@ -257,8 +257,7 @@ class _Sequence:
         assert attention is not None
         features = self._features(name, attention)
         tensor = raw if features.tensor == name else self.renamed.get(features.tensor, features.tensor)
-        width = (self.facts.shape(features.tensor) or (0,))[-1]
-        compared = write_features(w, features, tensor, merge.count, width)
+        compared = write_features(w, features, tensor, self.facts.shape(features.tensor) or (), merge.count)
         weigh = write_weights(w, features, self.sizes[-1], merge.count)
         matched = write_match(w, compared, merge, weigh)
         elem = self.facts.elem_type(name)

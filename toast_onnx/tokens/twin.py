@@ -246,7 +246,7 @@ def _furthest(merge: WrittenMerge, made: Arrays, theirs: Arrays, before: np.ndar
     assert merge.matched is not None
     assert merge.features is not None
     compared, *weighed = (theirs[name] for name in _compared(merge))
-    features = read_features(merge.features, compared, merge.sequence.count)
+    features = read_features(merge.features, compared)
     by_size = merge.features.metric.weight == "sizes"
     given = read_weights(merge.features, weighed[0], before) if weighed else [None] * len(before)
     worst = 0.0
