@@ -10,10 +10,10 @@ import onnx
 import onnx.checker
 import onnx.defs
 import onnx.shape_inference
-import onnxruntime as ort
 
 from toast_onnx.errors import ModelError, ToastError
 from toast_onnx.external import all_tensors
+from toast_onnx.ort import ort, session_options
 
 _LATER = 8  # opsets that a runtime newer than this package of ONNX may know
 _TYPES = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
@@ -92,7 +92,7 @@ def why_refused(path: Path) -> str | None:
 
 def why_not_loaded(path: Path) -> str | None:
     """Why ONNX Runtime refuses a model file, one line; None where it takes it."""
-    options = ort.SessionOptions()
+    options = session_options()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

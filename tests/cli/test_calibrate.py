@@ -121,10 +121,10 @@ def test_merging_shards(files: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["prune", "m.onnx", "--ratios", "r.yaml", "--statistics", "absent.npz"], "no such statistics file"),
+        (["prune", "m.onnx", "--ratios", "r.yaml", "--statistics", "absent.npz"], "absent.npz does not exist"),
         (["prune", "m.onnx", "--ratios", "r.yaml", "--statistics", "x.npy"], "no statistics file"),
         (["calibrate", "m.onnx", "--data", "absent"], "absent"),
-        (["calibrate", "m.onnx", "--merge", "absent.npz"], "no such statistics file"),
+        (["calibrate", "m.onnx", "--merge", "absent.npz"], "absent.npz does not exist"),
         (["calibrate", "m.onnx", "--data", "x.npy", "-o", "absent/s.npz"], "absent"),
     ],
 )

@@ -222,7 +222,8 @@ def test_inspect_document_and_table(model: Path) -> None:
     document = json.loads(succeed("inspect", model, "--json"))
     assert {"model", "opset", "producer", "macs", "params", "blocks", "declined"} <= set(document)
     block = document["blocks"][0]
-    assert set(block) == {"index", "name", "attention", "ffn"}
+    assert set(block) == {"index", "name", "attention", "ffn", "tokens"}
+    assert block["tokens"] == {"mergeable": True, "reason": None, "count": 17, "special": 1, "unread": False}
     assert set(block["attention"]) == {"heads", "qk_dim", "vo_dim", "heads_prunable", "qk", "vo", "macs", "params"}
     assert set(block["ffn"]) == {"in_features", "width", "activation", "gated", "fc1", "fc2", "macs", "params"}
     for part, names in (("attention", ("heads_prunable", "qk", "vo")), ("ffn", ("fc1", "fc2"))):

@@ -61,7 +61,7 @@ def _norm_of_a_head(graph: Graph, name: str) -> str:
 
 
 def _two_layers(graph: Graph, name: str) -> str:
-    other = graph.heads(graph.linear("x", WIDTH, WIDTH, "second"))
+    other = graph.heads(graph.linear("x", WIDTH, WIDTH, f"second_{len(graph.nodes)}"))
     return graph.add("Concat", name, other, axis=2)
 
 

@@ -104,6 +104,7 @@ def test_a_file_that_grew_says_so_first(bytes_after: int, said: bool) -> None:
         "pruned": {"macs": 1, "params": 1, "bytes": bytes_after},
         "twin": None,
         "statistics": {"source": "weights"},
+        "tokens": None,
     }
     first = summary(document, Path("o.onnx"), Path("o.json")).splitlines()[0]
     assert first.startswith("LARGER than the original: ") is said

@@ -24,6 +24,10 @@ attention:
   select: index
   score: gm
   coupling: q_only
+tokens:
+  merge: [0.1, 0, 0.05]
+  metric: keys
+  unread: false
 ffn:
   fc1: 0.0
   fc2: [0, 0.2, 0.3]
