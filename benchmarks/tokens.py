@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from toast_onnx.planning.macs import graph_macs
 from toast_onnx.tokens.metrics import METRICS
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx.tokens.rewrite import write_merging
+from toast_onnx.tokens.schedule import removed_counts
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.sessions import make_session, run
 from toast_onnx_cli.console import print_table
@@ -81,7 +83,7 @@ def main() -> None:
 
         for r in options.removed:
             for metric in options.metrics:
-                every = dict.fromkeys(tokens.mergeable, r)
+                every = removed_counts(tokens, Decimal(r) / tokens.sequences[0].count)  # at most half at the end
                 judge(str(r), metric, every, metric != "keys")  # ToMe computes on tokens that nothing reads
         for share in options.schedules:
             for metric in options.metrics:
