@@ -28,6 +28,8 @@ def exported() -> Callable[[zoo.Case], Path]:
     """A function from a zoo case to its ONNX file; skips with the reason where the case cannot exist here."""
 
     def get(case: zoo.Case) -> Path:
+        if case.family == "deit-tiny-real" and "TOAST_DATA" not in os.environ:  # its export may be left
+            pytest.skip("TOAST_DATA is not set: it names the folder with trained weights")
         try:
             return zoo.export(case)
         except zoo.Unavailable as reason:
