@@ -28,8 +28,11 @@ def to_float32(model: Model) -> Model:
 
 def _has_half(proto: onnx.ModelProto) -> bool:
     values = [*proto.graph.input, *proto.graph.output]
-    return any(t.data_type in _HALF for t in proto.graph.initializer) or any(
-        v.type.tensor_type.elem_type in _HALF for v in values
+    casts = (a.i for n in proto.graph.node if n.op_type == "Cast" for a in n.attribute if a.name == "to")
+    return (
+        any(t.data_type in _HALF for t in proto.graph.initializer)
+        or any(v.type.tensor_type.elem_type in _HALF for v in values)
+        or any(kind in _HALF for kind in casts)
     )
 
 

@@ -246,7 +246,7 @@ def compare_with_twin(
                 f"(allowed {TOLERANCE:.0e}); nothing was written. With few samples the new weights can be so large "
                 "that rounding shows: give more, or `compensation: {ridge: 1e-3}`; otherwise please report the model"
             )
-    batches = tuple(int(next(iter(s.values()))[0]) for s in shapes)
+    batches = tuple(next((int(each[0]) for each in s.values() if each), 1) for s in shapes)
     return TwinResult(batches, TOLERANCE, max(worst.values(), default=0.0), differences)
 
 

@@ -17,6 +17,7 @@ import onnx
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.probe import MOVEMENT
+from toast_onnx.model import reads
 from toast_onnx.tokens.along import Along, read_along, single_index
 from toast_onnx.tokens.uniform import uniform_value
 
@@ -175,11 +176,22 @@ class Walker:
         self.flow.tokens[self.sequence.start] = Tokens(batch, (TokenAxis(whole, first),))
         start = self.view.producer.get(self.sequence.start, -1)
         for i in range(start + 1, len(self.view.nodes)):
-            if any(name in self.flow.tokens for name in self.view.nodes[i].input):
+            node = self.view.nodes[i]
+            if any(name in self.flow.tokens for name in node.input):
                 self._visit(i)
+            inside = [n for n in reads(node) if n not in node.input and n in self.flow.tokens]
+            if any(self.flow.tokens[n].merged for n in inside):
+                self.flow.refused.setdefault(-1, f"{self.view.label(i)} reads tokens inside its body")
         for name in self.view.outputs:
-            if name in self.flow.tokens and self.flow.tokens[name].merged:
+            tokens = self.flow.tokens.get(name)
+            if tokens is None or not tokens.merged:
+                continue
+            if self._can_unmerge(name, tokens):
                 self._unmerge(name, -1, "it is an output of the graph")
+            else:
+                core = self._core_before(self.view.producer[name])
+                reason = f"the output '{name}' holds them in an order that they cannot be given back in"
+                self.flow.refused.setdefault(-1 if core is None else core, reason)
         return self.flow
 
     def _visit(self, i: int) -> None:
@@ -218,7 +230,7 @@ class Walker:
             tokens = self.flow.tokens.get(name)
             if tokens is None or not tokens.merged or node.op_type in ("Shape", "Size"):
                 continue
-            if len(tokens.axes) > 1 or tokens.axes[0].counted or not self._can_unmerge(name, tokens):
+            if not self._can_unmerge(name, tokens):
                 core = self.core_of.get(i, self._core_before(i))
                 self.flow.refused.setdefault(-1 if core is None else core, reason)
                 return
@@ -240,6 +252,8 @@ class Walker:
         return None
 
     def _can_unmerge(self, name: str, tokens: Tokens) -> bool:
+        if len(tokens.axes) > 1 or tokens.axes[0].counted:
+            return False
         shape = self.facts.shape(name) or ()
         along, batch = tokens.axes[0].along, tokens.batch
         plain = along.inner == 1 and along.count == shape[along.axis]
@@ -304,7 +318,20 @@ class Walker:
             for k, name in enumerate(node.input):
                 if name and name not in carrying:
                     self._operand(i, k, name, out, merged)
+                elif name:
+                    self._check_other_axes(i, name, carrying[name], out, merged)
         return {node.output[0]: Tokens(batch, tuple(merged[a] for a in sorted(merged)))}
+
+    def _check_other_axes(
+        self, i: int, name: str, tokens: Tokens, out: tuple[int, ...], axes: Mapping[int, TokenAxis]
+    ) -> None:
+        """An operand with tokens on one axis must not have an entry for every token on another."""
+        shape = self._shape(name)
+        shift = len(out) - len(shape)
+        for axis, each in axes.items():
+            own = axis - shift
+            if each.stage and own >= 0 and shape[own] != 1 and tokens.axis(own) is None:
+                raise Unfollowed(f"{self.view.label(i)} has an operand ('{name}') with an entry for every token")
 
     def _operand(self, i: int, k: int, name: str, out: tuple[int, ...], axes: Mapping[int, TokenAxis]) -> None:
         """An operand without tokens must be the same for all of them."""
@@ -360,6 +387,8 @@ class Walker:
                 touched = touched or each.stage > 0
             if axes:
                 batch = batches[name]
+                if first.batch is not None and not isinstance(batch, Along):
+                    raise Unfollowed(f"{self.view.label(i)} regroups the items of the batch")
                 result[name] = Tokens(batch if isinstance(batch, Along) else None, tuple(axes))
         if touched:
             if node.op_type not in ("Reshape", "Expand", "Slice", "Split", "Gather", "Transpose", "Squeeze",
@@ -493,11 +522,11 @@ class Walker:
     def _check_broadcast(self, i: int, tokens: Tokens, name: str) -> None:
         """The items of the batch must be found on one axis, outermost there, so that each gets its own sizes."""
         shape, batch = self._shape(name), tokens.batch
-        if batch is not None and batch.inner * batch.count != shape[batch.axis]:
+        if batch is not None and (batch.axis != 0 or batch.inner * batch.count != shape[0]):
             raise Unfollowed(f"{self.view.label(i)} has heads outside the batch on one axis")
 
     def _fused(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
-        q, k, v = (self.flow.tokens.get(n) for n in node.input[:3])
+        q, k, v = (self.flow.tokens.get(n) for n in [*node.input, "", ""][:3])
         if k is None or v is None or any(n in self.flow.tokens for n in node.input[3:]):
             raise Unfollowed(f"{self.view.label(i)} is no plain attention over the tokens")
         if attribute(node, "is_causal", 0) or attribute(node, "unidirectional", 0):
@@ -544,7 +573,7 @@ class Walker:
         plain = along.inner == 1 and along.count == shape[along.axis] and along.axis > 0
         if node.op_type not in ("ReduceMean", "ReduceSum", "GlobalAveragePool") or not plain or len(tokens.axes) > 1:
             raise Unfollowed(f"{self.view.label(i)} takes another statistic than a mean over the tokens")
-        if batch is not None and (batch.axis != 0 or batch.inner != 1):
+        if batch is not None and (batch.axis != 0 or batch.inner != 1 or 0 in self._reduced_axes(node, len(shape))):
             raise Unfollowed(f"{self.view.label(i)} has its batch on another axis")
         self.flow.weighted.append(i)
 

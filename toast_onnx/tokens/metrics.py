@@ -112,6 +112,8 @@ def find_features(
         MatchError: the attention has no such part, or its tokens lie in another order.
     """
     if metric.part == "stream":
+        if stream not in tokens:
+            raise MatchError(f"the tokens of '{stream}' cannot be followed")
         return Features(stream, tokens[stream], 1, (0, 1, 2), metric)
     core = attention.core
     name, dim_axis = (core.k, core.k_dim_axis) if metric.part == "k" else (core.v, -1)

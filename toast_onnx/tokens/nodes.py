@@ -221,32 +221,39 @@ def write_places(w: Writer, matched: Matched, merge: Merge, before: str | None) 
     """
     first = merge.front + merge.kept
     number = w.edit.constant(f"{w.name}/sources", np.arange(merge.sources, dtype=np.int64).reshape(1, -1, 1))
-    into = w.cast(matched.into, onnx.TensorProto.FLOAT)
-    offset = w.edit.constant(f"{w.name}/first_target", np.asarray(first, np.float32))
-    arriving = w.reshape(w.one("Add", [into, offset], "arriving_at"), [-1, merge.removed, 1])
-    gone = w.one("Equal", [w.reshape(matched.gone, [-1, 1, merge.removed]), number], "is_gone")
-    place = w.one("MatMul", [w.cast(gone, onnx.TensorProto.FLOAT), arriving], "place_of_gone")
+    offset = w.edit.constant(f"{w.name}/first_target", np.asarray(first, np.int64))
+    arriving = w.reshape(w.one("Add", [matched.into, offset], "arriving_at"), [-1, 1, merge.removed])
+    place = _chosen(w, matched.gone, number, arriving, merge.removed, "gone")
     if merge.kept:
-        stays = w.one("Equal", [w.reshape(matched.stays, [-1, 1, merge.kept]), number], "is_staying")
-        line = np.arange(merge.front, first, dtype=np.float32).reshape(1, -1, 1)
+        line = np.arange(merge.front, first, dtype=np.int64).reshape(1, 1, -1)
         ranks = w.edit.constant(f"{w.name}/ranks", line)
-        staying = w.one("MatMul", [w.cast(stays, onnx.TensorProto.FLOAT), ranks], "place_of_staying")
+        staying = _chosen(w, matched.stays, number, ranks, merge.kept, "staying")
         place = w.one("Add", [place, staying], "place_of_sources")
     # The others have fixed places; only their batch must be made.
     zero = w.one(
-        "Mul", [w.slice(place, 1, 0, 1), w.edit.constant(f"{w.name}/zero", np.asarray(0, np.float32))], "zero_places"
+        "Mul", [w.slice(place, 1, 0, 1), w.edit.constant(f"{w.name}/zero", np.asarray(0, np.int64))], "no_place"
     )
     stop = merge.count - merge.removed
     fixed = [*range(merge.front), *range(first, first + merge.targets), *range(stop - merge.back, stop)]
-    line = np.asarray(fixed, np.float32).reshape(1, -1, 1)
-    others = w.one("Add", [zero, w.edit.constant(f"{w.name}/fixed", line)])
+    row = w.edit.constant(f"{w.name}/fixed", np.asarray(fixed, np.int64).reshape(1, -1))
+    others = w.one("Add", [zero, row], "fixed_places")
     whole = w.one("Concat", [place, others], "places", axis=1)
     middle = np.arange(merge.front, merge.count - merge.back)
     back = np.arange(merge.count - merge.back, merge.count)
     original = np.argsort(np.concatenate([middle[1::2], np.arange(merge.front), middle[0::2], back]))
-    ordered = w.one("Gather", [whole, w.numbers(original.tolist(), "order")], "places/Gather", axis=1)
-    new = w.cast(w.reshape(ordered, [-1, merge.count]), onnx.TensorProto.INT64)
+    new = w.one("Gather", [whole, w.numbers(original.tolist(), "order")], "places/Gather", axis=1)
     return new if before is None else w.one("GatherElements", [new, before], "places_now", axis=1)
+
+
+def _chosen(w: Writer, chosen: str, number: str, values: str, count: int, what: str) -> str:
+    """(batch, sources) the value of the entry that names each source, 0 where none does; in whole numbers throughout.
+
+    A product with a one-hot matrix would round where a later step converts the graph to half precision or TF32.
+    """
+    same = w.one("Equal", [w.reshape(chosen, [-1, 1, count]), number], f"is_{what}")
+    nothing = w.edit.constant(f"{w.name}/nothing", np.asarray(0, np.int64))
+    picked = w.one("Where", [same, values, nothing], f"place_of_{what}/each")
+    return w.one("ReduceSum", [picked, w.numbers([2], "axes")], f"place_of_{what}", keepdims=0)
 
 
 def merge_counts(sequence: TokenSequence, removed: Sequence[int]) -> list[Merge]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -98,7 +98,23 @@ def study_tokens(study: Study) -> TokenStudy:
             final = reason is None and tensor == last[1]
             drops = _unread(study, sequence, block, tensor, cores) if final else ()
             points[block.index] = MergePoint(block.index, tensor, number, reason, drops)
+    _leave_out_lost(study, points, sequences, cores)
     return TokenStudy(tuple(points[b.index] for b in study.match.blocks), tuple(sequences))
+
+
+def _leave_out_lost(
+    study: Study, points: dict[int, MergePoint], sequences: Sequence[TokenSequence], cores: Sequence[Core]
+) -> None:
+    """Decline blocks that tokens do not reach once all others merge: a long skip joins what was merged otherwise."""
+    for number, sequence in enumerate(sequences):
+        chosen = [p for p in points.values() if p.sequence == number and p.reason is None and p.tensor is not None]
+        chosen.sort(key=lambda p: study.view.producer[p.tensor or ""])
+        stages = {p.tensor or "": k + 1 for k, p in enumerate(chosen)}
+        flow = follow(study.view, study.facts, study.other, sequence, stages, _nodes(cores))
+        for p in chosen:
+            if p.tensor not in flow.tokens:
+                reason = "a sum in front of it joins tokens of different places in the network"
+                points[p.block] = replace(p, reason=reason, drops=())
 
 
 def _nodes(cores: Sequence[Core]) -> list[tuple[int, ...]]:

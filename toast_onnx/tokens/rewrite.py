@@ -112,9 +112,13 @@ class _Work:
 
     def copy(self, i: int) -> onnx.NodeProto:
         """A copy of a node that may be changed; it takes the node's place."""
-        if i not in self.nodes:
-            self.nodes[i] = onnx.NodeProto()
-            self.nodes[i].CopyFrom(self.view.nodes[i])
+        if i in self.nodes:
+            raise MatchError(
+                f"{self.view.label(i)} joins two sequences of tokens, which cannot both be merged; give tokens.merge "
+                "as a list that merges in one of them"
+            )
+        self.nodes[i] = onnx.NodeProto()
+        self.nodes[i].CopyFrom(self.view.nodes[i])
         return self.nodes[i]
 
     def place(self, i: int) -> None:
@@ -157,6 +161,9 @@ class _Sequence:
         stages = {name: k + 1 for k, name in enumerate(self.order)}
         self.drops = {} if last is None else dict.fromkeys(last.drops, self.dropped)
         self.flow: Flow = follow(self.view, self.facts, self.other, sequence, stages, work.cores, self.drops)
+        lost = [b for b, n in zip(self.blocks, self.order, strict=True) if n not in self.flow.tokens]
+        if lost:
+            raise MatchError(f"tokens cannot be merged behind block {lost[0]} together with those before it")
         if -1 in self.flow.refused:
             raise MatchError(f"tokens cannot be merged: {self.flow.refused[-1]}")
         self.sizes: list[str | None] = [None]
@@ -244,6 +251,10 @@ class _Sequence:
                     origins.append(fits[0])
             if len(origins) == len(shape):
                 return source, tuple(origins)
+        if any(self.view.nodes[i].op_type in ("Shape", "Size") for i in self.view.consumers.get(name, [])):
+            raise MatchError(
+                f"the shape of '{name}' is read behind merged tokens, and no input has its dynamic extents"
+            )
         return name, tuple(shape)
 
     # What a merge adds.

@@ -30,8 +30,10 @@ from toast_onnx.tokens.metrics import read_features, read_weights
 from toast_onnx.tokens.nodes import EQUAL, Merge
 from toast_onnx.tokens.rewrite import WrittenMerge
 
-#: How far from the best a choice may be: cosines of float32 tokens.
+#: How far from the best a choice may be, as a share of the spread between the best pair and the worst.
 CHOICE_TOLERANCE = 1e-4
+#: Rounding of a cosine in float32, which is no fault of a choice.
+ROUNDING = 4e-6
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -45,7 +47,7 @@ class MergeProof:
         tolerance: allowed difference, as a share of a tensor's scale.
         worst: largest difference.
         choices: number of choices checked.
-        furthest: how much less alike than the best the worst choice was (a cosine, weighed where the metric is).
+        furthest: how much less alike than the best the worst choice was, beyond rounding and as a share of the spread.
         differences: of every merge and output.
     """
 
@@ -115,6 +117,7 @@ def prove_merging(
     twin, given = averaging_twin(study, merges)
     twin, merged = to_float32(twin), to_float32(merged)
     outputs = [o.name for o in merged.proto.graph.output]
+    kinds = {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in twin.proto.graph.input}
     asked = [*outputs, *(m.merged for m in merges), *(n for m in merges if m.matched for n in m.matched.names)]
     compared = [name for m in merges for name in _compared(m)]
     watched = [*(m.tensor for m in merges), *outputs]
@@ -126,25 +129,35 @@ def prove_merging(
             feeds = random_inputs(merged.proto, shape, seed + k)
             (made,) = run_model(small, list(dict.fromkeys(asked)), [feeds])
             groups = compose(merges, made)
-            matrices = {name: averaging(groups[tensor].after).astype(np.float32) for tensor, name in given.items()}
+            matrices = {name: averaging(groups[t].after).astype(kinds[name]) for t, name in given.items()}
             (theirs,) = run_model(wide, list(dict.fromkeys([*watched, *compared])), [feeds | matrices])
             for merge in merges:
                 if merge.features is not None:
-                    furthest = max(furthest, _furthest(merge, made, theirs, groups[merge.tensor].before))
+                    furthest = _larger(furthest, _furthest(merge, made, theirs, groups[merge.tensor].before))
                     choices += int(made[merge.matched.gone].size) if merge.matched else 0
                 want = _one_of_each(merge, theirs[merge.tensor], groups)
-                worst[merge.tensor] = max(worst[merge.tensor], relative_difference(want, made[merge.merged]))
+                worst[merge.tensor] = _larger(worst[merge.tensor], relative_difference(want, made[merge.merged]))
             for name in outputs:
-                worst[name] = max(worst[name], relative_difference(theirs[name], made[name]))
+                worst[name] = _larger(worst[name], relative_difference(theirs[name], made[name]))
     blocks = {m.tensor: m.block for m in merges}
     differences = tuple(Difference(name, blocks.get(name), value) for name, value in worst.items())
     _check(differences, furthest)
-    batches = tuple(int(next(iter(s.values()))[0]) for s in shapes)
+    batches = tuple(next((int(each[0]) for each in s.values() if each), 1) for s in shapes)
     return MergeProof(batches, TOLERANCE, max(worst.values(), default=0.0), choices, furthest, differences)
+
+
+def _larger(one: float, other: float) -> float:
+    """The larger of two numbers; NaN, which proves nothing, where one is that."""
+    return float(np.max([one, other]))
 
 
 def _check(differences: Sequence[Difference], furthest: float) -> None:
     for d in differences:
+        if np.isnan(d.relative):
+            raise TwinError(
+                f"the tensor '{d.tensor}' holds no finite number on random inputs, so nothing is proven of the merged "
+                "tokens; give shapes that fit with --shape, or skip the proof with --no-check"
+            )
         if not d.relative <= TOLERANCE:
             where = f"the output '{d.tensor}'" if d.block is None else f"the tokens of block {d.block}"
             raise TwinError(
@@ -258,12 +271,16 @@ def _furthest(merge: WrittenMerge, made: Arrays, theirs: Arrays, before: np.ndar
         unit = unit / np.maximum(np.linalg.norm(unit, axis=-1, keepdims=True), np.finfo(np.float64).tiny)
         sources, targets = slice(merge.counts.front + 1, stop, 2), slice(merge.counts.front, stop, 2)
         alike = unit[sources] @ unit[targets].T
+        scale = 1.0
         weights = sizes.astype(np.float64) if by_size else attended
         if weights is not None:
             a, b = weights[sources, None], weights[None, targets]
-            alike = (alike - EQUAL) * a * b / (a + b)
+            shares = a * b / (a + b)
+            alike, scale = (alike - EQUAL) * shares, float(shares.max())
         best = alike.max(1)
-        worst = max(worst, float((best[gone] - alike[gone, into]).max(initial=0.0)))
+        gap = float((best[gone] - alike[gone, into]).max(initial=0.0))
         if stays.size:
-            worst = max(worst, float(best[stays].max() - best[gone].min()))
+            gap = _larger(gap, float(best[stays].max() - best[gone].min()))
+        spread = max(float(alike.max() - alike.min()), np.finfo(np.float64).tiny)
+        worst = _larger(worst, max(gap - ROUNDING * scale, 0.0) / spread if gap == gap else gap)
     return worst

@@ -26,8 +26,22 @@ def uniform_value(view: GraphView, facts: Facts, tensor: str) -> np.ndarray | No
         facts: its facts.
         tensor: the tensor.
     """
-    if facts.is_constant(tensor) or (known := facts.value(tensor)) is not None:
-        value = facts.array(tensor) if facts.is_constant(tensor) else np.asarray(known)
+    try:
+        return _uniform(view, facts, tensor, {})
+    except RecursionError:
+        return None
+
+
+def _uniform(view: GraphView, facts: Facts, tensor: str, known: dict[str, np.ndarray | None]) -> np.ndarray | None:
+    """The same; every tensor is looked at once."""
+    if tensor not in known:
+        known[tensor] = _uniform_at(view, facts, tensor, known)
+    return known[tensor]
+
+
+def _uniform_at(view: GraphView, facts: Facts, tensor: str, known: dict[str, np.ndarray | None]) -> np.ndarray | None:
+    if facts.is_constant(tensor) or (small := facts.value(tensor)) is not None:
+        value = facts.array(tensor) if facts.is_constant(tensor) else np.asarray(small)
         same = value.size > 0 and bool((value == value.reshape(-1)[0]).all())
         return value.reshape(-1)[0].reshape(()) if same else None
     node = view.producer_of(tensor)
@@ -38,9 +52,9 @@ def uniform_value(view: GraphView, facts: Facts, tensor: str) -> np.ndarray | No
             return np.asarray(0, np.float32)
         return np.asarray(facts.evaluate(node, [np.ones(1, np.int64)])[0][0])
     if node.op_type in _MOVES:
-        return uniform_value(view, facts, node.input[0])
+        return _uniform(view, facts, node.input[0], known)
     if node.op_type in _COMPUTES:
-        operands = [uniform_value(view, facts, name) for name in node.input]
+        operands = [_uniform(view, facts, name, known) for name in node.input]
         if any(v is None for v in operands):
             return None
         try:
