@@ -57,6 +57,7 @@ CASES = [
     )
     for family in MERGEABLE
     for exporter in ("torchscript-17", "dynamo-18", "dynamo-20", "dynamo-23")
+    if exporter in ("torchscript-17", "dynamo-23") or family in ("timm-vit", "timm-deit-distilled", "hf-dinov2")
 ]
 AFTERMATHS = [
     pytest.param(name, marks=() if name == "onnxsim" else pytest.mark.slow)
