@@ -550,7 +550,7 @@ class Walker:
     def _reduce(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         name = node.input[0]
         tokens, shape = self.flow.tokens[name], self._shape(name)
-        axes = self._reduced_axes(node, len(shape))
+        axes = reduced_axes(self.facts, node, len(shape))
         keep = node.op_type == "GlobalAveragePool" or bool(attribute(node, "keepdims", 1))
         inside = [a for a in tokens.axes if a.along.axis in axes]
         if any(a.counted for a in tokens.axes):
@@ -573,20 +573,27 @@ class Walker:
         plain = along.inner == 1 and along.count == shape[along.axis] and along.axis > 0
         if node.op_type not in ("ReduceMean", "ReduceSum", "GlobalAveragePool") or not plain or len(tokens.axes) > 1:
             raise Unfollowed(f"{self.view.label(i)} takes another statistic than a mean over the tokens")
-        if batch is not None and (batch.axis != 0 or batch.inner != 1 or 0 in self._reduced_axes(node, len(shape))):
+        if batch is not None and (
+            batch.axis != 0 or batch.inner != 1 or 0 in reduced_axes(self.facts, node, len(shape))
+        ):
             raise Unfollowed(f"{self.view.label(i)} has its batch on another axis")
         self.flow.weighted.append(i)
 
-    def _reduced_axes(self, node: onnx.NodeProto, rank: int) -> set[int]:
-        if node.op_type == "GlobalAveragePool":
-            return set(range(2, rank))
-        given: object = attribute(node, "axes")
-        if given is None and len(node.input) > 1 and node.input[1]:
-            given = self.facts.value(node.input[1])
-            if given is None:
-                raise Unfollowed("the axes of a reduction are not known")
-        axes = list(range(rank)) if given is None else [int(a) % rank for a in np.asarray(given).reshape(-1)]
-        return set(axes)
+
+def reduced_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> set[int]:
+    """The axes that a reduction runs over.
+
+    Raises:
+        Unfollowed: they are not known.
+    """
+    if node.op_type == "GlobalAveragePool":
+        return set(range(2, rank))
+    given: object = attribute(node, "axes")
+    if given is None and len(node.input) > 1 and node.input[1]:
+        given = facts.value(node.input[1])
+        if given is None:
+            raise Unfollowed("the axes of a reduction are not known")
+    return set(range(rank)) if given is None else {int(a) % rank for a in np.asarray(given).reshape(-1)}
 
 
 def _at_stage(tokens: Tokens, stage: int) -> Tokens:

@@ -22,7 +22,7 @@ from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
 from toast_onnx.rewriting.fusing import fuse_again
 from toast_onnx.rewriting.shapes import settle_shapes
-from toast_onnx.tokens.follow import FUSED, Flow, TokenAxis, TokenSequence, follow
+from toast_onnx.tokens.follow import FUSED, Flow, TokenAxis, TokenSequence, follow, reduced_axes
 from toast_onnx.tokens.metrics import Features, candidates, find_features, write_features, write_weights
 from toast_onnx.tokens.nodes import (
     END,
@@ -108,7 +108,6 @@ class _Work:
         self.nodes: dict[int, onnx.NodeProto] = {}
         self.written: list[WrittenMerge] = []
         self.cores = [core.nodes for core in find_cores(study.view, study.facts)[0]]
-        self.pending: list[tuple[int, _Sequence]] = []
 
     def copy(self, i: int) -> onnx.NodeProto:
         """A copy of a node that may be changed; it takes the node's place."""
@@ -168,7 +167,6 @@ class _Sequence:
             raise MatchError(f"tokens cannot be merged: {self.flow.refused[-1]}")
         self.sizes: list[str | None] = [None]
         self.places: list[str | None] = [None]
-        self.logs: dict[int, str] = {}
         self.restored: dict[str, str] = {}
         self.renamed: dict[str, str] = {}
 
@@ -390,7 +388,7 @@ class _Sequence:
         each = tokens.axes[0]
         w = Writer(self.edit, i, f"{old.name or old.output[0]}/sizes")
         size = self._size(w, each, log=False)
-        axes = [int(a) for a in self._axes(old, len(shape))]
+        axes = sorted(reduced_axes(self.facts, old, len(shape)))
         if old.op_type != "ReduceSum":
             total = w.edit.constant(f"{w.name}/count", np.asarray(np.prod([shape[a] for a in axes]), np.float32))
             size = w.one("Div", [size, total], "share")
@@ -408,14 +406,6 @@ class _Sequence:
                 "ReduceSum", [product, w.numbers(axes, "axes")], [node.output[0]], name=node.name, keepdims=keep
             )
         )
-
-    def _axes(self, node: onnx.NodeProto, rank: int) -> Sequence[int]:
-        if node.op_type == "GlobalAveragePool":
-            return range(2, rank)
-        given: object = attribute(node, "axes")
-        if given is None and len(node.input) > 1 and node.input[1]:
-            given = self.facts.value(node.input[1])
-        return range(rank) if given is None else [int(a) % rank for a in np.asarray(given).reshape(-1)]
 
     # Numbers of tokens in nodes that move data.
 
