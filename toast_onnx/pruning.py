@@ -166,15 +166,36 @@ def _merge(
     study: Study, model: Model, ratios: Ratios, check: bool, skip_unprunable: bool, seed: int
 ) -> tuple[Model, tuple[WrittenMerge, ...], MergeProof | None]:
     """Merge the tokens of a model whose widths are done, and prove it."""
+    pruned, merged, merges = merge_tokens(study, model, ratios, skip_unprunable)
+    if not check or not merges:
+        return merged, merges, None
+    return merged, merges, prove_merging(pruned, merged, merges, twin_shapes(pruned), seed)
+
+
+def merge_tokens(
+    study: Study, model: Model, ratios: Ratios, skip_unprunable: bool = False
+) -> tuple[Study, Model, tuple[WrittenMerge, ...]]:
+    """Merge the tokens of a model whose widths are done; nothing is proven here.
+
+    Args:
+        study: the dense model.
+        model: the same with its new widths.
+        ratios: which tokens to merge.
+        skip_unprunable: leave blocks alone that are named but cannot merge.
+
+    Returns:
+        The study of `model`, the merged model, and what was written.
+
+    Raises:
+        MatchError: a block is asked to merge and cannot.
+    """
     pruned = study if model is study.source else study_model(model, study.counted_shapes)
     if len(pruned.match.blocks) != len(study.match.blocks):
         raise MatchError("the pruned graph shows other blocks, so no tokens can be merged in it; set tokens.merge to 0")
     tokens = study_tokens(pruned)
     removed = removed_counts(tokens, ratios.tokens.merge, skip_unprunable)
     merged, merges = write_merging(pruned, tokens, removed, ratios.tokens.metric, ratios.tokens.unread)
-    if not check or not merges:
-        return merged, merges, None
-    return merged, merges, prove_merging(pruned, merged, merges, twin_shapes(pruned), seed)
+    return pruned, merged, merges
 
 
 def _prove(

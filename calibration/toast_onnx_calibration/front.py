@@ -67,7 +67,7 @@ def plan(
     macs: float | None = None,
     params: float | None = None,
     settings: Ratios | None = None,
-    parts: Sequence[str] = ("heads", "qk", "vo", "fc2"),
+    parts: Sequence[str] = ("tokens", "heads", "qk", "vo", "fc2"),
     points: Sequence[float] = POINTS,
     preprocess: str | None = None,
     samples: int | None = SAMPLES,
@@ -82,7 +82,7 @@ def plan(
         macs: multiply-accumulates to keep, as a fraction of the whole model's; give this or `params`.
         params: parameters to keep, as a fraction of the whole model's.
         settings: selection, scores, compensation and alignment; its ratios do not count.
-        parts: what may shrink.
+        parts: what may shrink; `tokens` merges tokens where they can be merged and `macs` is the budget.
         points: ratios that are measured.
         preprocess: as for `calibrate`.
         samples: as for `calibrate`.
@@ -144,5 +144,6 @@ def sensitivity(
     chosen = CalibrationOptions(preprocess=preprocess, samples=samples, seed=seed, **options)
     with open_work(model, data, settings, single, chosen) as work:
         metric = "kl" if work.trials.classes else "relative_error"
-        fresh = resume(None, identity_of(model, work.trials, settings, work.statistics), metric, None)
-        return measure(work.trials, work.solver, grid, fresh)
+        assert work.narrowing is not None
+        fresh = resume(None, identity_of(model, work.trials, settings, work.narrowing.statistics), metric, None)
+        return measure(work.trials, work.narrowing.solver, grid, fresh)

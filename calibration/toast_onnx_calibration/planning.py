@@ -17,7 +17,7 @@ from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
 from toast_onnx.planning.cost_table import CostTable
-from toast_onnx.planning.macs import graph_macs, graph_params
+from toast_onnx.planning.macs import graph_macs, graph_params, node_macs
 from toast_onnx.planning.prediction import damage_curve
 from toast_onnx.planning.ratios import Ratios, resolve
 from toast_onnx.planning.search import (
@@ -31,7 +31,17 @@ from toast_onnx.planning.search import (
     joined,
     search,
 )
-from toast_onnx.planning.width_costs import PARTS, Part, Resource, dense_widths, prunable_widths, width_cost, width_step
+from toast_onnx.planning.width_costs import (
+    PARTS,
+    Counted,
+    Part,
+    Resource,
+    dense_widths,
+    prunable_widths,
+    width_cost,
+    width_cost_at,
+    width_step,
+)
 from toast_onnx_calibration.costs import Runtime, no_smaller_width, variant
 from toast_onnx_calibration.needs import Wanted, everything
 from toast_onnx_calibration.sensitivity_trials import Sensitivity
@@ -175,10 +185,20 @@ def predicted_damage(choices: Sequence[PartChoice], kept: Kept) -> float:
     return total
 
 
-def counted_groups(study: Study, choices: Sequence[PartChoice], resource: Resource) -> tuple[list[Group], float]:
-    """Groups for a budget of multiply-accumulates or parameters, and the dense model's total."""
+def counted_groups(
+    study: Study, choices: Sequence[PartChoice], resource: Resource, macs: Counted | None = None
+) -> tuple[list[Group], float]:
+    """Groups for a budget of multiply-accumulates or parameters, and the dense model's total.
+
+    Args:
+        study: the dense model.
+        choices: what the parts may keep.
+        resource: `macs` or `params`.
+        macs: of every node, where tokens are merged; None takes those of the dense model.
+    """
     blocks = study.match.blocks
-    costs = {b.index: width_cost(study.view, study.counted, b, resource) for b in blocks}
+    nodes = macs or (lambda i: node_macs(study.view, study.counted, i))
+    costs = {b.index: width_cost_at(study.view, nodes, b, resource) for b in blocks}
     dense = {b.index: dense_widths(b) for b in blocks}
     total = graph_macs(study.view, study.counted) if resource == "macs" else graph_params(study.view)
     return group_choices(choices, costs, dense), float(total)

@@ -8,17 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toast_onnx.matching.study import Study
+from toast_onnx.errors import ConfigError
+from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash
 from toast_onnx.planning.cost_table import CostTable
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import Ratios, dump_ratios
-from toast_onnx.planning.width_costs import dense_widths
+from toast_onnx.planning.search import Found, PartChoice
+from toast_onnx.planning.width_costs import Part, dense_widths
+from toast_onnx.pruning import merge_tokens
 from toast_onnx.report.tables import Side, Table, format_count
+from toast_onnx.rewriting.rewrite import rewritten
+from toast_onnx.tokens.points import study_tokens
+from toast_onnx.tokens.schedule import exact_shares
 from toast_onnx_calibration.costs import Runtime
 from toast_onnx_calibration.planning import Budget, plan_counted, plan_latency, predicted_choices, shares
 from toast_onnx_calibration.sensitivity_trials import Progress, identity_of, measure, missing, resume, trial_grid
+from toast_onnx_calibration.token_planning import (
+    FINALISTS,
+    TOKENS,
+    Schedule,
+    TokenTrials,
+    explore,
+    open_token_trials,
+    plan_together,
+    trials_needed,
+)
 from toast_onnx_calibration.work import Work
 
 
@@ -44,9 +60,14 @@ class Plan:
         """Kept counts of every block, costs and damages."""
         kept = self.document["kept"]
         parts = list(dict.fromkeys(p for widths in kept.values() for p in widths))
-        rows = [[b, *(str(widths.get(p, "")) for p in parts)] for b, widths in kept.items()]
-        align: list[Side] = ["right"] * (len(parts) + 1)
-        return Table("kept", ("block", *parts), rows, align, tuple(_figures(self.document)))
+        left = (self.document["tokens"] or {}).get("left", {})
+        columns = ("block", *parts, *(("tokens left",) if left else ()))
+        rows = []
+        for b in dict.fromkeys((*kept, *left)):
+            row = [b, *(str(kept.get(b, {}).get(p, "")) for p in parts)]
+            rows.append([*row, str(left.get(b, ""))] if left else row)
+        align: list[Side] = ["right"] * len(columns)
+        return Table("kept", columns, rows, align, tuple(_figures(self.document)))
 
     def save(self, path: str | Path) -> None:
         """Write a ratios file with what the plan was made from as comments, whole or not at all.
@@ -85,7 +106,7 @@ def make_plan(
         dense: the model.
         settings: selection, scores, compensation and alignment.
         budget: what may be left.
-        parts: heads, qk, vo, fc1, fc2.
+        parts: heads, qk, vo, fc1, fc2, and tokens, which take part in a budget of multiply-accumulates.
         points: ratios that are measured.
         results: file of sensitivity results to start from and to add to; None keeps none.
         table: latencies; needed for a budget of latency.
@@ -97,24 +118,33 @@ def make_plan(
         ConfigError: the budget cannot be reached.
     """
     metric = "kl" if work.trials.classes else "relative_error"
-    found = resume(
-        results, identity_of(dense, work.trials, settings, work.statistics), metric, work.trials.dense_top1()
-    )
-    grid = trial_grid(dense, settings, parts, points)
-    with measuring(len(missing(grid, found))) as progress:
-        measure(work.trials, work.solver, grid, found, results, progress)
-    choices = predicted_choices(dense, settings, work.statistics, found, parts, table)  # type: ignore[arg-type]
-    timed = None
-    if budget.kind == "latency":
-        assert table is not None
-        plan, timed = plan_latency(dense, choices, table, budget, runtime)
-    else:
-        plan = plan_counted(dense, choices, budget)
     widths = [dense_widths(b) for b in dense.match.blocks]
-    smaller = {b: {p: k for p, k in kept.items() if k < widths[b][p]} for b, kept in plan.kept.items()}
-    new = work.solver.weights({b: kept for b, kept in smaller.items() if kept})
-    measured = work.trials.damage(new) if new else {}
-    ratios = planned_ratios(settings, plan.kept, widths)
+    narrow = tuple(p for p in parts if p != TOKENS)
+    choices: list[PartChoice] = []
+    if narrow:
+        choices = _choices(dense, settings, narrow, points, results, table, work, metric, measuring)
+    tokens = open_token_trials(dense, settings, work.trials) if TOKENS in parts and budget.kind == "macs" else None
+    if not choices and tokens is None:
+        raise ConfigError(_nothing(dense, parts, budget))
+    schedule, timed = None, None
+    if tokens is not None:
+        with measuring(trials_needed(tokens)) as progress:
+            surface = explore(tokens, budget.share, progress)
+        finalists = plan_together(dense, choices, budget.share, tokens, surface)[:FINALISTS]
+        judged = [_measured(dense, settings, widths, f.widths, f.schedule, tokens, work) for f in finalists]
+        best = min(range(len(finalists)), key=lambda k: judged[k].damage[metric])
+        plan, schedule, predicted = finalists[best].widths, finalists[best].schedule, finalists[best].damage
+        found = judged[best]
+    else:
+        if budget.kind == "latency":
+            assert table is not None
+            plan, timed = plan_latency(dense, choices, table, budget, runtime)
+        else:
+            plan = plan_counted(dense, choices, budget)
+        predicted = plan.damage
+        found = _measured(dense, settings, widths, plan, None, None, work)
+    ratios, measured = found.ratios, found.damage
+    reached = shares(dense, plan.kept) | found.shares
     totals = {"macs": graph_macs(dense.view, dense.counted), "params": graph_params(dense.view)}
     document: dict[str, Any] = {
         "model": dense.view.model.path.name,
@@ -122,13 +152,14 @@ def make_plan(
         "budget": {"kind": budget.kind, "share": budget.share},
         "reached": {
             kind: {"share": part, "dense": totals[kind], "planned": round(part * totals[kind])}
-            for kind, part in shares(dense, plan.kept).items()
+            for kind, part in reached.items()
         },
-        "predicted": {"metric": _metric(metric), "damage": plan.damage},
+        "predicted": {"metric": _metric(metric), "damage": predicted},
         "measured": measured,
         "samples": len(work.trials.samples.rows),
-        "statistics_sha256": work.statistics_sha256,
+        "statistics_sha256": None if work.narrowing is None else work.narrowing.sha256,
         "kept": {str(b): dict(kept) for b, kept in plan.kept.items()},
+        "tokens": None if schedule is None or tokens is None else _tokens(tokens, schedule),
         "ratios": ratios.to_document(),
     }
     if table is not None:
@@ -141,6 +172,89 @@ def make_plan(
             "batch": table.batch,
         }
     return Plan(ratios, document)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A plan tried whole.
+
+    Attributes:
+        ratios: that make it.
+        damage: measure -> value; empty where nothing is removed.
+        shares: costs counted on the graph, where tokens are merged.
+    """
+
+    ratios: Ratios
+    damage: dict[str, float]
+    shares: dict[str, float]
+
+
+def _choices(
+    dense: Study,
+    settings: Ratios,
+    parts: tuple[str, ...],
+    points: tuple[float, ...],
+    results: Path | None,
+    table: CostTable | None,
+    work: Work,
+    metric: str,
+    measuring: Callable[[int], AbstractContextManager[Progress | None]],
+) -> list[PartChoice]:
+    """What every part may keep, with damages, after measuring what is missing."""
+    assert work.narrowing is not None
+    solver, statistics = work.narrowing.solver, work.narrowing.statistics
+    found = resume(results, identity_of(dense, work.trials, settings, statistics), metric, work.trials.dense_top1())
+    grid = trial_grid(dense, settings, parts, points)
+    with measuring(len(missing(grid, found))) as progress:
+        measure(work.trials, solver, grid, found, results, progress)
+    return predicted_choices(dense, settings, statistics, found, parts, table)  # type: ignore[arg-type]
+
+
+def _measured(
+    dense: Study,
+    settings: Ratios,
+    widths: list[dict[Part, int]],
+    plan: Found,
+    schedule: Schedule | None,
+    tokens: TokenTrials | None,
+    work: Work,
+) -> _Measured:
+    """Everything a plan removes, removed together and run on the samples."""
+    smaller = {b: {p: k for p, k in kept.items() if k < widths[b][p]} for b, kept in plan.kept.items()}
+    smaller = {b: kept for b, kept in smaller.items() if kept}
+    new = work.narrowing.solver.weights(smaller) if smaller and work.narrowing is not None else {}
+    if schedule is None or tokens is None:
+        return _Measured(planned_ratios(settings, plan.kept, widths), work.trials.damage(new) if new else {}, {})
+    ratios = planned_ratios(settings, plan.kept, widths, exact_shares(tokens.tokens, schedule.removed))
+    _, merged, _ = merge_tokens(dense, rewritten(dense, new) if new else dense.source, ratios)
+    look = study(merged, dense.counted_shapes)
+    counted = {
+        "macs": graph_macs(look.view, look.counted) / graph_macs(dense.view, dense.counted),
+        "params": graph_params(look.view) / graph_params(dense.view),
+    }
+    return _Measured(ratios, work.trials.damage_of(merged), counted)
+
+
+def _tokens(tokens: TokenTrials, schedule: Schedule) -> dict[str, Any]:
+    """What becomes of the tokens, for the document."""
+    left: dict[str, int] = {}
+    for tower in tokens.macs.towers:
+        counts = tower.counts(schedule.removed)
+        left |= {str(p.block): counts.left(stage + 1) for stage, p in enumerate(tower.points)}
+    return {
+        "entering": [tower.sequence.count for tower in tokens.macs.towers],
+        "removed": {str(b): r for b, r in sorted(schedule.removed.items())},
+        "left": left,
+        "macs_share": schedule.macs / tokens.macs.dense,
+    }
+
+
+def _nothing(dense: Study, parts: tuple[str, ...], budget: Budget) -> str:
+    """Why a plan has nothing to choose."""
+    if parts == (TOKENS,) and budget.kind != "macs":
+        return f"merging tokens is planned for --macs only, not for --{budget.kind}; give widths in --parts"
+    reasons = dict.fromkeys(p.reason for p in study_tokens(dense).points if p.reason)
+    return f"tokens cannot be merged in this model: {next(iter(reasons), 'it has no blocks')}; give widths in --parts"
 
 
 def _metric(metric: str) -> str:
@@ -184,7 +298,8 @@ def _comment(document: dict[str, Any]) -> str:
     if document["measured"]:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in document["measured"].items())
         lines.append(f"measured together on the {document['samples']} samples planned with: {figures}")
-    lines.append(f"statistics: sha256 {document['statistics_sha256']}")
+    if document["statistics_sha256"] is not None:
+        lines.append(f"statistics: sha256 {document['statistics_sha256']}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ that block. What lies behind the last changed block is one session for all of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,15 @@ class Trials:
         if tail is None:
             return self._judge(outputs)
         return self._judge(run(tail, {last.end: y}, [self.output])[self.output] for y in outputs)
+
+    def damage_of(self, model: Model, batches: int | None = None) -> dict[str, float]:
+        """Damage at the output of another graph with the same inputs and outputs.
+
+        Args:
+            model: the graph.
+            batches: judge by the first so many batches of samples only; None takes all.
+        """
+        return self._judge(islice(self._whole(model), batches))
 
     def dense_top1(self) -> float | None:
         """Share of labelled samples that the dense model has right, None without labels."""

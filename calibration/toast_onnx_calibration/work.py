@@ -20,6 +20,22 @@ from toast_onnx_calibration.planning import statistics_for
 from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
 from toast_onnx_calibration.sensitivity_trials import Solver
 from toast_onnx_calibration.statistics import CalibratedStatistics
+from toast_onnx_calibration.token_planning import TOKENS
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What new weights are made with.
+
+    Attributes:
+        solver: makes them.
+        statistics: of the dense model.
+        sha256: hash of their file.
+    """
+
+    solver: Solver
+    statistics: CalibratedStatistics
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -28,15 +44,11 @@ class Work:
 
     Attributes:
         trials: runs new weights.
-        solver: makes them.
-        statistics: of the dense model.
-        statistics_sha256: hash of their file.
+        narrowing: what makes new weights; None where only tokens are merged.
     """
 
     trials: Trials
-    solver: Solver
-    statistics: CalibratedStatistics
-    statistics_sha256: str
+    narrowing: Narrowing | None
 
 
 @contextmanager
@@ -58,7 +70,7 @@ def open_work(
         dense: the model.
         data: samples.
         settings: how parts would be pruned.
-        parts: heads, qk, vo, fc1, fc2.
+        parts: heads, qk, vo, fc1, fc2, tokens.
         options: how samples are read and run.
         statistics: file of earlier measurements; None measures now.
         labels: as for `labels.open_labels`; None leaves top-1 out.
@@ -70,21 +82,25 @@ def open_work(
         ConfigError: nothing can be pruned.
         DataError: data, labels or statistics cannot be read.
     """
-    wanted = statistics_for(dense, settings, cast(Sequence[Part], parts))
-    if not wanted:
-        raise ConfigError(f"no block has a prunable part among {', '.join(parts)}; see `toast-onnx inspect`")
+    narrow = [p for p in parts if p != TOKENS]
+    wanted = statistics_for(dense, settings, cast(Sequence[Part], narrow))
+    if narrow and not wanted:
+        raise ConfigError(f"no block has a prunable part among {', '.join(narrow)}; see `toast-onnx inspect`")
     known = None if labels is None else open_labels(labels, str(data))
     with TemporaryDirectory(prefix="toast-planning-") as name:
         folder = Path(name)
         path = statistics
-        if path is None:
+        if path is None and narrow:
             path = folder / "statistics.npz"
             with calibrating() as progress:
                 calibrate(dense, data, path, wanted, options, progress)
-        found = CalibratedStatistics(dense, path)
+        found = CalibratedStatistics(dense, path) if path is not None and narrow else None
         samples = read_samples(dense, data, options, folder)
         for text in samples.notes:
             note(text)
         trials = Trials(dense, samples, options, folder, output, known)
+        if path is None or found is None:
+            yield Work(trials, None)
+            return
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        yield Work(trials, Solver(dense, settings, found), found, digest)
+        yield Work(trials, Narrowing(Solver(dense, settings, found), found, digest))

@@ -41,7 +41,11 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
 @click.option("--latency", type=share, help="Latency to keep, as a fraction of the dense model's.")
 @planning_options
 @click.option(
-    "--parts", callback=comma_list, default="qk,vo,fc2", show_default=True, help="What may shrink, besides heads."
+    "--parts",
+    callback=comma_list,
+    default="tokens,qk,vo,fc2",
+    show_default=True,
+    help="What may shrink, besides heads.",
 )
 @click.option(
     "--heads/--no-heads",
@@ -83,13 +87,14 @@ def command(
     """
     from toast_onnx_calibration.planning import Budget
     from toast_onnx_calibration.plans import make_plan
+    from toast_onnx_calibration.token_planning import TOKENS
 
     given_budgets = {"macs": macs, "params": params, "latency": latency}
     chosen = [Budget(kind, value) for kind, value in given_budgets.items() if value is not None]  # type: ignore[arg-type]
     if len(chosen) != 1:
         raise click.UsageError("give one budget: --macs, --params or --latency")
-    if not parts or any(p not in PARTS for p in parts):
-        raise click.UsageError(f"--parts takes some of {', '.join(PARTS)}")
+    if not parts or any(p not in (*PARTS, TOKENS) for p in parts):
+        raise click.UsageError(f"--parts takes some of {', '.join((TOKENS, *PARTS))}")
     if not drop_heads and "heads" in parts:
         raise click.UsageError("--no-heads contradicts heads in --parts: leave one of them out")
     if drop_heads and "heads" not in parts and {"qk", "vo"} & set(parts):

@@ -81,12 +81,13 @@ def command(
     single = tuple(dict.fromkeys(p for t in grid for p in t.kept))
     with open_trials(dense, planning, single) as work:
         metric = "kl" if work.trials.classes else "relative_error"
-        identity = identity_of(dense, work.trials, planning.settings, work.statistics)
+        assert work.narrowing is not None
+        identity = identity_of(dense, work.trials, planning.settings, work.narrowing.statistics)
         found = resume(out, identity, metric, work.trials.dense_top1())
         if found.trials:
             click.echo(f"Note: {out} holds {len(found.trials)} trials already; going on from there", err=True)
         with progress("measuring", len(missing(grid, found))) as advance:
-            measure(work.trials, work.solver, grid, found, out, counted(advance))
+            measure(work.trials, work.narrowing.solver, grid, found, out, counted(advance))
     write_results(found, out)
     if plot is not None:
         from toast_onnx.report.sensitivity import plot_sensitivity

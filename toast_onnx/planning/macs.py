@@ -27,8 +27,17 @@ def node_macs(view: GraphView, facts: Facts, i: int) -> int:
     node = view.nodes[i]
     if not node.output or facts.is_constant(node.output[0]):
         return 0
-    out = facts.shape(node.output[0])
-    shapes = [facts.shape(name) if name else None for name in node.input]
+    return macs_at(node, [facts.shape(name) if name else None for name in node.input], facts.shape(node.output[0]))
+
+
+def macs_at(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None], out: tuple[int, ...] | None) -> int:
+    """Multiply-accumulates of a node at some shapes.
+
+    Args:
+        node: the node.
+        shapes: of its operands, None where one is missing or unknown.
+        out: of its first output.
+    """
     if out is None or not shapes or shapes[0] is None:
         return 0
     op = node.op_type

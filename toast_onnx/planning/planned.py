@@ -26,15 +26,20 @@ def selection_only(ratios: Ratios) -> Ratios:
     return parse_ratios(_without_ratios(ratios))
 
 
-def planned_ratios(settings: Ratios, kept: Kept, dense: Sequence[Mapping[Part, int]]) -> Ratios:
+def planned_ratios(
+    settings: Ratios, kept: Kept, dense: Sequence[Mapping[Part, int]], merge: Sequence[Decimal] = ()
+) -> Ratios:
     """Ratios that keep exactly the planned counts.
 
     Args:
         settings: selection, scores, compensation and alignment; its own ratios do not count.
         kept: block number -> part -> kept count; what is missing keeps its width.
         dense: for each block the widths of its parts.
+        merge: for each block the share of the entering tokens that is merged away behind its attention; empty for none.
     """
     document = _without_ratios(settings)
+    if any(merge):
+        document.setdefault("tokens", {})["merge"] = list(merge)
     for part in PARTS:
         align = aligned_to(part, settings.align)
         ratios = [
@@ -65,10 +70,11 @@ def exact_ratio(width: int, kept: int, align: int) -> Decimal:
 def _without_ratios(ratios: Ratios) -> dict[Any, Any]:
     document: dict[Any, Any] = {"version": ratios.version, **plain(ratios, given_only=True)}
     overrides = document.pop("blocks", {})
+    document.get("tokens", {}).pop("merge", None)
     for section in (document, *overrides.values()):
         for part, name in _SECTIONS.items():
             section.get(name, {}).pop(part, None)
-        for name in ("attention", "ffn"):
+        for name in ("attention", "ffn", "tokens"):
             if name in section and not section[name]:
                 del section[name]
     overrides = {block: settings for block, settings in overrides.items() if settings}

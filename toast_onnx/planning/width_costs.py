@@ -7,7 +7,7 @@ kept inputs times kept units. So seven numbers describe a block, and a budget ca
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -96,6 +96,10 @@ def width_step(block: Block, part: Part, align: Align) -> int:
     return math.lcm(step, 2) if paired else step
 
 
+Counted = Callable[[int], float]
+"""Multiply-accumulates of a node, by its number."""
+
+
 def width_cost(view: GraphView, facts: Facts, block: Block, resource: Resource) -> WidthCost:
     """The cost of a block, what no width changes left out.
 
@@ -105,46 +109,58 @@ def width_cost(view: GraphView, facts: Facts, block: Block, resource: Resource) 
         block: a matched block.
         resource: `macs` or `params`.
     """
+    return width_cost_at(view, lambda i: node_macs(view, facts, i), block, resource)
+
+
+def width_cost_at(view: GraphView, macs: Counted, block: Block, resource: Resource) -> WidthCost:
+    """As `width_cost`, with multiply-accumulates that are counted elsewhere: at fewer tokens, for one.
+
+    Args:
+        view: the graph.
+        macs: of every node.
+        block: a matched block.
+        resource: `macs` or `params`.
+    """
     found = WidthCost()
     if block.attention is not None:
-        found += _attention(view, facts, block.attention, resource)
+        found += _attention(view, macs, block.attention, resource)
     if block.ffn is not None:
-        found += _ffn(view, facts, block.ffn, resource)
+        found += _ffn(macs, block.ffn, resource)
     return found
 
 
-def _attention(view: GraphView, facts: Facts, a: Attention, resource: Resource) -> WidthCost:
+def _attention(view: GraphView, macs: Counted, a: Attention, resource: Resource) -> WidthCost:
     def columns(branch: Branch | None, dims: int) -> float:
         """Cost of the outputs that make one dimension of all heads."""
         if branch is None:
             return 0.0
-        each = _by_output(view, facts, branch.linear, resource)
+        each = _by_output(macs, branch.linear, resource)
         return each * np.unique(branch.layout.channels).size / dims
 
     qk = columns(a.q, a.qk_dim) + columns(a.k, a.qk_dim)
     vo = columns(a.v, a.vo_dim)
     if a.proj is not None:
         rows = np.unique(a.proj.layout.channels).size / a.vo_dim
-        vo += rows * _by_input(view, facts, a.proj.linear, resource)
+        vo += rows * _by_input(macs, a.proj.linear, resource)
     bias = 0.0
     if resource == "params" and a.head_region is not None:
         operands = {view.nodes[i].input[k] for i, k in a.head_region.operands}
         bias = float(sum(math.prod(view.initializers[name].dims) for name in operands if name in view.initializers))
     if resource == "macs":
         if a.core.qk == a.core.av:  # one fused node computes both products
-            both = node_macs(view, facts, a.core.qk) / (a.qk_dim + a.vo_dim)
+            both = macs(a.core.qk) / (a.qk_dim + a.vo_dim)
             qk, vo = qk + both, vo + both
         else:
-            qk += node_macs(view, facts, a.core.qk) / a.qk_dim
-            vo += node_macs(view, facts, a.core.av) / a.vo_dim
+            qk += macs(a.core.qk) / a.qk_dim
+            vo += macs(a.core.av) / a.vo_dim
     return WidthCost(qk=qk, vo=vo, bias=bias, heads=a.num_heads)
 
 
-def _ffn(view: GraphView, facts: Facts, f: Ffn, resource: Resource) -> WidthCost:
-    unit = _by_input(view, facts, f.fc2, resource)
+def _ffn(macs: Counted, f: Ffn, resource: Resource) -> WidthCost:
+    unit = _by_input(macs, f.fc2, resource)
     if resource == "macs":
-        weights = float(sum(node_macs(view, facts, e.node) for e in f.entries))
-        unit += sum(node_macs(view, facts, i) for i in f.nodes) / f.width
+        weights = float(sum(macs(e.node) for e in f.entries))
+        unit += sum(macs(i) for i in f.nodes) / f.width
         biases = 0.0
     else:
         weights = float(sum(e.in_features * e.out_features for e in f.entries))
@@ -154,15 +170,15 @@ def _ffn(view: GraphView, facts: Facts, f: Ffn, resource: Resource) -> WidthCost
     return WidthCost(fc2=unit + biases / f.width, pair=weights / (f.in_features * f.width))
 
 
-def _by_output(view: GraphView, facts: Facts, linear: Linear, resource: Resource) -> float:
+def _by_output(macs: Counted, linear: Linear, resource: Resource) -> float:
     """Cost of one output of a linear layer."""
     if resource == "macs":
-        return node_macs(view, facts, linear.node) / linear.out_features
+        return macs(linear.node) / linear.out_features
     return linear.in_features + (0 if linear.bias is None else 1)
 
 
-def _by_input(view: GraphView, facts: Facts, linear: Linear, resource: Resource) -> float:
+def _by_input(macs: Counted, linear: Linear, resource: Resource) -> float:
     """Cost of one input of a linear layer."""
     if resource == "macs":
-        return node_macs(view, facts, linear.node) / linear.in_features
+        return macs(linear.node) / linear.in_features
     return float(linear.out_features)

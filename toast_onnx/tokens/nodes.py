@@ -256,10 +256,28 @@ def _chosen(w: Writer, chosen: str, number: str, values: str, count: int, what: 
     return w.one("ReduceSum", [picked, w.numbers([2], "axes")], f"place_of_{what}", keepdims=0)
 
 
-def merge_counts(sequence: TokenSequence, removed: Sequence[int]) -> list[Merge]:
-    """Counts of every merge in turn."""
-    merges, count = [], sequence.count
-    for r in removed:
-        merges.append(Merge(count, r, sequence.front, sequence.back))
-        count -= r
-    return merges
+@dataclass(frozen=True)
+class TokenCounts:
+    """Numbers of tokens behind so many merges of a sequence.
+
+    Attributes:
+        sequence: the tokens.
+        removed: tokens that go at every merge in turn.
+    """
+
+    sequence: TokenSequence
+    removed: tuple[int, ...]
+
+    @property
+    def merges(self) -> list[Merge]:
+        """Counts of every merge in turn."""
+        front, back = self.sequence.front, self.sequence.back
+        return [Merge(self.left(k), r, front, back) for k, r in enumerate(self.removed)]
+
+    def left(self, stage: int) -> int:
+        """Number of tokens behind so many merges."""
+        return self.sequence.count - sum(self.removed[:stage])
+
+    def moved(self, index: int, stage: int) -> int:
+        """Where a token that is never merged, or the end of those that are, lies behind so many merges."""
+        return index if index <= self.sequence.front else index - (self.sequence.count - self.left(stage))

@@ -28,8 +28,8 @@ from toast_onnx.tokens.nodes import (
     END,
     Matched,
     Merge,
+    TokenCounts,
     Writer,
-    merge_counts,
     write_match,
     write_merge,
     write_ones,
@@ -149,7 +149,8 @@ class _Sequence:
         self.blocks = [chosen[name][0] for name in self.order]
         counts = [chosen[name][1] for name in self.order]
         spare = sequence.count - sum(counts) - sequence.front - sequence.back
-        self.merges = merge_counts(sequence, [*counts, spare])
+        self.counts = TokenCounts(sequence, (*counts, spare))
+        self.merges = self.counts.merges
         self.dropped = len(counts) + 1  # the stage of what sees special tokens alone
         for block, merge in zip(self.blocks, self.merges, strict=False):
             if not 0 < merge.removed <= min(merge.sources, merge.targets):
@@ -169,16 +170,6 @@ class _Sequence:
         self.places: list[str | None] = [None]
         self.restored: dict[str, str] = {}
         self.renamed: dict[str, str] = {}
-
-    def left(self, stage: int) -> int:
-        """Number of tokens behind so many merges."""
-        return self.sequence.count - sum(m.removed for m in self.merges[:stage])
-
-    def moved(self, index: int, stage: int) -> int:
-        """Where a token that is never merged, or the end of those that are, lies behind so many merges."""
-        if index <= self.sequence.front:
-            return index
-        return index - (self.sequence.count - self.left(stage))
 
     def write(self) -> None:
         """Change every node that has to change, in order."""
@@ -327,10 +318,13 @@ class _Sequence:
         size = self.sizes[each.stage]
         if size is None:
             raise MatchError("an attention follows tokens that were dropped")
-        count = self.left(each.stage)
+        count = self.counts.left(each.stage)
         flat = w.reshape(size, [-1, count], "sizes/Reshape")
         if each.along.first or each.along.count != self.sequence.count:
-            start, stop = self.moved(each.along.first, each.stage), self.moved(each.along.stop, each.stage)
+            start, stop = (
+                self.counts.moved(each.along.first, each.stage),
+                self.counts.moved(each.along.stop, each.stage),
+            )
             flat = w.slice(flat, 1, start, stop, what="sizes/range")
         return w.one("Log", [flat], "log_size") if log else flat
 
@@ -411,7 +405,7 @@ class _Sequence:
 
     def _extent(self, each: TokenAxis) -> int:
         """Number of tokens of a range now."""
-        return self.moved(each.along.stop, each.stage) - self.moved(each.along.first, each.stage)
+        return self.counts.moved(each.along.stop, each.stage) - self.counts.moved(each.along.first, each.stage)
 
     def _respell(self, i: int, node: onnx.NodeProto) -> None:
         old = self.view.nodes[i]
@@ -431,7 +425,7 @@ class _Sequence:
             if each is not None:
                 sizes = [(self.facts.shape(n) or ())[axis] for n in old.output]
                 ends = np.cumsum([0, *sizes]) + each.along.first
-                moved = [self.moved(int(p), each.stage) for p in ends]
+                moved = [self.counts.moved(int(p), each.stage) for p in ends]
                 while len(node.input) < 2:
                     node.input.append("")
                 node.input[1] = w.numbers(np.diff(moved).tolist(), "split")
@@ -443,9 +437,11 @@ class _Sequence:
             if each is not None:
                 index = np.asarray(self.facts.value(old.input[1]))
                 known = np.where(index < 0, index + each.along.count, index) + each.along.first
-                base = self.moved(each.along.first, each.stage)
+                base = self.counts.moved(each.along.first, each.stage)
                 # an index names a token, its end names where it stops: those at the back are counted from there
-                moved = np.vectorize(lambda p: self.moved(int(p) + 1, each.stage) - 1 - base, otypes=[np.int64])(known)
+                moved = np.vectorize(lambda p: self.counts.moved(int(p) + 1, each.stage) - 1 - base, otypes=[np.int64])(
+                    known
+                )
                 node.input[1] = self.edit.constant(f"{w.name}/indices", moved)
 
     def _target(self, i: int) -> list[int]:
@@ -485,9 +481,9 @@ class _Sequence:
                 continue
             extent = shape[each.along.axis]
             start, stop, _ = slice(int(starts[k]), int(ends[k])).indices(extent)
-            base = self.moved(each.along.first, each.stage)
-            new_starts[k] = self.moved(start + each.along.first, each.stage) - base
-            new_ends[k] = END if stop == extent else self.moved(stop + each.along.first, each.stage) - base
+            base = self.counts.moved(each.along.first, each.stage)
+            new_starts[k] = self.counts.moved(start + each.along.first, each.stage) - base
+            new_ends[k] = END if stop == extent else self.counts.moved(stop + each.along.first, each.stage) - base
             changed = True
         if changed:
             node.input[1], node.input[2] = (

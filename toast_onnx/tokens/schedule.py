@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 
 from toast_onnx.errors import MatchError
@@ -51,3 +51,25 @@ def removed_counts(
         counts[point.block] = min(wanted, now.sources)
         left[point.sequence] -= counts[point.block]
     return {block: count for block, count in counts.items() if count}
+
+
+def exact_shares(tokens: TokenStudy, removed: Mapping[int, int]) -> tuple[Decimal, ...]:
+    """For each block the shortest share for which `removed_counts` merges exactly so many tokens.
+
+    Args:
+        tokens: where tokens can be merged.
+        removed: block number -> tokens merged away behind its attention; what is missing merges none.
+    """
+    found = []
+    for point in tokens.points:
+        count = removed.get(point.block, 0)
+        found.append(_share(count, tokens.sequences[point.sequence].count) if count else Decimal(0))
+    return tuple(found)
+
+
+def _share(removed: int, count: int) -> Decimal:
+    exact = Decimal(removed) / Decimal(count)
+    digits = 2
+    while int((exact.quantize(Decimal(1).scaleb(-digits)) * count).to_integral_value(ROUND_HALF_UP)) != removed:
+        digits += 1
+    return exact.quantize(Decimal(1).scaleb(-digits)).normalize()

@@ -1,0 +1,260 @@
+"""Which tokens to merge where: schedules measured whole, a surface through them, and its schedule of least damage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.matching.study import Study
+from toast_onnx.planning.ratios import Ratios
+from toast_onnx.planning.search import Found, PartChoice, search
+from toast_onnx.planning.surface import MOST, Surface, fit_surface, least_damage, within
+from toast_onnx.tokens.counting import MergedMacs
+from toast_onnx.tokens.points import TokenStudy, study_tokens
+from toast_onnx.tokens.rewrite import write_merging
+from toast_onnx_calibration.planning import Budget, counted_groups, plan_counted
+from toast_onnx_calibration.sensitivity_stream import Trials
+from toast_onnx_calibration.sensitivity_trials import Progress
+
+Array = NDArray[np.float64]
+#: What stands for merging among the parts of a plan.
+TOKENS = "tokens"
+#: Samples that schedules are judged on while they are looked for; the last ones are judged on all.
+SAMPLES = 64
+#: Schedules that are measured first: where merging starts, as a share of the blocks, and how much less the last merges
+#: take than the first ones.
+STARTS, DECAYS = (0.0, 1 / 12, 1 / 6, 1 / 4), (0.0, 0.8)
+#: How much more a merge takes when what it costs is measured: this factor, or this much of the tokens if that is more.
+FACTOR, MORE = 1.75, 0.06
+#: Shares above this are made smaller instead: more than half of the tokens cannot go at once.
+LARGE, SMALLER = 0.28, 0.6
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tokens that go at every merge.
+
+    Attributes:
+        removed: block number -> tokens merged away behind its attention.
+        macs: multiply-accumulates of the whole model at dense widths.
+        damage: at the output: the surface's, or measured.
+    """
+
+    removed: dict[int, int]
+    macs: int
+    damage: float
+
+
+@dataclass
+class TokenTrials:
+    """Measures merged graphs of one model.
+
+    Attributes:
+        study: the dense model.
+        tokens: where its tokens can be merged.
+        settings: metric, and whether unread tokens are dropped.
+        trials: what graphs are run on.
+        macs: counts at any schedule.
+        measured: schedules and damages so far, on the first samples.
+    """
+
+    study: Study
+    tokens: TokenStudy
+    settings: Ratios
+    trials: Trials
+    macs: MergedMacs
+    measured: dict[tuple[tuple[int, int], ...], float] = field(default_factory=dict)
+
+    def damage(self, removed: Mapping[int, int], every: bool = False) -> float:
+        """Damage that adds up, of merging alone.
+
+        Args:
+            removed: block number -> tokens.
+            every: judge on all samples; otherwise on the first `SAMPLES`.
+        """
+        if every:
+            return self._run(removed, None)
+        key = tuple(sorted((b, r) for b, r in removed.items() if r))
+        if key not in self.measured:
+            self.measured[key] = self._run(removed, max(1, SAMPLES // self.trials.samples.size)) if key else 0.0
+        return self.measured[key]
+
+    def _run(self, removed: Mapping[int, int], batches: int | None) -> float:
+        settings = self.settings.tokens
+        model, _ = write_merging(self.study, self.tokens, removed, settings.metric, settings.unread)
+        found = self.trials.damage_of(model, batches)
+        return found["kl"] if "kl" in found else found["relative_error"] ** 2
+
+    @property
+    def towers(self) -> tuple[int, ...]:
+        """Number of merges in each token sequence."""
+        return tuple(len(t.points) for t in self.macs.towers)
+
+    def surface(self) -> Surface:
+        """The surface through everything that was measured."""
+        known = {key: d for key, d in self.measured.items() if key}
+        shares = np.stack([self.macs.shares(dict(key)) for key in known])
+        return fit_surface(shares, np.array(list(known.values())), self.towers)
+
+
+def open_token_trials(study: Study, settings: Ratios, trials: Trials) -> TokenTrials | None:
+    """What measures merging in a model; None where no block can merge."""
+    tokens = study_tokens(study)
+    if not tokens.mergeable:
+        return None
+    macs = MergedMacs(study, tokens, settings.tokens.metric, settings.tokens.unread)
+    return TokenTrials(study, tokens, settings, trials, macs) if macs.blocks else None
+
+
+def trials_needed(trials: TokenTrials) -> int:
+    """Graphs that `explore` measures at most."""
+    return len(STARTS) * (len(DECAYS) + 1) + len(trials.macs.blocks) + 2
+
+
+def explore(trials: TokenTrials, share: float, progress: Progress | None = None) -> Surface:
+    """Measure schedules at a share of the multiply-accumulates and around the best one.
+
+    First come schedules of simple shapes, at that share and half-way to the dense model; then, around the best schedule
+    of the surface through them, each merge in turn takes more, or less where it takes much.
+
+    Args:
+        trials: what measures.
+        share: of the dense model's multiply-accumulates that may be left.
+        progress: called after every graph.
+
+    Raises:
+        ConfigError: merging alone cannot reach the share.
+    """
+    macs, done = trials.macs, 0
+
+    def cost(shares: Array) -> float:
+        return macs.smooth(shares) / macs.dense
+
+    def measure(shares: Array) -> None:
+        nonlocal done
+        trials.damage(macs.whole(shares))
+        done += 1
+        if progress is not None:
+            progress(done, trials_needed(trials), f"tokens: schedule {done}")
+
+    shapes = [(aim, start, decay) for aim, decays in ((share, DECAYS), ((1 + share) / 2, (0.0,)))
+              for start in STARTS for decay in decays]  # fmt: skip
+    for aim, start, decay in shapes:
+        shares = within(_shape(trials.towers, start, decay), cost, aim)
+        if shares is not None:
+            measure(shares)
+    if not trials.measured:
+        raise ConfigError(_unreachable(macs, share))
+    for first in (True, False):
+        best = least_damage(trials.surface(), cost, share, _shape(trials.towers, 0.0, 0.0))
+        if best is None:
+            raise ConfigError(_unreachable(macs, share))
+        at = macs.shares(macs.whole(best))
+        measure(at)
+        if first:
+            for k in range(at.size):
+                other = at.copy()
+                other[k] = at[k] * SMALLER if at[k] > LARGE else max(at[k] * FACTOR, at[k] + MORE)
+                measure(other)
+    return trials.surface()
+
+
+def _shape(towers: tuple[int, ...], start: float, decay: float) -> Array:
+    """(merges,) shares that begin at some depth and fall off towards the end; any scale."""
+    parts = []
+    for count in towers:
+        depth = np.arange(count) / count
+        parts.append(np.where(depth >= start - 1e-9, 0.05 * (1 - decay * (depth - start) / (1 - start)), 0.0))
+    return np.concatenate(parts)
+
+
+def _unreachable(macs: MergedMacs, share: float) -> str:
+    least = macs.smooth(np.full(len(macs.blocks), MOST)) / macs.dense
+    return f"merging tokens alone cannot reach {share:g} of the multiply-accumulates, only {least:.3f}"
+
+
+def schedule_at(trials: TokenTrials, surface: Surface, share: float) -> Schedule | None:
+    """The best schedule of a surface at a share of the multiply-accumulates, in whole tokens; None if there is none."""
+    macs = trials.macs
+    aim = share
+    for _ in range(20):
+        shares = least_damage(surface, lambda x: macs.smooth(x) / macs.dense, aim, np.full(len(macs.blocks), 0.05))
+        if shares is None:
+            return None
+        removed = macs.whole(shares)
+        total = macs.total(removed)
+        if total <= share * macs.dense:
+            return Schedule(removed, total, surface.damage(macs.shares(removed)))
+        aim -= total / macs.dense - share + 1e-4
+    return None
+
+
+#: Shares of the way from the budget to the dense model at which merging is tried; widths do the rest.
+WAYS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
+#: Plans that are measured; the best of them is taken.
+FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class Together:
+    """Widths and tokens within one budget.
+
+    Attributes:
+        widths: kept counts, and their predicted damage.
+        schedule: tokens that go; None where none do.
+    """
+
+    widths: Found
+    schedule: Schedule | None
+
+    @property
+    def damage(self) -> float:
+        """Predicted, added up."""
+        return self.widths.damage + (self.schedule.damage if self.schedule else 0.0)
+
+
+def plan_together(
+    study: Study, choices: Sequence[PartChoice], share: float, trials: TokenTrials, surface: Surface
+) -> list[Together]:
+    """Plans within a budget of multiply-accumulates, the one of least predicted damage first.
+
+    Tokens and widths share the budget: for several shares that merging takes alone, the best schedule there is, and
+    the best widths for what is left, at the numbers of tokens that schedule leaves.
+
+    Args:
+        study: the dense model.
+        choices: what the parts may keep; empty where widths stay.
+        share: of the dense model's multiply-accumulates.
+        trials: what measured merging.
+        surface: damage of merging.
+
+    Raises:
+        ConfigError: the budget cannot be reached.
+    """
+    macs, found, problem = trials.macs, list[Together](), None
+    for way in WAYS if choices else (0.0,):
+        schedule = schedule_at(trials, surface, share + (1 - share) * way)
+        if schedule is None or not schedule.removed:
+            continue
+        if not choices:
+            found.append(Together(Found({}, schedule.macs, 0.0), schedule))
+            continue
+        groups, _ = counted_groups(study, choices, "macs", macs.nodes(schedule.removed))
+        try:
+            widths = search(groups, share * macs.dense / schedule.macs, schedule.macs, "macs")
+        except ConfigError as e:
+            problem = e
+            continue
+        found.append(Together(widths, schedule))
+    if choices:
+        try:
+            found.append(Together(plan_counted(study, choices, Budget("macs", share)), None))
+        except ConfigError as e:
+            problem = e
+    if not found:
+        raise problem or ConfigError(f"merging tokens alone cannot reach {share:g} of the multiply-accumulates")
+    return sorted(found, key=lambda t: t.damage)
