@@ -33,6 +33,7 @@ from toast_onnx_calibration.token_planning import (
     explore,
     open_token_trials,
     plan_together,
+    reachable,
     trials_needed,
 )
 from toast_onnx_calibration.work import Work
@@ -128,8 +129,9 @@ def make_plan(
         raise ConfigError(_nothing(dense, parts, budget))
     schedule, timed = None, None
     if tokens is not None:
+        aim = max(budget.share, reachable(tokens)) if choices else budget.share
         with measuring(trials_needed(tokens)) as progress:
-            surface = explore(tokens, budget.share, progress)
+            surface = explore(tokens, aim, progress)
         finalists = plan_together(dense, choices, budget.share, tokens, surface)[:FINALISTS]
         judged = [_measured(dense, settings, widths, f.widths, f.schedule, tokens, work) for f in finalists]
         best = min(range(len(finalists)), key=lambda k: judged[k].damage[metric])

@@ -28,6 +28,8 @@ SAMPLES = 64
 #: Schedules that are measured first: where merging starts, as a share of the blocks, and how much less the last merges
 #: take than the first ones.
 STARTS, DECAYS = (0.0, 1 / 12, 1 / 6, 1 / 4), (0.0, 0.8)
+#: How far a plan of widths and tokens stays away from half of the tokens at every merge.
+ROOM = 0.1
 #: How much more a merge takes when what it costs is measured: this factor, or this much of the tokens if that is more.
 FACTOR, MORE = 1.75, 0.06
 #: Shares above this are made smaller instead: more than half of the tokens cannot go at once.
@@ -136,7 +138,7 @@ def explore(trials: TokenTrials, share: float, progress: Progress | None = None)
 
     def measure(shares: Array) -> None:
         nonlocal done
-        trials.damage(macs.whole(shares))
+        trials.damage(_some(macs, shares))
         done += 1
         if progress is not None:
             progress(done, trials_needed(trials), f"tokens: schedule {done}")
@@ -153,7 +155,7 @@ def explore(trials: TokenTrials, share: float, progress: Progress | None = None)
         best = least_damage(trials.surface(), cost, share, _shape(trials.towers, 0.0, 0.0))
         if best is None:
             raise ConfigError(_unreachable(macs, share))
-        at = macs.shares(macs.whole(best))
+        at = macs.shares(_some(macs, best))
         measure(at)
         if first:
             for k in range(at.size):
@@ -163,6 +165,11 @@ def explore(trials: TokenTrials, share: float, progress: Progress | None = None)
     return trials.surface()
 
 
+def _some(macs: MergedMacs, shares: Array) -> dict[int, int]:
+    """Whole tokens, one at least: that is what lets the last block drop what nothing reads."""
+    return macs.whole(shares) or {macs.blocks[-1]: 1}
+
+
 def _shape(towers: tuple[int, ...], start: float, decay: float) -> Array:
     """(merges,) shares that begin at some depth and fall off towards the end; any scale."""
     parts = []
@@ -170,6 +177,12 @@ def _shape(towers: tuple[int, ...], start: float, decay: float) -> Array:
         depth = np.arange(count) / count
         parts.append(np.where(depth >= start - 1e-9, 0.05 * (1 - decay * (depth - start) / (1 - start)), 0.0))
     return np.concatenate(parts)
+
+
+def reachable(trials: TokenTrials) -> float:
+    """The share of the multiply-accumulates that a plan lets merging alone come down to; widths do the rest."""
+    least = trials.macs.smooth(np.full(len(trials.macs.blocks), MOST)) / trials.macs.dense
+    return least + ROOM * (1 - least)
 
 
 def _unreachable(macs: MergedMacs, share: float) -> str:
@@ -185,7 +198,7 @@ def schedule_at(trials: TokenTrials, surface: Surface, share: float) -> Schedule
         shares = least_damage(surface, lambda x: macs.smooth(x) / macs.dense, aim, np.full(len(macs.blocks), 0.05))
         if shares is None:
             return None
-        removed = macs.whole(shares)
+        removed = _some(macs, shares)
         total = macs.total(removed)
         if total <= share * macs.dense:
             return Schedule(removed, total, surface.damage(macs.shares(removed)))
@@ -235,26 +248,33 @@ def plan_together(
     Raises:
         ConfigError: the budget cannot be reached.
     """
-    macs, found, problem = trials.macs, list[Together](), None
-    for way in WAYS if choices else (0.0,):
-        schedule = schedule_at(trials, surface, share + (1 - share) * way)
-        if schedule is None or not schedule.removed:
+    macs, found, least = trials.macs, list[Together](), 1.0
+    aims = sorted({max(share + (1 - share) * way, reachable(trials)) for way in WAYS}) if choices else [share]
+    for aim in aims:
+        schedule = schedule_at(trials, surface, aim)
+        if schedule is None:
             continue
         if not choices:
             found.append(Together(Found({}, schedule.macs, 0.0), schedule))
             continue
         groups, _ = counted_groups(study, choices, "macs", macs.nodes(schedule.removed))
-        try:
+        cheapest = schedule.macs - sum(float(g.costs.max() - g.costs.min()) for g in groups)
+        least = min(least, cheapest / macs.dense)
+        if cheapest <= share * macs.dense:
             widths = search(groups, share * macs.dense / schedule.macs, schedule.macs, "macs")
-        except ConfigError as e:
-            problem = e
-            continue
-        found.append(Together(widths, schedule))
+            found.append(Together(widths, schedule))
     if choices:
         try:
             found.append(Together(plan_counted(study, choices, Budget("macs", share)), None))
-        except ConfigError as e:
-            problem = e
+        except ConfigError:
+            if not found and least >= 1:
+                raise
     if not found:
-        raise problem or ConfigError(f"merging tokens alone cannot reach {share:g} of the multiply-accumulates")
+        raise ConfigError(
+            f"a macs budget of {share:g} cannot be reached: the cheapest widths and the most merging still take "
+            f"{least:.3f} of the dense model's; ask for at least {np.ceil(least * 1000) / 1000:.3f}, lower the "
+            "alignment, or plan more parts"
+            if choices
+            else _unreachable(macs, share)
+        )
     return sorted(found, key=lambda t: t.damage)

@@ -95,9 +95,9 @@ def fit_surface(shares: Array, damages: Array, towers: Sequence[int]) -> Surface
 
 
 def _least_squares(residuals: Callable[[Array], Array], x: Array, low: Array, high: Array) -> Array:
-    """Levenberg's and Marquardt's descent with steps held within bounds (Nocedal and Wright, chapter 10.3).
+    """Levenberg and Marquardt with steps held within bounds (Nocedal and Wright, Numerical Optimization, chapter 10.3).
 
-    A dozen unknowns and a few dozen residuals: not worth a dependency of the core on SciPy, which the test holds this to.
+    A dozen unknowns and a few dozen residuals are not worth SciPy among the core's dependencies; a test compares them.
     """
     damping, now = 1e-3, residuals(x)
     for _ in range(FIT_STEPS):
