@@ -183,7 +183,7 @@ class Elimination:
         stay = np.flatnonzero(self._there)
         factor = self._pending[stay, : self._used]
         for rows in spans(stay.size, -(-stay.size // STRIPS)):
-            present = self._inverse[stay[rows]][:, stay[: rows.stop]]
+            present = self._inverse[stay[rows]].take(stay[: rows.stop], axis=1, mode="clip")
             present -= factor[rows] @ factor[: rows.stop].T
             self._inverse[rows, : rows.stop] = present
         n = stay.size
