@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 #: Matrices up to this size are left to LAPACK.
 LEAF = 128
 #: Row blocks of a product of which one half is the other's mirror image.
-STRIPS = 4
+STRIPS = 8
 
 
 def spans(n: int, block: int) -> Iterator[slice]:
@@ -84,7 +84,7 @@ class Cholesky:
         a, n = self.factor, own.stop - own.start
         if n <= LEAF:
             a[own, own] = np.linalg.cholesky(a[own, own])
-            self._leaves[own.start] = np.linalg.inv(a[own, own])
+            self._leaves[own.start] = np.asarray(np.linalg.inv(a[own, own]), np.float64)
             return
         first, last = _halves(own)
         self._factor(first)

@@ -204,12 +204,12 @@ def regular_inverse(covariance: Array) -> Array:
         LinAlgError: the covariance holds NaN or infinity.
     """
     least = damping(covariance, RELATIVE_JITTER)
-    for more in range(ATTEMPTS):
+    for more in range(ATTEMPTS if np.isfinite(least) else 0):
         try:
             return inverse_of(covariance + least * 10**more * np.eye(len(covariance)))
         except np.linalg.LinAlgError:
             continue
-    raise np.linalg.LinAlgError("no positive definite covariance")
+    raise np.linalg.LinAlgError("the covariance is not positive definite")
 
 
 def without(inverse: Array, weights: Array, gone: Indices) -> tuple[Array, Array, Indices]:
