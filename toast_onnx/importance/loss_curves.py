@@ -11,14 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from toast_onnx.importance.blocked import Cholesky, spans
 from toast_onnx.importance.regular import regular
-from toast_onnx.importance.second_order import default_batch, keep_second_order
+from toast_onnx.importance.second_order import Elimination, default_batch
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 #: Widths at which second-order elimination is started anew; between two of them units leave by their cost there.
 STOPS = 16
+#: Columns of a triangular factor that are multiplied at once, without the zeros above them.
+STRIP = 512
 
 
 def tail_energies(singular_values: ArrayLike) -> Array:
@@ -51,7 +54,9 @@ def readout_losses(
     rows = np.asarray(w, np.float64)[index]
     if compensation == "ridge":
         factor = _cholesky(s)
-        each = np.square(factor.T @ rows).sum(axis=1)
+        each = np.concatenate(
+            [np.square(factor[at.start :, at].T @ rows[at.start :]).sum(axis=1) for at in spans(len(s), STRIP)]
+        )
     else:
         pairs = s * (rows @ rows.T)
         each = np.diagonal(pairs) + 2 * np.triu(pairs, 1).sum(axis=1)  # entry k: with itself and all behind it
@@ -61,28 +66,27 @@ def readout_losses(
 def elimination_order(covariance: ArrayLike, w: ArrayLike, batch: int | None = None) -> Indices:
     """All channels by second-order elimination, the one that stays longest first: (n,).
 
-    Elimination runs through `STOPS` widths; behind each it goes on with the refitted read-out, as it does inside one
-    run. Between two stops the order is that of the channels' costs at the first of them.
+    One elimination runs through `STOPS` widths. Between two stops the order is that of the channels' costs at the first
+    of them.
 
     Args:
         covariance: (n, n).
         w: (n, m) read-out.
         batch: channels removed between two refits; None grows it with the width.
     """
-    s, rows = np.asarray(covariance, np.float64), np.asarray(w, np.float64)
+    s = np.asarray(covariance, np.float64)
     n = len(s)
-    each = batch or default_batch(n)
-    alive = np.arange(n, dtype=np.int64)
+    elimination = Elimination(s, w)
+    alive = elimination.alive
     removed: list[Indices] = []
     for kept in sorted({max(1, round(n * k / STOPS)) for k in range(STOPS)}, reverse=True):
         if kept >= alive.size:
             continue
-        stay = keep_second_order(s, rows, kept, each)
-        gone = np.setdiff1d(np.arange(alive.size), stay)
-        removed.append(alive[gone[np.argsort(-_costs(s, rows)[gone], kind="stable")]])
-        rows = _refitted(s, rows, stay)
-        s = s[np.ix_(stay, stay)]
-        alive = alive[stay]
+        costs = elimination.costs()
+        elimination.run(kept, batch or default_batch(n))
+        gone = ~np.isin(alive, elimination.alive)
+        removed.append(alive[gone][np.argsort(-costs[gone], kind="stable")])
+        alive = elimination.alive
     return np.concatenate([alive, *reversed(removed)])
 
 
@@ -98,21 +102,11 @@ def by_head(ranks: ArrayLike) -> Indices:
     return np.asarray((order + d * np.arange(heads)[:, None]).T.reshape(-1), np.int64)
 
 
-def _costs(s: Array, w: Array) -> Array:
-    """||w_j||^2 / [S^-1]_jj for every channel."""
-    return np.asarray(np.square(w).sum(axis=1) / np.diagonal(np.linalg.inv(regular(s))))
-
-
-def _refitted(s: Array, w: Array, kept: Indices) -> Array:
-    """The read-out of the kept channels that comes closest to the whole one: (k, m)."""
-    return np.asarray(np.linalg.solve(regular(s)[np.ix_(kept, kept)], s[kept] @ w))
-
-
 def _cholesky(s: Array) -> Array:
     """L with L L^T = S; as little as possible is added where rounding left S short of positive definite."""
     for strength in (1e-9, 1e-7, 1e-5):
         try:
-            return np.asarray(np.linalg.cholesky(regular(s, strength)), np.float64)
+            return Cholesky(regular(s, strength)).factor
         except np.linalg.LinAlgError:
             continue
-    return np.asarray(np.linalg.cholesky(regular(s, 1e-3)), np.float64)
+    return Cholesky(regular(s, 1e-3)).factor

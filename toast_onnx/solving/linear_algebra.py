@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.importance.blocked import Cholesky
 from toast_onnx.importance.regular import DOUBLE, damping, regular
 from toast_onnx.importance.selection import dropped
 
@@ -27,7 +29,13 @@ ALIKE = 20
 
 
 def ridge_solve(
-    s: Array, cross: Array, ridge: Ridge = "auto", *, tokens: float = math.inf, energy: float = 0.0
+    s: Array,
+    cross: Array,
+    ridge: Ridge = "auto",
+    *,
+    tokens: float = math.inf,
+    energy: float = 0.0,
+    target: Array | None = None,
 ) -> Array:
     """(S + lambda I)^-1 C: regression coefficients of m targets on n channels, (n, m).
 
@@ -41,27 +49,35 @@ def ridge_solve(
         ridge: lambda as a fraction of the mean eigenvalue of `s`, or auto.
         tokens: how many tokens both were measured on.
         energy: variance of the targets, summed; needed with few tokens.
+        target: covariance of the channels with what is made of the targets, C R (n, p); gives the coefficients times R
+            (n, p) without forming these, lambda still being that of the targets themselves.
 
     Raises:
         ConfigError: a negative ridge strength.
     """
+    if ridge == "auto" and tokens < s.shape[0] * PLENTY:
+        values, vectors = np.linalg.eigh((s + s.T) / 2)
+        values, turned = np.clip(values, 0, None), vectors.T @ cross
+        found = best_strength(values, np.square(turned).sum(axis=1), tokens, energy, damping(s, 0.0))
+        return np.asarray(
+            vectors @ (gains(values, found)[:, None] * (turned if target is None else vectors.T @ target))
+        )
+    target = cross if target is None else target
     if ridge == "auto":
-        if tokens < s.shape[0] * PLENTY:
-            return _cross_validated(s, cross, tokens, energy)
-        damped = regular(s, STRENGTHS[0])
-        first = np.linalg.solve(damped, cross)
-        return np.asarray(first + np.linalg.solve(damped, cross - s @ first))
+        solve = _solver(regular(s, STRENGTHS[0]))
+        first = solve(target)
+        return np.asarray(first + solve(target - s @ first))
     if ridge < 0:
         raise ConfigError(f"ridge strength must not be negative, got {ridge}; use auto or a small number like 1e-6")
-    return np.asarray(np.linalg.solve(regular(s, ridge, DOUBLE), cross))
+    return np.asarray(np.linalg.solve(regular(s, ridge, DOUBLE), target))
 
 
-def _cross_validated(s: Array, cross: Array, tokens: float, energy: float) -> Array:
-    """The refined solution at the strength that `best_strength` finds; arguments as for it."""
-    values, vectors = np.linalg.eigh((s + s.T) / 2)
-    turned = vectors.T @ cross
-    found = best_strength(np.clip(values, 0, None), np.square(turned).sum(axis=1), tokens, energy, damping(s, 0.0))
-    return np.asarray(vectors @ (gains(np.clip(values, 0, None), found)[:, None] * turned))
+def _solver(s: Array) -> Callable[[Array], Array]:
+    """What solves S X = B; S is factored once, without pivots where rounding left it positive definite."""
+    try:
+        return Cholesky(s).solve
+    except np.linalg.LinAlgError:
+        return lambda b: np.asarray(np.linalg.solve(s, b))
 
 
 def gains(values: Array, shift: float) -> Array:

@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.regular import root
-from toast_onnx.solving.linear_algebra import Compensation, Ridge, predict_all, ridge_solve
+from toast_onnx.importance.selection import dropped
+from toast_onnx.solving.linear_algebra import Compensation, Ridge, ridge_solve
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -79,9 +80,7 @@ def solve_vo_subspace(
     seen = w if gamma is None else w * np.asarray(gamma, dtype=np.float64)
     bases = [_leading_basis(s[_head(h, d), _head(h, d)], seen[_head(h, d)], kept) for h in range(heads)]
     if compensation == "ridge":
-        for _ in range(sweeps):
-            for h in range(heads):
-                bases[h] = _basis_given_others(s, seen, bases, h, ridge, context.tokens)
+        bases = _alternate(s, seen, bases, sweeps, ridge, context.tokens)
         mix = _block_diagonal(bases)  # (H * d, H * r)
         new = _readout(s, mix, w, ridge, context.tokens)
     else:
@@ -149,7 +148,13 @@ def refit(
         return w[kept], np.zeros(w.shape[1])
     if moments is None:
         raise ValueError(f"compensation {compensation} needs moments")
-    new = w[kept] if compensation == "bias" else predict_all(moments.covariance, kept, ridge, moments.tokens) @ w
+    new = w[kept]
+    gone = dropped(kept, len(w))
+    if compensation == "ridge" and gone.size:
+        s = moments.covariance
+        energy = float(np.diagonal(s)[gone].sum())
+        own, cross = s[np.ix_(kept, kept)], s[np.ix_(kept, gone)]
+        new = new + ridge_solve(own, cross, ridge, tokens=moments.tokens, energy=energy, target=cross @ w[gone])
     return new, moments.mean @ w - moments.mean[kept] @ new
 
 
@@ -181,22 +186,41 @@ def _leading_basis(s: Array, w: Array, rank: int) -> Array:
     return np.asarray(q, dtype=np.float64)
 
 
-def _basis_given_others(s: Array, w: Array, bases: list[Array], h: int, ridge: Ridge, tokens: float) -> Array:
-    """The best basis of head `h` (d, r) when the other heads' reduced contexts are already regressed out."""
-    d, rank = bases[h].shape
-    own = _head(h, d)
-    others = [g for g in range(len(bases)) if g != h]
-    if not others:
-        return bases[h]
-    mix = np.zeros((s.shape[0], len(others) * rank))
-    for column, g in enumerate(others):
-        mix[_head(g, d), _head(column, rank)] = bases[g]
-    cross = mix.T @ s  # covariance of the others' reduced contexts with all contexts, (k, n)
-    explained = ridge_solve(cross @ mix, cross, ridge, tokens=tokens, energy=float(np.trace(s)))
-    left = s - cross.T @ explained  # covariance of what they leave, (n, n)
-    own_cov = left[own, own]
-    energy = float(np.sum(w * (left @ w)))
-    return _leading_basis(own_cov, ridge_solve(own_cov, left[own] @ w, ridge, tokens=tokens, energy=energy), rank)
+def _alternate(s: Array, w: Array, bases: list[Array], sweeps: int, ridge: Ridge, tokens: float) -> list[Array]:
+    """Bases (d, r) of all heads, each in turn the best one when the others' reduced contexts are regressed out.
+
+    What the reduced contexts share with all contexts and with the outputs is kept, and only the head that changed is
+    computed again.
+
+    Args:
+        s: covariance of the contexts, (n, n).
+        w: (n, m) read-out.
+        bases: one for each head, where to start.
+        sweeps: passes over the heads.
+        ridge, tokens: as in `ridge_solve`.
+    """
+    heads, (d, rank) = len(bases), bases[0].shape
+    if heads == 1:
+        return bases
+    found, shared = list(bases), s @ w  # (n, m) covariance of contexts and outputs
+    total, spread = float(np.sum(w * shared)), float(np.trace(s))
+    with_contexts = np.concatenate([a.T @ s[_head(h, d)] for h, a in enumerate(found)])  # (H * r, n)
+    with_outputs = np.concatenate([a.T @ shared[_head(h, d)] for h, a in enumerate(found)])  # (H * r, m)
+    for h in list(range(heads)) * sweeps:
+        own, mine = _head(h, d), _head(h, rank)
+        others = np.r_[0 : mine.start, mine.stop : heads * rank]
+        cross, outputs = with_contexts[others], with_outputs[others]
+        among = np.concatenate([cross[:, _head(g, d)] @ a for g, a in enumerate(found) if g != h], axis=1)
+        target = np.concatenate([cross[:, own], outputs], axis=1)
+        explained = ridge_solve(among, cross, ridge, tokens=tokens, energy=spread, target=target)
+        own_cov = s[own, own] - cross[:, own].T @ explained[:, :d]  # of what the others leave
+        unseen = shared[own] - explained[:, :d].T @ outputs  # its covariance with the outputs, (d, m)
+        energy = total - float(np.sum(outputs * explained[:, d:]))
+        solution = ridge_solve(own_cov, unseen, ridge, tokens=tokens, energy=energy)
+        found[h] = _leading_basis(own_cov, solution, rank)
+        with_contexts[mine] = found[h].T @ s[own]
+        with_outputs[mine] = found[h].T @ shared[own]
+    return found
 
 
 def _solution(

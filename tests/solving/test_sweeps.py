@@ -1,0 +1,53 @@
+"""The sweeps over the heads against the residual of all contexts, taken anew for every head."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from toast_onnx.importance.moments import Moments
+from toast_onnx.solving.linear_algebra import ridge_solve
+from toast_onnx.solving.vo import solve_vo_subspace
+
+
+def root(s: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(s)
+    return np.asarray(vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T)
+
+
+def leading(s: np.ndarray, w: np.ndarray, rank: int) -> np.ndarray:
+    """Orthonormal basis (d, r) of the contexts with the most variance after w."""
+    return np.linalg.qr(w @ np.linalg.svd(root(s) @ w)[2][:rank].T)[0]
+
+
+def swept(s: np.ndarray, w: np.ndarray, heads: int, rank: int, tokens: float) -> np.ndarray:
+    """Projectors (H, d, d) on the bases after two sweeps."""
+    d = len(s) // heads
+    at = [slice(h * d, h * d + d) for h in range(heads)]
+    bases = [leading(s[a, a], w[a], rank) for a in at]
+    for h in list(range(heads)) * 2:
+        mix = np.zeros((len(s), 0))
+        for g in range(heads):
+            if g != h:
+                column = np.zeros((len(s), rank))
+                column[at[g]] = bases[g]
+                mix = np.hstack([mix, column])
+        cross = mix.T @ s
+        left = s - cross.T @ ridge_solve(cross @ mix, cross, tokens=tokens, energy=float(np.trace(s)))
+        own, energy = left[at[h], at[h]], float(np.trace(w.T @ left @ w))
+        bases[h] = leading(own, ridge_solve(own, left[at[h]] @ w, tokens=tokens, energy=energy), rank)
+    return np.stack([b @ b.T for b in bases])
+
+
+@pytest.mark.parametrize("tokens", [300.0, 1e6])
+def test_bases_are_those_of_the_whole_residual(tokens: float) -> None:
+    heads, d, rank, outputs = 4, 6, 3, 15
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((300, heads * d)) @ rng.standard_normal((heads * d, heads * d))
+    moments = Moments.known(np.zeros(heads * d), x.T @ x / 300)
+    moments = Moments(moments.count, moments.total, moments.gram, tokens)
+    wo, values = rng.standard_normal((heads, d, outputs)), np.eye(d)[:, None].repeat(heads, axis=1)
+    found = solve_vo_subspace(values, np.zeros((heads, d)), wo, np.zeros(outputs), moments, rank)
+    bases = np.moveaxis(found.wv, 0, 1)  # (H, d, r): the values were the identity
+    reference = swept(moments.covariance, wo.reshape(heads * d, -1), heads, rank, tokens)
+    np.testing.assert_allclose(bases @ np.swapaxes(bases, 1, 2), reference, atol=1e-7)
