@@ -149,7 +149,7 @@ def _trtexec(
 ) -> dict[str, Any] | None:
     """Results, or None for a dry run; without a GPU or trtexec the commands are written before the error."""
     from toast_onnx.engines import cuda, trtbench, trtexec
-    from toast_onnx.model import write_bytes
+    from toast_onnx.files import write_bytes
 
     targets = [trtbench.open_target(model, batches, shapes) for model in models]
     backend = trtbench.common_backend(targets)

@@ -87,7 +87,7 @@ def command(
 
 def _leave_command(script: Path | None) -> None:
     """Print, and on request write, the command to run where a GPU is."""
-    from toast_onnx.model import write_bytes
+    from toast_onnx.files import write_bytes
 
     words = shlex.join(["toast-onnx", *sys.argv[1:]])
     click.echo(words)

@@ -30,7 +30,7 @@ def command(run: Path, output: Path | None, extra: tuple[Path, ...], title: str 
     It shows widths and cost of every block before and after, the proof, and whatever lies beside RUN and speaks of the
     same models: accuracy, agreement, latency, engines, sensitivity. The page needs no network and no other file.
     """
-    from toast_onnx.model import write_bytes
+    from toast_onnx.files import write_bytes
     from toast_onnx.report.page import render_page
     from toast_onnx.report.page_sources import find_sources
 
