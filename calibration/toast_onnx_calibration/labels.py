@@ -84,12 +84,14 @@ def labels_from_csv(path: str | Path, names: Sequence[str]) -> Labels:
             by_row[name] = listed[key]
             used.add(key)
     if not by_row:
-        raise DataError(f"{path}: labels none of the images; it names {next(iter(listed))}, a file here is {names[0]}")
+        raise DataError(
+            f"{path}: labels none of the images; it names {_short(next(iter(listed)))}, a file here is {names[0]}"
+        )
     absent = [key for key in listed if key not in used]
     unlabelled = [name for name in names if name not in by_row]
     notes = []
     if absent:
-        notes.append(f"{path} labels {len(absent)} files that are not there, the first is {absent[0]}")
+        notes.append(f"{path} labels {len(absent)} files that are not there, the first is {_short(absent[0])}")
     if unlabelled:
         notes.append(f"{len(unlabelled)} images have no label in {path} and are left out, the first is {unlabelled[0]}")
     return Labels(by_row, str(path), notes=tuple(notes))
@@ -154,11 +156,16 @@ def _read_csv(path: Path) -> dict[str, int]:
     listed: dict[str, int] = {}
     for row in rows:
         if len(row) <= max(file_column, label_column) or _CLASS.fullmatch(row[label_column].strip()) is None:
-            raise DataError(f"{path}: '{','.join(row)}' is not a file and a class number counted from 0")
+            raise DataError(f"{path}: '{_short(','.join(row))}' is not a file and a class number counted from 0")
         name = PurePosixPath(row[file_column].strip().replace("\\", "/")).as_posix()
         label = int(row[label_column])
         if listed.setdefault(name, label) != label:
-            raise DataError(f"{path}: {name} has two labels, {listed[name]} and {label}")
+            raise DataError(f"{path}: {_short(name)} has two labels, {listed[name]} and {label}")
     if not listed:
         raise DataError(f"{path}: holds no labels")
     return listed
+
+
+def _short(text: str) -> str:
+    """A part of a message, on one line."""
+    return " ".join(text.split())[:80]

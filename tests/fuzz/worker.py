@@ -8,31 +8,31 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.fuzz.targets import outcome, targets
+from tests.fuzz.targets import damaged, outcome, targets
 
 #: Seconds after which a file counts as one that hangs.
 PATIENCE = 20
 
 
-def work(connection: Connection) -> None:
+def work(connection: Connection, exports: Path | None) -> None:
     """Use the damaged files that are asked for: (kind, seed) in, (result, largest memory in bytes) out."""
     with tempfile.TemporaryDirectory(prefix="toast-fuzz-") as name:
         folder = Path(name)
-        found = targets(folder)
+        found = targets(folder, exports)
         connection.send([target.name for target in found])
         while (asked := connection.recv()) is not None:
             kind, seed = asked
-            result = outcome(found[kind], folder, seed)
+            result = outcome(found[kind], folder, damaged(found[kind], seed))
             connection.send((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
 class Worker:
-    """A process that uses damaged files."""
+    """A process that uses damaged files; of models in the folder `exports`, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, exports: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs,), daemon=True)
+        self._process = context.Process(target=work, args=(theirs, exports), daemon=True)
         self._process.start()
         theirs.close()
         self.names: list[str] = self._connection.recv()
