@@ -20,8 +20,10 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from toast_onnx.errors import ModelError, ToastError
 
@@ -34,13 +36,50 @@ _BESIDE = "beside"
 _THROUGH = ".through"
 
 
-def regular_file(path: str | os.PathLike[str], error: type[ToastError], hint: str) -> os.stat_result:
+#: Files that were read since `remember_files`, and their state then; None where nobody asks.
+_seen: ContextVar[dict[Path, os.stat_result] | None] = ContextVar("seen", default=None)
+
+
+def remember_files() -> None:
+    """Begin a new list of the files that are read, for `files_read`."""
+    _seen.set({})
+
+
+def files_read() -> list[dict[str, Any]]:
+    """Name, SHA-256 and size in bytes of each file that was read since `remember_files` and is still there.
+
+    Models are not among them, nor images, which the hash of their folder stands for. A file that was written again in
+    between has `null` for its hash.
+    """
+    found = []
+    for path, before in (_seen.get() or {}).items():
+        with contextlib.suppress(OSError):  # a working file that is gone
+            now = path.stat()
+            same = (now.st_mtime_ns, now.st_size, now.st_ino) == (before.st_mtime_ns, before.st_size, before.st_ino)
+            found.append({"file": path.name, "sha256": sha256_of([path]) if same else None, "bytes": before.st_size})
+    return found
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """SHA-256 of what stands in files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def regular_file(
+    path: str | os.PathLike[str], error: type[ToastError], hint: str, *, remember: bool = True
+) -> os.stat_result:
     """State of a regular file; links are followed.
 
     Args:
         path: the file.
         error: what to raise.
         hint: what to do next, the end of the message.
+        remember: whether it is one of those that `files_read` tells.
 
     Raises:
         ToastError: of the given kind, where it is missing, no regular file or has no possible name.
@@ -54,6 +93,9 @@ def regular_file(path: str | os.PathLike[str], error: type[ToastError], hint: st
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
         raise error(f"{path} is {kind}, not a regular file; {hint}")
+    seen = _seen.get()
+    if remember and seen is not None:
+        seen.setdefault(Path(os.path.abspath(path)), found)
     return found
 
 

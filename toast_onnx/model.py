@@ -8,7 +8,6 @@ one at a time when asked for, so that a 2.5 GB model costs its graph and not its
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import heapq
 import os
 import tempfile
@@ -32,8 +31,10 @@ from toast_onnx.external import (
     bring_in,
     bring_in_all,
     check_files,
+    check_link,
     is_inside,
     leave_inside,
+    links_followed,
 )
 from toast_onnx.files import (
     check_place,
@@ -41,6 +42,7 @@ from toast_onnx.files import (
     exchange,
     regular_file,
     settle,
+    sha256_of,
     through_name,
     write_beside,
     write_synced,
@@ -149,8 +151,9 @@ def read_graph(path: Path) -> onnx.ModelProto:
     Raises:
         ModelError: the file is missing, no regular file, too large, not ONNX or truncated.
     """
-    if regular_file(path, ModelError, "give the path of an .onnx file").st_size >= 2**31:
+    if regular_file(path, ModelError, "give the path of an .onnx file", remember=False).st_size >= 2**31:
         raise ModelError(f"{path} is larger than 2 GiB, which no ONNX file can be; put its weights into external data")
+    check_link(path, path)
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except OSError as e:
@@ -264,14 +267,19 @@ def links_out(path: Path) -> dict[str, Path]:
     return {name: file for name, file in behind.items() if not file.is_relative_to(folder)}
 
 
+def refuse_links(path: Path) -> None:
+    """Where links are not followed, make sure of a model that a runtime opens by itself: an ONNX file or another.
+
+    Raises:
+        ModelError: one of its files is a link that leads out of its folder; as for `model_files`.
+    """
+    if not links_followed():
+        model_files(path) if path.suffix == ".onnx" else check_link(path, path)
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a model: its graph file, then its external data files in the order of their names."""
-    digest = hashlib.sha256()
-    for file in model_files(path):
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of(model_files(path))
 
 
 def stored_bytes(path: Path) -> int:

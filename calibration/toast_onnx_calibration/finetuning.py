@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.files import files_read
 from toast_onnx.finetune.require import require_torch
 from toast_onnx.finetune.settings import Settings
 from toast_onnx.matching.class_token import class_token
@@ -174,6 +175,7 @@ def finetune(
                 "augmentation": augmentation(job.augment, job.mirror).describe(),
                 "device": _device_name(group.device),
                 "processes": group.count,
+                "read": files_read(),
             }
             document = _write(job, model, pruned, student, outcome, facts)
     return Finetuned(outcome, document, data.notes, settings)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError
+from toast_onnx.files import regular_file
 from toast_onnx_calibration.images import find_images
 from toast_onnx_calibration.npy import check_npy, read_npz_arrays
 from toast_onnx_calibration.sources import LABELS_KEY, is_callable
@@ -143,6 +144,7 @@ def _read_array(path: Path) -> NDArray[np.generic]:
 
 
 def _read_csv(path: Path) -> dict[str, int]:
+    regular_file(path, DataError, "give a CSV file of labels")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]

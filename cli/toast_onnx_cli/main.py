@@ -14,6 +14,7 @@ import click
 
 from toast_onnx import __version__
 from toast_onnx.errors import ToastError
+from toast_onnx.files import remember_files
 
 # Name -> line in --help. `toast_onnx_cli/<name>.py` (a dash becomes an underscore) holds it as `command`; the help
 # stands here so that listing the commands imports none of them, and ONNX Runtime with them.
@@ -71,6 +72,7 @@ class LazyGroup(click.Group):
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # it was closed by whoever started this
                 setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
+        remember_files()
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()  # so that a broken pipe shows here and not while Python shuts down

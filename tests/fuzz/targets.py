@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
@@ -104,7 +105,8 @@ def targets(folder: Path, exports: Path | None = None) -> list[Target]:
         same_form(path, out, dense.counted_shapes)
 
     def shown(path: Path) -> None:
-        page.main([str(path), "-o", str(path.with_suffix(".html"))], standalone_mode=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            page.main([str(path), "-o", str(path.with_suffix(".html"))], standalone_mode=False)
 
     def samples(path: Path) -> None:
         list(open_source(str(path), INPUTS, None))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import tempfile
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tests.fuzz.targets import damaged, outcome, targets
 
-#: Seconds after which a file counts as one that hangs.
-PATIENCE = 20
+#: Seconds of processor time after which a file counts as one that hangs, and by the clock: a machine may be busy, and
+#: what waits for a pipe takes no time of the processor.
+PATIENCE, WAITING = 20, 300
 
 
 def work(connection: Connection, exports: Path | None) -> None:
@@ -40,11 +43,21 @@ class Worker:
     def use(self, kind: int, seed: int) -> tuple[str, int]:
         """Result and largest memory so far; after `hangs` and `dies` the worker is of no more use."""
         self._connection.send((kind, seed))
+        started, worked = time.monotonic(), self._worked()
         try:
-            if not self._connection.poll(PATIENCE):
-                self._process.kill()
-                return "hangs", 0
+            while not self._connection.poll(1):
+                if time.monotonic() - started > WAITING or self._worked() - worked > PATIENCE:
+                    self._process.kill()
+                    return "hangs", 0
             result, memory = self._connection.recv()
         except EOFError:
             return "dies", 0
         return result, memory
+
+    def _worked(self) -> float:
+        """Processor time of the process so far, in seconds; 0 where the system does not tell."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
