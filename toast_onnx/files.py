@@ -70,6 +70,19 @@ def sha256_of(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def check_text(name: str | os.PathLike[str], error: type[ToastError]) -> None:
+    """Make sure that a name is text: runtimes take no other, and JSON cannot hold it.
+
+    Raises:
+        ToastError: of the given kind: it holds bytes that are no UTF-8.
+    """
+    try:
+        os.fspath(name).encode()
+    except UnicodeEncodeError as e:
+        shown = os.fsencode(name).decode(errors="backslashreplace")
+        raise error(f"the name {shown} is not text in UTF-8; choose another name") from e
+
+
 def regular_file(
     path: str | os.PathLike[str], error: type[ToastError], hint: str, *, remember: bool = True
 ) -> os.stat_result:
@@ -133,6 +146,7 @@ def drafts(path: Path, error: type[ToastError] = ModelError) -> Iterator[Path]:
     Raises:
         ToastError: of the given kind: writing there failed (no permission, full disk), or `path` is no regular file.
     """
+    check_text(path, error)
     with contextlib.ExitStack() as stack:
         try:
             if path.exists() and not path.is_file():
