@@ -228,16 +228,21 @@ def exchange(folder: Path, path: Path, beside: Path | None = None) -> None:
         os.replace(folder / path.name, path)
         return
     decided = _decided(path)
-    while True:
-        try:
-            os.rename(folder, decided)
-        except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            settle(path, beside)
-        else:
-            break
-    _install(decided, path, beside)
+    with contextlib.ExitStack() as stack:
+        ready = None
+        if beside is not None and beside.parent.stat().st_dev != path.parent.stat().st_dev:
+            ready = stack.enter_context(drafts(beside)) / beside.name  # there must be room for it before it is decided
+            write_synced(ready, (folder / _BESIDE / beside.name).read_bytes())
+        while True:
+            try:
+                os.rename(folder, decided)
+            except OSError as e:
+                if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                settle(path, beside)
+            else:
+                break
+        _install(decided, path, beside, ready)
 
 
 def settle(path: Path, beside: Path | None = None) -> None:
@@ -265,8 +270,15 @@ def settle(path: Path, beside: Path | None = None) -> None:
             os.close(lock)
 
 
-def _install(decided: Path, path: Path, beside: Path | None) -> None:
-    """The steps of an exchange, each of which may be the last; what was done is not done again."""
+def _install(decided: Path, path: Path, beside: Path | None, ready: Path | None = None) -> None:
+    """The steps of an exchange, each of which may be the last; what was done is not done again.
+
+    Args:
+        decided: the folder of drafts.
+        path: the target.
+        beside: where the file beside it goes.
+        ready: its draft on the file system where it goes, where that is another one.
+    """
     data, weights, graph = path.with_name(f"{path.name}.data"), decided / f"{path.name}.data", decided / path.name
     companion = next(iter((decided / _BESIDE).glob("*")), None)
     if companion is not None:
@@ -286,7 +298,7 @@ def _install(decided: Path, path: Path, beside: Path | None) -> None:
         name.unlink(missing_ok=True)
     if companion is not None and beside is not None:
         try:
-            os.replace(companion, beside)
+            os.replace(ready or companion, beside)
         except OSError as e:
             if e.errno != errno.EXDEV:
                 raise
