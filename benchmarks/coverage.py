@@ -27,8 +27,9 @@ from tests.pruning import UNEVEN, look, run, worst  # noqa: E402
 from tests.rewriting.test_zoo_twin import TRUE_RANK  # noqa: E402
 from toast_onnx.choosing.synthetic import SyntheticStatistics  # noqa: E402
 from toast_onnx.errors import ToastError  # noqa: E402
+from toast_onnx.files import write_bytes  # noqa: E402
 from toast_onnx.matching.study import Study  # noqa: E402
-from toast_onnx.model import save_model, write_bytes  # noqa: E402
+from toast_onnx.model import save_model  # noqa: E402
 from toast_onnx.planning.ratios import parse_ratios  # noqa: E402
 from toast_onnx.pruning import Pruned, prune  # noqa: E402
 

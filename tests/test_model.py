@@ -19,6 +19,7 @@ from tests.pruning import run
 from toast_onnx import model as room
 from toast_onnx.errors import ModelError
 from toast_onnx.external import follow_links
+from toast_onnx.files import write_bytes
 from toast_onnx.model import (
     Model,
     file_hash,
@@ -28,7 +29,6 @@ from toast_onnx.model import (
     scratch_folder,
     staged_model,
     stored_bytes,
-    write_bytes,
 )
 from toast_onnx_calibration.sessions import make_session, model_session
 
@@ -137,8 +137,8 @@ def test_a_draft_that_is_not_wanted_leaves_nothing(tmp_path: Path) -> None:
     model = load_model(saved(tmp_path))
 
     def fail() -> None:
-        with staged_model(model, tmp_path / "new.onnx") as draft:
-            assert onnx.load(draft).graph.name == "tiny"
+        with staged_model(model, tmp_path / "new.onnx") as staged:
+            assert onnx.load(staged.draft).graph.name == "tiny"
             assert (tmp_path / "new.onnx").read_text() == "older"
             raise KeyError
 

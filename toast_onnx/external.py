@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import onnx
@@ -99,6 +100,33 @@ def check_files(proto: onnx.ModelProto, path: Path) -> None:
         _remember(tensor, states[location])
 
 
+#: Whether links that lead out of a model's folder are followed; `--no-links` says no.
+_links_followed: ContextVar[bool] = ContextVar("links_followed", default=True)
+
+
+def set_links_followed(followed: bool) -> None:
+    """Say whether a model, or its weights, may be a link that leads out of its folder: by default they may."""
+    _links_followed.set(followed)
+
+
+def links_followed() -> bool:
+    """Whether they may."""
+    return _links_followed.get()
+
+
+def check_link(file: Path, path: Path) -> None:
+    """Where links are not followed, make sure that a file of a model lies in the model's folder.
+
+    Raises:
+        ModelError: it is a link that leads out of it.
+    """
+    if not links_followed() and not file.resolve().is_relative_to(path.parent.resolve()):
+        raise ModelError(
+            f"{path}: '{os.path.relpath(file, path.parent)}' is a link to {file.resolve()}, outside its folder; leave "
+            "out --no-links to follow it"
+        )
+
+
 def _data_file(location: str, path: Path) -> os.stat_result:
     """State of an external data file.
 
@@ -116,6 +144,7 @@ def _data_file(location: str, path: Path) -> os.stat_result:
         raise ModelError(f"{path}: external data file '{location}' is missing; put it beside the model") from e
     if not stat.S_ISREG(found.st_mode):
         raise ModelError(f"{path}: external data file '{location}' is not a regular file; put the data itself there")
+    check_link(path.parent / location, path)
     return found
 
 

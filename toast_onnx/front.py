@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import toast_onnx.matching.study as matching_study
 from toast_onnx import pruning
 from toast_onnx.choosing.synthetic import SyntheticStatistics
+from toast_onnx.files import write_bytes
 from toast_onnx.importance.statistics import Statistics
-from toast_onnx.model import load_model, scratch_folder, write_bytes, write_draft
+from toast_onnx.model import load_model, scratch_folder, write_draft
 from toast_onnx.planning.macs import graph_macs
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios, parse_ratios

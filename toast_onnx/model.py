@@ -1,15 +1,13 @@
 """Loading and saving ONNX models: lazy weights, external data, atomic writes, errors that name the file.
 
 A `Model` keeps the protobuf without its external data, and without the weights inside a large file; weights are read
-one at a time when asked for, so that a 2.5 GB model costs its graph and not its weights. Saving writes to temporary
-names beside the target and renames at the end: a file appears whole or not at all.
+one at a time when asked for, so that a 2.5 GB model costs its graph and not its weights. Saving is whole or not at all
+(`toast_onnx.files`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import heapq
 import os
 import tempfile
@@ -33,10 +31,22 @@ from toast_onnx.external import (
     bring_in,
     bring_in_all,
     check_files,
+    check_link,
     is_inside,
     leave_inside,
+    links_followed,
 )
-from toast_onnx.files import regular_file
+from toast_onnx.files import (
+    check_place,
+    drafts,
+    exchange,
+    regular_file,
+    settle,
+    sha256_of,
+    through_name,
+    write_beside,
+    write_synced,
+)
 from toast_onnx.wellformed import check_graph
 
 #: Protobuf cannot serialise more than 2 GiB; above this, weights go to a file beside the graph.
@@ -141,8 +151,9 @@ def read_graph(path: Path) -> onnx.ModelProto:
     Raises:
         ModelError: the file is missing, no regular file, too large, not ONNX or truncated.
     """
-    if regular_file(path, ModelError, "give the path of an .onnx file").st_size >= 2**31:
+    if regular_file(path, ModelError, "give the path of an .onnx file", remember=False).st_size >= 2**31:
         raise ModelError(f"{path} is larger than 2 GiB, which no ONNX file can be; put its weights into external data")
+    check_link(path, path)
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except OSError as e:
@@ -256,37 +267,24 @@ def links_out(path: Path) -> dict[str, Path]:
     return {name: file for name, file in behind.items() if not file.is_relative_to(folder)}
 
 
+def refuse_links(path: Path) -> None:
+    """Where links are not followed, make sure of a model that a runtime opens by itself: an ONNX file or another.
+
+    Raises:
+        ModelError: one of its files is a link that leads out of its folder; as for `model_files`.
+    """
+    if not links_followed():
+        model_files(path) if path.suffix == ".onnx" else check_link(path, path)
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a model: its graph file, then its external data files in the order of their names."""
-    digest = hashlib.sha256()
-    for file in model_files(path):
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of(model_files(path))
 
 
 def stored_bytes(path: Path) -> int:
     """Size in bytes of a model on disk, external data included."""
     return sum(file.stat().st_size for file in model_files(path))
-
-
-@contextlib.contextmanager
-def drafts(path: Path) -> Iterator[Path]:
-    """Give a private folder beside `path` to write drafts of outputs in; it is removed at the end.
-
-    Raises:
-        ModelError: writing there failed (no permission, full disk), or `path` is a folder or a device.
-    """
-    if path.exists() and not path.is_file():
-        raise ModelError(f"{path} is not a regular file and cannot be replaced by one; choose another name")
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            yield Path(folder)
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            raise ModelError(f"{path} was not written: the disk is full; free space or choose another place") from e
-        raise ModelError(f"{path} cannot be written: {e.strerror or e}; choose another place") from e
 
 
 @contextlib.contextmanager
@@ -307,24 +305,6 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
         ) from e
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        ModelError: it cannot be written.
-    """
-    with drafts(path) as folder:
-        _write_synced(folder / path.name, data)
-        os.replace(folder / path.name, path)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def save_model(model: Model, path: str | os.PathLike[str], *, check: bool = True) -> None:
     """Write a model atomically; weights go to `<path>.data` when they were external or are too large to inline.
 
@@ -340,31 +320,59 @@ def save_model(model: Model, path: str | os.PathLike[str], *, check: bool = True
         pass
 
 
+@dataclass
+class Staged:
+    """A model that was written but does not have its name yet.
+
+    Attributes:
+        draft: its graph file.
+        beside: bytes of the file that takes its place together with the model; None where there is none.
+    """
+
+    draft: Path
+    beside: bytes | None = None
+
+
 @contextlib.contextmanager
-def staged_model(model: Model, path: str | os.PathLike[str], *, check: bool = True) -> Iterator[Path]:
+def staged_model(
+    model: Model, path: str | os.PathLike[str], beside: Path | None = None, *, check: bool = True
+) -> Iterator[Staged]:
     """As `save_model`, but give the written draft first: it gets its name at the end, unless an exception comes up.
 
     Args:
         model: as for `save_model`.
         path: as for `save_model`.
+        beside: file that belongs to the model (its report) and is exchanged together with it.
         check: as for `save_model`.
 
     Raises:
         ModelError: as for `save_model`.
     """
     path = Path(path)
-    data_path = path.with_name(path.name + ".data")
+    if beside is not None:
+        check_place(beside)
     with drafts(path) as folder:
-        draft = write_draft(model, folder, path.name)
+        settle(path, beside)
+        staged = Staged(write_draft(model, folder, path.name))
         if check:
-            _check(draft, path)
-        yield draft
-        data_draft = folder / data_path.name
-        if data_draft.exists():
-            # An old graph must never meet new weights: it goes first, the new graph comes last.
-            path.unlink(missing_ok=True)
-            os.replace(data_draft, data_path)
-        os.replace(draft, path)
+            _check(staged.draft, path)
+        yield staged
+        if (folder / f"{path.name}.data").exists():
+            name, through = through_name(folder)
+            write_synced(through, _with_weights_in(staged.draft, name))
+        if beside is not None and staged.beside is not None:
+            write_beside(folder, beside, staged.beside)
+        exchange(folder, path, beside)
+
+
+def _with_weights_in(graph: Path, name: str) -> bytes:
+    """Bytes of a written graph with its weights in a file of another name."""
+    proto = onnx.load(str(graph), load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    return proto.SerializeToString(deterministic=True)
 
 
 def write_draft(model: Model, folder: Path, name: str, *, outside: bool = False) -> Path:
@@ -384,7 +392,7 @@ def write_draft(model: Model, folder: Path, name: str, *, outside: bool = False)
     else:
         for tensor in proto.graph.initializer:
             model.inline(tensor)
-    _write_synced(folder / name, proto.SerializeToString(deterministic=True))
+    write_synced(folder / name, proto.SerializeToString(deterministic=True))
     return folder / name
 
 

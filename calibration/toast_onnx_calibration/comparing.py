@@ -13,9 +13,10 @@ import onnx
 
 from toast_onnx.engines.ortbench import benchmark
 from toast_onnx.errors import DataError, ModelError
+from toast_onnx.files import write_bytes
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_bytes
+from toast_onnx.model import Model, file_hash, load_model, stored_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.report.tables import Table, format_bytes, format_count
 from toast_onnx.runtime import expose

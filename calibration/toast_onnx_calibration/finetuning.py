@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.files import files_read
 from toast_onnx.finetune.require import require_torch
 from toast_onnx.finetune.settings import Settings
 from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.study import Study, input_shapes, study
-from toast_onnx.model import Model, file_hash, load_model, save_model
-from toast_onnx.report.pruning import write_report
+from toast_onnx.model import Model, file_hash, load_model, staged_model
+from toast_onnx.report.pruning import json_bytes
 from toast_onnx.runtime import random_inputs
 from toast_onnx_calibration.augment import augmentation
 from toast_onnx_calibration.feeds import batch_size
@@ -174,6 +175,7 @@ def finetune(
                 "augmentation": augmentation(job.augment, job.mirror).describe(),
                 "device": _device_name(group.device),
                 "processes": group.count,
+                "read": files_read(),
             }
             document = _write(job, model, pruned, student, outcome, facts)
     return Finetuned(outcome, document, data.notes, settings)
@@ -235,7 +237,6 @@ def _write(
     trained = to_onnx(student, model)
     feeds = [random_inputs(model.proto, shapes, seed) for seed, shapes in enumerate(_proof_shapes(pruned))]
     worst = compare_with_module(trained, student, feeds)
-    save_model(trained, job.out)
     facts |= {
         "proof": {"worst": worst, "tolerance": TOLERANCE, "batches": [len(next(iter(f.values()))) for f in feeds]}
     }
@@ -247,8 +248,9 @@ def _write(
 
         torch_export(student, job.torch_export, feeds[-1], opset=model.opset, dynamic_batch=pruned.dynamic_batch)
         facts["torch_export"] = job.torch_export.name
-    document = updated_report(job.pruned, job.out, outcome, facts)
-    write_report(document, job.report)
+    with staged_model(trained, job.out, job.report) as staged:
+        document = updated_report(job.pruned, staged.draft, outcome, facts)
+        staged.beside = json_bytes(document)
     if outcome.reason in ("finished", "stopped early") and job.checkpoint is not None:
         job.checkpoint.unlink(missing_ok=True)
     return document
@@ -263,11 +265,11 @@ def _proof_shapes(pruned: Study) -> list[dict[str, tuple[int, ...]]]:
 
 def _save_state(student: Any, path: Path) -> None:
     torch = require_torch()
-    from toast_onnx.model import drafts
+    from toast_onnx.files import drafts, place
 
     with drafts(path) as folder:
         torch.save({n: p.detach().cpu() for n, p in student.state_dict().items()}, folder / path.name)
-        (folder / path.name).replace(path)
+        place(folder / path.name, path)
 
 
 def _device_name(device: Any) -> str:

@@ -98,7 +98,7 @@ def decode(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about EXIF blocks and odd metadata, which change no pixel
-            regular_file(path, DataError, "it is no image")
+            regular_file(path, DataError, "it is no image", remember=False)
             with Image.open(path, formats=_FORMATS) as image:
                 check_pixels(image.height, image.width, "of")
                 image.load()

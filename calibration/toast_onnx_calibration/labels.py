@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError
+from toast_onnx.files import regular_file
 from toast_onnx_calibration.images import find_images
 from toast_onnx_calibration.npy import check_npy, read_npz_arrays
 from toast_onnx_calibration.sources import LABELS_KEY, is_callable
@@ -84,12 +85,14 @@ def labels_from_csv(path: str | Path, names: Sequence[str]) -> Labels:
             by_row[name] = listed[key]
             used.add(key)
     if not by_row:
-        raise DataError(f"{path}: labels none of the images; it names {next(iter(listed))}, a file here is {names[0]}")
+        raise DataError(
+            f"{path}: labels none of the images; it names {_short(next(iter(listed)))}, a file here is {names[0]}"
+        )
     absent = [key for key in listed if key not in used]
     unlabelled = [name for name in names if name not in by_row]
     notes = []
     if absent:
-        notes.append(f"{path} labels {len(absent)} files that are not there, the first is {absent[0]}")
+        notes.append(f"{path} labels {len(absent)} files that are not there, the first is {_short(absent[0])}")
     if unlabelled:
         notes.append(f"{len(unlabelled)} images have no label in {path} and are left out, the first is {unlabelled[0]}")
     return Labels(by_row, str(path), notes=tuple(notes))
@@ -141,6 +144,7 @@ def _read_array(path: Path) -> NDArray[np.generic]:
 
 
 def _read_csv(path: Path) -> dict[str, int]:
+    regular_file(path, DataError, "give a CSV file of labels")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
@@ -154,11 +158,16 @@ def _read_csv(path: Path) -> dict[str, int]:
     listed: dict[str, int] = {}
     for row in rows:
         if len(row) <= max(file_column, label_column) or _CLASS.fullmatch(row[label_column].strip()) is None:
-            raise DataError(f"{path}: '{','.join(row)}' is not a file and a class number counted from 0")
+            raise DataError(f"{path}: '{_short(','.join(row))}' is not a file and a class number counted from 0")
         name = PurePosixPath(row[file_column].strip().replace("\\", "/")).as_posix()
         label = int(row[label_column])
         if listed.setdefault(name, label) != label:
-            raise DataError(f"{path}: {name} has two labels, {listed[name]} and {label}")
+            raise DataError(f"{path}: {_short(name)} has two labels, {listed[name]} and {label}")
     if not listed:
         raise DataError(f"{path}: holds no labels")
     return listed
+
+
+def _short(text: str) -> str:
+    """A part of a message, on one line."""
+    return " ".join(text.split())[:80]

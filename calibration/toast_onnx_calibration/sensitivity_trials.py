@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from toast_onnx.choosing.blocks import Widths, solve_block
 from toast_onnx.errors import ConfigError, DataError
+from toast_onnx.files import write_bytes
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
-from toast_onnx.model import file_hash, write_bytes
+from toast_onnx.model import file_hash
 from toast_onnx.planning.planned import selection_only
 from toast_onnx.planning.ratios import Ratios, resolve
 from toast_onnx.planning.search import Kept

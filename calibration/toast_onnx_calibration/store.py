@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,9 +21,9 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from toast_onnx.errors import DataError
-from toast_onnx.files import regular_file
+from toast_onnx.files import drafts, place, regular_file
 from toast_onnx.importance.moments import Moments
-from toast_onnx.model import drafts, file_hash
+from toast_onnx.model import file_hash
 from toast_onnx.planning.strict_json import parse_json
 from toast_onnx_calibration.npy import Claim, members_of, read_claim, read_member
 from toast_onnx_calibration.sessions import one_line
@@ -243,9 +242,7 @@ def write_statistics(path: Path) -> Iterator[StatisticsWriter]:
         draft = folder / path.name
         with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             yield StatisticsWriter(archive)
-        with draft.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(draft, path)
+        place(draft, path)
 
 
 def merge_statistics(paths: Sequence[Path], out: Path, model: Path) -> Header:

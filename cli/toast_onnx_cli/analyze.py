@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.files import files_read
 from toast_onnx.importance.redundancy import DEAD
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model
@@ -18,6 +19,7 @@ from toast_onnx.report.analysis import analysis
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shape_option
 
@@ -44,6 +46,7 @@ PARTS = ("inputs", "hidden")
 @calibration_options
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default.")
 @shape_option
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     model: Path,
@@ -80,7 +83,7 @@ def command(
         plot_analysis(document, plot)
         click.echo(f"plot: {plot}", err=True)
     if as_json:
-        print_json(document)
+        print_json(document | {"read": files_read()})
         return
     rows = [_row(block, layer) for block in document["blocks"] for layer in ("fc1", "fc2")]
     align = ("right", "left", "left", *("right",) * 6)

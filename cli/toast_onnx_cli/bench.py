@@ -11,6 +11,7 @@ import click
 from toast_onnx.errors import BackendError
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 
 
@@ -50,6 +51,7 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option("--blocks", is_flag=True, help="Also measure each layer, grouped by transformer block (trtexec).")
 @click.option("--dry-run", is_flag=True, help="Print trtexec's commands and stop.")
 @click.option("--script", type=click.Path(path_type=Path), help="Write trtexec's commands to this file too.")
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     models: tuple[Path, ...],
@@ -80,8 +82,11 @@ def command(
     from toast_onnx.engines import parse_shapes
     from toast_onnx.engines.build import model_hash
     from toast_onnx.engines.trtexec import BenchSettings
+    from toast_onnx.model import refuse_links
 
     check_destinations([f for model in models for f in read_files(model)], {"--script": script})
+    for model in models:
+        refuse_links(model)
     given = parse_shapes(shapes)
     if runtime == "onnxruntime":
         if dry_run or script is not None:
@@ -149,7 +154,7 @@ def _trtexec(
 ) -> dict[str, Any] | None:
     """Results, or None for a dry run; without a GPU or trtexec the commands are written before the error."""
     from toast_onnx.engines import cuda, trtbench, trtexec
-    from toast_onnx.model import write_bytes
+    from toast_onnx.files import write_bytes
 
     targets = [trtbench.open_target(model, batches, shapes) for model in models]
     backend = trtbench.common_backend(targets)

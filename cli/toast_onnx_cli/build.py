@@ -11,6 +11,7 @@ import click
 
 from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.links import links_option
 
 if TYPE_CHECKING:
     from toast_onnx.engines import UnsupportedGraphError
@@ -55,6 +56,7 @@ def size(text: str) -> int:
 @click.option("--version-compatible", is_flag=True, help="An engine that later releases load (tensorrt).")
 @click.option("--ort-level", type=click.Choice(["basic", "extended", "all"]), default="extended", show_default=True)
 @click.option("--verbose", is_flag=True, help="Show all that TensorRT logs.")
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     model: Path,

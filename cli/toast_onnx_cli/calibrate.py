@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from toast_onnx.files import files_read
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import format_bytes, print_json
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 @calibration_options
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default.")
 @shape_option
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
 def command(
     model: Path,
@@ -76,7 +79,7 @@ def _print(header: Header, out: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     if as_json:
-        print_json({"statistics": str(out), **asdict(header)})
+        print_json({"statistics": str(out), **asdict(header), "read": files_read()})
         return
     for note in header.notes:
         click.echo(f"Note: {note}", err=True)

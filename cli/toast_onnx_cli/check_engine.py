@@ -13,6 +13,7 @@ import click
 from toast_onnx.errors import BackendError
 from toast_onnx_cli.console import print_json, print_table
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), help="As the engine's JSON says.")
 @click.option("--tolerance", type=FiniteRange(0), help="Largest difference over the output's scale; by precision.")
 @click.option("--script", type=click.Path(path_type=Path), help="Without a GPU: write the command to this file too.")
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     engine: Path,
@@ -87,7 +89,7 @@ def command(
 
 def _leave_command(script: Path | None) -> None:
     """Print, and on request write, the command to run where a GPU is."""
-    from toast_onnx.model import write_bytes
+    from toast_onnx.files import write_bytes
 
     words = shlex.join(["toast-onnx", *sys.argv[1:]])
     click.echo(words)

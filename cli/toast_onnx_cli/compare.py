@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from toast_onnx.files import files_read
 from toast_onnx_cli.calibration_options import DATA_HELP, sample_progress
 from toast_onnx_cli.console import print_json, show_table
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run, where it is free.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
 @click.option("--rounds", type=click.IntRange(0), default=20, show_default=True, help="Timed runs; 0 for no latency.")
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     dense: Path,
@@ -64,7 +67,7 @@ def command(
             progress=show,
         )
     if as_json:
-        print_json(found.to_json())
+        print_json(found.to_json() | {"read": files_read()})
     else:
         _print(found)
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import BackendError
+from toast_onnx.external import links_followed
 from toast_onnx_cli.console import print_json, print_table
+from toast_onnx_cli.links import links_option
 
 if TYPE_CHECKING:
     from toast_onnx.deploy import Finished
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--redo", multiple=True, metavar="STEP", help="Run this step even where it is done; may be repeated.")
 @click.option("--partial", is_flag=True, help="Status 0 even where steps wait for a machine that can run them.")
 @click.option("--allow-code", is_flag=True, help="Run Python code that CONFIG names as module:function.")
+@links_option
 @click.option("--dry-run", is_flag=True, help="Print the steps' commands and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def command(config: Path, redo: tuple[str, ...], partial: bool, allow_code: bool, dry_run: bool, as_json: bool) -> None:
@@ -57,7 +60,7 @@ def run_command(arguments: Sequence[str], folder: Path) -> Finished:
     """
     from toast_onnx.deploy import Finished
 
-    words = [sys.executable, "-m", "toast_onnx_cli.main", *arguments]
+    words = [sys.executable, "-m", "toast_onnx_cli.main", *arguments, *([] if links_followed() else ["--no-links"])]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     error = ""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as stdout:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from toast_onnx.files import files_read
 from toast_onnx_cli.console import Advance, print_json, print_table, progress
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--samples", type=click.IntRange(1), help="Draw so many samples instead of taking all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     model: Path,
@@ -49,10 +52,12 @@ def command(
     and `.labels`; it goes through all of them and returns a number or a dict of numbers.
     """
     from toast_onnx.engines.build import model_hash
+    from toast_onnx.model import refuse_links
     from toast_onnx_calibration.evaluating import evaluate
 
     if metric is not None and output is not None:
         raise click.UsageError("--output chooses the class scores; a metric gets every output")
+    refuse_links(model)
     with ExitStack() as stack:
         advance: Advance | None = None
         seen = 0
@@ -80,7 +85,7 @@ def command(
             progress=show,
         )
     if as_json:
-        print_json({"model": str(model), "model_sha256": model_hash(model), **result.to_json()})
+        print_json({"model": str(model), "model_sha256": model_hash(model), **result.to_json(), "read": files_read()})
     else:
         _print(result)
 

@@ -13,6 +13,7 @@ import click
 from toast_onnx.errors import ModelError
 from toast_onnx_cli.console import print_json, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 from toast_onnx_cli.shapes import shape_option
@@ -154,6 +155,7 @@ _training_options = _options(
 @_loss_options
 @_training_options
 @shape_option
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     pruned: Path,

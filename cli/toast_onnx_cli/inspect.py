@@ -10,12 +10,14 @@ from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.report.inspection import inspection, inspection_table
 from toast_onnx_cli.console import print_json, show_table
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.shapes import shape_option
 
 
 @click.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
 @shape_option
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(model: Path, shapes: dict[str, tuple[int, ...]], as_json: bool) -> None:
     """Show the transformer blocks of MODEL: widths, MACs, what can be pruned and why not."""

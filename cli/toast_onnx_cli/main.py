@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from toast_onnx import __version__
-from toast_onnx.errors import ToastError
+from toast_onnx.errors import ConfigError, ToastError
+from toast_onnx.files import check_text, remember_files
 
 # Name -> line in --help. `toast_onnx_cli/<name>.py` (a dash becomes an underscore) holds it as `command`; the help
 # stands here so that listing the commands imports none of them, and ONNX Runtime with them.
@@ -71,7 +72,10 @@ class LazyGroup(click.Group):
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # it was closed by whoever started this
                 setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
+        remember_files()
         try:
+            for word in sys.argv[1:]:
+                check_text(word, ConfigError)
             result = super().invoke(ctx)
             sys.stdout.flush()  # so that a broken pipe shows here and not while Python shuts down
             return result

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.files import files_read
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, load_model
 from toast_onnx.planning.cost_table import CostTable, read_table, write_table
 from toast_onnx.planning.width_costs import PARTS
 from toast_onnx_cli.console import print_json, progress, show_table
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planning_options import (
     Planning,
@@ -64,6 +66,7 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
 @click.option("--costs", type=click.Path(path_type=Path), help="Latency table that `costs` wrote, here or elsewhere.")
 @click.option("--no-timing", is_flag=True, help="Trust the table: it was measured on another machine.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Ratios file; default MODEL.ratios.yaml.")
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def command(
     model: Path,
@@ -121,7 +124,7 @@ def command(
         click.echo(f"Note: {plan.missed}", err=True)
     plan.save(out)
     if as_json:
-        print_json({"ratios_file": str(out), **plan.report()})
+        print_json({"ratios_file": str(out), **plan.report(), "read": files_read()})
     else:
         show_table(plan.table)
         click.echo(f"ratios: {out}")

@@ -13,10 +13,10 @@ import click
 
 from toast_onnx.choosing.blocks import heads_rounded_away
 from toast_onnx.choosing.synthetic import SyntheticStatistics
-from toast_onnx.errors import ConfigError, ModelError
+from toast_onnx.errors import ConfigError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import links_out, load_model
+from toast_onnx.model import load_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import Pruned, Refine, prune
@@ -26,6 +26,7 @@ from toast_onnx.wellformed import blame_model
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
 from toast_onnx_cli.console import Advance, format_bytes, format_count, print_json, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 @calibration_options
 @click.option("--skip-unprunable", is_flag=True, help="Leave parts alone that cannot be pruned, instead of stopping.")
 @click.option("--normalize", is_flag=True, help="Write norms that are spelled out as LayerNormalization (opset >= 17).")
-@click.option("--no-links", is_flag=True, help="Refuse a model whose files are links out of its folder.")
+@links_option
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
@@ -58,7 +59,6 @@ def command(
     statistics: Path | None,
     skip_unprunable: bool,
     normalize: bool,
-    no_links: bool,
     no_check: bool,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
@@ -81,12 +81,6 @@ def command(
     )
     settings = read_ratios(ratios)
     dense = study(load_model(model), shapes)
-    links = links_out(model)
-    if links and no_links:
-        name, behind = next(iter(links.items()))
-        raise ModelError(
-            f"{model}: '{name}' is a link to {behind}, outside its folder; leave out --no-links to follow it"
-        )
     calibration = gather_options(settings, seed, given)
     seed = calibration.seed
     samples = samples_to_refine(settings, data, statistics)
@@ -118,7 +112,7 @@ def command(
         "skip_unprunable": skip_unprunable,
         "normalize": normalize,
     }
-    document = save_with_report(pruned, dense, source, options, out, report, check=not no_check, links=links)
+    document = save_with_report(pruned, dense, source, options, out, report, check=not no_check)
     if as_json:
         print_json(document)
     else:
@@ -262,7 +256,7 @@ def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
 
 
 def summary(document: dict[str, Any], out: Path, report: Path) -> str:
-    """Three lines on what happened; the first says so where the file grew."""
+    """Lines on what happened, with the hashes of what was read; the first says so where the file grew."""
     dense, pruned, twin = document["dense"], document["pruned"], document["twin"]
     proof = "not checked" if twin is None else f"twin agrees to {twin['worst']:.1e} of scale"
     grown = "LARGER than the original: " if pruned["bytes"] > dense["bytes"] else ""
@@ -272,6 +266,7 @@ def summary(document: dict[str, Any], out: Path, report: Path) -> str:
         f"file {format_bytes(dense['bytes'])} -> {format_bytes(pruned['bytes'])}; {proof}",
         f"statistics: {document['statistics']['source']}",
         *_token_lines(document["tokens"]),
+        "read: " + ", ".join(f"{f['file']} {str(f['sha256'])[:12]}" for f in (*dense["files"], *document["read"])),
         f"report: {report}",
     ]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import click
 
 from toast_onnx.errors import ConfigError
 from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.links import links_option
 
 
 @click.command("report")
@@ -23,6 +24,7 @@ from toast_onnx_cli.destinations import check_destinations, read_files
     metavar="JSON",
     help="Show this too: what compare, eval, bench or check-engine printed with --json; may be repeated.",
 )
+@links_option
 @click.option("--title", help="Heading; the pruned file's name otherwise.")
 def command(run: Path, output: Path | None, extra: tuple[Path, ...], title: str | None) -> None:
     """Make one HTML page of RUN, the JSON beside a pruned model, or the output folder of `deploy`.
@@ -30,7 +32,7 @@ def command(run: Path, output: Path | None, extra: tuple[Path, ...], title: str 
     It shows widths and cost of every block before and after, the proof, and whatever lies beside RUN and speaks of the
     same models: accuracy, agreement, latency, engines, sensitivity. The page needs no network and no other file.
     """
-    from toast_onnx.model import write_bytes
+    from toast_onnx.files import write_bytes
     from toast_onnx.report.page import render_page
     from toast_onnx.report.page_sources import find_sources
 

@@ -67,6 +67,19 @@ def graph(data: bytes, rng: random.Random) -> bytes:
     return proto.SerializeToString()
 
 
+def references(data: bytes, rng: random.Random) -> bytes:
+    """Where a weight lies outside, its location, offset or length says something else."""
+    proto = onnx.load_from_string(data)
+    entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data]
+    for entry in rng.sample(entries, rng.choice([1, 1, 2])):
+        numbers = ["-1", "0.5", "0x10", "9" * 5000, "", "x", "1e3", "4096", "4095", str(2**63), " 8", "8"]
+        places = ["../w.bin", "/dev/zero", "/etc/passwd", "w.bin/", ".", "", "W.BIN", "a" * 300, "w.bin", "x.onnx"]
+        entry.value = rng.choice(places if entry.key == "location" else numbers)
+        if rng.random() < 0.1:
+            entry.key = rng.choice(["location", "offset", "length", "checksum", "x"])
+    return proto.SerializeToString()
+
+
 def _disturb(message: Message, rng: random.Random) -> None:
     fields = message.ListFields()
     if not fields:

@@ -124,12 +124,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError, match=r"cannot write .*No space left on device"):
+    with pytest.raises(ConfigError, match=r"was not written: the disk is full"):
         write_text_atomically(target, "new")
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
 
 def test_a_missing_destination_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot write .*nowhere"):
+    with pytest.raises(ConfigError, match=r"nowhere.* cannot be written"):
         write_text_atomically(tmp_path / "nowhere" / "r.yaml", "text")

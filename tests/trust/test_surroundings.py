@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.matching.tiny import block
-from toast_onnx.errors import ConfigError
+from toast_onnx.errors import ConfigError, ModelError
+from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.strict_yaml import write_text_atomically
 
 
@@ -42,6 +44,44 @@ def test_a_name_of_thousands_of_letters() -> None:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+def test_names_that_are_not_text(model: Path) -> None:
+    named = model.with_name(os.fsdecode(b"m\xff.onnx"))
+    named.write_bytes(model.read_bytes())
+    for words in (["inspect", named], ["prune", model, "--ratios", "paper:deit_tiny", "-o", named]):
+        done = subprocess.run(
+            [sys.executable, "-m", "toast_onnx_cli.main", *words], stderr=subprocess.PIPE, text=True, check=False
+        )
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert line == f"Error: the name {model.parent}/m\\xff.onnx is not text in UTF-8; choose another name"
+    with pytest.raises(ModelError, match="not text in UTF-8"):
+        save_model(load_model(named), named)
+
+
+@pytest.mark.parametrize("length", [240, 246, 300])
+def test_outputs_with_long_names(length: int, model: Path, tmp_path: Path) -> None:
+    """A name may have 255 bytes, with what a model's weights and report add to it."""
+    out = tmp_path / f"{'a' * length}.onnx"
+    if length == 240:
+        save_model(load_model(model), out)
+        assert out.exists()
+    else:
+        with pytest.raises(ModelError, match="too long"):
+            save_model(load_model(model), out)
+
+
+def test_a_place_that_is_read_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(ModelError, match="Read-only file system"):
+        save_model(load_model(model), model.with_name("new.onnx"))
+    with pytest.raises(ConfigError, match="Read-only file system"):
+        write_text_atomically(model.with_name("r.yaml"), "text")
 
 
 def test_text_that_cannot_be_written_where_nothing_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from toast_onnx.deploy.config import Deployment
 from toast_onnx.deploy.state import FORMAT, RECORD, Digests, is_done, read_record, request_of, write_record
 from toast_onnx.deploy.steps import Step, output_folder, plan_steps
 from toast_onnx.errors import BackendError, ConfigError, ModelError
-from toast_onnx.model import write_bytes
+from toast_onnx.files import write_bytes
 from toast_onnx.planning.strict_json import parse_json
 
 #: Commands of the steps that wait, as a shell script in the output folder.

@@ -16,7 +16,8 @@ from toast_onnx import __version__
 from toast_onnx.deploy.code import code_files
 from toast_onnx.deploy.steps import Step
 from toast_onnx.errors import ConfigError, ModelError
-from toast_onnx.model import model_files, write_bytes
+from toast_onnx.files import write_bytes
+from toast_onnx.model import model_files
 from toast_onnx.planning.strict_json import read_json
 
 FORMAT = "toast-onnx/deploy/1"

@@ -7,7 +7,7 @@ from typing import Any
 from toast_onnx.engines.backend import EngineOptions, read_if_there
 from toast_onnx.engines.cuda import gpu_name
 from toast_onnx.errors import BackendError, ConfigError
-from toast_onnx.model import write_bytes
+from toast_onnx.files import write_bytes
 
 
 class TensorRT:

@@ -21,7 +21,8 @@ from toast_onnx.engines.profiles import Shape, build_profile, graph_inputs
 from toast_onnx.engines.record import read_record, record_path
 from toast_onnx.engines.uneven_attention import spell_out_uneven
 from toast_onnx.errors import ConfigError
-from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_bytes, write_draft
+from toast_onnx.files import check_place, drafts, exchange, settle, write_beside, write_synced
+from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_draft
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,6 @@ def build(model_path: Path, output: Path, request: BuildRequest, progress: Progr
         started = time.perf_counter()
         engine = build_engine(backend, source, options, progress)
         seconds = time.perf_counter() - started
-    write_bytes(output, engine)
     record = {
         "engine": output.name,
         "engine_bytes": len(engine),
@@ -127,17 +127,28 @@ def build(model_path: Path, output: Path, request: BuildRequest, progress: Progr
         "device": gpu_name(),
         "notes": [*notes, *said],
     }
-    write_record(output, record)
+    write_with_record(output, engine, record)
     return record
 
 
-def write_record(output: Path, record: dict[str, Any]) -> None:
-    """Write the JSON beside an engine.
+def write_with_record(output: Path, engine: bytes, record: dict[str, Any]) -> None:
+    """Write an engine and the JSON beside it together.
 
     Raises:
-        ModelError: it cannot be written.
+        ModelError: they cannot be written.
     """
-    write_bytes(record_path(output), (json.dumps(record, indent=2) + "\n").encode())
+    beside = record_path(output)
+    check_place(beside)
+    with drafts(output) as folder:
+        settle(output, beside)
+        write_synced(folder / output.name, engine)
+        write_beside(folder, beside, record_bytes(record))
+        exchange(folder, output, beside)
+
+
+def record_bytes(record: dict[str, Any]) -> bytes:
+    """The JSON beside an engine as it is written."""
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def precise_file(model: Model, precision: str, folder: Path, *, fp16_io: bool = False) -> tuple[Path, list[str]]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import toast_onnx
-from toast_onnx.engines.build import with_weights, write_record
+from toast_onnx.engines.build import record_bytes, with_weights
 from toast_onnx.engines.precision import convert_precision
+from toast_onnx.engines.record import record_path
 from toast_onnx.errors import ConfigError
-from toast_onnx.model import Model, file_hash, load_model, opset_of, save_model, stored_bytes
+from toast_onnx.model import Model, file_hash, load_model, opset_of, staged_model, stored_bytes
 
 
 def convert_file(model_path: Path, output: Path, *, precision: str, fp16_io: bool = False) -> dict[str, Any]:
@@ -37,21 +38,21 @@ def convert_file(model_path: Path, output: Path, *, precision: str, fp16_io: boo
     model = load_model(model_path)
     started = time.perf_counter()
     converted, notes = convert_precision(with_weights(model), precision, fp16_io=fp16_io)
-    save_model(Model(converted, output), output)
-    record = {
-        "engine": output.name,
-        "engine_bytes": stored_bytes(output),
-        "model": str(model_path),
-        "model_bytes": stored_bytes(model_path),
-        "model_sha256": file_hash(model_path),
-        "backend": "onnx",
-        "backend_version": str(opset_of(converted)),
-        "toast_onnx_version": toast_onnx.__version__,
-        "precision": precision,
-        "converted": not notes,
-        "fp16_io": fp16_io,
-        "build_seconds": round(time.perf_counter() - started, 3),
-        "notes": notes,
-    }
-    write_record(output, record)
+    with staged_model(Model(converted, output), output, record_path(output)) as staged:
+        record = {
+            "engine": output.name,
+            "engine_bytes": stored_bytes(staged.draft),
+            "model": str(model_path),
+            "model_bytes": stored_bytes(model_path),
+            "model_sha256": file_hash(model_path),
+            "backend": "onnx",
+            "backend_version": str(opset_of(converted)),
+            "toast_onnx_version": toast_onnx.__version__,
+            "precision": precision,
+            "converted": not notes,
+            "fp16_io": fp16_io,
+            "build_seconds": round(time.perf_counter() - started, 3),
+            "notes": notes,
+        }
+        staged.beside = record_bytes(record)
     return record

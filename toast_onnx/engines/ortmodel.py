@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import toast_onnx
-from toast_onnx.engines.build import precise_file, write_record
+from toast_onnx.engines.build import precise_file, write_with_record
 from toast_onnx.errors import BackendError, ConfigError
-from toast_onnx.model import file_hash, load_model, stored_bytes, write_bytes
+from toast_onnx.model import file_hash, load_model, stored_bytes
 
 #: Optimizer levels. `all` lays tensors out for the machine that builds; the others give a portable file.
 ORT_LEVELS = ("basic", "extended", "all")
@@ -62,10 +62,10 @@ def build_ort(
             ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
         except Exception as e:
             raise BackendError(f"ONNX Runtime does not take {model_path}: {' '.join(str(e).split())}") from e
-        write_bytes(output, draft.read_bytes())
+        written = draft.read_bytes()
     record = {
         "engine": output.name,
-        "engine_bytes": output.stat().st_size,
+        "engine_bytes": len(written),
         "model": str(model_path),
         "model_bytes": stored_bytes(model_path),
         "model_sha256": file_hash(model_path),
@@ -79,5 +79,5 @@ def build_ort(
         "build_seconds": round(time.perf_counter() - started, 3),
         "notes": notes,
     }
-    write_record(output, record)
+    write_with_record(output, written, record)
     return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from toast_onnx.errors import ConfigError, ModelError
-from toast_onnx.model import drafts
+from toast_onnx.files import drafts, place
 
 FORMAT = "toast-onnx/checkpoint/1"
 
@@ -24,9 +23,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     with drafts(path) as folder:
         draft = folder / path.name
         torch.save({"format": FORMAT} | state, draft)
-        with draft.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(draft, path)
+        place(draft, path)
 
 
 def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

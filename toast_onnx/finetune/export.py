@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from toast_onnx.errors import BackendError
+from toast_onnx.files import drafts
 from toast_onnx.finetune.module import GraphModule
-from toast_onnx.model import drafts, load_model, save_model
+from toast_onnx.model import load_model, save_model
 
 #: The oldest opset the dynamo exporter writes without converting down.
 _OLDEST = 18

@@ -15,10 +15,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.files import read_limited
+from toast_onnx.files import read_limited, write_bytes
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
-from toast_onnx.model import write_bytes
 from toast_onnx.planning.search import aligned_widths
 from toast_onnx.planning.strict_json import MAX_BYTES, parse_json
 from toast_onnx.planning.width_costs import Part, dense_widths, prunable_widths

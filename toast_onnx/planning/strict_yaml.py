@@ -7,7 +7,6 @@ specification), numbers with a fraction become exact decimals, and a repeated ke
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.files import read_limited
+from toast_onnx.files import read_limited, write_bytes
 
 _MAX_BYTES = 1 << 18
 _MAX_VALUES = 20_000  # aliases can repeat a value without writing it, so the file's size does not bound this
@@ -108,19 +107,7 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         ConfigError: The destination cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    except OSError as e:
-        raise ConfigError(f"cannot write {target}: {e.strerror or e}; choose another destination") from e
-    finally:
-        with contextlib.suppress(OSError):  # a read-only place has none
-            temporary.unlink(missing_ok=True)
+    write_bytes(Path(path), text.encode(), ConfigError)
 
 
 def _read_text(source: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.model import drafts
+from toast_onnx.files import drafts, place
 from toast_onnx.report.drawing import require_matplotlib
 
 #: Key of a layer, label of the axis, factor; from left to right as in the paper's figure 4.
@@ -54,4 +54,4 @@ def plot_analysis(document: Mapping[str, Any], path: Path) -> None:
     with drafts(path) as folder:
         draft = folder / path.name
         figure.savefig(draft, dpi=150)
-        draft.replace(path)
+        place(draft, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import onnx
 
 from toast_onnx import __version__
 from toast_onnx.errors import ModelError
+from toast_onnx.files import files_read, sha256_of
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import file_hash, load_model, staged_model, stored_bytes, write_bytes
+from toast_onnx.model import file_hash, links_out, load_model, model_files, staged_model, stored_bytes
 from toast_onnx.ort import ort
 from toast_onnx.planning.macs import (
     attention_linears,
@@ -76,7 +76,6 @@ def save_with_report(
     report: Path,
     *,
     check: bool = True,
-    links: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Write a pruned model and its report; a model never appears without its report.
 
@@ -88,7 +87,6 @@ def save_with_report(
         out: the model's file.
         report: the report's file.
         check: have ONNX Runtime load the model before it is kept.
-        links: files behind links that lead out of the dense model's folder, by the links' names.
 
     Returns:
         The report.
@@ -96,13 +94,18 @@ def save_with_report(
     Raises:
         ModelError: one of them cannot be written, or ONNX Runtime does not load the model.
     """
-    with staged_model(pruned.model, out) as draft:
-        if check and (reason := why_not_loaded(draft)) is not None:
+    with staged_model(pruned.model, out, report) as staged:
+        if check and (reason := why_not_loaded(staged.draft)) is not None:
             raise ModelError(f"{out} was not written: {reason}; export {dense.source.path} again")
-        document = pruning_report(pruned, dense, draft, options) | {"statistics": source}
-        if links:
+        document = pruning_report(pruned, dense, staged.draft, options) | {"statistics": source}
+        document["dense"]["files"] = [
+            {"file": file.name, "sha256": sha256_of([file]), "bytes": file.stat().st_size}
+            for file in model_files(dense.source.path)
+        ]
+        document["read"] = files_read()
+        if links := links_out(dense.source.path):
             document["dense"]["links"] = {name: str(behind) for name, behind in links.items()}
-        write_report(document, report)
+        staged.beside = json_bytes(document)
     return document
 
 
@@ -129,13 +132,9 @@ def _change(before: str, after: str) -> str:
     return before if before == after else f"{before} -> {after}"
 
 
-def write_report(document: dict[str, Any], path: Path) -> None:
-    """Write a report as JSON, whole or not at all.
-
-    Raises:
-        ModelError: it cannot be written.
-    """
-    write_bytes(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+def json_bytes(document: dict[str, Any]) -> bytes:
+    """A report as it is written."""
+    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _identity(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.model import drafts
+from toast_onnx.files import drafts, place
 from toast_onnx.report.drawing import require_matplotlib
 
 #: Panels from left to right; the three of the feed-forward network are those of the paper's figure 5.
@@ -62,7 +62,7 @@ def plot_sensitivity(document: Mapping[str, Any], path: Path) -> None:
     with drafts(path) as folder:
         draft = folder / path.name
         figure.savefig(draft, dpi=150)
-        draft.replace(path)
+        place(draft, path)
 
 
 def curves(document: Mapping[str, Any]) -> tuple[dict[str, dict[int, list[tuple[float, float]]]], str]:
