@@ -79,6 +79,29 @@ def run_model(
     return [run_session(session, names, f) for f in feeds]
 
 
+def candidate_inputs(
+    proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], seed: int
+) -> list[dict[str, np.ndarray]]:
+    """Random inputs for every meaning that masks can have, partly masked before wholly open; one where there are none.
+
+    Ones that mean "read this" come first (`attention_mask`), then those that mean "padding" (PyTorch), then all ones
+    and all zeros.
+
+    Args:
+        proto: the model.
+        shapes: concrete shape of every input.
+        seed: seed of the generator.
+    """
+    drawn = random_inputs(proto, shapes, seed)
+    masks = {name for name, value in drawn.items() if "mask" in name.lower() or value.dtype.kind == "b"}
+    found = [drawn]
+    if masks:
+        flipped = {name: (1 - drawn[name].astype(np.float32)).astype(drawn[name].dtype) for name in masks}
+        found += [drawn | flipped]
+        found += [drawn | {name: np.full_like(drawn[name], fill) for name in masks} for fill in (1, 0)]
+    return found
+
+
 def random_inputs(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
     """Plausible random inputs: normal floats, small non-negative integers, true masks with padded tails.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -23,7 +24,7 @@ from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.proof.decisions import Decision
 from toast_onnx.proof.precision import to_float32
-from toast_onnx.runtime import random_inputs, run_model
+from toast_onnx.runtime import candidate_inputs, open_session, run_model, run_session
 from toast_onnx.solving.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights
 
 #: Largest allowed difference, as a fraction of the compared tensor's largest magnitude.
@@ -218,16 +219,16 @@ def compare_with_twin(
     watched = _watched(view, blocks, new, decisions)
     pruned = _rounded_alike(pruned, twin)
     draft = to_float32(twin)  # inputs of half precision are float32 in it, too
-    feeds = [random_inputs(draft.proto, s, seed + k) for k, s in enumerate(shapes)]
+    candidates = [candidate_inputs(draft.proto, s, seed + k) for k, s in enumerate(shapes)]
     with scratch_folder("toast-twin-") as folder:
         padded = write_draft(draft, folder, "twin.onnx")
         del draft
         twin.arrays.clear()  # as large as the dense model, and not needed beside a session
         smaller = write_draft(to_float32(pruned), folder, "pruned.onnx")
         given = {name: name for name in chosen} | {d.made: d.given for d in decisions}
-        actual = run_model(smaller, [*watched, *given], feeds)
+        feeds, actual = _most_finite(smaller, [*watched, *given], candidates)
         theirs = [
-            each | {name: made[tensor] for tensor, name in given.items()}
+            {**each} | {name: made[tensor] for tensor, name in given.items()}
             for each, made in zip(feeds, actual, strict=True)
         ]
         expected = run_model(padded, list(watched), theirs)
@@ -248,6 +249,32 @@ def compare_with_twin(
             )
     batches = tuple(next((int(each[0]) for each in s.values() if each), 1) for s in shapes)
     return TwinResult(batches, TOLERANCE, max(worst.values(), default=0.0), differences)
+
+
+def _most_finite(
+    path: Path, names: Sequence[str], candidates: Sequence[Sequence[Mapping[str, np.ndarray]]]
+) -> tuple[list[Mapping[str, np.ndarray]], list[dict[str, np.ndarray]]]:
+    """Of the candidates for every run, the first that leaves most of the tensors finite, and what it gives.
+
+    A mask that hides everything makes NaN of the whole graph, and nothing could be compared.
+    """
+    session = open_session(path, names)
+    feeds: list[Mapping[str, np.ndarray]] = []
+    results: list[dict[str, np.ndarray]] = []
+    for tried in candidates:
+        best = -1.0
+        for feed in tried:
+            made = run_session(session, names, feed)
+            share = min(
+                (float(np.isfinite(v).mean()) for v in made.values() if v.dtype.kind in "fc" and v.size), default=1.0
+            )
+            if share > best:
+                best, chosen = share, (feed, made)
+            if share == 1.0:
+                break
+        feeds.append(chosen[0])
+        results.append(chosen[1])
+    return feeds, results
 
 
 def _watched(
