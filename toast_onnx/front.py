@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 import toast_onnx.matching.study as matching_study
 from toast_onnx import pruning
 from toast_onnx.choosing.synthetic import SyntheticStatistics
@@ -151,6 +153,7 @@ def prune(
     seed: int = 0,
     progress: pruning.Progress = lambda _: None,
     refine: pruning.Refine | None = None,
+    samples: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> Pruned:
     """Prune a model.
 
@@ -164,6 +167,7 @@ def prune(
         seed: of the twin's inputs, of made-up tokens, and of the tokens that selection at run time samples.
         progress: called after every block and after the proof.
         refine: corrects the weights on samples.
+        samples: real inputs for the proof to run on besides made-up ones, as lists of name -> array.
 
     Raises:
         ConfigError: the ratios do not fit the model.
@@ -184,6 +188,7 @@ def prune(
         seed=seed,
         progress=progress,
         refine=refine,
+        samples=samples,
     )
     options = {
         "ratios": settings.to_document(),

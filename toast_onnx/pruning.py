@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,11 +10,12 @@ from toast_onnx.choosing.blocks import Widths, plan_widths, solve_block
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.importance.statistics import Statistics
-from toast_onnx.matching.study import Shapes, Study, input_shapes
+from toast_onnx.matching.study import Study
 from toast_onnx.matching.study import study as study_model
 from toast_onnx.model import Model
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.proof.decisions import follow_decisions
+from toast_onnx.proof.inputs import Feeds, as_proven, twin_inputs
 from toast_onnx.proof.twin import TwinResult, compare_with_twin, padded_twin
 from toast_onnx.rewriting.norms import normalize_layer_norms
 from toast_onnx.rewriting.rewrite import rewritten
@@ -63,6 +64,7 @@ class Pruned:
         normalized: number of spelled-out norms that became LayerNormalization operators.
         merges: where tokens are merged or dropped, empty where they are left alone.
         merging: outcome of the proof of merging, None without merges or when it was not asked for.
+        notes: what a person should know of the proof.
     """
 
     model: Model
@@ -76,6 +78,7 @@ class Pruned:
     normalized: int = 0
     merges: tuple[WrittenMerge, ...] = ()
     merging: MergeProof | None = None
+    notes: tuple[str, ...] = ()
 
 
 def prune(
@@ -89,6 +92,7 @@ def prune(
     seed: int = 0,
     progress: Progress = lambda _: None,
     refine: Refine | None = None,
+    samples: Sequence[Feeds] = (),
 ) -> Pruned:
     """Prune a studied model.
 
@@ -102,11 +106,12 @@ def prune(
         seed: seed of the twin's inputs, and of the tokens that selection at run time samples.
         progress: called after every block and after the proof.
         refine: corrects the weights on samples; called for `compensation: local`, which needs it, and `ridge`.
+        samples: real inputs that the proof runs on besides made-up ones, and alone where nothing made up fits.
 
     Raises:
         ConfigError: the ratios do not fit the model.
         MatchError: a ratio asks for a part that cannot be pruned.
-        ModelError: weights of a block are NaN or infinite.
+        ModelError: weights of a block are NaN or infinite, or there is nothing that the proof could run on.
         TwinError: the proof failed.
     """
     blocks = study.match.blocks
@@ -132,6 +137,7 @@ def prune(
         raise ConfigError(
             "compensation: local trains weights, which mode: runtime chooses anew for every batch; use ridge"
         )
+    feeds, notes = _proof_inputs(study, samples, seed) if check else ([], ())
     weights: dict[int, BlockWeights] = {}
     for block, whole, setting in zip(blocks, widths, settings, strict=True):
         width = static_widths(whole, setting)
@@ -152,18 +158,20 @@ def prune(
     normalized = 0
     if normalize:
         model, normalized = normalize_layer_norms(model, study.counted_shapes)
-    twin = _prove(study, model, weights, chosen, seed) if check else None
+    twin = _prove(study, model, weights, chosen, feeds) if check else None
     merges: tuple[WrittenMerge, ...] = ()
     merging: MergeProof | None = None
     if ratios.tokens.merges:
-        model, merges, merging = _merge(study, model, ratios, check, skip_unprunable, seed)
+        model, merges, merging = _merge(study, model, ratios, feeds, skip_unprunable)
     progress("twin" if check else "no twin")
     source = statistics.source
-    return Pruned(model, weights, widths, settings, twin, source, trained, selections, normalized, merges, merging)
+    return Pruned(
+        model, weights, widths, settings, twin, source, trained, selections, normalized, merges, merging, notes
+    )
 
 
 def _merge(
-    study: Study, model: Model, ratios: Ratios, check: bool, skip_unprunable: bool, seed: int
+    study: Study, model: Model, ratios: Ratios, feeds: Sequence[Feeds], skip_unprunable: bool
 ) -> tuple[Model, tuple[WrittenMerge, ...], MergeProof | None]:
     """Merge the tokens of a model whose widths are done, and prove it."""
     pruned = study if model is study.source else study_model(model, study.counted_shapes)
@@ -172,28 +180,30 @@ def _merge(
     tokens = study_tokens(pruned)
     removed = removed_counts(tokens, ratios.tokens.merge, skip_unprunable)
     merged, merges = write_merging(pruned, tokens, removed, ratios.tokens.metric, ratios.tokens.unread)
-    if not check or not merges:
+    if not feeds or not merges:
         return merged, merges, None
-    return merged, merges, prove_merging(pruned, merged, merges, twin_shapes(pruned), seed)
+    return merged, merges, prove_merging(pruned, merged, merges, feeds)
+
+
+def _proof_inputs(study: Study, samples: Sequence[Feeds], seed: int) -> tuple[list[Feeds], tuple[str, ...]]:
+    """What the proof runs on, and what to say of it; found before the work, which would be in vain without."""
+    real = as_proven(study, samples)
+    try:
+        return [*twin_inputs(study, seed), *real], ()
+    except ModelError as e:
+        if not real:
+            raise
+        return real, (f"proven on samples of the data alone: {e}",)
 
 
 def _prove(
-    study: Study, model: Model, weights: dict[int, BlockWeights], chosen: tuple[Chosen, ...], seed: int
+    study: Study, model: Model, weights: dict[int, BlockWeights], chosen: tuple[Chosen, ...], feeds: Sequence[Feeds]
 ) -> TwinResult:
-    shapes = twin_shapes(study)
     twin = padded_twin(study.view, study.facts, study.match.blocks, weights)
     if chosen:
-        check_scores(model, chosen, shapes, seed)
+        check_scores(model, chosen, feeds)
         twin = masked_twin(study, twin, chosen)
     twin, decisions = follow_decisions(twin, model, study.facts)
     changed = {c.selection.block: BlockWeights() for c in chosen} | weights
     kept = [c.kept for c in chosen]
-    return compare_with_twin(study.view, twin, model, study.match.blocks, changed, shapes, seed, kept, decisions)
-
-
-def twin_shapes(study: Study) -> list[Shapes]:
-    """Input shapes for the twin: one and three items where the batch is dynamic, else the fixed shapes."""
-    if not study.dynamic_batch:
-        return [study.counted_shapes]
-    given = study.counted_shapes
-    return [input_shapes(study.view, given, batch, fixed_batch=False) for batch in (1, 3)]
+    return compare_with_twin(study.view, twin, model, study.match.blocks, changed, feeds, kept, decisions)

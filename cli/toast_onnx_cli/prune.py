@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
 from toast_onnx.choosing.blocks import heads_rounded_away
 from toast_onnx.choosing.synthetic import SyntheticStatistics
@@ -103,10 +104,11 @@ def command(
                 seed=seed,
                 progress=lambda note: advance(1, note),
                 refine=refinement(dense, settings, samples, calibration, advance),
+                samples=proof_samples(dense, settings, data, statistics, calibration) if not no_check else (),
             )
         if normalize:
             click.echo(f"Note: {pruned.normalized} spelled-out norms became LayerNormalization", err=True)
-        _show_notes(head_notes(dense, pruned))
+        _show_notes([*dense.notes, *pruned.notes, *head_notes(dense, pruned)])
         for result in pruned.local:
             if result.note is not None and settings.compensation.kind == "local":
                 click.echo(f"Note: block {result.block} keeps its closed-form weights: {result.note}", err=True)
@@ -180,6 +182,26 @@ def refinement(
         return refine_locally(dense, new, samples, options, chosen, lambda block: advance(1, f"{note} {block}"))
 
     return refine
+
+
+def proof_samples(
+    dense: Study, ratios: Ratios, data: str | None, statistics: Path | None, options: CalibrationOptions
+) -> Sequence[Mapping[str, np.ndarray]]:
+    """Samples that the proof runs on besides what it makes up; none without data.
+
+    Args:
+        dense: the model.
+        ratios: the ratios file; its `calibration: data:` counts where neither of the next two is given.
+        data: where samples are.
+        statistics: file of earlier measurements.
+        options: how to read them.
+    """
+    data = data or (ratios.calibration.data if statistics is None else None)
+    if data is None:
+        return ()
+    from toast_onnx_calibration.calibrating import first_samples
+
+    return first_samples(dense, data, options)
 
 
 @contextmanager

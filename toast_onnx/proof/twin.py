@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -24,7 +23,7 @@ from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.proof.decisions import Decision
 from toast_onnx.proof.precision import to_float32
-from toast_onnx.runtime import candidate_inputs, open_session, run_model, run_session
+from toast_onnx.runtime import batch_sizes, run_model
 from toast_onnx.solving.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights
 
 #: Largest allowed difference, as a fraction of the compared tensor's largest magnitude.
@@ -195,8 +194,7 @@ def compare_with_twin(
     pruned: Model,
     blocks: Sequence[Block],
     new: Mapping[int, BlockWeights],
-    shapes: Sequence[Mapping[str, Sequence[int]]],
-    seed: int = 0,
+    feeds: Sequence[Mapping[str, np.ndarray]],
     chosen: Sequence[str] = (),
     decisions: Sequence[Decision] = (),
 ) -> TwinResult:
@@ -208,8 +206,7 @@ def compare_with_twin(
         pruned: the rewritten graph.
         blocks: the matched blocks.
         new: block number -> new weights.
-        shapes: input shapes to compare at.
-        seed: seed of the random inputs.
+        feeds: inputs to compare on.
         chosen: tensors that the pruned graph makes and the twin takes as inputs: what it selects at run time.
         decisions: choices of the original graph that the twin takes over; their scores are compared, too.
 
@@ -219,14 +216,13 @@ def compare_with_twin(
     watched = _watched(view, blocks, new, decisions)
     pruned = _rounded_alike(pruned, twin)
     draft = to_float32(twin)  # inputs of half precision are float32 in it, too
-    candidates = [candidate_inputs(draft.proto, s, seed + k) for k, s in enumerate(shapes)]
     with scratch_folder("toast-twin-") as folder:
         padded = write_draft(draft, folder, "twin.onnx")
         del draft
         twin.arrays.clear()  # as large as the dense model, and not needed beside a session
         smaller = write_draft(to_float32(pruned), folder, "pruned.onnx")
         given = {name: name for name in chosen} | {d.made: d.given for d in decisions}
-        feeds, actual = _most_finite(smaller, [*watched, *given], candidates)
+        actual = run_model(smaller, [*watched, *given], feeds)
         theirs = [
             {**each} | {name: made[tensor] for tensor, name in given.items()}
             for each, made in zip(feeds, actual, strict=True)
@@ -239,7 +235,7 @@ def compare_with_twin(
             where = f"block {d.block} ({blocks[d.block].name})" if d.block is not None else f"the tensor '{d.tensor}'"
             if np.isnan(d.relative):
                 raise TwinError(
-                    f"{where} holds no finite number on random inputs, dense as well as pruned, so nothing is proven; "
+                    f"{where} holds no finite number on any input, dense as well as pruned, so nothing is proven; "
                     "give shapes that fit with --shape, or skip the proof with --no-check"
                 )
             raise TwinError(
@@ -247,34 +243,7 @@ def compare_with_twin(
                 f"(allowed {TOLERANCE:.0e}); nothing was written. With few samples the new weights can be so large "
                 "that rounding shows: give more, or `compensation: {ridge: 1e-3}`; otherwise please report the model"
             )
-    batches = tuple(next((int(each[0]) for each in s.values() if each), 1) for s in shapes)
-    return TwinResult(batches, TOLERANCE, max(worst.values(), default=0.0), differences)
-
-
-def _most_finite(
-    path: Path, names: Sequence[str], candidates: Sequence[Sequence[Mapping[str, np.ndarray]]]
-) -> tuple[list[Mapping[str, np.ndarray]], list[dict[str, np.ndarray]]]:
-    """Of the candidates for every run, the first that leaves most of the tensors finite, and what it gives.
-
-    A mask that hides everything makes NaN of the whole graph, and nothing could be compared.
-    """
-    session = open_session(path, names)
-    feeds: list[Mapping[str, np.ndarray]] = []
-    results: list[dict[str, np.ndarray]] = []
-    for tried in candidates:
-        best = -1.0
-        for feed in tried:
-            made = run_session(session, names, feed)
-            share = min(
-                (float(np.isfinite(v).mean()) for v in made.values() if v.dtype.kind in "fc" and v.size), default=1.0
-            )
-            if share > best:
-                best, chosen = share, (feed, made)
-            if share == 1.0:
-                break
-        feeds.append(chosen[0])
-        results.append(chosen[1])
-    return feeds, results
+    return TwinResult(batch_sizes(feeds), TOLERANCE, max(worst.values(), default=0.0), differences)
 
 
 def _watched(

@@ -56,6 +56,7 @@ def pruning_report(pruned: Pruned, dense: Study, out: Path, options: dict[str, A
         "declined": [{"node": node, "reason": reason} for node, reason in dense.match.declined.items()],
         "statistics": pruned.statistics,
         "twin": None if pruned.twin is None else pruned.twin.to_document(),
+        "notes": [*dense.notes, *pruned.notes],
         "tokens": _merging(pruned),
         "options": options,
         "versions": {
