@@ -154,6 +154,7 @@ def prune(
     progress: pruning.Progress = lambda _: None,
     refine: pruning.Refine | None = None,
     samples: Sequence[Mapping[str, np.ndarray]] = (),
+    force_synthetic: bool = False,
 ) -> Pruned:
     """Prune a model.
 
@@ -167,6 +168,7 @@ def prune(
         seed: of the twin's inputs, of made-up tokens, and of the tokens that selection at run time samples.
         progress: called after every block and after the proof.
         refine: corrects the weights on samples.
+        force_synthetic: without statistics, also prune parts that made-up tokens do not stand for (no norm in front).
         samples: real inputs for the proof to run on besides made-up ones, as lists of name -> array.
 
     Raises:
@@ -189,6 +191,7 @@ def prune(
         progress=progress,
         refine=refine,
         samples=samples,
+        force_synthetic=force_synthetic,
     )
     options = {
         "ratios": settings.to_document(),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from toast_onnx.choosing.blocks import Widths, plan_widths, solve_block
+from toast_onnx.choosing.losses import predicted_errors
+from toast_onnx.choosing.synthetic import founded_widths
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.finetune.local import LocalResult
+from toast_onnx.importance.remembered import Remembered
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.study import Study
 from toast_onnx.matching.study import study as study_model
@@ -65,6 +68,8 @@ class Pruned:
         merges: where tokens are merged or dropped, empty where they are left alone.
         merging: outcome of the proof of merging, None without merges or when it was not asked for.
         notes: what a person should know of the proof.
+        errors: block number -> part -> predicted error, relative to what the part gives.
+        unfounded: blocks of which parts were left alone, because made-up tokens do not stand for what they read.
     """
 
     model: Model
@@ -79,6 +84,8 @@ class Pruned:
     merges: tuple[WrittenMerge, ...] = ()
     merging: MergeProof | None = None
     notes: tuple[str, ...] = ()
+    errors: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    unfounded: tuple[int, ...] = ()
 
 
 def prune(
@@ -93,6 +100,7 @@ def prune(
     progress: Progress = lambda _: None,
     refine: Refine | None = None,
     samples: Sequence[Feeds] = (),
+    force_synthetic: bool = True,
 ) -> Pruned:
     """Prune a studied model.
 
@@ -106,6 +114,7 @@ def prune(
         seed: seed of the twin's inputs, and of the tokens that selection at run time samples.
         progress: called after every block and after the proof.
         refine: corrects the weights on samples; called for `compensation: local`, which needs it, and `ridge`.
+        force_synthetic: with made-up tokens, also prune parts that they do not stand for, because no norm is in front.
         samples: real inputs that the proof runs on besides made-up ones, and alone where nothing made up fits.
 
     Raises:
@@ -131,6 +140,7 @@ def prune(
             "--data, or use one-shot"
         )
     widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
+    widths, unfounded = (widths, ()) if force_synthetic else founded_widths(study, widths, settings, ratios, statistics)
     selections = plan_selections(study, settings, widths, ratios, seed, skip_unprunable)
     widths = settled_widths(settings, widths, selections)
     if local and selections:
@@ -139,15 +149,18 @@ def prune(
         )
     feeds, notes = _proof_inputs(study, samples, seed) if check else ([], ())
     weights: dict[int, BlockWeights] = {}
+    errors: dict[int, dict[str, float]] = {}
     for block, whole, setting in zip(blocks, widths, settings, strict=True):
         width = static_widths(whole, setting)
         if width == Widths():
             progress(block.name)
             continue
         found = statistics.behind(block.index, weights) if isinstance(statistics, Sequential) else statistics
+        found = Remembered(found)
         new = solve_block(study, block, width, setting, ratios, found)
         if new is not None:
             weights[block.index] = new
+            errors[block.index] = predicted_errors(study, block, width, setting, ratios.compensation.kind, found, new)
         progress(block.name)
     trained: tuple[LocalResult, ...] = ()
     # Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.
@@ -166,7 +179,20 @@ def prune(
     progress("twin" if check else "no twin")
     source = statistics.source
     return Pruned(
-        model, weights, widths, settings, twin, source, trained, selections, normalized, merges, merging, notes
+        model,
+        weights,
+        widths,
+        settings,
+        twin,
+        source,
+        local=trained,
+        selections=selections,
+        normalized=normalized,
+        merges=merges,
+        merging=merging,
+        notes=notes,
+        errors=errors,
+        unfounded=unfounded,
     )
 
 
