@@ -155,6 +155,7 @@ def prune(
     refine: pruning.Refine | None = None,
     samples: Sequence[Mapping[str, np.ndarray]] = (),
     force_synthetic: bool = False,
+    split_shared: bool = False,
 ) -> Pruned:
     """Prune a model.
 
@@ -169,6 +170,7 @@ def prune(
         progress: called after every block and after the proof.
         refine: corrects the weights on samples.
         force_synthetic: without statistics, also prune parts that made-up tokens do not stand for (no norm in front).
+        split_shared: give every place that shares its weights with others a copy of its own.
         samples: real inputs for the proof to run on besides made-up ones, as lists of name -> array.
 
     Raises:
@@ -192,6 +194,7 @@ def prune(
         refine=refine,
         samples=samples,
         force_synthetic=force_synthetic,
+        split_shared=split_shared,
     )
     options = {
         "ratios": settings.to_document(),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from toast_onnx.choosing.blocks import Widths, plan_widths, solve_block
 from toast_onnx.choosing.losses import predicted_errors
+from toast_onnx.choosing.shared import Pooled, Sharing, agreed_widths, find_sharing, sharing_notes
 from toast_onnx.choosing.synthetic import founded_widths
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.importance.remembered import Remembered
 from toast_onnx.importance.statistics import Statistics
+from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
 from toast_onnx.matching.study import study as study_model
 from toast_onnx.model import Model
@@ -22,6 +24,7 @@ from toast_onnx.proof.inputs import Feeds, as_proven, twin_inputs
 from toast_onnx.proof.twin import TwinResult, compare_with_twin, padded_twin
 from toast_onnx.rewriting.norms import normalize_layer_norms
 from toast_onnx.rewriting.rewrite import rewritten
+from toast_onnx.rewriting.sharing import share_weights
 from toast_onnx.selection.plan import Selection, plan_selections, settled_widths, static_widths
 from toast_onnx.selection.rewrite import Chosen, select_at_run_time
 from toast_onnx.selection.twin import check_scores, masked_twin
@@ -101,6 +104,7 @@ def prune(
     refine: Refine | None = None,
     samples: Sequence[Feeds] = (),
     force_synthetic: bool = True,
+    split_shared: bool = False,
 ) -> Pruned:
     """Prune a studied model.
 
@@ -115,6 +119,7 @@ def prune(
         progress: called after every block and after the proof.
         refine: corrects the weights on samples; called for `compensation: local`, which needs it, and `ridge`.
         force_synthetic: with made-up tokens, also prune parts that they do not stand for, because no norm is in front.
+        split_shared: give every place that shares its weights with others a copy of its own.
         samples: real inputs that the proof runs on besides made-up ones, and alone where nothing made up fits.
 
     Raises:
@@ -141,6 +146,13 @@ def prune(
         )
     widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
     widths, unfounded = (widths, ()) if force_synthetic else founded_widths(study, widths, settings, ratios, statistics)
+    sharing = Sharing({}, {}, {}) if split_shared else find_sharing(study)
+    widths = agreed_widths(study, widths, sharing, skip_unprunable)
+    if sharing and isinstance(statistics, Sequential):
+        raise ConfigError(
+            "compensation.statistics: sequential measures block by block, and blocks of this model share weights; use "
+            "one-shot, or --split-shared"
+        )
     selections = plan_selections(study, settings, widths, ratios, seed, skip_unprunable)
     widths = settled_widths(settings, widths, selections)
     if local and selections:
@@ -156,17 +168,28 @@ def prune(
             progress(block.name)
             continue
         found = statistics.behind(block.index, weights) if isinstance(statistics, Sequential) else statistics
-        found = Remembered(found)
-        new = solve_block(study, block, width, setting, ratios, found)
+        found = Remembered(Pooled(found, sharing))
+        new = _solve_once(study, block, width, setting, ratios, found, sharing, weights)
         if new is not None:
             weights[block.index] = new
-            errors[block.index] = predicted_errors(study, block, width, setting, ratios.compensation.kind, found, new)
+            leaders = {sharing.leader(block.index, kind) for kind in ("attention", "ffn")}
+            if block.index in leaders:
+                kind = ratios.compensation.kind
+                errors[block.index] = predicted_errors(study, block, width, setting, kind, found, new)
+            else:  # pooled statistics of the same places once more
+                errors[block.index] = {
+                    part: e for index in sorted(leaders) for part, e in errors.get(index, {}).items()
+                }
         progress(block.name)
     trained: tuple[LocalResult, ...] = ()
     # Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.
     if refine is not None and weights and not selections and ratios.compensation.kind in ("local", "ridge"):
-        weights, trained = refine(weights)
+        shared = {*sharing.attention, *sharing.ffn}  # corrected one by one, they would no longer be the same
+        refined, trained = refine(weights)
+        weights = {index: weights[index] if index in shared else new for index, new in refined.items()}
     model = rewritten(study, weights) if weights or selections else study.source
+    if sharing and weights:
+        model = share_weights(model, study.view)
     model, chosen = select_at_run_time(study, model, selections)
     normalized = 0
     if normalize:
@@ -190,10 +213,35 @@ def prune(
         normalized=normalized,
         merges=merges,
         merging=merging,
-        notes=notes,
+        notes=(*notes, *sharing_notes(sharing)),
         errors=errors,
         unfounded=unfounded,
     )
+
+
+def _solve_once(
+    study: Study,
+    block: Block,
+    width: Widths,
+    setting: BlockRatios,
+    ratios: Ratios,
+    statistics: Statistics,
+    sharing: Sharing,
+    done: Mapping[int, BlockWeights],
+) -> BlockWeights | None:
+    """New weights of a block; those of an earlier one that shares its weights, where there is one."""
+    parts = width
+    attention, ffn = sharing.leader(block.index, "attention"), sharing.leader(block.index, "ffn")
+    if attention != block.index:
+        parts = replace(parts, heads=None, qk=None, vo=None)
+    if ffn != block.index:
+        parts = replace(parts, fc1=None, fc2=None)
+    new = solve_block(study, block, parts, setting, ratios, statistics) or BlockWeights()
+    if attention != block.index and attention in done:
+        new = replace(new, attention=done[attention].attention)
+    if ffn != block.index and ffn in done:
+        new = replace(new, ffn=done[ffn].ffn)
+    return None if new == BlockWeights() else new
 
 
 def _merge(

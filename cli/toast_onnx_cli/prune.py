@@ -51,6 +51,7 @@ LARGE_ERROR = 0.35
 @click.option("--normalize", is_flag=True, help="Write norms that are spelled out as LayerNormalization (opset >= 17).")
 @click.option("--no-links", is_flag=True, help="Refuse a model whose files are links out of its folder.")
 @click.option("--force-synthetic", is_flag=True, help="Without data, also prune blocks with no norm in front.")
+@click.option("--split-shared", is_flag=True, help="Give places that share weights a copy each; files may grow.")
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
@@ -66,6 +67,7 @@ def command(
     normalize: bool,
     no_links: bool,
     force_synthetic: bool,
+    split_shared: bool,
     no_check: bool,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
@@ -112,6 +114,7 @@ def command(
                 refine=refinement(dense, settings, samples, calibration, advance),
                 samples=proof_samples(dense, settings, data, statistics, calibration) if not no_check else (),
                 force_synthetic=force_synthetic,
+                split_shared=split_shared,
             )
         if normalize:
             click.echo(f"Note: {pruned.normalized} spelled-out norms became LayerNormalization", err=True)
@@ -312,11 +315,14 @@ def summary(document: dict[str, Any], out: Path, report: Path) -> str:
     """A few lines on what happened; the first says so where the file grew."""
     dense, pruned, twin = document["dense"], document["pruned"], document["twin"]
     proof = "not checked" if twin is None else f"twin agrees to {twin['worst']:.1e} of scale"
-    grown = "LARGER than the original: " if pruned["bytes"] > dense["bytes"] else ""
+    more = pruned["bytes"] / dense["bytes"] - 1
+    loud = more > 0 and (pruned["params"] > dense["params"] or more > 0.01)
+    grown = "LARGER than the original: " if loud else ""
+    nodes = f" (+{more:.1%}, nodes that were added)" if more > 0 and not loud else ""
     lines = [
         f"{grown}{out}: MACs {format_count(dense['macs'])} -> {format_count(pruned['macs'])}, "
         f"parameters {format_count(dense['params'])} -> {format_count(pruned['params'])}, "
-        f"file {format_bytes(dense['bytes'])} -> {format_bytes(pruned['bytes'])}; {proof}",
+        f"file {format_bytes(dense['bytes'])} -> {format_bytes(pruned['bytes'])}{nodes}; {proof}",
         f"statistics: {document['statistics']['source']}",
         *_token_lines(document["tokens"]),
         *_trust_lines(document),
