@@ -177,9 +177,8 @@ def prune(
                 kind = ratios.compensation.kind
                 errors[block.index] = predicted_errors(study, block, width, setting, kind, found, new)
             else:  # pooled statistics of the same places once more
-                errors[block.index] = {
-                    part: e for index in sorted(leaders) for part, e in errors.get(index, {}).items()
-                }
+                known = (errors.get(index, {}) for index in sorted(leaders))
+                errors[block.index] = {part: e for each in known for part, e in each.items()}
         progress(block.name)
     trained: tuple[LocalResult, ...] = ()
     # Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.

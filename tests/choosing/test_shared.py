@@ -103,7 +103,7 @@ def test_measured_attention_counts_by_its_queries() -> None:
 
 def test_a_place_of_another_kind_is_a_reason(tmp_path: Path) -> None:
     path = _networks(tmp_path / "model.onnx", outside=True)
-    with pytest.raises(MatchError, match="its weights are shared with .* --split-shared"):
+    with pytest.raises(MatchError, match=r"its weights are shared with .* --split-shared"):
         prune_file(path, HALF)
     _, left = prune_file(path, HALF, skip_unprunable=True)
     assert not left.weights
@@ -122,6 +122,22 @@ def test_ratios_that_differ_are_refused(tmp_path: Path) -> None:
 def test_a_part_that_stays_in_one_place_stays_in_all(tmp_path: Path) -> None:
     _, pruned = prune_file(_networks(tmp_path / "model.onnx"), HALF | {"ffn": {"fc2": [0.5, 0]}})
     assert not pruned.weights
+
+
+def test_slices_of_one_tensor_are_several_weights(tmp_path: Path) -> None:
+    """As `nn.MultiheadAttention` keeps them; the same slice, cut once more for every place, is one."""
+    graph = Graph()
+    packed = graph.random(WIDTH, 2 * HIDDEN)
+    second = graph.random(HIDDEN, WIDTH)
+    x = "x"
+    for start in (0, HIDDEN, 0):
+        ends = (graph.constant([start]), graph.constant([start + HIDDEN]), graph.constant([1]))
+        hidden = graph.add("Relu", graph.add("MatMul", graph.norm(x), graph.add("Slice", packed, *ends)))
+        last = graph.random(HIDDEN, WIDTH) if start else second
+        x = graph.add("Add", x, graph.add("MatMul", hidden, last))
+    found = find_sharing(look(graph.save(tmp_path / "model.onnx", x)))
+    assert dict(found.ffn) == {0: (0, 2), 2: (0, 2)}
+    assert not found.reasons
 
 
 def test_nothing_is_shared_in_an_ordinary_model(tmp_path: Path) -> None:

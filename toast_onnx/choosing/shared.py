@@ -174,10 +174,17 @@ def _roles(block: Block, kind: str) -> list[Linear]:
 
 
 def _root(study: Study, name: str) -> str:
-    """The initializer that a weight is made of."""
+    """The initializer that a weight is made of, and which part of it."""
+    part = ""
     while (node := study.view.producer_of(name)) is not None and node.input:
-        name = max(node.input, key=lambda each: int(np.prod(study.facts.shape(each) or (0,))) if each else -1)
-    return name
+        source = max(node.input, key=lambda each: int(np.prod(study.facts.shape(each) or (0,))) if each else -1)
+        if node.op_type in ("Slice", "Split", "Gather"):
+            operands = [study.facts.value(each) for each in node.input if each != source]
+            numbers = [None if value is None else value.reshape(-1).tolist() for value in operands]
+            part += f" {node.op_type} {list(node.output).index(name)} {numbers}"
+            part += "".join(sorted(str(a) for a in node.attribute))
+        name = source
+    return name + part
 
 
 def _reused(linears: Sequence[Linear], names: Sequence[str]) -> bool:
