@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 import toast_onnx.matching.study as matching_study
 from toast_onnx import pruning
 from toast_onnx.choosing.synthetic import SyntheticStatistics
@@ -152,6 +154,9 @@ def prune(
     seed: int = 0,
     progress: pruning.Progress = lambda _: None,
     refine: pruning.Refine | None = None,
+    samples: Sequence[Mapping[str, np.ndarray]] = (),
+    force_synthetic: bool = False,
+    split_shared: bool = False,
 ) -> Pruned:
     """Prune a model.
 
@@ -165,6 +170,9 @@ def prune(
         seed: of the twin's inputs, of made-up tokens, and of the tokens that selection at run time samples.
         progress: called after every block and after the proof.
         refine: corrects the weights on samples.
+        force_synthetic: without statistics, also prune parts that made-up tokens do not stand for (no norm in front).
+        split_shared: give every place that shares its weights with others a copy of its own.
+        samples: real inputs for the proof to run on besides made-up ones, as lists of name -> array.
 
     Raises:
         ConfigError: the ratios do not fit the model.
@@ -185,6 +193,9 @@ def prune(
         seed=seed,
         progress=progress,
         refine=refine,
+        samples=samples,
+        force_synthetic=force_synthetic,
+        split_shared=split_shared,
     )
     options = {
         "ratios": settings.to_document(),

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from toast_onnx.choosing.blocks import Widths, plan_widths, solve_block
+from toast_onnx.choosing.losses import predicted_errors
+from toast_onnx.choosing.shared import Pooled, Sharing, agreed_widths, find_sharing, sharing_notes
+from toast_onnx.choosing.synthetic import founded_widths
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.finetune.local import LocalResult
+from toast_onnx.importance.remembered import Remembered
 from toast_onnx.importance.statistics import Statistics
-from toast_onnx.matching.study import Shapes, Study, input_shapes
+from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.study import Study
 from toast_onnx.matching.study import study as study_model
 from toast_onnx.model import Model
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.proof.decisions import follow_decisions
+from toast_onnx.proof.inputs import Feeds, as_proven, twin_inputs
 from toast_onnx.proof.twin import TwinResult, compare_with_twin, padded_twin
 from toast_onnx.rewriting.norms import normalize_layer_norms
 from toast_onnx.rewriting.rewrite import rewritten
+from toast_onnx.rewriting.sharing import share_weights
 from toast_onnx.selection.plan import Selection, plan_selections, settled_widths, static_widths
 from toast_onnx.selection.rewrite import Chosen, select_at_run_time
 from toast_onnx.selection.twin import check_scores, masked_twin
@@ -63,6 +70,9 @@ class Pruned:
         normalized: number of spelled-out norms that became LayerNormalization operators.
         merges: where tokens are merged or dropped, empty where they are left alone.
         merging: outcome of the proof of merging, None without merges or when it was not asked for.
+        notes: what a person should know of the proof.
+        errors: block number -> part -> predicted error, relative to what the part gives.
+        unfounded: blocks of which parts were left alone, because made-up tokens do not stand for what they read.
     """
 
     model: Model
@@ -76,6 +86,9 @@ class Pruned:
     normalized: int = 0
     merges: tuple[WrittenMerge, ...] = ()
     merging: MergeProof | None = None
+    notes: tuple[str, ...] = ()
+    errors: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    unfounded: tuple[int, ...] = ()
 
 
 def prune(
@@ -89,6 +102,9 @@ def prune(
     seed: int = 0,
     progress: Progress = lambda _: None,
     refine: Refine | None = None,
+    samples: Sequence[Feeds] = (),
+    force_synthetic: bool = True,
+    split_shared: bool = False,
 ) -> Pruned:
     """Prune a studied model.
 
@@ -102,11 +118,14 @@ def prune(
         seed: seed of the twin's inputs, and of the tokens that selection at run time samples.
         progress: called after every block and after the proof.
         refine: corrects the weights on samples; called for `compensation: local`, which needs it, and `ridge`.
+        force_synthetic: with made-up tokens, also prune parts that they do not stand for, because no norm is in front.
+        split_shared: give every place that shares its weights with others a copy of its own.
+        samples: real inputs that the proof runs on besides made-up ones, and alone where nothing made up fits.
 
     Raises:
         ConfigError: the ratios do not fit the model.
         MatchError: a ratio asks for a part that cannot be pruned.
-        ModelError: weights of a block are NaN or infinite.
+        ModelError: weights of a block are NaN or infinite, or there is nothing that the proof could run on.
         TwinError: the proof failed.
     """
     blocks = study.match.blocks
@@ -126,50 +145,112 @@ def prune(
             "--data, or use one-shot"
         )
     widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
+    widths, unfounded = (widths, ()) if force_synthetic else founded_widths(study, widths, settings, ratios, statistics)
+    sharing = Sharing({}, {}, {}) if split_shared else find_sharing(study)
+    widths = agreed_widths(study, widths, sharing, skip_unprunable)
+    if sharing and isinstance(statistics, Sequential):
+        raise ConfigError(
+            "compensation.statistics: sequential measures block by block, and blocks of this model share weights; use "
+            "one-shot, or --split-shared"
+        )
     selections = plan_selections(study, settings, widths, ratios, seed, skip_unprunable)
     widths = settled_widths(settings, widths, selections)
     if local and selections:
         raise ConfigError(
             "compensation: local trains weights, which mode: runtime chooses anew for every batch; use ridge"
         )
+    feeds, notes = _proof_inputs(study, samples, seed) if check else ([], ())
     weights: dict[int, BlockWeights] = {}
+    errors: dict[int, dict[str, float]] = {}
     for block, whole, setting in zip(blocks, widths, settings, strict=True):
         width = static_widths(whole, setting)
         if width == Widths():
             progress(block.name)
             continue
         found = statistics.behind(block.index, weights) if isinstance(statistics, Sequential) else statistics
-        new = solve_block(study, block, width, setting, ratios, found)
+        found = Remembered(Pooled(found, sharing))
+        new = _solve_once(study, block, width, setting, ratios, found, sharing, weights)
         if new is not None:
             weights[block.index] = new
+            leaders = {sharing.leader(block.index, kind) for kind in ("attention", "ffn")}
+            if block.index in leaders:
+                kind = ratios.compensation.kind
+                errors[block.index] = predicted_errors(study, block, width, setting, kind, found, new)
+            else:  # pooled statistics of the same places once more
+                known = (errors.get(index, {}) for index in sorted(leaders))
+                errors[block.index] = {part: e for each in known for part, e in each.items()}
         progress(block.name)
     trained: tuple[LocalResult, ...] = ()
     # Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.
     if refine is not None and weights and not selections and ratios.compensation.kind in ("local", "ridge"):
-        weights, trained = refine(weights)
+        shared = {*sharing.attention, *sharing.ffn}  # corrected one by one, they would no longer be the same
+        refined, trained = refine(weights)
+        weights = {index: weights[index] if index in shared else new for index, new in refined.items()}
     model = rewritten(study, weights) if weights or selections else study.source
+    if sharing and weights:
+        model = share_weights(model, study.view)
     model, chosen = select_at_run_time(study, model, selections)
     normalized = 0
     if normalize:
         model, normalized = normalize_layer_norms(model, study.counted_shapes)
-    twin = _prove(study, model, weights, chosen, seed) if check else None
+    twin = _prove(study, model, weights, chosen, feeds) if check else None
     merges: tuple[WrittenMerge, ...] = ()
     merging: MergeProof | None = None
     if ratios.tokens.merges:
-        model, merges, merging = _merge(study, model, ratios, check, skip_unprunable, seed)
+        model, merges, merging = _merge(study, model, ratios, feeds, skip_unprunable)
     progress("twin" if check else "no twin")
     source = statistics.source
-    return Pruned(model, weights, widths, settings, twin, source, trained, selections, normalized, merges, merging)
+    return Pruned(
+        model,
+        weights,
+        widths,
+        settings,
+        twin,
+        source,
+        local=trained,
+        selections=selections,
+        normalized=normalized,
+        merges=merges,
+        merging=merging,
+        notes=(*notes, *sharing_notes(sharing)),
+        errors=errors,
+        unfounded=unfounded,
+    )
+
+
+def _solve_once(
+    study: Study,
+    block: Block,
+    width: Widths,
+    setting: BlockRatios,
+    ratios: Ratios,
+    statistics: Statistics,
+    sharing: Sharing,
+    done: Mapping[int, BlockWeights],
+) -> BlockWeights | None:
+    """New weights of a block; those of an earlier one that shares its weights, where there is one."""
+    parts = width
+    attention, ffn = sharing.leader(block.index, "attention"), sharing.leader(block.index, "ffn")
+    if attention != block.index:
+        parts = replace(parts, heads=None, qk=None, vo=None)
+    if ffn != block.index:
+        parts = replace(parts, fc1=None, fc2=None)
+    new = solve_block(study, block, parts, setting, ratios, statistics) or BlockWeights()
+    if attention != block.index and attention in done:
+        new = replace(new, attention=done[attention].attention)
+    if ffn != block.index and ffn in done:
+        new = replace(new, ffn=done[ffn].ffn)
+    return None if new == BlockWeights() else new
 
 
 def _merge(
-    study: Study, model: Model, ratios: Ratios, check: bool, skip_unprunable: bool, seed: int
+    study: Study, model: Model, ratios: Ratios, feeds: Sequence[Feeds], skip_unprunable: bool
 ) -> tuple[Model, tuple[WrittenMerge, ...], MergeProof | None]:
     """Merge the tokens of a model whose widths are done, and prove it."""
     pruned, merged, merges = merge_tokens(study, model, ratios, skip_unprunable)
-    if not check or not merges:
+    if not feeds or not merges:
         return merged, merges, None
-    return merged, merges, prove_merging(pruned, merged, merges, twin_shapes(pruned), seed)
+    return merged, merges, prove_merging(pruned, merged, merges, feeds)
 
 
 def merge_tokens(
@@ -198,23 +279,25 @@ def merge_tokens(
     return pruned, merged, merges
 
 
+def _proof_inputs(study: Study, samples: Sequence[Feeds], seed: int) -> tuple[list[Feeds], tuple[str, ...]]:
+    """What the proof runs on, and what to say of it; found before the work, which would be in vain without."""
+    real = as_proven(study, samples)
+    try:
+        return [*twin_inputs(study, seed), *real], ()
+    except ModelError as e:
+        if not real:
+            raise
+        return real, (f"proven on samples of the data alone: {e}",)
+
+
 def _prove(
-    study: Study, model: Model, weights: dict[int, BlockWeights], chosen: tuple[Chosen, ...], seed: int
+    study: Study, model: Model, weights: dict[int, BlockWeights], chosen: tuple[Chosen, ...], feeds: Sequence[Feeds]
 ) -> TwinResult:
-    shapes = twin_shapes(study)
     twin = padded_twin(study.view, study.facts, study.match.blocks, weights)
     if chosen:
-        check_scores(model, chosen, shapes, seed)
+        check_scores(model, chosen, feeds)
         twin = masked_twin(study, twin, chosen)
     twin, decisions = follow_decisions(twin, model, study.facts)
     changed = {c.selection.block: BlockWeights() for c in chosen} | weights
     kept = [c.kept for c in chosen]
-    return compare_with_twin(study.view, twin, model, study.match.blocks, changed, shapes, seed, kept, decisions)
-
-
-def twin_shapes(study: Study) -> list[Shapes]:
-    """Input shapes for the twin: one and three items where the batch is dynamic, else the fixed shapes."""
-    if not study.dynamic_batch:
-        return [study.counted_shapes]
-    given = study.counted_shapes
-    return [input_shapes(study.view, given, batch, fixed_batch=False) for batch in (1, 3)]
+    return compare_with_twin(study.view, twin, model, study.match.blocks, changed, feeds, kept, decisions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +54,12 @@ def run_session(
     try:
         return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
     except Exception as e:
-        raise _refusal(e) from e
+        raise _refusal(e, "give inputs that fit with --shape or --data") from e
 
 
-def _refusal(error: Exception) -> BackendError:
+def _refusal(error: Exception, advice: str = "export it again") -> BackendError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return BackendError(f"ONNX Runtime cannot run the model: {lines[0]}; export it again")
+    return BackendError(f"ONNX Runtime cannot run the model: {lines[0]}; {advice}")
 
 
 def run_model(
@@ -79,13 +80,54 @@ def run_model(
     return [run_session(session, names, f) for f in feeds]
 
 
-def random_inputs(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
+def batch_sizes(feeds: Sequence[Mapping[str, np.ndarray]]) -> tuple[int, ...]:
+    """Extent of the first axis of the first input that has one, for each set of inputs; 1 without any."""
+    return tuple(next((int(v.shape[0]) for v in each.values() if v.ndim), 1) for each in feeds)
+
+
+def candidate_inputs(
+    proto: onnx.ModelProto,
+    shapes: Mapping[str, Sequence[int]],
+    seed: int,
+    ranges: Mapping[str, tuple[int, int]] | None = None,
+) -> list[dict[str, np.ndarray]]:
+    """Random inputs for every meaning that masks can have, partly masked before wholly open; one where there are none.
+
+    Ones that mean "read this" come first (`attention_mask`), then those that mean "padding" (PyTorch), for each of the
+    masks; then all ones and all zeros in the same way.
+
+    Args:
+        proto: the model.
+        shapes: concrete shape of every input.
+        seed: seed of the generator.
+        ranges: as for `random_inputs`.
+    """
+    drawn = random_inputs(proto, shapes, seed, ranges)
+    masks = [name for name, value in drawn.items() if "mask" in name.lower() or value.dtype.kind == "b"]
+    meanings = list(product((True, False), repeat=len(masks))) if len(masks) <= 3 else [(True,), (False,)]
+    found = [drawn]
+    for meaning in meanings[1:]:
+        flipped = [n for n, reads in zip(masks, cycle(meaning), strict=False) if not reads]
+        found.append(drawn | {n: (1 - drawn[n].astype(np.float32)).astype(drawn[n].dtype) for n in flipped})
+    for meaning in meanings if masks else ():
+        full = zip(masks, cycle(meaning), strict=False)
+        found.append(drawn | {n: np.full_like(drawn[n], reads) for n, reads in full})
+    return found
+
+
+def random_inputs(
+    proto: onnx.ModelProto,
+    shapes: Mapping[str, Sequence[int]],
+    seed: int,
+    ranges: Mapping[str, tuple[int, int]] | None = None,
+) -> dict[str, np.ndarray]:
     """Plausible random inputs: normal floats, small non-negative integers, true masks with padded tails.
 
     Args:
         proto: the model.
         shapes: concrete shape of every input.
         seed: seed of the generator.
+        ranges: smallest and largest number that some inputs may hold, both allowed (`matching.index_ranges`).
     """
     rng = np.random.default_rng(seed)
     feeds = {}
@@ -95,7 +137,11 @@ def random_inputs(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], s
         shape = tuple(shapes[value.name])
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         kind = np.dtype(dtype).kind
-        if "mask" in value.name.lower():
+        if value.name in (ranges or {}):
+            low, high = (ranges or {})[value.name]
+            low = low if low > 0 or high < 0 else 0
+            feeds[value.name] = rng.integers(low, min(high, low + 15) + 1, shape).astype(dtype)
+        elif "mask" in value.name.lower():
             feeds[value.name] = _mask(shape, rng).astype(dtype)
         elif kind == "b":
             feeds[value.name] = rng.random(shape) < 0.9
@@ -109,8 +155,8 @@ def random_inputs(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], s
 
 
 def _mask(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Ones, with the last quarter of every second item of the batch padded."""
+    """Ones, with the last quarter of every second item of the batch padded, or of a single one."""
     mask = np.ones(shape)
     if len(shape) >= 2 and shape[-1] >= 4:
-        mask[1::2, ..., -(shape[-1] // 4) :] = 0
+        mask[1 % shape[0] :: 2, ..., -(shape[-1] // 4) :] = 0
     return mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from toast_onnx_calibration.chain import Link, Spool, chain, cut
 from toast_onnx_calibration.feeds import Batch, batches
 from toast_onnx_calibration.needs import Wanted, everything, passes
 from toast_onnx_calibration.recipe_files import recipe_for
-from toast_onnx_calibration.sessions import ModelInput, model_inputs, model_session, run
+from toast_onnx_calibration.sessions import ModelInput, graph_inputs, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source, open_source
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
 from toast_onnx_calibration.store import Header, StatisticsWriter, per_head, write_statistics
@@ -296,6 +297,22 @@ def _session(
         return model_session(measuring, options.provider, threads=options.threads)
     finally:
         graph.proto.Clear()
+
+
+def first_samples(study: Study, data: str | Path, options: CalibrationOptions) -> list[dict[str, NDArray[Any]]]:
+    """The first few samples, one set of inputs, for a proof to run on.
+
+    Args:
+        study: the model.
+        data: as for `sources.open_source`.
+        options: how to read them.
+
+    Raises:
+        ToastError: its children say what is wrong with the data or an option.
+    """
+    inputs = graph_inputs(study.source)
+    source, _ = open_samples(study.view.model.path, data, inputs, options)
+    return [batch.feeds for batch in islice(batches(source, inputs, 2), 1)]
 
 
 def open_samples(

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
+import onnx.helper
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.files import files_read
 from toast_onnx.finetune.require import require_torch
 from toast_onnx.finetune.settings import Settings
 from toast_onnx.matching.class_token import class_token
-from toast_onnx.matching.study import Study, input_shapes, study
+from toast_onnx.matching.study import Study, study
 from toast_onnx.model import Model, file_hash, load_model, staged_model
+from toast_onnx.proof.inputs import twin_inputs
 from toast_onnx.report.pruning import json_bytes
-from toast_onnx.runtime import random_inputs
 from toast_onnx_calibration.augment import augmentation
 from toast_onnx_calibration.feeds import batch_size
 from toast_onnx_calibration.labels import Labels, open_labels
@@ -235,7 +237,7 @@ def _write(
     from toast_onnx.finetune.report import updated_report
 
     trained = to_onnx(student, model)
-    feeds = [random_inputs(model.proto, shapes, seed) for seed, shapes in enumerate(_proof_shapes(pruned))]
+    feeds = twin_inputs(pruned)
     worst = compare_with_module(trained, student, feeds)
     facts |= {
         "proof": {"worst": worst, "tolerance": TOLERANCE, "batches": [len(next(iter(f.values()))) for f in feeds]}
@@ -246,7 +248,8 @@ def _write(
     if job.torch_export is not None:
         from toast_onnx.finetune.export import torch_export
 
-        torch_export(student, job.torch_export, feeds[-1], opset=model.opset, dynamic_batch=pruned.dynamic_batch)
+        example = {name: array.astype(_numpy_kind(model, name)) for name, array in feeds[-1].items()}
+        torch_export(student, job.torch_export, example, opset=model.opset, dynamic_batch=pruned.dynamic_batch)
         facts["torch_export"] = job.torch_export.name
     with staged_model(trained, job.out, job.report) as staged:
         document = updated_report(job.pruned, staged.draft, outcome, facts)
@@ -256,11 +259,10 @@ def _write(
     return document
 
 
-def _proof_shapes(pruned: Study) -> list[dict[str, tuple[int, ...]]]:
-    """One and three samples where the batch is dynamic, else the fixed shapes."""
-    if not pruned.dynamic_batch:
-        return [pruned.counted_shapes]
-    return [input_shapes(pruned.view, pruned.counted_shapes, batch, fixed_batch=False) for batch in (1, 3)]
+def _numpy_kind(model: Model, name: str) -> np.dtype[Any]:
+    """Element type of a graph's input."""
+    value = next(i for i in model.proto.graph.input if i.name == name)
+    return onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
 
 
 def _save_state(student: Any, path: Path) -> None:

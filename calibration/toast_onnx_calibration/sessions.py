@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
+import onnx.helper
 from numpy.typing import NDArray
 
 from toast_onnx.errors import BackendError, DataError, ModelError
@@ -143,6 +145,25 @@ def model_inputs(session: ort.InferenceSession) -> list[ModelInput]:
         if value.type not in _NUMPY_TYPES:
             raise DataError(f"the model's input '{value.name}' is a {value.type}, which cannot be fed from data files")
         inputs.append(ModelInput(value.name, tuple(value.shape), np.dtype(_NUMPY_TYPES[value.type])))
+    return inputs
+
+
+def graph_inputs(model: Model) -> list[ModelInput]:
+    """The inputs that a graph needs, in its order, read off the graph.
+
+    Raises:
+        DataError: as for `model_inputs`.
+    """
+    weights = {tensor.name for tensor in model.proto.graph.initializer}
+    inputs = []
+    for value in model.proto.graph.input:
+        tensor = value.type.tensor_type
+        if value.name in weights:
+            continue
+        if tensor.elem_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING, onnx.TensorProto.BFLOAT16):
+            raise DataError(f"the model's input '{value.name}' holds no numbers that can be fed from data files")
+        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+        inputs.append(ModelInput(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
     return inputs
 
 

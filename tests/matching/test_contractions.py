@@ -15,7 +15,7 @@ from tests.pruning import UNEVEN, look, prune_file, run, worst
 from toast_onnx.matching.contractions import Equation, equation, spell_contractions
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.study import input_shapes
+from toast_onnx.matching.input_shapes import input_shapes
 from toast_onnx.model import load_model, save_model
 
 CASES = Path(__file__).parents[1] / "cases" / "graphs"

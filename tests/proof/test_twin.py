@@ -21,9 +21,10 @@ from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.proof import twin as room
+from toast_onnx.proof.inputs import twin_inputs
 from toast_onnx.proof.precision import to_float32
 from toast_onnx.proof.twin import TwinResult, compare_with_twin, padded_twin
-from toast_onnx.pruning import Pruned, prune, twin_shapes
+from toast_onnx.pruning import Pruned, prune
 
 Exported = Callable[[zoo.Case], Path]
 
@@ -38,9 +39,7 @@ def pruned_tiny(folder: Path, **bends: Any) -> tuple[Study, Pruned]:
 def compare(dense: Study, pruned: Pruned) -> TwinResult:
     """Run the comparison as `prune` does."""
     twin = padded_twin(dense.view, dense.facts, dense.match.blocks, pruned.weights)
-    return compare_with_twin(
-        dense.view, twin, pruned.model, dense.match.blocks, pruned.weights, twin_shapes(dense), seed=0
-    )
+    return compare_with_twin(dense.view, twin, pruned.model, dense.match.blocks, pruned.weights, twin_inputs(dense))
 
 
 def test_the_twin_of_a_right_rewriting_agrees(tmp_path: Path) -> None:
@@ -118,9 +117,7 @@ def test_a_comparison_of_no_numbers_proves_nothing(tmp_path: Path) -> None:
         tensor = next(t for t in model.proto.graph.initializer if t.name == gain)
         model.arrays[gain] = np.full(tuple(tensor.dims), np.nan, np.float32)
     with pytest.raises(TwinError, match="holds no finite number"):
-        compare_with_twin(
-            dense.view, twin, pruned.model, dense.match.blocks, pruned.weights, twin_shapes(dense), seed=0
-        )
+        compare_with_twin(dense.view, twin, pruned.model, dense.match.blocks, pruned.weights, twin_inputs(dense))
 
 
 def test_a_scale_that_a_half_precision_graph_computes_is_rounded_alike(exported: Exported) -> None:

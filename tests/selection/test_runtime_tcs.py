@@ -21,7 +21,8 @@ from toast_onnx.errors import ConfigError, MatchError, TwinError
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
 from toast_onnx.planning.ratios import parse_ratios
-from toast_onnx.pruning import Pruned, prune, twin_shapes
+from toast_onnx.proof.inputs import twin_inputs
+from toast_onnx.pruning import Pruned, prune
 from toast_onnx.runtime import expose
 from toast_onnx.selection.rewrite import Chosen, select_at_run_time
 from toast_onnx.selection.twin import check_scores
@@ -253,14 +254,14 @@ def test_a_wrong_choice_is_seen(exported: Exported) -> None:
     """The lowest scores in place of the highest."""
     dense, pruned = prune_at_run_time(exported(zoo.Case("timm-deit")), ratios(), check=False)
     chosen = _chosen(dense, pruned)
-    check_scores(pruned.model, chosen, twin_shapes(dense), 0)
+    check_scores(pruned.model, chosen, twin_inputs(dense))
 
     def lowest(node: onnx.NodeProto, _: Pruned) -> None:
         node.attribute.append(onnx.helper.make_attribute("largest", 0))
 
     _bend(pruned, "TopK", lowest)
     with pytest.raises(TwinError, match="keeps a channel of fc1"):
-        check_scores(pruned.model, chosen, twin_shapes(dense), 0)
+        check_scores(pruned.model, chosen, twin_inputs(dense))
 
 
 def test_a_wrong_weight_row_is_seen(exported: Exported) -> None:
@@ -276,9 +277,7 @@ def test_a_wrong_weight_row_is_seen(exported: Exported) -> None:
     twin = masked_twin(dense, padded_twin(dense.view, dense.facts, blocks, {}), chosen)
     changed = {s.block: BlockWeights() for s in pruned.selections}
     with pytest.raises(TwinError, match="first at block 1"):
-        compare_with_twin(
-            dense.view, twin, pruned.model, blocks, changed, twin_shapes(dense), 0, [c.kept for c in chosen]
-        )
+        compare_with_twin(dense.view, twin, pruned.model, blocks, changed, twin_inputs(dense), [c.kept for c in chosen])
 
 
 @pytest.mark.parametrize(

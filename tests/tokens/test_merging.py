@@ -20,7 +20,7 @@ from toast_onnx.matching.study import study
 from toast_onnx.model import Model, save_model
 from toast_onnx.planning.macs import graph_macs
 from toast_onnx.planning.ratios import parse_ratios
-from toast_onnx.pruning import twin_shapes
+from toast_onnx.proof.inputs import twin_inputs
 from toast_onnx.tokens import nodes
 from toast_onnx.tokens.metrics import METRICS
 from toast_onnx.tokens.points import study_tokens
@@ -84,7 +84,7 @@ def test_merged_families_agree_with_their_twin(family: str, exporter: str, expor
     sequence = merges[0].sequence
     assert (sequence.count, sequence.front, sequence.back) == (count, special, 0)
     assert any(m.matched is None for m in merges) == unread
-    proof = prove_merging(dense, merged, merges, twin_shapes(dense))
+    proof = prove_merging(dense, merged, merges, twin_inputs(dense))
     assert proof.worst < 1e-5
     assert proof.choices > 0
     assert proof.batches == (1, 3)
@@ -96,14 +96,14 @@ def test_merged_families_agree_with_their_twin(family: str, exporter: str, expor
 def test_optimized_graphs_merge(after: str, exported: Exported, tmp_path: Path) -> None:
     path = exported(zoo.Case("timm-deit-distilled", after=after))
     dense, merged, merges = merge_file(path, 3, tmp_path / "merged.onnx")
-    assert prove_merging(dense, merged, merges, twin_shapes(dense)).worst < 1e-5
+    assert prove_merging(dense, merged, merges, twin_inputs(dense)).worst < 1e-5
 
 
 @pytest.mark.parametrize("metric", [pytest.param(m, marks=() if m == "tokens" else pytest.mark.slow) for m in METRICS])
 def test_every_metric_chooses_what_the_twin_finds_best(metric: str, exported: Exported, tmp_path: Path) -> None:
     dense, merged, merges = merge_file(exported(zoo.Case("timm-deit")), 3, tmp_path / "merged.onnx", metric)
     assert {m.features.metric.name for m in merges if m.features is not None} == {metric}
-    assert prove_merging(dense, merged, merges, twin_shapes(dense)).furthest < 1e-6
+    assert prove_merging(dense, merged, merges, twin_inputs(dense)).furthest < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_a_wrong_graph_does_not_pass(
     fault(monkeypatch)
     dense, merged, merges = merge_file(exported(zoo.Case(family)), 4, tmp_path / "wrong.onnx", "keys-by-head")
     with pytest.raises(TwinError):
-        prove_merging(dense, merged, merges, twin_shapes(dense))
+        prove_merging(dense, merged, merges, twin_inputs(dense))
 
 
 def test_a_mean_that_forgets_sizes_does_not_pass(
@@ -282,7 +282,7 @@ def test_a_mean_that_forgets_sizes_does_not_pass(
     monkeypatch.setattr(rewrite._Sequence, "_weighted", lambda self, i, node: None)
     dense, merged, merges = merge_file(exported(zoo.Case("timm-mae-finetuned")), 4, tmp_path / "wrong.onnx")
     with pytest.raises(TwinError, match="output"):
-        prove_merging(dense, merged, merges, twin_shapes(dense))
+        prove_merging(dense, merged, merges, twin_inputs(dense))
 
 
 def test_choices_that_lose_a_token_are_refused(exported: Exported, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper
 
 from tests.tokens.odd_graphs import Encoder
 from toast_onnx.engines.precision import convert_precision
-from toast_onnx.errors import TwinError
+from toast_onnx.errors import ModelError, TwinError
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, save_model
-from toast_onnx.pruning import twin_shapes
+from toast_onnx.proof.inputs import twin_inputs
 from toast_onnx.tokens import nodes, rewrite
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx.tokens.rewrite import WrittenMerge, write_merging
@@ -29,7 +29,7 @@ def merged(dense: Study, metric: str = "auto") -> tuple[Model, tuple[WrittenMerg
 
 def proven(dense: Study, metric: str = "auto") -> float:
     model, merges = merged(dense, metric)
-    return prove_merging(dense, model, merges, twin_shapes(dense)).worst
+    return prove_merging(dense, model, merges, twin_inputs(dense)).worst
 
 
 def reasons(dense: Study) -> list[str | None]:
@@ -40,8 +40,13 @@ def test_numbers_that_are_none_prove_nothing(tmp_path: Path) -> None:
     """The root of a negative input is NaN in both graphs, whatever they compute."""
     graph = Encoder()
     x = graph.block(graph.block(graph.sequence(graph.add("Sqrt", "x"))))
+    dense = graph.study(graph.mean(x), tmp_path)
+    model, merges = merged(dense)
+    feeds = {"x": np.full(dense.counted_shapes["x"], -1, np.float32)}
     with pytest.raises(TwinError, match="no finite number"):
-        proven(graph.study(graph.mean(x), tmp_path))
+        prove_merging(dense, model, merges, [feeds])
+    with pytest.raises(ModelError, match="no finite number on made-up inputs"):
+        twin_inputs(dense)
 
 
 def test_tokens_read_inside_a_body_are_declined(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from toast_onnx.choosing.blocks import Widths
 from toast_onnx.choosing.kept_heads import ranked_heads
 from toast_onnx.importance.ffn import scaled_rows
 from toast_onnx.importance.loss_curves import by_head, readout_losses, tail_energies
@@ -29,6 +30,7 @@ from toast_onnx.planning.width_costs import Part
 from toast_onnx.rewriting.attention import head_weights
 from toast_onnx.solving.compensations import compensation as compensation_named
 from toast_onnx.solving.qk import unit_trace
+from toast_onnx.solving.weights import BlockWeights
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -67,6 +69,67 @@ def loss_curves(
         if "fc2" in parts:
             found["fc2"] = _fc2(study, block, block.ffn, settings, kind, statistics)
     return found
+
+
+def predicted_errors(
+    study: Study,
+    block: Block,
+    widths: Widths,
+    settings: BlockRatios,
+    compensation: str,
+    statistics: Statistics,
+    new: BlockWeights,
+) -> dict[str, float]:
+    """The error that each smaller part is predicted to make, relative to its output: 1 where nothing is left of it.
+
+    The output is the branch's for vo, heads and fc2, the scores for qk, and fc1's own for fc1. Parts chosen by
+    their weights alone have no prediction.
+
+    Args:
+        study: the model.
+        block: one of its blocks.
+        widths: what is kept of each part.
+        settings: selection and scores.
+        compensation: none, bias, ridge or local (which starts from ridge).
+        statistics: those that the new weights follow from.
+        new: the new weights.
+    """
+    compensated = compensation_named(compensation).needs_moments
+    parts: list[Part] = []
+    if attention_score(settings.score).needs == "moments" or compensated:
+        counts = {"heads": widths.heads, "qk": widths.qk, "vo": widths.vo}
+        parts = [part for part, kept in counts.items() if kept is not None]  # type: ignore[misc]
+    found: dict[str, float] = {}
+    for part, curve in loss_curves(study, block, parts, settings, compensation, statistics).items():
+        found[part] = _share(curve[getattr(widths, part)], curve[0])
+    if (
+        block.ffn is not None
+        and new.ffn is not None
+        and (ffn_score(settings.ffn_score).needs == "moments" or compensated)
+    ):
+        kind = compensation_named(compensation).solved
+        if new.ffn.units is not None and new.ffn.fc2 is not None:
+            w = weights(study.view, study.facts, block.ffn.fc2)
+            spread = _spread(statistics.hidden(block.index), kind)
+            found["fc2"] = _readout_error(spread, w, new.ffn.units, new.ffn.fc2[0])
+        if new.ffn.inputs is not None and new.ffn.entries is not None:
+            w = np.concatenate([weights(study.view, study.facts, e) for e in block.ffn.entries], axis=1)
+            spread = _spread(statistics.inputs(block.index), kind)
+            found["fc1"] = _readout_error(spread, w, new.ffn.inputs, np.concatenate([e[0] for e in new.ffn.entries], 1))
+    return found
+
+
+def _readout_error(spread: Array, w: NDArray[Any], kept: Indices, new: NDArray[Any]) -> float:
+    """Relative error of x W (n, m) by new rows (kept, m) for some channels, with second moments (n, n) of x."""
+    old = np.asarray(w, np.float64)
+    lost = old.copy()
+    lost[kept] -= np.asarray(new, np.float64)
+    return _share(float((lost * (spread @ lost)).sum()), float((old * (spread @ old)).sum()))
+
+
+def _share(lost: float, whole: float) -> float:
+    """Square root of the energy that is lost over all of it."""
+    return float(np.sqrt(max(lost, 0.0) / whole)) if whole > 0 else 0.0
 
 
 def _qk(study: Study, a: Attention, settings: BlockRatios, kind: str, measured: AttentionStatistics) -> Array:

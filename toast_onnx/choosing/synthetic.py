@@ -6,14 +6,17 @@ real ones. Attention statistics follow in closed form; hidden activations come f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 import onnx
 
+from toast_onnx.choosing.blocks import Widths
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.importance.moments import Moments, merge
+from toast_onnx.importance.scores import attention_score, ffn_score
 from toast_onnx.importance.synthetic import (
     AttentionStatistics,
     attention_from_weights,
@@ -24,10 +27,13 @@ from toast_onnx.matching.blocks import Block, Branch
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.norms import Norm, norm_before
 from toast_onnx.matching.piece import cut_piece
+from toast_onnx.matching.probe import MOVEMENT, PASSING
 from toast_onnx.matching.study import Study
 from toast_onnx.model import scratch_folder
+from toast_onnx.planning.ratios import BlockRatios, Ratios
 from toast_onnx.rewriting.attention import head_weights
 from toast_onnx.runtime import open_session, run_session
+from toast_onnx.solving.compensations import compensation
 
 #: Synthetic tokens for every hidden unit; enough for a well-conditioned Gram matrix.
 TOKENS_PER_UNIT = 8
@@ -145,6 +151,79 @@ class SyntheticStatistics:
         if not all(np.isfinite(a.astype(np.float64)).all() for a in arrays):
             path, name = self._study.view.model.path, self._block(block).name
             raise ModelError(f"{path}: block {block} ({name}) has NaN or infinite weights; export the model again")
+
+
+def founded_widths(
+    study: Study,
+    widths: Sequence[Widths],
+    settings: Sequence[BlockRatios],
+    ratios: Ratios,
+    statistics: object,
+) -> tuple[tuple[Widths, ...], tuple[int, ...]]:
+    """Kept counts without the parts that synthetic tokens would be asked for and do not stand for.
+
+    Args:
+        study: the model.
+        widths: kept counts of every block.
+        settings: settings of every block.
+        ratios: what all blocks share.
+        statistics: what the new weights will follow from; measured ones leave everything as it is.
+
+    Returns:
+        The counts, and the blocks of which something is left alone.
+    """
+    if not isinstance(statistics, SyntheticStatistics):
+        return tuple(widths), ()
+    compensated = compensation(ratios.compensation.kind).needs_moments
+    found: list[Widths] = []
+    left: list[int] = []
+    for block, width, setting in zip(study.match.blocks, widths, settings, strict=True):
+        read: tuple[str, ...] = ()
+        if attention_score(setting.score).needs == "moments" or compensated:
+            read += ("heads", "qk", "vo")
+        if setting.mode == "static" and (ffn_score(setting.ffn_score).needs == "moments" or compensated):
+            read += ("fc1", "fc2")
+        asked = [part for part in read if getattr(width, part) is not None]
+        alone = dict.fromkeys((part for part in asked if not founded(study, block, part)), None)
+        found.append(replace(width, **alone))
+        left += [block.index] if alone else []
+    return tuple(found), tuple(left)
+
+
+def founded(study: Study, block: Block, part: str) -> bool:
+    """Whether synthetic tokens stand for real ones in a part of a block: all its layers read what a norm made.
+
+    A sum in which a norm's output is an addend counts (positions that are added; norms behind the branches, as in Swin
+    V2), and so does what no input reaches (a learned query).
+
+    Args:
+        study: the model.
+        block: one of its blocks.
+        part: heads, qk, vo, fc1 or fc2.
+    """
+    read: list[Linear] = []
+    if part in ("fc1", "fc2"):
+        read = [] if block.ffn is None else list(block.ffn.entries)
+    elif block.attention is not None:
+        a = block.attention
+        read = [b.linear for b in {"qk": (a.q, a.k), "vo": (a.v,)}.get(part, (a.q, a.k, a.v)) if b is not None]
+    return all(_rests_on_norm(study, each) for each in read)
+
+
+def _rests_on_norm(study: Study, linear: Linear) -> bool:
+    view, facts, channels = study.view, study.facts, linear.in_features
+    if norm_before(view, facts, linear.input, channels).found:
+        return True
+    name = linear.input
+    while (node := view.producer_of(name)) is not None and (node.op_type in MOVEMENT or node.op_type in PASSING):
+        name = node.input[0]
+    if facts.is_constant(name):
+        return True
+    return (
+        node is not None
+        and node.op_type == "Add"
+        and any(norm_before(view, facts, each, channels).found for each in node.input)
+    )
 
 
 def _chunks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -15,7 +15,7 @@ import onnx.helper
 from toast_onnx.edit import GraphEdit
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.study import input_shapes
+from toast_onnx.matching.input_shapes import input_shapes
 from toast_onnx.model import Model
 
 #: Scores of masked keys, by element type, where those of float32 do not fit.

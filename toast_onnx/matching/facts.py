@@ -217,17 +217,37 @@ class Facts:
                 ir_version=self.view.model.proto.ir_version,
             )
         except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as e:
-            reason = str(e).strip().splitlines()[-1]
-            raise ModelError(
-                f"{self.view.model.path}: the input shapes do not fit the graph at node "
-                f"'{node.name or node.output[0]}' ({node.op_type}): {reason}; give the shapes with --shape"
-            ) from e
+            raise self._misfit(node, str(e).strip().splitlines()[-1]) from e
         except onnx.defs.SchemaError:
             return unknown
         if not schema.has_type_and_shape_inference_function:
             # GreaterOrEqual of opset 12 and the like: only their bodies tell
             inferred = _infer_function(node, types, list(self.view.model.proto.opset_import))
-        return [_type_shape(inferred.get(name)) for name in node.output]
+        results = [_type_shape(inferred.get(name)) for name in node.output]
+        if (reason := _overlooked(node, facts, results[0][0])) is not None:
+            raise self._misfit(node, reason)
+        return results
+
+    def _misfit(self, node: onnx.NodeProto, reason: str) -> ModelError:
+        return ModelError(
+            f"{self.view.model.path}: the input shapes do not fit the graph at node "
+            f"'{node.name or node.output[0]}' ({node.op_type}): {reason}; give the shapes with --shape"
+        )
+
+
+def _overlooked(node: onnx.NodeProto, facts: Sequence[Fact], made: tuple[int, ...] | None) -> str | None:
+    """What is wrong with a node's shapes that inference does not see; None where nothing is."""
+    given = facts[0].shape if facts else None
+    if given is None or made is None:
+        return None
+    if node.op_type == "Reshape" and _volume(made) != _volume(given):
+        return f"{list(given)} does not fill {list(made)}"
+    if node.op_type == "Conv" and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET" and facts[1].shape is not None:
+        kernel = facts[1].shape[2:]
+        pads = np.asarray(attribute(node, "pads", [0] * 2 * len(kernel))).reshape(2, -1).sum(axis=0)
+        if any(have + pad < size for have, pad, size in zip(given[2:], pads, kernel, strict=True)):
+            return f"{list(given[2:])} is smaller than the kernel {list(kernel)}"
+    return None
 
 
 _RANDOM = frozenset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import onnx.helper
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
@@ -24,7 +25,7 @@ class Linear:
         in_features: number of input channels.
         out_features: number of output channels.
         channel_axis: axis of the channels in x and y: -1, or 1 for a convolution.
-        quantized: whether the weight is dequantized on the way.
+        quantized: whether the weight is stored in fewer bits than it computes with.
     """
 
     node: int
@@ -102,7 +103,7 @@ def _linear_at(view: GraphView, facts: Facts, i: int) -> Linear | None:
         if found is not None:
             add, b = found
             output = view.nodes[add].output[0]
-    return Linear(i, add, x, output, w, b, fan_in, fan_out, axis, _is_quantized(view, w))
+    return Linear(i, add, x, output, w, b, fan_in, fan_out, axis, _is_quantized(view, facts, w))
 
 
 def _bias_add(view: GraphView, facts: Facts, tensor: str, width: int) -> tuple[int, str] | None:
@@ -131,10 +132,17 @@ def _is_pointwise(node: object) -> bool:
     return all(s == 1 for s in strides) and all(p == 0 for p in pads)  # type: ignore[attr-defined]
 
 
-def _is_quantized(view: GraphView, weight: str) -> bool:
-    node = view.producer_of(weight)
-    while node is not None and node.input:
+def _is_quantized(view: GraphView, facts: Facts, weight: str) -> bool:
+    """Whether a weight is stored in fewer bits than it computes with: dequantized, or cast up on the way."""
+    name, computed = weight, _bits(facts, weight)
+    while (node := view.producer_of(name)) is not None and node.input:
         if node.op_type == "DequantizeLinear":
             return True
-        node = view.producer_of(node.input[0])
-    return False
+        name = max(node.input, key=lambda each: int(np.prod(facts.shape(each) or (0,))) if each else -1)
+    return _bits(facts, name) < computed
+
+
+def _bits(facts: Facts, name: str) -> int:
+    """Bits of one element of a tensor."""
+    kind = facts.elem_type(name)
+    return 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize if kind else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
@@ -42,6 +43,8 @@ def norm_before(view: GraphView, facts: Facts, tensor: str, channels: int) -> No
             name = node.input[0]
         elif op in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"):
             return _norm(facts, node.input[1], node.input[2] if len(node.input) > 2 else "", gain, shift)
+        elif op in ("BatchNormalization", "InstanceNormalization"):
+            return _norm(facts, node.input[1], node.input[2], gain, shift)
         elif op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"):
             beta = node.input[3] if op == "SkipLayerNormalization" and len(node.input) > 3 else ""
             return _norm(facts, node.input[2], beta, gain, shift)
@@ -53,8 +56,16 @@ def norm_before(view: GraphView, facts: Facts, tensor: str, channels: int) -> No
                 gain = gain * vector[0]
             name = vector[1]
         else:
-            return Norm(gain, shift, op == "Div")
+            return Norm(gain, shift, _normalizes(view, node))
     return Norm(np.ones(channels), np.zeros(channels), False)
+
+
+def _normalizes(view: GraphView, node: onnx.NodeProto) -> bool:
+    """Whether a node brings tokens to one size: it divides them, or multiplies them by the inverse of a root."""
+    if node.op_type == "Mul":
+        makers = (view.producer_of(name) for name in node.input)
+        return any(maker is not None and maker.op_type in ("Reciprocal", "Div", "Pow") for maker in makers)
+    return node.op_type in ("Div", "LpNormalization", "GroupNormalization")
 
 
 def _norm(facts: Facts, gain: str, bias: str, outer: np.ndarray, shift: np.ndarray) -> Norm:
@@ -64,11 +75,12 @@ def _norm(facts: Facts, gain: str, bias: str, outer: np.ndarray, shift: np.ndarr
 
 
 def _vector(facts: Facts, inputs: object, channels: int) -> tuple[np.ndarray, str] | None:
-    """(values, other input) when one of two inputs is a constant with one value a channel."""
+    """(values, other input) when one of two inputs is a constant with one value a channel, images' included."""
     names = list(inputs)  # type: ignore[call-overload]
     for k in (0, 1):
         shape = facts.shape(names[k])
-        if facts.is_constant(names[k]) and shape and shape[-1] == channels == int(np.prod(shape)):
+        along = shape is not None and channels in (shape[-1:] + shape[-3:-2])
+        if facts.is_constant(names[k]) and shape and along and channels == int(np.prod(shape)):
             return facts.array(names[k]).astype(np.float64).reshape(-1), names[1 - k]
     return None
 

@@ -13,11 +13,10 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.find import find_blocks
 from toast_onnx.matching.fused import SpelledOut, spell_out
 from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.input_shapes import Shapes, counted_shapes, input_shapes
 from toast_onnx.matching.split_bias import join_split_biases
 from toast_onnx.model import Model
 from toast_onnx.wellformed import blame_model
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Study:
         match: the blocks.
         source: the model as it came.
         spelled_out: the nodes that are spelled out in `view`.
+        notes: what a person should know of the shapes that were taken.
     """
 
     view: GraphView
@@ -45,6 +45,7 @@ class Study:
     match: Match
     source: Model
     spelled_out: tuple[SpelledOut, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Study:
@@ -63,20 +64,20 @@ def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Stu
 
 def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     view = GraphView(join_split_biases(model))
-    counted_shapes = input_shapes(view, given, 1)
-    counted = Facts(view, counted_shapes)
+    shapes, counted, usual, note = counted_shapes(view, given)
+    named, given = bool(given), given if usual else shapes
     contracted = spell_contractions(view, counted)
     if contracted is not view.model:
         view = GraphView(contracted)
-        counted = Facts(view, counted_shapes)
+        counted = Facts(view, shapes)
     turned = turn_products(view, counted)
     if turned is not view.model:
         view = GraphView(turned)
-        counted = Facts(view, counted_shapes)
+        counted = Facts(view, shapes)
     plain, spelled = spell_out(view, counted)
     if spelled:
         view = GraphView(plain)
-        counted = Facts(view, counted_shapes)
+        counted = Facts(view, shapes)
     dynamic_batch = input_shapes(view, {}, 2) != input_shapes(view, {}, 3)
     if dynamic_batch:
         try:
@@ -84,13 +85,17 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
         except ModelError:
             # The graph declares a dynamic batch but holds a fixed one inside.
             dynamic_batch, facts = False, counted
+            if note is None and not named:
+                size = next(extents[0] for extents in shapes.values() if extents)
+                note = f"the batch is declared symbolic, but the graph holds {size} inside: taken as fixed"
     else:
         facts = counted
     other = _other_facts(view, given, facts, dynamic_batch)
     facts.trust(other)
     other.trust(facts)
     match = find_blocks(view, facts, other)
-    return Study(view, facts, other, counted, counted_shapes, dynamic_batch, match, model, spelled)
+    notes = () if note is None else (note,)
+    return Study(view, facts, other, counted, shapes, dynamic_batch, match, model, spelled, notes)
 
 
 def _other_facts(view: GraphView, given: Mapping[str, Sequence[int]], facts: Facts, dynamic_batch: bool) -> Facts:
@@ -103,56 +108,3 @@ def _other_facts(view: GraphView, given: Mapping[str, Sequence[int]], facts: Fac
         except ModelError:
             continue
     return facts
-
-
-def input_shapes(
-    view: GraphView, given: Mapping[str, Sequence[int]], batch: int, *, fixed_batch: bool = True, shift: int = 0
-) -> Shapes:
-    """Concrete shapes of all inputs: what the graph declares, `given` where it is symbolic, defaults elsewhere.
-
-    Defaults for symbolic axes: the first is `batch`; further ones of an image-like (rank 4) input 224, others 16. Axes
-    that share a symbolic name get the same size.
-
-    Args:
-        view: the graph.
-        given: shapes by input name.
-        batch: size of symbolic first axes.
-        fixed_batch: whether `given` decides the first axis, too.
-        shift: added to every further symbolic axis.
-
-    Raises:
-        ModelError: `given` names no input, has another rank, or contradicts a fixed axis.
-    """
-    inputs = {
-        i.name: i.type.tensor_type.shape.dim for i in view.model.proto.graph.input if i.name not in view.initializers
-    }
-    named: dict[str, int] = {}
-    for name, sizes in given.items():
-        _check_given(inputs, name, sizes)
-        named.update({d.dim_param: s for d, s in zip(inputs[name], sizes, strict=True) if d.dim_param})
-    shapes: Shapes = {}
-    for name, dims in inputs.items():
-        sizes_out = []
-        for axis, dim in enumerate(dims):
-            if dim.HasField("dim_value"):
-                sizes_out.append(dim.dim_value)
-            elif axis == 0 and not (fixed_batch and (name in given or dim.dim_param in named)):
-                sizes_out.append(batch)
-            else:
-                size = given[name][axis] if name in given else named.get(dim.dim_param, 224 if len(dims) == 4 else 16)
-                sizes_out.append(size + (shift if axis else 0))
-        shapes[name] = tuple(sizes_out)
-    return shapes
-
-
-def _check_given(inputs: Mapping[str, Sequence[object]], name: str, sizes: Sequence[int]) -> None:
-    if name not in inputs:
-        raise ModelError(f"--shape names the input '{name}', but the model's inputs are: {', '.join(inputs)}")
-    dims = inputs[name]
-    if len(sizes) != len(dims):
-        raise ModelError(f"--shape gives {len(sizes)} axes for '{name}', which has {len(dims)}")
-    for dim, size in zip(dims, sizes, strict=True):
-        if dim.HasField("dim_value") and dim.dim_value != size:  # type: ignore[attr-defined]
-            raise ModelError(
-                f"--shape gives {size} for an axis of '{name}' that the model fixes at {dim.dim_value}"  # type: ignore[attr-defined]
-            )

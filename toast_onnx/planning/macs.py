@@ -102,8 +102,9 @@ def attention_linears(attention: Attention) -> list[Linear]:
 
 
 def graph_params(view: GraphView) -> int:
-    """Floating-point weights of a graph: initializers and Constant nodes, single numbers left out."""
-    total = sum(n for t in view.initializers.values() if t.data_type in FLOATS and (n := prod(t.dims)) > 1)
+    """Weights of a graph, floating-point or of one byte: initializers and Constant nodes, single numbers left out."""
+    kinds = FLOATS | {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    total = sum(n for t in view.initializers.values() if t.data_type in kinds and (n := prod(t.dims)) > 1)
     for node in view.nodes:
         for a in node.attribute:
             if node.op_type == "Constant" and a.name == "value" and a.t.data_type in FLOATS:

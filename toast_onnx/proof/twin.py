@@ -23,7 +23,7 @@ from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.proof.decisions import Decision
 from toast_onnx.proof.precision import to_float32
-from toast_onnx.runtime import random_inputs, run_model
+from toast_onnx.runtime import batch_sizes, run_model
 from toast_onnx.solving.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights
 
 #: Largest allowed difference, as a fraction of the compared tensor's largest magnitude.
@@ -194,8 +194,7 @@ def compare_with_twin(
     pruned: Model,
     blocks: Sequence[Block],
     new: Mapping[int, BlockWeights],
-    shapes: Sequence[Mapping[str, Sequence[int]]],
-    seed: int = 0,
+    feeds: Sequence[Mapping[str, np.ndarray]],
     chosen: Sequence[str] = (),
     decisions: Sequence[Decision] = (),
 ) -> TwinResult:
@@ -207,8 +206,7 @@ def compare_with_twin(
         pruned: the rewritten graph.
         blocks: the matched blocks.
         new: block number -> new weights.
-        shapes: input shapes to compare at.
-        seed: seed of the random inputs.
+        feeds: inputs to compare on.
         chosen: tensors that the pruned graph makes and the twin takes as inputs: what it selects at run time.
         decisions: choices of the original graph that the twin takes over; their scores are compared, too.
 
@@ -218,7 +216,6 @@ def compare_with_twin(
     watched = _watched(view, blocks, new, decisions)
     pruned = _rounded_alike(pruned, twin)
     draft = to_float32(twin)  # inputs of half precision are float32 in it, too
-    feeds = [random_inputs(draft.proto, s, seed + k) for k, s in enumerate(shapes)]
     with scratch_folder("toast-twin-") as folder:
         padded = write_draft(draft, folder, "twin.onnx")
         del draft
@@ -227,7 +224,7 @@ def compare_with_twin(
         given = {name: name for name in chosen} | {d.made: d.given for d in decisions}
         actual = run_model(smaller, [*watched, *given], feeds)
         theirs = [
-            each | {name: made[tensor] for tensor, name in given.items()}
+            {**each} | {name: made[tensor] for tensor, name in given.items()}
             for each, made in zip(feeds, actual, strict=True)
         ]
         expected = run_model(padded, list(watched), theirs)
@@ -238,7 +235,7 @@ def compare_with_twin(
             where = f"block {d.block} ({blocks[d.block].name})" if d.block is not None else f"the tensor '{d.tensor}'"
             if np.isnan(d.relative):
                 raise TwinError(
-                    f"{where} holds no finite number on random inputs, dense as well as pruned, so nothing is proven; "
+                    f"{where} holds no finite number on any input, dense as well as pruned, so nothing is proven; "
                     "give shapes that fit with --shape, or skip the proof with --no-check"
                 )
             raise TwinError(
@@ -246,8 +243,7 @@ def compare_with_twin(
                 f"(allowed {TOLERANCE:.0e}); nothing was written. With few samples the new weights can be so large "
                 "that rounding shows: give more, or `compensation: {ridge: 1e-3}`; otherwise please report the model"
             )
-    batches = tuple(next((int(each[0]) for each in s.values() if each), 1) for s in shapes)
-    return TwinResult(batches, TOLERANCE, max(worst.values(), default=0.0), differences)
+    return TwinResult(batch_sizes(feeds), TOLERANCE, max(worst.values(), default=0.0), differences)
 
 
 def _watched(

@@ -27,7 +27,8 @@ def inspection(study: Study) -> dict[str, Any]:
     """Blocks, widths, MACs and parameters of a model, what is prunable and why not.
 
     Returns:
-        `{"model", "opset", "producer", "inputs", "macs", "params", "blocks": [...], "declined": [...]}`; MACs are for
+        `{"model", "opset", "producer", "inputs", "macs", "params", "blocks": [...], "declined": [...],
+        "notes": [...]}`; MACs are for
         the shapes under "inputs".
     """
     proto = study.view.model.proto
@@ -41,6 +42,7 @@ def inspection(study: Study) -> dict[str, Any]:
         "params": graph_params(study.view),
         "blocks": [_block(study, b, p, tokens) for b, p in zip(study.match.blocks, tokens.points, strict=True)],
         "declined": [{"node": node, "reason": reason} for node, reason in study.match.declined.items()],
+        "notes": list(study.notes),
     }
 
 
@@ -103,6 +105,7 @@ def inspection_table(document: dict[str, Any]) -> Table:
         *(f"not prunable: {why} (block {', '.join(where)})" for why, where in _reasons(document["blocks"]).items()),
         *(f"tokens not mergeable: {why} (block {', '.join(where)})" for why, where in _unmergeable(document).items()),
         *(f"declined: {entry['node']}: {entry['reason']}" for entry in document["declined"]),
+        *(f"note: {each}" for each in document["notes"]),
     ]
     return Table(
         f"{document['model']}  opset {document['opset']}  {document['producer']}".rstrip(),

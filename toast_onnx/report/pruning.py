@@ -56,6 +56,8 @@ def pruning_report(pruned: Pruned, dense: Study, out: Path, options: dict[str, A
         "declined": [{"node": node, "reason": reason} for node, reason in dense.match.declined.items()],
         "statistics": pruned.statistics,
         "twin": None if pruned.twin is None else pruned.twin.to_document(),
+        "notes": [*dense.notes, *pruned.notes],
+        "no_norm_in_front": list(pruned.unfounded),
         "tokens": _merging(pruned),
         "options": options,
         "versions": {
@@ -169,6 +171,7 @@ def _block(pruned: Pruned, dense: Study, block: Block, after: Study, smaller: Bl
         "after": None if smaller is None else _sizes(after, smaller),
         "kept": _kept(block, weights) | {s.part: _selected(s) for s in pruned.selections if s.block == block.index},
         "notes": _notes(block, weights, settings.select),
+        "predicted_errors": dict(pruned.errors.get(block.index, {})),
     }
 
 

@@ -17,8 +17,9 @@ from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.input_shapes import input_shapes
 from toast_onnx.matching.linear import Linear, bias, find_linears, weights
-from toast_onnx.matching.study import Study, input_shapes
+from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
 from toast_onnx.selection.nodes import (
     write_choice,

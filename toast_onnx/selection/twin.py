@@ -17,10 +17,10 @@ import onnx.helper
 
 from toast_onnx.errors import TwinError
 from toast_onnx.importance.activation import attended_magnitude, token_channel_scores
-from toast_onnx.matching.study import Shapes, Study
+from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.proof.precision import to_float32
-from toast_onnx.runtime import random_inputs, run_model
+from toast_onnx.runtime import run_model
 from toast_onnx.selection.plan import Selection
 from toast_onnx.selection.rewrite import Chosen, Target, move_stream, open_target
 
@@ -82,21 +82,19 @@ def _one_hot_mask(target: Target, at: int, each: Chosen, dtype: int) -> str:
     return edit.emit(at, "ReduceSum", [rows, axes], edit.fresh(f"{name}/mask"), f"{name}/ReduceSum", keepdims=0)
 
 
-def check_scores(pruned: Model, chosen: Sequence[Chosen], shapes: Sequence[Shapes], seed: int) -> None:
+def check_scores(pruned: Model, chosen: Sequence[Chosen], feeds: Sequence[Mapping[str, np.ndarray]]) -> None:
     """Prove that the channels a graph chooses are those with the highest scores.
 
     Args:
         pruned: the graph.
         chosen: its selections.
-        shapes: input shapes to run it at.
-        seed: of the random inputs.
+        feeds: inputs to run it on.
 
     Raises:
         TwinError: a dropped channel scores higher than a kept one.
     """
     names = {n for c in chosen for n in (c.kept, c.scored, c.selection.probabilities) if n is not None}
     draft = to_float32(pruned)
-    feeds = [random_inputs(draft.proto, s, seed + k) for k, s in enumerate(shapes)]
     with scratch_folder("toast-twin-") as folder:
         path = write_draft(draft, folder, "model.onnx")
         found = run_model(path, sorted(names), feeds)

@@ -25,7 +25,7 @@ from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.proof.precision import to_float32
 from toast_onnx.proof.twin import TOLERANCE, Difference, relative_difference
-from toast_onnx.runtime import random_inputs, run_model
+from toast_onnx.runtime import batch_sizes, run_model
 from toast_onnx.tokens.metrics import read_features, read_weights
 from toast_onnx.tokens.nodes import EQUAL, Merge
 from toast_onnx.tokens.rewrite import WrittenMerge
@@ -99,8 +99,7 @@ def prove_merging(
     study: Study,
     merged: Model,
     merges: Sequence[WrittenMerge],
-    shapes: Sequence[Mapping[str, Sequence[int]]],
-    seed: int = 0,
+    inputs: Sequence[Arrays],
 ) -> MergeProof:
     """Run the merged graph and its twin on the same inputs and compare.
 
@@ -108,8 +107,7 @@ def prove_merging(
         study: of the unmerged graph.
         merged: the merged graph.
         merges: what was written into it.
-        shapes: input shapes to compare at.
-        seed: seed of the random inputs.
+        inputs: what to compare on.
 
     Raises:
         TwinError: a tensor or a choice differs by more than rounding.
@@ -125,12 +123,11 @@ def prove_merging(
     furthest, choices = 0.0, 0
     with scratch_folder("toast-merge-") as folder:
         small, wide = write_draft(merged, folder, "merged.onnx"), write_draft(twin, folder, "twin.onnx")
-        for k, shape in enumerate(shapes):
-            feeds = random_inputs(merged.proto, shape, seed + k)
+        for feeds in inputs:
             (made,) = run_model(small, list(dict.fromkeys(asked)), [feeds])
             groups = compose(merges, made)
             matrices = {name: averaging(groups[t].after).astype(kinds[name]) for t, name in given.items()}
-            (theirs,) = run_model(wide, list(dict.fromkeys([*watched, *compared])), [feeds | matrices])
+            (theirs,) = run_model(wide, list(dict.fromkeys([*watched, *compared])), [{**feeds, **matrices}])
             for merge in merges:
                 if merge.features is not None:
                     furthest = _larger(furthest, _furthest(merge, made, theirs, groups[merge.tensor].before))
@@ -142,8 +139,7 @@ def prove_merging(
     blocks = {m.tensor: m.block for m in merges}
     differences = tuple(Difference(name, blocks.get(name), value) for name, value in worst.items())
     _check(differences, furthest)
-    batches = tuple(next((int(each[0]) for each in s.values() if each), 1) for s in shapes)
-    return MergeProof(batches, TOLERANCE, max(worst.values(), default=0.0), choices, furthest, differences)
+    return MergeProof(batch_sizes(inputs), TOLERANCE, max(worst.values(), default=0.0), choices, furthest, differences)
 
 
 def _larger(one: float, other: float) -> float:
@@ -155,8 +151,8 @@ def _check(differences: Sequence[Difference], furthest: float) -> None:
     for d in differences:
         if np.isnan(d.relative):
             raise TwinError(
-                f"the tensor '{d.tensor}' holds no finite number on random inputs, so nothing is proven of the merged "
-                "tokens; give shapes that fit with --shape, or skip the proof with --no-check"
+                f"the tensor '{d.tensor}' holds no finite number on any input, so nothing is proven of "
+                "the merged tokens; give shapes that fit with --shape, or skip the proof with --no-check"
             )
         if not d.relative <= TOLERANCE:
             where = f"the output '{d.tensor}'" if d.block is None else f"the tokens of block {d.block}"
