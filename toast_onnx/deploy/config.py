@@ -12,11 +12,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.planning.settings import Section, explain, invalid, names_code
 from toast_onnx.planning.strict_yaml import read_document
+from toast_onnx.providers import PROVIDERS
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -41,6 +42,13 @@ def _capabilities(value: object) -> object:
 def _as_text(value: object) -> object:
     """One batch size is a number, a range is text."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _provider(value: str) -> str:
+    """One of the providers that every command knows."""
+    if value not in PROVIDERS:
+        raise invalid(f"is {value!r}. Allowed: {', '.join(PROVIDERS)}")
+    return value
 
 
 Number = Annotated[float, BeforeValidator(_number), Field(gt=0)]
@@ -137,7 +145,7 @@ class Bench(StepSettings):
     batch: Annotated[tuple[Count, ...], BeforeValidator(_several), Field(min_length=1)] = (1,)
     rounds: Count | None = None
     threads: Count | None = None
-    provider: Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"] = "cpu"
+    provider: Annotated[str, AfterValidator(_provider)] = "cpu"
     duration: Number | None = None
     blocks: bool = False
 
