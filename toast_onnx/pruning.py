@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from toast_onnx.choosing.blocks import Widths, plan_widths, solve_block
+from toast_onnx.engines.even_heads import Evened, even_heads
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.importance.statistics import Statistics
@@ -160,6 +161,25 @@ def prune(
     progress("twin" if check else "no twin")
     source = statistics.source
     return Pruned(model, weights, widths, settings, twin, source, trained, selections, normalized, merges, merging)
+
+
+def even_out(study: Study, pruned: Pruned, *, check: bool = True, seed: int = 0) -> tuple[Pruned, Evened]:
+    """Pad the attentions of a pruned model that have two widths, for kernels that have one head size.
+
+    Args:
+        study: the dense model.
+        pruned: the result of `prune`.
+        check: prove that every output stays as it was.
+        seed: seed of the inputs it is proven on.
+
+    Raises:
+        TwinError: the proof failed.
+    """
+    evened = even_heads(pruned.model, study.counted_shapes)
+    if evened.padded and check:
+        before = Model(pruned.model.proto, pruned.model.path, dict(pruned.model.arrays))
+        compare_with_twin(study.view, before, evened.model, study.match.blocks, {}, twin_shapes(study), seed)
+    return replace(pruned, model=evened.model), evened
 
 
 def _merge(

@@ -13,13 +13,14 @@ import click
 
 from toast_onnx.choosing.blocks import heads_rounded_away
 from toast_onnx.choosing.synthetic import SyntheticStatistics
+from toast_onnx.engines.even_heads import Evened
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import links_out, load_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
-from toast_onnx.pruning import Pruned, Refine, prune
+from toast_onnx.pruning import Pruned, Refine, even_out, prune
 from toast_onnx.report.pruning import save_with_report
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx.wellformed import blame_model
@@ -44,6 +45,13 @@ if TYPE_CHECKING:
 @calibration_options
 @click.option("--skip-unprunable", is_flag=True, help="Leave parts alone that cannot be pruned, instead of stopping.")
 @click.option("--normalize", is_flag=True, help="Write norms that are spelled out as LayerNormalization (opset >= 17).")
+@click.option(
+    "--target",
+    type=click.Choice(["any", "tensorrt"]),
+    default="any",
+    show_default=True,
+    help="tensorrt keeps every attention at one head size, for fused kernels.",
+)
 @click.option("--no-links", is_flag=True, help="Refuse a model whose files are links out of its folder.")
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
@@ -58,6 +66,7 @@ def command(
     statistics: Path | None,
     skip_unprunable: bool,
     normalize: bool,
+    target: str,
     no_links: bool,
     no_check: bool,
     seed: int | None,
@@ -80,6 +89,8 @@ def command(
         {"-o": out, "-o (its weights)": out.with_name(f"{out.name}.data"), "--report": report},
     )
     settings = read_ratios(ratios)
+    if target == "tensorrt" and not settings.given("attention.tie"):
+        settings = settings.model_copy(update={"attention": settings.attention.model_copy(update={"tie": True})})
     dense = study(load_model(model), shapes)
     links = links_out(model)
     if links and no_links:
@@ -104,6 +115,9 @@ def command(
                 progress=lambda note: advance(1, note),
                 refine=refinement(dense, settings, samples, calibration, advance),
             )
+        if target == "tensorrt":
+            pruned, evened = even_out(dense, pruned, check=not no_check, seed=seed)
+            _show_notes(even_notes(evened))
         if normalize:
             click.echo(f"Note: {pruned.normalized} spelled-out norms became LayerNormalization", err=True)
         _show_notes(head_notes(dense, pruned))
@@ -117,6 +131,7 @@ def command(
         "check": not no_check,
         "skip_unprunable": skip_unprunable,
         "normalize": normalize,
+        "target": target,
     }
     document = save_with_report(pruned, dense, source, options, out, report, check=not no_check, links=links)
     if as_json:
@@ -238,6 +253,19 @@ def head_notes(dense: Study, pruned: Pruned) -> list[str]:
     return [
         f"attention.heads rounds to no head in block {where}; of {most} heads, more than {0.5 / most:.3g} drops one"
     ]
+
+
+def even_notes(evened: Evened) -> list[str]:
+    """What to say of attentions that had two head sizes, and of those that still have."""
+    notes = []
+    if evened.padded:
+        notes.append(
+            f"{len(evened.padded)} attentions with different widths in Q/K and V were padded with zeros to one: MACs "
+            f"{format_count(evened.macs[0])} -> {format_count(evened.macs[1])}"
+        )
+    if evened.left:
+        notes.append(f"{len(evened.left)} attentions keep different widths in Q/K and V: no fused kernel takes them")
+    return notes
 
 
 def _show_notes(notes: Sequence[str]) -> None:

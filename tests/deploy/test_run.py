@@ -28,7 +28,7 @@ WHOLE = {
     "bench": {"runtime": ["onnxruntime", "trtexec"], "batch": [1, 8]},
     "check": {},
 }
-ORDER = ["prune", "convert", "convert-dense", "build", "build-dense", "compare", "bench-onnxruntime"]
+ORDER = ["prune", "convert", "convert-dense", "build-dense", "build", "compare", "bench-onnxruntime"]
 GPU_STEPS = ["bench-trtexec", "check"]
 
 
@@ -134,7 +134,7 @@ def test_only_what_depends_on_a_change_runs_again(source: Path) -> None:
     write(source, WHOLE | {"bench": {**WHOLE["bench"], "rounds": 7}})  # type: ignore[dict-item]
     assert go(source, player)[0] == ["bench-onnxruntime"]
     write(source, WHOLE | {"bench": {**WHOLE["bench"], "rounds": 7}, "build": {"batch": 4}})  # type: ignore[dict-item]
-    assert go(source, player)[0] == ["build", "build-dense"]
+    assert go(source, player)[0] == ["build-dense", "build"]
     (folder / "samples" / "1.png").write_bytes(b"another")
     assert go(source, player)[0] == ["prune", "compare"]  # the player writes the same pruned model again
     (folder / "ratios.yaml").write_text("version: 1\nffn: {fc2: 0.9}\n")

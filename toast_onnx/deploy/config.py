@@ -78,6 +78,7 @@ class Prune(StepSettings):
         samples: How many samples to draw.
         seed: Of drawn samples and made-up tokens.
         skip_unprunable: Leave parts alone that cannot be pruned.
+        target: `tensorrt` keeps every attention at one head size.
     """
 
     required = ("ratios",)
@@ -88,6 +89,7 @@ class Prune(StepSettings):
     samples: Count | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     skip_unprunable: bool = False
+    target: Literal["any", "tensorrt"] | None = None
 
 
 class Build(StepSettings):
@@ -106,6 +108,7 @@ class Build(StepSettings):
     timing_cache: Text | None = None
     hardware_compatible: bool = False
     version_compatible: bool = False
+    uneven_heads: Literal["auto", "pad", "write-out"] | None = None
     baseline: bool = True
 
 

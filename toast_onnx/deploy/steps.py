@@ -134,7 +134,8 @@ def _prune(config: Deployment, files: Files, recipe: str | None, folder: Path) -
         return []
     report = str(PurePosixPath(files.pruned).with_suffix(".json"))
     words = ["prune", files.dense, "--ratios", prune.ratios, "-o", files.pruned, "--report", report, "--json"]
-    words += _options(prune, "data", "statistics", "samples", "seed", "skip_unprunable") + _preprocess(recipe)
+    words += _options(prune, "data", "statistics", "samples", "seed", "skip_unprunable", "target")
+    words += _preprocess(recipe)
     ratios = folder / prune.ratios
     inside = load_ratios(ratios).calibration.data if os.path.isfile(ratios) else None
     inputs = _some((files.dense, prune.ratios, prune.data, inside, prune.statistics, recipe))
@@ -173,23 +174,26 @@ def _build(config: Deployment, files: Files) -> list[Step]:
     options = ["--format", build.format, "--precision", config.precision]
     if build.format == "engine":
         options += _options(build, "backend", "batch", "workspace", "optimization_level", "timing_cache")
-        options += _options(build, "hardware_compatible", "version_compatible")
+        options += _options(build, "hardware_compatible", "version_compatible", "uneven_heads")
         if build.compute_capability:
             options += ["--compute-capability", ",".join(build.compute_capability)]
-    pairs = [("build", files.ships, files.engine)]
-    if _wants_baseline(config) and build.format == "engine":
-        pairs.append(("build-dense", files.baseline, files.dense_engine))
     engine = build.format == "engine"
+    beside = _wants_baseline(config) and engine
+    # The dense one first: the pruned one's fused attentions are held against its own.
+    known = ["--baseline", files.dense_engine] if beside else []
+    jobs: list[tuple[str, str, str, list[str]]] = [("build", files.ships, files.engine, known)]
+    if beside:
+        jobs.insert(0, ("build-dense", files.baseline, files.dense_engine, []))
     return [
         Step(
             name,
-            ("build", model, *options, "-o", target, "--json"),
-            (model,),
+            ("build", model, *options, *more, "-o", target, "--json"),
+            _some((model, f"{files.dense_engine}.json" if more else None)),
             (target, f"{target}.json"),
             packages=_TENSORRT if engine else _RUNTIME,
             needs="builder" if engine else None,
         )
-        for name, model, target in pairs
+        for name, model, target, more in jobs
     ]
 
 
