@@ -288,3 +288,22 @@ def test_a_missing_model_is_told_before_anything_runs(source: Path) -> None:
     (source.parent / "m.onnx").unlink()
     with pytest.raises(ConfigError, match=r"m\.onnx does not exist; paths are relative"):
         go(source, Player())
+
+
+def test_a_quantized_model_is_what_ships(source: Path) -> None:
+    document = {**WHOLE, "precision": "fp32", "quantize": {"data": "samples", "samples": 32}}
+    steps = {s.name: s for s in plan_steps(load_deployment(write(source, document)), source)}
+    small = "out/m.pruned.int8.onnx"
+    assert list(steps)[:2] == ["prune", "quantize"]
+    assert steps["quantize"].outputs == (small,)
+    assert steps["quantize"].arguments[:2] == ("quantize", "out/m.pruned.onnx")
+    assert "--dense" in steps["quantize"].arguments
+    assert steps["build"].inputs[0] == small
+    assert steps["build"].outputs[0] == "out/m.pruned.int8.engine"
+    assert steps["compare"].arguments[:3] == ("compare", "m.onnx", small)
+    assert "convert" not in steps
+
+
+def test_half_precision_and_quantization_exclude_each_other(source: Path) -> None:
+    with pytest.raises(ConfigError, match="has precision: fp16 with quantize"):
+        load_deployment(write(source, {**WHOLE, "quantize": {"data": "samples"}}))

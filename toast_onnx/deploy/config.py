@@ -20,6 +20,8 @@ from toast_onnx.planning.strict_yaml import read_document
 from toast_onnx.providers import PROVIDERS
 
 Text = Annotated[str, Field(min_length=1)]
+#: The sections that ask for steps.
+STEPS = ("prune", "quantize", "build", "compare", "eval", "bench", "check")
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -90,6 +92,19 @@ class Prune(StepSettings):
     seed: Annotated[int, Field(ge=0)] | None = None
     skip_unprunable: bool = False
     target: Literal["any", "tensorrt"] | None = None
+
+
+class Quantize(StepSettings):
+    """Puts the linear layers of what was pruned into 8 bits; see `toast-onnx quantize` for the keys."""
+
+    required = ("data",)
+
+    data: Text = ""
+    to: Literal["int8", "fp8"] = "int8"
+    method: Literal["percentile", "entropy", "minmax"] | None = None
+    samples: Count | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    ends: bool = False
 
 
 class Build(StepSettings):
@@ -179,6 +194,7 @@ class Deployment(Section):
     precision: Literal["fp32", "tf32", "fp16", "bf16"] = "fp32"
     preprocess: Text | None = None
     prune: Prune | None = None
+    quantize: Quantize | None = None
     build: Build | None = None
     compare: Compare | None = None
     eval: Eval | None = None
@@ -194,13 +210,15 @@ class Deployment(Section):
             raise invalid("has bench.runtime: trtexec, which needs an engine; add `build: {}`, or use onnxruntime")
         if self.build is not None and self.build.format == "ort" and self.precision not in ("fp32", "fp16"):
             raise invalid(f"has precision: {self.precision} with build.format: ort, which takes fp32 or fp16")
+        if self.quantize is not None and self.precision in ("fp16", "bf16"):
+            raise invalid(f"has precision: {self.precision} with quantize, which works on float32; leave precision out")
         if self.prune is not None and self.prune.data is not None and self.prune.statistics is not None:
             raise invalid("has prune.data and prune.statistics; keep one")
         for name in ("model", "output"):
             if (getattr(self, name) or "").startswith("-"):
                 raise invalid("starts with -, like an option; write ./ in front of it", suffix=f"{name}")
-        if all(getattr(self, name) is None for name in ("prune", "build", "compare", "eval", "bench", "check")):
-            raise invalid("asks for no step; add one of prune, build, compare, eval, bench, check")
+        if all(getattr(self, name) is None for name in STEPS):
+            raise invalid(f"asks for no step; add one of {', '.join(STEPS)}")
         return self
 
 
@@ -208,7 +226,7 @@ def _code_named(config: Deployment) -> str | None:
     """The first key whose value is Python code, None where there is none."""
     if config.eval is not None and config.eval.metric is not None:  # never anything else
         return "eval.metric"
-    for name in ("prune", "compare", "eval", "check"):
+    for name in ("prune", "quantize", "compare", "eval", "check"):
         data = getattr(getattr(config, name), "data", None)
         if data is not None and names_code(data):
             return f"{name}.data"

@@ -49,7 +49,7 @@ class Files:
     Attributes:
         dense: the model as it came.
         pruned: the pruned model in float32; the dense one where nothing is pruned.
-        ships: what the engine is built from: `pruned`, or its 16-bit copy.
+        ships: what the engine is built from: `pruned`, or its quantized or 16-bit copy.
         baseline: the dense model in the precision of what ships.
         engine: the engine, or ONNX Runtime's optimized model.
         dense_engine: the same of the dense model.
@@ -75,13 +75,15 @@ def name_files(config: Deployment, folder: str) -> Files:
     short = f"{stem}.pruned" if config.prune is not None else stem
     pruned = str(out / f"{short}.onnx") if config.prune is not None else config.model
     converts = config.precision in ("fp16", "bf16")
+    quantized = None if config.quantize is None else f"{short}.{config.quantize.to}"
+    ships = str(out / f"{short}.{config.precision}.onnx") if converts else pruned
     ending = config.build.format if config.build is not None else "engine"
     return Files(
         dense=config.model,
         pruned=pruned,
-        ships=str(out / f"{short}.{config.precision}.onnx") if converts else pruned,
+        ships=ships if quantized is None else str(out / f"{quantized}.onnx"),
         baseline=str(out / f"{stem}.{config.precision}.onnx") if converts else config.model,
-        engine=str(out / f"{short}.{config.precision}.{ending}"),
+        engine=str(out / f"{quantized or f'{short}.{config.precision}'}.{ending}"),
         dense_engine=str(out / f"{stem}.{config.precision}.{ending}"),
     )
 
@@ -98,7 +100,8 @@ def plan_steps(config: Deployment, source: Path) -> list[Step]:
     """
     files = name_files(config, output_folder(config, source))
     recipe = config.preprocess or _recipe_beside(config.model, source.parent)
-    steps = _prune(config, files, recipe, source.parent) + _convert(config, files) + _build(config, files)
+    steps = _prune(config, files, recipe, source.parent) + _quantize(config, files, recipe)
+    steps += _convert(config, files) + _build(config, files)
     return steps + _measure(config, files, recipe) + _bench(config, files) + _check(config, files, recipe)
 
 
@@ -143,7 +146,21 @@ def _prune(config: Deployment, files: Files, recipe: str | None, folder: Path) -
     return [Step("prune", tuple(words), inputs, (files.pruned, report), keep=keep)]
 
 
+def _quantize(config: Deployment, files: Files, recipe: str | None) -> list[Step]:
+    quantize = config.quantize
+    if quantize is None:
+        return []
+    words = ["quantize", files.pruned, "-o", files.ships]
+    words += _options(quantize, "data", "to", "method", "samples", "seed", "ends") + _preprocess(recipe)
+    if files.pruned != files.dense:
+        words += ["--dense", files.dense]
+    inputs = _some((files.pruned, files.dense, quantize.data, recipe))
+    return [Step("quantize", (*words, "--json"), inputs, (files.ships,))]
+
+
 def _convert(config: Deployment, files: Files) -> list[Step]:
+    if config.quantize is not None:
+        return []
     pairs = [("convert", files.pruned, files.ships)]
     if _wants_baseline(config) and files.baseline != files.ships:
         pairs.append(("convert-dense", files.dense, files.baseline))
