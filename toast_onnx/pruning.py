@@ -10,6 +10,7 @@ from toast_onnx.choosing.blocks import Widths, plan_widths, solve_block
 from toast_onnx.choosing.losses import predicted_errors
 from toast_onnx.choosing.shared import Pooled, Sharing, agreed_widths, find_sharing, sharing_notes
 from toast_onnx.choosing.synthetic import founded_widths
+from toast_onnx.engines.even_heads import Evened, even_heads
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.importance.remembered import Remembered
@@ -241,6 +242,25 @@ def _solve_once(
     if ffn != block.index and ffn in done:
         new = replace(new, ffn=done[ffn].ffn)
     return None if new == BlockWeights() else new
+
+
+def even_out(study: Study, pruned: Pruned, *, check: bool = True, seed: int = 0) -> tuple[Pruned, Evened]:
+    """Pad the attentions of a pruned model that have two widths, for kernels that have one head size.
+
+    Args:
+        study: the dense model.
+        pruned: the result of `prune`.
+        check: prove that every output stays as it was.
+        seed: seed of the inputs it is proven on.
+
+    Raises:
+        TwinError: the proof failed.
+    """
+    evened = even_heads(pruned.model, study.counted_shapes)
+    if evened.padded and check:
+        before = Model(pruned.model.proto, pruned.model.path, dict(pruned.model.arrays))
+        compare_with_twin(study.view, before, evened.model, study.match.blocks, {}, twin_inputs(study, seed))
+    return replace(pruned, model=evened.model), evened
 
 
 def _merge(

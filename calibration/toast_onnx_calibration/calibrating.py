@@ -49,7 +49,7 @@ class CalibrationOptions:
         seed: of the draw of samples and of tokens.
         tokens: fraction of the tokens that goes into context, hidden and input moments.
         class_weight: of the class token, where the output is shown to read nothing else.
-        provider: `cpu`, `cuda` or `tensorrt`.
+        provider: a key of `toast_onnx.providers.PROVIDERS`.
         batch: samples a run, where the model leaves it free.
         threads: of ONNX Runtime and of image decoding; None is one a core.
         budget: memory for the statistics of one pass, in bytes.

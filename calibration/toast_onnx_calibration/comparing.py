@@ -134,7 +134,7 @@ def compare(
         preprocess: as for `recipe_files.recipe_for`.
         samples: how many to draw by `seed`; None takes all.
         seed: of that draw.
-        provider: `cpu`, `cuda` or `tensorrt`.
+        provider: a key of `toast_onnx.providers.PROVIDERS`.
         batch: samples a run, and the batch that latency is measured at, where the models leave it free.
         threads: of ONNX Runtime and of image decoding.
         rounds: timed rounds; 0 measures no latency.

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError, DataError, ToastError
+from toast_onnx.providers import one_line
 from toast_onnx_calibration.accuracy import Accuracy, label_ranks
 from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.recipe_files import recipe_for
-from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, one_line, run
+from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, run
 from toast_onnx_calibration.sources import Source, load_callable, open_source
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def evaluate(
         metric: As for `measure`.
         preprocess: As for `recipe_files.recipe_for`.
         output: Which output holds the class scores; None takes the first 2-D float one.
-        provider: `cpu`, `cuda` or `tensorrt`.
+        provider: a key of `toast_onnx.providers.PROVIDERS`.
         batch: Samples a run, where the model leaves it free.
         samples: How many samples to draw by `seed`; None takes all.
         seed: For that draw.

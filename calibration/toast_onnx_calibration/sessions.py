@@ -15,18 +15,11 @@ from numpy.typing import NDArray
 from toast_onnx.errors import BackendError, DataError, ModelError
 from toast_onnx.external import follow_links
 from toast_onnx.model import Model, scratch_folder, write_draft
+from toast_onnx.providers import known_provider, one_line, open_on
 from toast_onnx_calibration.recipes import Dim
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-PROVIDERS: dict[str, str] = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-# The later ones take the nodes that the asked-for one cannot run.
-_CHAINS = {"cpu": ("cpu",), "cuda": ("cuda", "cpu"), "tensorrt": ("tensorrt", "cuda", "cpu")}
 
 _NUMPY_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -66,24 +59,20 @@ def make_session(
 
     Args:
         model: An ONNX file, or a serialized model (kept in memory as long as the session).
-        provider: `cpu`, `cuda` or `tensorrt`.
+        provider: A key of `toast_onnx.providers.PROVIDERS`.
         threads: Threads inside one operator; None leaves it to `OMP_NUM_THREADS`, or is one a core.
         optimize: Whether ONNX Runtime may fuse and fold; without it the nodes run as they are written.
         external_data: Folder of the external data of a serialized model.
         memory_arena: Whether the CPU keeps freed buffers for reuse: faster, but the largest peak stays allocated.
 
     Raises:
+        ConfigError: An unknown provider.
         BackendError: ONNX Runtime cannot use the provider.
         ModelError: The model cannot be loaded.
     """
-    from toast_onnx.ort import ort, quiet, session_options
+    known_provider(provider)
+    from toast_onnx.ort import ort, session_options
 
-    if provider not in PROVIDERS:
-        raise BackendError(f"unknown provider '{provider}': choose {', '.join(PROVIDERS)}")
-    available = ort.get_available_providers()
-    wanted = PROVIDERS[provider]
-    if wanted not in available:
-        raise BackendError(f"this ONNX Runtime lacks {wanted}, it has {', '.join(available)}: install one with it")
     name = "the model" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelError(f"{name}: no such file")
@@ -94,23 +83,7 @@ def make_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if external_data is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_data))
-    chain = [PROVIDERS[p] for p in _CHAINS[provider] if PROVIDERS[p] in available]
-    # A build for GPUs lists providers whose driver or libraries this machine lacks, and then runs on the CPU: it only
-    # logs why. Its constructor would also retry on its own and print that to stdout, hence `enable_fallback`.
-    unusable = (
-        f"ONNX Runtime could not start {wanted} (no such device, or its libraries are missing; its log at level DEBUG "
-        "says which): install the driver and the libraries, or choose another provider"
-    )
-    with quiet():
-        try:
-            source = model if isinstance(model, bytes) else str(model)
-            session = ort.InferenceSession(source, options, providers=chain, enable_fallback=0)
-        except Exception as error:  # its exceptions share no base class
-            if provider != "cpu" and ("TensorRT libraries" in str(error) or "CUDA failure" in str(error)):
-                raise BackendError(unusable) from error
-            raise ModelError(f"{name}: ONNX Runtime cannot load it: {one_line(error)}") from error
-    if wanted not in session.get_providers():
-        raise BackendError(unusable)
+    session: ort.InferenceSession = open_on(model if isinstance(model, bytes) else str(model), provider, options)
     return session
 
 
@@ -181,9 +154,3 @@ def run(
     except Exception as error:  # its exceptions share no base class
         shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feeds.items())
         raise BackendError(f"ONNX Runtime failed on {shapes}: {one_line(error)}") from error
-
-
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An exception's message on one line, shortened."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit] + " ..."

@@ -17,10 +17,11 @@ from PIL import Image
 
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.planning.settings import names_code
+from toast_onnx.providers import one_line
 from toast_onnx_calibration.images import ReadReport, choose, find_images, read_images
 from toast_onnx_calibration.npy import check_npy, read_npz_arrays, refused
 from toast_onnx_calibration.recipes import Recipe, adapt
-from toast_onnx_calibration.sessions import ModelInput, one_line
+from toast_onnx_calibration.sessions import ModelInput
 
 Arrays = dict[str, NDArray[Any]]
 LABELS_KEY = "labels"

@@ -25,8 +25,8 @@ from toast_onnx.files import drafts, place, regular_file
 from toast_onnx.importance.moments import Moments
 from toast_onnx.model import file_hash
 from toast_onnx.planning.strict_json import parse_json
+from toast_onnx.providers import one_line
 from toast_onnx_calibration.npy import Claim, members_of, read_claim, read_member
-from toast_onnx_calibration.sessions import one_line
 from toast_onnx_calibration.store_checks import form_problem, value_problem
 
 VERSION = 1

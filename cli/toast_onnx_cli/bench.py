@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from toast_onnx.errors import BackendError
+from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.links import links_option
@@ -36,9 +37,7 @@ def sizes(text: str) -> tuple[int, ...]:
     "--warmup", type=click.IntRange(0), help="Untimed rounds (onnxruntime, 5) or milliseconds (trtexec, 200)."
 )
 @click.option("--shapes", multiple=True, metavar="NAME:AxBxC", help="Full shape of an input with more open dimensions.")
-@click.option(
-    "--provider", type=click.Choice(["cpu", "cuda", "tensorrt", "tensorrt-rtx"]), default="cpu", show_default=True
-)
+@click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads inside one operator (onnxruntime).")
 @click.option("--trtexec", "trtexec_path", help="Path of trtexec; PATH and NVIDIA's usual places otherwise.")
 @click.option(

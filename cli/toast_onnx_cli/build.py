@@ -55,6 +55,18 @@ def size(text: str) -> int:
 @click.option("--hardware-compatible", is_flag=True, help="One engine for Ampere and everything newer (tensorrt).")
 @click.option("--version-compatible", is_flag=True, help="An engine that later releases load (tensorrt).")
 @click.option("--ort-level", type=click.Choice(["basic", "extended", "all"]), default="extended", show_default=True)
+@click.option(
+    "--uneven-heads",
+    type=click.Choice(["auto", "pad", "write-out"]),
+    default="auto",
+    show_default=True,
+    help="Attention with more dimensions in Q/K than in V, or fewer: pad with zeros, or build from parts.",
+)
+@click.option(
+    "--baseline",
+    type=click.Path(path_type=Path),
+    help="The dense model's engine; warns where pruning unfused.",
+)
 @click.option("--verbose", is_flag=True, help="Show all that TensorRT logs.")
 @links_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -76,6 +88,8 @@ def command(
     hardware_compatible: bool,
     version_compatible: bool,
     ort_level: str,
+    uneven_heads: str,
+    baseline: Path | None,
     verbose: bool,
     as_json: bool,
 ) -> None:
@@ -107,6 +121,8 @@ def command(
             min_shapes=engines.parse_shapes(min_shapes),
             opt_shapes=engines.parse_shapes(opt_shapes),
             max_shapes=engines.parse_shapes(max_shapes),
+            uneven_heads=uneven_heads,
+            baseline=baseline,
             options=engines.EngineOptions(
                 workspace=workspace,
                 optimization_level=optimization_level,
@@ -165,6 +181,9 @@ def _rows(record: dict[str, Any]) -> list[list[str]]:
     ]
     for name, shapes in record.get("profile", {}).items():
         rows.append([f"input {name}", " .. ".join("x".join(map(str, shapes[kind])) for kind in ("min", "opt", "max"))])
+    attention = record.get("attention")
+    if attention is not None and attention["fused"] is not None:
+        rows.append(["attention", f"{attention['fused']} of {attention['found']} in one fused kernel"])
     if record.get("compute_capabilities"):
         rows.append(["compute capabilities", ", ".join(f"SM{c}" for c in record["compute_capabilities"])])
     return rows

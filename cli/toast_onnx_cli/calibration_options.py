@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from toast_onnx.planning.ratios import Ratios
+from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.console import Advance, progress
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
@@ -46,7 +47,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=FiniteRange(0, min_open=True),
             help="Weight of the class token where the output reads nothing else; 20 by default.",
         ),
-        click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True),
+        click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True),
         click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run."),
         click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding."),
         click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toast_onnx.files import files_read
+from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.calibration_options import DATA_HELP, sample_progress
 from toast_onnx_cli.console import print_json, show_table
 from toast_onnx_cli.links import links_option
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @max_pixels_option
 @click.option("--samples", type=click.IntRange(1), help="Draw so many samples instead of taking all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
+@click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run, where it is free.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
 @click.option("--rounds", type=click.IntRange(0), default=20, show_default=True, help="Timed runs; 0 for no latency.")

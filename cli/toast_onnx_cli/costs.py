@@ -11,6 +11,7 @@ from toast_onnx.model import load_model
 from toast_onnx.planning.cost_table import CostTable, write_table
 from toast_onnx.planning.schema import Align
 from toast_onnx.planning.width_costs import PARTS
+from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.links import links_option
@@ -32,7 +33,7 @@ from toast_onnx_cli.shapes import shape_option
 @click.option("--align-width", type=click.IntRange(1), default=8, show_default=True, help="Step of FFN widths.")
 @click.option("--widths", type=click.IntRange(2), default=24, show_default=True, help="Widths a part at most.")
 @click.option("--rounds", type=click.IntRange(1), help="Timed rounds; 15 for onnxruntime, 3 for trtexec.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
+@click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads inside one operator (onnxruntime).")
 @click.option("--trtexec", "trtexec_path", help="Path of trtexec; PATH and NVIDIA's usual places otherwise.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default MODEL.costs.json.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toast_onnx.files import files_read
+from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.console import Advance, print_json, print_table, progress
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.pixels import max_pixels_option
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--preprocess", help="Recipe: imagenet, imagenet-inception, clip, dinov2, mae, none, or a file.")
 @max_pixels_option
 @click.option("--output", help="Name of the output with the class scores; the first 2-D one by default.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
+@click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run, where it is free.")
 @click.option("--samples", type=click.IntRange(1), help="Draw so many samples instead of taking all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")

@@ -26,6 +26,7 @@ SUBCOMMANDS: dict[str, str] = {
     "plan": "Find the ratios that fit a budget and hurt the output least.",
     "costs": "Time a model at every width, for plans with a latency budget.",
     "prune": "Remove dimensions and channels from a model, as a ratios file says.",
+    "quantize": "Put a model's linear layers into 8 bits, and show what that costs.",
     "compare": "Hold a pruned model against its dense original: agreement, drift, cost, latency.",
     "finetune": "Train a pruned model to imitate the dense one; same graph, better weights.",
     "eval": "Measure a model's accuracy on labelled images.",

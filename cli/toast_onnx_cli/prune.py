@@ -14,13 +14,14 @@ import numpy as np
 
 from toast_onnx.choosing.blocks import heads_rounded_away
 from toast_onnx.choosing.synthetic import SyntheticStatistics
+from toast_onnx.engines.even_heads import Evened
 from toast_onnx.errors import ConfigError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
-from toast_onnx.pruning import Pruned, Refine, prune
+from toast_onnx.pruning import Pruned, Refine, even_out, prune
 from toast_onnx.report.pruning import save_with_report
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx.wellformed import blame_model
@@ -53,6 +54,13 @@ LARGE_ERROR = 0.35
 @links_option
 @click.option("--force-synthetic", is_flag=True, help="Without data, also prune blocks with no norm in front.")
 @click.option("--split-shared", is_flag=True, help="Give places that share weights a copy each; files may grow.")
+@click.option(
+    "--target",
+    type=click.Choice(["any", "tensorrt"]),
+    default="any",
+    show_default=True,
+    help="tensorrt keeps every attention at one head size, for fused kernels.",
+)
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
@@ -68,6 +76,7 @@ def command(
     normalize: bool,
     force_synthetic: bool,
     split_shared: bool,
+    target: str,
     no_check: bool,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
@@ -89,6 +98,8 @@ def command(
         {"-o": out, "-o (its weights)": out.with_name(f"{out.name}.data"), "--report": report},
     )
     settings = read_ratios(ratios)
+    if target == "tensorrt" and not settings.given("attention.tie"):
+        settings = settings.model_copy(update={"attention": settings.attention.model_copy(update={"tie": True})})
     dense = study(load_model(model), shapes)
     calibration = gather_options(settings, seed, given)
     seed = calibration.seed
@@ -110,6 +121,9 @@ def command(
                 force_synthetic=force_synthetic,
                 split_shared=split_shared,
             )
+        if target == "tensorrt":
+            pruned, evened = even_out(dense, pruned, check=not no_check, seed=seed)
+            _show_notes(even_notes(evened))
         if normalize:
             click.echo(f"Note: {pruned.normalized} spelled-out norms became LayerNormalization", err=True)
         _show_notes([*dense.notes, *pruned.notes, *head_notes(dense, pruned)])
@@ -123,6 +137,7 @@ def command(
         "check": not no_check,
         "skip_unprunable": skip_unprunable,
         "normalize": normalize,
+        "target": target,
     }
     document = save_with_report(pruned, dense, source, options, out, report, check=not no_check)
     if as_json:
@@ -264,6 +279,19 @@ def head_notes(dense: Study, pruned: Pruned) -> list[str]:
     return [
         f"attention.heads rounds to no head in block {where}; of {most} heads, more than {0.5 / most:.3g} drops one"
     ]
+
+
+def even_notes(evened: Evened) -> list[str]:
+    """What to say of attentions that had two head sizes, and of those that still have."""
+    notes = []
+    if evened.padded:
+        notes.append(
+            f"{len(evened.padded)} attentions with different widths in Q/K and V were padded with zeros to one: MACs "
+            f"{format_count(evened.macs[0])} -> {format_count(evened.macs[1])}"
+        )
+    if evened.left:
+        notes.append(f"{len(evened.left)} attentions keep different widths in Q/K and V: no fused kernel takes them")
+    return notes
 
 
 def _show_notes(notes: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -66,3 +67,19 @@ def test_pooled_queries_are_measured_before_they_are_pooled(pool: Turn, tmp_path
     assert result.exit_code == 0, result.output
     feeds = {"x": np.random.default_rng(1).standard_normal((2, TOKENS, WIDTH)).astype(np.float32)}
     assert worst(run(tmp_path / "pruned.onnx", feeds), run(built.path, feeds)) < 1e-4
+
+
+def test_a_target_keeps_one_head_size(exported: Exported, tmp_path: Path) -> None:
+    """Q/K and V/Proj keep the wider of the two; `tie: false` in the file has them padded instead."""
+    source, widths = exported(zoo.Case("timm-vit")), {}
+    for name, tie in {"tied": "", "padded": ", tie: false"}.items():
+        ratios = tmp_path / "r.yaml"
+        ratios.write_text(f"version: 1\nattention: {{qk: 0.5, vo: 0.25{tie}}}\ncompensation: {{kind: none}}\n")
+        out = tmp_path / f"{name}.onnx"
+        arguments = ["prune", str(source), "--ratios", str(ratios), "-o", str(out), "--target", "tensorrt", "--json"]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.stderr
+        assert ("were padded with zeros" in result.stderr) is (name == "padded")
+        after = [block["after"] for block in json.loads(result.stdout)["blocks"]]
+        widths[name] = {(block["qk_dim"], block["vo_dim"]) for block in after}
+    assert widths == {"tied": {(48, 48)}, "padded": {(48, 48)}}

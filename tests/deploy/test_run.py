@@ -28,7 +28,7 @@ WHOLE = {
     "bench": {"runtime": ["onnxruntime", "trtexec"], "batch": [1, 8]},
     "check": {},
 }
-ORDER = ["prune", "convert", "convert-dense", "build", "build-dense", "compare", "bench-onnxruntime"]
+ORDER = ["prune", "convert", "convert-dense", "build-dense", "build", "compare", "bench-onnxruntime"]
 GPU_STEPS = ["bench-trtexec", "check"]
 
 
@@ -134,7 +134,7 @@ def test_only_what_depends_on_a_change_runs_again(source: Path) -> None:
     write(source, WHOLE | {"bench": {**WHOLE["bench"], "rounds": 7}})  # type: ignore[dict-item]
     assert go(source, player)[0] == ["bench-onnxruntime"]
     write(source, WHOLE | {"bench": {**WHOLE["bench"], "rounds": 7}, "build": {"batch": 4}})  # type: ignore[dict-item]
-    assert go(source, player)[0] == ["build", "build-dense"]
+    assert go(source, player)[0] == ["build-dense", "build"]
     (folder / "samples" / "1.png").write_bytes(b"another")
     assert go(source, player)[0] == ["prune", "compare"]  # the player writes the same pruned model again
     (folder / "ratios.yaml").write_text("version: 1\nffn: {fc2: 0.9}\n")
@@ -288,3 +288,22 @@ def test_a_missing_model_is_told_before_anything_runs(source: Path) -> None:
     (source.parent / "m.onnx").unlink()
     with pytest.raises(ConfigError, match=r"m\.onnx does not exist; paths are relative"):
         go(source, Player())
+
+
+def test_a_quantized_model_is_what_ships(source: Path) -> None:
+    document = {**WHOLE, "precision": "fp32", "quantize": {"data": "samples", "samples": 32}}
+    steps = {s.name: s for s in plan_steps(load_deployment(write(source, document)), source)}
+    small = "out/m.pruned.int8.onnx"
+    assert list(steps)[:2] == ["prune", "quantize"]
+    assert steps["quantize"].outputs == (small,)
+    assert steps["quantize"].arguments[:2] == ("quantize", "out/m.pruned.onnx")
+    assert "--dense" in steps["quantize"].arguments
+    assert steps["build"].inputs[0] == small
+    assert steps["build"].outputs[0] == "out/m.pruned.int8.engine"
+    assert steps["compare"].arguments[:3] == ("compare", "m.onnx", small)
+    assert "convert" not in steps
+
+
+def test_half_precision_and_quantization_exclude_each_other(source: Path) -> None:
+    with pytest.raises(ConfigError, match="has precision: fp16 with quantize"):
+        load_deployment(write(source, {**WHOLE, "quantize": {"data": "samples"}}))

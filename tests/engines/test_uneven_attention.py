@@ -59,19 +59,6 @@ def test_what_is_even_or_of_another_form_stays(what: dict[str, float], tmp_path:
     assert spell_out_uneven(model) == (model, 0)
 
 
-def test_an_engine_is_built_and_says_so(exported: Exported, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install tensorrt_rtx")
-    from toast_onnx.engines import BuildRequest, EngineOptions, build
-
-    prune_file(exported(zoo.Case("hf-vit", "dynamo-23")), UNEVEN, tmp_path / "uneven.onnx", check=False)
-    options = EngineOptions(compute_capabilities=(89,))
-    record = build(
-        tmp_path / "uneven.onnx", tmp_path / "e", BuildRequest("tensorrt-rtx", batch=(1, 2, 4), options=options)
-    )
-    assert record["engine_bytes"] > 1000
-    assert any("built from their parts" in note for note in record["notes"])
-
-
 SHAPES = {"q": (2, 3, 5, 8), "k": (2, 3, 7, 8), "v": (2, 3, 7, 8)}
 
 

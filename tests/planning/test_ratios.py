@@ -24,6 +24,7 @@ attention:
   select: index
   score: gm
   coupling: q_only
+  tie: true
 tokens:
   merge: [0.1, 0, 0.05]
   metric: keys
@@ -235,6 +236,7 @@ def test_the_document_shows_defaults() -> None:
         "select": "subspace",
         "score": "energy",
         "coupling": "coupled",
+        "tie": False,
     }
     assert document["compensation"] == {"kind": "ridge", "statistics": "one-shot", "ridge": "auto"}
 

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toast_onnx.planning.widths import kept_count, kept_width, paper_kept_channels, paper_kept_head_dims
+from toast_onnx.planning.widths import (
+    fused_head_dim,
+    kept_count,
+    kept_width,
+    paper_kept_channels,
+    paper_kept_head_dims,
+    tied_head_dims,
+    tied_head_sizes,
+)
 
 WIDTHS = st.integers(1, 8192)
 RATIOS = st.decimals(0, "0.999999", places=6)
@@ -96,3 +104,30 @@ def test_kept_width_picks_the_rule_of_the_file() -> None:
 def test_arguments_out_of_range_are_refused(original: int, ratio: str, align: int) -> None:
     with pytest.raises(ValueError, match="must be"):
         kept_count(original, Decimal(ratio), align)
+
+
+@pytest.mark.parametrize(("size", "fused"), [(1, 16), (16, 16), (17, 24), (48, 48), (250, 256), (257, None)])
+def test_the_next_head_size_of_a_fused_kernel(size: int, fused: int | None) -> None:
+    assert fused_head_dim(size) == fused
+
+
+@given(st.integers(1, 320), st.data())
+def test_tied_widths_are_the_least_that_fuse_and_hold_both_wishes(dense: int, data: st.DataObject) -> None:
+    wishes = data.draw(st.tuples(st.integers(1, dense), st.integers(1, dense)))
+    qk, vo = tied_head_dims((dense, dense), wishes)
+    sizes = tied_head_sizes(dense)
+    assert sizes == tuple(sorted({s for s in range(1, dense) if s % 8 == 0 and 16 <= s <= 256} | {dense}))
+    if max(wishes) > 256:
+        assert (qk, vo) == wishes  # no kernel is as wide
+    else:
+        assert qk == vo == min(s for s in sizes if s >= max(wishes))
+
+
+@pytest.mark.parametrize("kept", [(0, 8), (8, 65), (65, 8)])
+def test_ties_refuse_widths_that_are_none(kept: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="a kept width must be from 1 to 64"):
+        tied_head_dims((64, 64), kept)
+
+
+def test_heads_uneven_from_the_start_are_not_tied() -> None:
+    assert tied_head_dims((16, 32), (8, 16)) == (8, 16)

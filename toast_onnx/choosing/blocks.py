@@ -21,7 +21,7 @@ from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.matching.norms import layer_scale
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios, Ratios
-from toast_onnx.planning.widths import kept_count, kept_width
+from toast_onnx.planning.widths import kept_count, kept_width, tied_head_dims
 from toast_onnx.rewriting.attention import head_weights
 from toast_onnx.solving.compensations import Solved, compensation
 from toast_onnx.solving.ffn import solve_fc1_inputs, solve_ffn
@@ -74,9 +74,14 @@ def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunabl
         return None if count == original else count
 
     a, f = block.attention, block.ffn
+    qk = None if a is None else kept("qk", "head_dim", a.qk_dim, a.qk_reason)
+    vo = None if a is None else kept("vo", "head_dim", a.vo_dim, a.vo_reason)
+    if ratios.attention.tie and a is not None and (qk, vo) != (None, None):
+        tied = tied_head_dims((a.qk_dim, a.vo_dim), (qk or a.qk_dim, vo or a.vo_dim))
+        qk, vo = (None if n == dense else n for n, dense in zip(tied, (a.qk_dim, a.vo_dim), strict=True))
     return Widths(
-        None if a is None else kept("qk", "head_dim", a.qk_dim, a.qk_reason),
-        None if a is None else kept("vo", "head_dim", a.vo_dim, a.vo_reason),
+        qk,
+        vo,
         None if f is None else kept("fc1", "width", f.in_features, f.fc1_reason),
         None if f is None else kept("fc2", "width", f.width, f.fc2_reason),
         None if a is None else kept("heads", "head_dim", a.num_heads, a.heads_reason),

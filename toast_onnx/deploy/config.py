@@ -12,13 +12,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.planning.settings import Section, explain, invalid, names_code
 from toast_onnx.planning.strict_yaml import read_document
+from toast_onnx.providers import PROVIDERS
 
 Text = Annotated[str, Field(min_length=1)]
+#: The sections that ask for steps.
+STEPS = ("prune", "quantize", "build", "compare", "eval", "bench", "check")
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -41,6 +44,13 @@ def _capabilities(value: object) -> object:
 def _as_text(value: object) -> object:
     """One batch size is a number, a range is text."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _provider(value: str) -> str:
+    """One of the providers that every command knows."""
+    if value not in PROVIDERS:
+        raise invalid(f"is {value!r}. Allowed: {', '.join(PROVIDERS)}")
+    return value
 
 
 Number = Annotated[float, BeforeValidator(_number), Field(gt=0)]
@@ -70,6 +80,7 @@ class Prune(StepSettings):
         samples: How many samples to draw.
         seed: Of drawn samples and made-up tokens.
         skip_unprunable: Leave parts alone that cannot be pruned.
+        target: `tensorrt` keeps every attention at one head size.
     """
 
     required = ("ratios",)
@@ -80,6 +91,20 @@ class Prune(StepSettings):
     samples: Count | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     skip_unprunable: bool = False
+    target: Literal["any", "tensorrt"] | None = None
+
+
+class Quantize(StepSettings):
+    """Puts the linear layers of what was pruned into 8 bits; see `toast-onnx quantize` for the keys."""
+
+    required = ("data",)
+
+    data: Text = ""
+    to: Literal["int8", "fp8"] = "int8"
+    method: Literal["percentile", "entropy", "minmax"] | None = None
+    samples: Count | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    ends: bool = False
 
 
 class Build(StepSettings):
@@ -98,6 +123,7 @@ class Build(StepSettings):
     timing_cache: Text | None = None
     hardware_compatible: bool = False
     version_compatible: bool = False
+    uneven_heads: Literal["auto", "pad", "write-out"] | None = None
     baseline: bool = True
 
 
@@ -137,7 +163,7 @@ class Bench(StepSettings):
     batch: Annotated[tuple[Count, ...], BeforeValidator(_several), Field(min_length=1)] = (1,)
     rounds: Count | None = None
     threads: Count | None = None
-    provider: Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"] = "cpu"
+    provider: Annotated[str, AfterValidator(_provider)] = "cpu"
     duration: Number | None = None
     blocks: bool = False
 
@@ -168,6 +194,7 @@ class Deployment(Section):
     precision: Literal["fp32", "tf32", "fp16", "bf16"] = "fp32"
     preprocess: Text | None = None
     prune: Prune | None = None
+    quantize: Quantize | None = None
     build: Build | None = None
     compare: Compare | None = None
     eval: Eval | None = None
@@ -183,13 +210,15 @@ class Deployment(Section):
             raise invalid("has bench.runtime: trtexec, which needs an engine; add `build: {}`, or use onnxruntime")
         if self.build is not None and self.build.format == "ort" and self.precision not in ("fp32", "fp16"):
             raise invalid(f"has precision: {self.precision} with build.format: ort, which takes fp32 or fp16")
+        if self.quantize is not None and self.precision in ("fp16", "bf16"):
+            raise invalid(f"has precision: {self.precision} with quantize, which works on float32; leave precision out")
         if self.prune is not None and self.prune.data is not None and self.prune.statistics is not None:
             raise invalid("has prune.data and prune.statistics; keep one")
         for name in ("model", "output"):
             if (getattr(self, name) or "").startswith("-"):
                 raise invalid("starts with -, like an option; write ./ in front of it", suffix=f"{name}")
-        if all(getattr(self, name) is None for name in ("prune", "build", "compare", "eval", "bench", "check")):
-            raise invalid("asks for no step; add one of prune, build, compare, eval, bench, check")
+        if all(getattr(self, name) is None for name in STEPS):
+            raise invalid(f"asks for no step; add one of {', '.join(STEPS)}")
         return self
 
 
@@ -197,7 +226,7 @@ def _code_named(config: Deployment) -> str | None:
     """The first key whose value is Python code, None where there is none."""
     if config.eval is not None and config.eval.metric is not None:  # never anything else
         return "eval.metric"
-    for name in ("prune", "compare", "eval", "check"):
+    for name in ("prune", "quantize", "compare", "eval", "check"):
         data = getattr(getattr(config, name), "data", None)
         if data is not None and names_code(data):
             return f"{name}.data"

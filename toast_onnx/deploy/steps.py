@@ -49,7 +49,7 @@ class Files:
     Attributes:
         dense: the model as it came.
         pruned: the pruned model in float32; the dense one where nothing is pruned.
-        ships: what the engine is built from: `pruned`, or its 16-bit copy.
+        ships: what the engine is built from: `pruned`, or its quantized or 16-bit copy.
         baseline: the dense model in the precision of what ships.
         engine: the engine, or ONNX Runtime's optimized model.
         dense_engine: the same of the dense model.
@@ -75,13 +75,15 @@ def name_files(config: Deployment, folder: str) -> Files:
     short = f"{stem}.pruned" if config.prune is not None else stem
     pruned = str(out / f"{short}.onnx") if config.prune is not None else config.model
     converts = config.precision in ("fp16", "bf16")
+    quantized = None if config.quantize is None else f"{short}.{config.quantize.to}"
+    ships = str(out / f"{short}.{config.precision}.onnx") if converts else pruned
     ending = config.build.format if config.build is not None else "engine"
     return Files(
         dense=config.model,
         pruned=pruned,
-        ships=str(out / f"{short}.{config.precision}.onnx") if converts else pruned,
+        ships=ships if quantized is None else str(out / f"{quantized}.onnx"),
         baseline=str(out / f"{stem}.{config.precision}.onnx") if converts else config.model,
-        engine=str(out / f"{short}.{config.precision}.{ending}"),
+        engine=str(out / f"{quantized or f'{short}.{config.precision}'}.{ending}"),
         dense_engine=str(out / f"{stem}.{config.precision}.{ending}"),
     )
 
@@ -98,7 +100,8 @@ def plan_steps(config: Deployment, source: Path) -> list[Step]:
     """
     files = name_files(config, output_folder(config, source))
     recipe = config.preprocess or _recipe_beside(config.model, source.parent)
-    steps = _prune(config, files, recipe, source.parent) + _convert(config, files) + _build(config, files)
+    steps = _prune(config, files, recipe, source.parent) + _quantize(config, files, recipe)
+    steps += _convert(config, files) + _build(config, files)
     return steps + _measure(config, files, recipe) + _bench(config, files) + _check(config, files, recipe)
 
 
@@ -134,7 +137,8 @@ def _prune(config: Deployment, files: Files, recipe: str | None, folder: Path) -
         return []
     report = str(PurePosixPath(files.pruned).with_suffix(".json"))
     words = ["prune", files.dense, "--ratios", prune.ratios, "-o", files.pruned, "--report", report, "--json"]
-    words += _options(prune, "data", "statistics", "samples", "seed", "skip_unprunable") + _preprocess(recipe)
+    words += _options(prune, "data", "statistics", "samples", "seed", "skip_unprunable", "target")
+    words += _preprocess(recipe)
     ratios = folder / prune.ratios
     inside = load_ratios(ratios).calibration.data if os.path.isfile(ratios) else None
     inputs = _some((files.dense, prune.ratios, prune.data, inside, prune.statistics, recipe))
@@ -142,7 +146,21 @@ def _prune(config: Deployment, files: Files, recipe: str | None, folder: Path) -
     return [Step("prune", tuple(words), inputs, (files.pruned, report), keep=keep)]
 
 
+def _quantize(config: Deployment, files: Files, recipe: str | None) -> list[Step]:
+    quantize = config.quantize
+    if quantize is None:
+        return []
+    words = ["quantize", files.pruned, "-o", files.ships]
+    words += _options(quantize, "data", "to", "method", "samples", "seed", "ends") + _preprocess(recipe)
+    if files.pruned != files.dense:
+        words += ["--dense", files.dense]
+    inputs = _some((files.pruned, files.dense, quantize.data, recipe))
+    return [Step("quantize", (*words, "--json"), inputs, (files.ships,))]
+
+
 def _convert(config: Deployment, files: Files) -> list[Step]:
+    if config.quantize is not None:
+        return []
     pairs = [("convert", files.pruned, files.ships)]
     if _wants_baseline(config) and files.baseline != files.ships:
         pairs.append(("convert-dense", files.dense, files.baseline))
@@ -173,23 +191,26 @@ def _build(config: Deployment, files: Files) -> list[Step]:
     options = ["--format", build.format, "--precision", config.precision]
     if build.format == "engine":
         options += _options(build, "backend", "batch", "workspace", "optimization_level", "timing_cache")
-        options += _options(build, "hardware_compatible", "version_compatible")
+        options += _options(build, "hardware_compatible", "version_compatible", "uneven_heads")
         if build.compute_capability:
             options += ["--compute-capability", ",".join(build.compute_capability)]
-    pairs = [("build", files.ships, files.engine)]
-    if _wants_baseline(config) and build.format == "engine":
-        pairs.append(("build-dense", files.baseline, files.dense_engine))
     engine = build.format == "engine"
+    beside = _wants_baseline(config) and engine
+    # The dense one first: the pruned one's fused attentions are held against its own.
+    known = ["--baseline", files.dense_engine] if beside else []
+    jobs: list[tuple[str, str, str, list[str]]] = [("build", files.ships, files.engine, known)]
+    if beside:
+        jobs.insert(0, ("build-dense", files.baseline, files.dense_engine, []))
     return [
         Step(
             name,
-            ("build", model, *options, "-o", target, "--json"),
-            (model,),
+            ("build", model, *options, *more, "-o", target, "--json"),
+            _some((model, f"{files.dense_engine}.json" if more else None)),
             (target, f"{target}.json"),
             packages=_TENSORRT if engine else _RUNTIME,
             needs="builder" if engine else None,
         )
-        for name, model, target in pairs
+        for name, model, target, more in jobs
     ]
 
 

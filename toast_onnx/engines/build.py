@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from toast_onnx.engines.backend import EngineOptions, Progress, load
 from toast_onnx.engines.backends import choose
 from toast_onnx.engines.cuda import gpu_name
 from toast_onnx.engines.engine import build_engine
+from toast_onnx.engines.heads import attention_entry, fused_notes, settle_heads
+from toast_onnx.engines.layers import count_fused_attention
 from toast_onnx.engines.precision import PRECISIONS, convert_precision, stated_precision, why_not_converted
-from toast_onnx.engines.profiles import Shape, build_profile, graph_inputs
+from toast_onnx.engines.profiles import Shape, ShapeRange, build_profile, graph_inputs
 from toast_onnx.engines.record import read_record, record_path
-from toast_onnx.engines.uneven_attention import spell_out_uneven
 from toast_onnx.errors import ConfigError
 from toast_onnx.files import check_place, drafts, exchange, settle, write_beside, write_synced
 from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_draft
@@ -37,6 +39,8 @@ class BuildRequest:
         min_shapes: smallest shape by input name; the three mappings name the same inputs.
         opt_shapes: usual shape by input name.
         max_shapes: largest shape by input name.
+        uneven_heads: what to do with attention whose Q/K and V have different widths: `auto`, `pad` or `write-out`.
+        baseline: the dense model's engine, to hold the number of fused attentions against.
         options: everything else; its profile and tf32 are filled in from the fields above.
     """
 
@@ -47,6 +51,8 @@ class BuildRequest:
     min_shapes: dict[str, Shape] = field(default_factory=dict)
     opt_shapes: dict[str, Shape] = field(default_factory=dict)
     max_shapes: dict[str, Shape] = field(default_factory=dict)
+    uneven_heads: str = "auto"
+    baseline: Path | None = None
     options: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -91,22 +97,26 @@ def build(model_path: Path, output: Path, request: BuildRequest, progress: Progr
     options = replace(request.options, profile=profile, tf32=request.precision != "fp32")
     backend = choose(request.backend)
     notes = backend.check(options)
+    dense = None if request.baseline is None else _fused_in(request.baseline)
+    sixteen_bits = (stated_precision(model.proto) or request.precision) in ("fp16", "bf16")
     with tempfile.TemporaryDirectory(prefix="toast-onnx-") as folder:
-        spelled, uneven = spell_out_uneven(model)
-        if uneven:
+        settled = settle_heads(
+            model, request.uneven_heads, sixteen_bits=sixteen_bits, given=_single_shapes(model.proto, profile)
+        )
+        spelled = settled.model
+        if spelled is not model:
             spelled = load_model(write_draft(spelled, Path(folder), model.path.name))
-            notes = [
-                *notes,
-                f"{uneven} Attention nodes with keys and values of different widths are built from their parts: "
-                "TensorRT takes them fused where both widths are equal",
-            ]
         source, said = precise_file(spelled, request.precision, Path(folder), fp16_io=request.fp16_io)
         started = time.perf_counter()
         engine = build_engine(backend, source, options, progress)
         seconds = time.perf_counter() - started
+    fused = None if engine.layers is None else count_fused_attention(engine.layers)
+    attention = attention_entry(settled, fused)
+    if settled.attentions and fused is not None:
+        said = [*said, *fused_notes(settled.attentions, fused, dense, sixteen_bits=sixteen_bits)]
     record = {
         "engine": output.name,
-        "engine_bytes": len(engine),
+        "engine_bytes": len(engine.plan),
         "model": str(model_path),
         "model_bytes": stored_bytes(model_path),
         "model_sha256": file_hash(model_path),
@@ -125,10 +135,34 @@ def build(model_path: Path, output: Path, request: BuildRequest, progress: Progr
         "optimization_level": options.optimization_level,
         "build_seconds": round(seconds, 3),
         "device": gpu_name(),
-        "notes": [*notes, *said],
+        "attention": attention,
+        "notes": [*notes, *settled.notes, *said],
     }
-    write_with_record(output, engine, record)
+    write_with_record(output, engine.plan, record)
     return record
+
+
+def _fused_in(engine: Path) -> tuple[int, int] | None:
+    """(attentions, those that are one kernel) of an engine, as the JSON beside it says; None where it does not.
+
+    Raises:
+        ConfigError: there is no such JSON.
+    """
+    record = read_record(engine)
+    if record is None:
+        raise ConfigError(f"{record_path(engine)} is missing or not readable: build {engine} again, or drop --baseline")
+    entry = record.attention
+    return None if entry is None or entry.fused is None else (entry.found, entry.fused)
+
+
+def _single_shapes(proto: onnx.ModelProto, profile: Mapping[str, ShapeRange]) -> dict[str, Shape]:
+    """The shapes to tune for with one item in the batch, of inputs with open dimensions."""
+    dims = {spec.name: spec.dims for spec in graph_inputs(proto)}
+    return {
+        name: (1, *shapes.opt[1:]) if dims[name][0] is None else shapes.opt
+        for name, shapes in profile.items()
+        if dims[name]
+    }
 
 
 def write_with_record(output: Path, engine: bytes, record: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from toast_onnx.engines.backend import Backend, EngineOptions, Progress, load
+from toast_onnx.engines.cuda import gpu_name
+from toast_onnx.engines.layers import LOG_START, Layer, count_fused_attention, layers_of_inspector, layers_of_log
 from toast_onnx.errors import BackendError
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,23 @@ class UnsupportedGraphError(BackendError):
         self.problems = list(problems)
 
 
-def build_engine(backend: Backend, onnx_path: Path, options: EngineOptions, progress: Progress | None = None) -> bytes:
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A serialized engine, and what it is made of.
+
+    Attributes:
+        plan: its bytes.
+        layers: its layers in order, of several architectures those with the fewest fused attentions; None where
+            neither the inspector nor the builder says.
+    """
+
+    plan: bytes
+    layers: tuple[Layer, ...] | None
+
+
+def build_engine(
+    backend: Backend, onnx_path: Path, options: EngineOptions, progress: Progress | None = None
+) -> BuiltEngine:
     """Build a serialized engine.
 
     Args:
@@ -61,7 +79,7 @@ def build_engine(backend: Backend, onnx_path: Path, options: EngineOptions, prog
         progress: told about the builder's phases.
 
     Returns:
-        The engine's bytes.
+        The engine and its layers.
 
     Raises:
         UnsupportedGraphError: the parser refuses nodes; the error lists them.
@@ -71,6 +89,7 @@ def build_engine(backend: Backend, onnx_path: Path, options: EngineOptions, prog
     trt = load(backend)
     messages = _messages_of(trt)
     messages.errors.clear()
+    messages.layers.clear()
     builder = trt.Builder(messages.logger)
     # TensorRT 11 and RTX have typed networks only; 10 has to be asked, or it would ignore the graph's 16-bit types.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -89,7 +108,19 @@ def build_engine(backend: Backend, onnx_path: Path, options: EngineOptions, prog
     if engine is None:
         raise BackendError(f"{backend.name} {trt.__version__} could not build the engine: {_last(messages.errors)}")
     backend.finish(config, options)
-    return bytes(engine)
+    plan = bytes(engine)
+    return BuiltEngine(plan, _layers(trt, messages, plan))
+
+
+def _layers(trt: Any, messages: _Messages, plan: bytes) -> tuple[Layer, ...] | None:
+    """What the inspector says of an engine; where it cannot be loaded, for want of a GPU, what the builder logged."""
+    if gpu_name() is not None:
+        loaded = trt.Runtime(messages.logger).deserialize_cuda_engine(plan)
+        if loaded is not None:
+            said = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+            return layers_of_inspector(str(said))
+    lists = [layers for text in messages.layers if (layers := layers_of_log(text)) is not None]
+    return min(lists, key=count_fused_attention, default=None)
 
 
 def _let_attention_decompose(trt: Any, network: Any) -> None:
@@ -157,6 +188,7 @@ class _Messages:
 
     def __init__(self, trt: ModuleType) -> None:
         self.errors: list[str] = []
+        self.layers: list[str] = []  # what the builder lists: one message an architecture
         severity = trt.ILogger.Severity
         levels = {
             severity.INTERNAL_ERROR: logging.DEBUG,  # raised as an exception, so not logged above debug
@@ -165,7 +197,7 @@ class _Messages:
             severity.INFO: logging.DEBUG,
             severity.VERBOSE: logging.DEBUG,
         }
-        errors = self.errors
+        errors, kept = self.errors, self
 
         class Log(trt.ILogger):  # type: ignore[misc,name-defined]
             def __init__(self) -> None:
@@ -174,6 +206,8 @@ class _Messages:
             def log(self, severity_given: Any, text: str) -> None:
                 if severity_given in (severity.INTERNAL_ERROR, severity.ERROR):
                     errors.append(text)
+                elif text.startswith(LOG_START):
+                    kept.layers.append(text)
                 logger.log(levels[severity_given], "%s", text)
 
         self.logger = Log()

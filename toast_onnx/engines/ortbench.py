@@ -18,6 +18,7 @@ import onnx
 from toast_onnx.engines.profiles import InputSpec, Shape, ShapeRange
 from toast_onnx.engines.providers import open_session
 from toast_onnx.errors import BackendError, ConfigError
+from toast_onnx.providers import known_provider
 
 #: ONNX Runtime's spelling of types that inputs have.
 _DTYPES: dict[str, Any] = {
@@ -187,11 +188,13 @@ def benchmark(
 
     Raises:
         BackendError: the provider does not work here, or a model does not run.
-        ConfigError: a batch size or shape a model cannot take.
+        ModelError: a model does not load.
+        ConfigError: an unknown provider, or a batch size or shape a model cannot take.
     """
     sessions = []
+    one_engine = known_provider(provider).shape_prefix is not None
     for path in models:
-        inputs = session_inputs(open_session(path, "cpu", 1)) if provider.startswith("tensorrt") else None
+        inputs = session_inputs(open_session(path, "cpu", 1)) if one_engine else None
         profile = None if inputs is None else _profile_for(inputs, batches, shapes)
         sessions.append(open_session(path, provider, threads, profile))
     specs = [session_inputs(session) for session in sessions]

@@ -29,6 +29,15 @@ class ProfileEntry(BaseModel):
     max: Extents
 
 
+class AttentionEntry(BaseModel):
+    """What became of the attentions of a graph."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    found: int
+    fused: int | None = None
+
+
 class EngineRecord(BaseModel):
     """What the JSON beside an engine or an `.ort` file says, as far as it is read again."""
 
@@ -39,6 +48,7 @@ class EngineRecord(BaseModel):
     backend: str | None = None
     precision: Literal["fp32", "tf32", "fp16", "bf16"] | None = None
     profile: dict[str, ProfileEntry] | None = None
+    attention: AttentionEntry | None = None
 
 
 def read_record(engine: Path) -> EngineRecord | None:

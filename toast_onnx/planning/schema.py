@@ -129,6 +129,7 @@ class Attention(Section):
         select: `subspace` keeps a basis, `index` keeps original dimensions.
         score: How `index` ranks dimensions.
         coupling: Which weights the scores gm, l1 and l2 read.
+        tie: Keep the same width in Q/K and V/Proj, the wider of the two, for kernels that have one head size.
     """
 
     qk: PerBlock = ZERO
@@ -137,6 +138,7 @@ class Attention(Section):
     select: Select = "subspace"
     score: AttentionScore = "energy"
     coupling: Coupling = "coupled"
+    tie: bool = False
 
     _implied = model_validator(mode="before")(_imply_index)
 

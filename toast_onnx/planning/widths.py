@@ -14,6 +14,9 @@ from typing import Literal
 Kind = Literal["head_dim", "width"]
 Rounding = Literal["nearest", "paper"]
 
+#: Head sizes that fused attention kernels have in 16 bits: multiples of the first number, from the second to the third.
+FUSED_HEAD_DIMS = (8, 16, 256)
+
 
 def kept_count(original: int, ratio: Decimal, align: int, *, floor: bool = False) -> int:
     """Returns how many of `original` dimensions stay when the fraction `ratio` is removed.
@@ -41,6 +44,51 @@ def kept_count(original: int, ratio: Decimal, align: int, *, floor: bool = False
     multiples = original * (1 - Fraction(ratio)) / align
     rounded = math.floor(multiples if floor else multiples + Fraction(1, 2))
     return min(max(1, rounded) * align, original)
+
+
+def fused_head_dim(size: int) -> int | None:
+    """Returns the smallest head size of a fused attention kernel that holds `size` dimensions; None above the largest.
+
+    Raises:
+        ValueError: `size` is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"a width must be at least 1, got {size}")
+    step, least, most = FUSED_HEAD_DIMS
+    wide = max(-(-size // step) * step, least)
+    return wide if wide <= most else None
+
+
+def tied_head_dims(original: tuple[int, int], kept: tuple[int, int]) -> tuple[int, int]:
+    """Returns kept widths of Q/K and V/Proj under which attention stays one fused kernel: the same for both.
+
+    The wider of the two wishes decides, rounded up to a size that such kernels have: a tie never removes more than was
+    asked for. Heads that are uneven from the start, or have no fused size within the dense width, keep what was asked.
+
+    Args:
+        original: The dense widths (qk, vo).
+        kept: The widths that would be kept each on its own.
+
+    Raises:
+        ValueError: A kept width is below 1 or above the dense one.
+    """
+    for dense, wish in zip(original, kept, strict=True):
+        if not 1 <= wish <= dense:
+            raise ValueError(f"a kept width must be from 1 to {dense}, got {wish}")
+    tied = fused_head_dim(max(kept))
+    if original[0] != original[1] or tied is None:
+        return kept
+    return (tied, tied) if tied <= original[0] else original
+
+
+def tied_head_sizes(original: int) -> tuple[int, ...]:
+    """Returns the widths, ascending and with the dense one last, that Q, K, V and Proj can keep together.
+
+    Args:
+        original: Dense dimensions of a head.
+    """
+    step, least, most = FUSED_HEAD_DIMS
+    return (*range(least, min(original, most + 1), step), original)
 
 
 def paper_kept_channels(channels: int, ratio: Decimal) -> int:

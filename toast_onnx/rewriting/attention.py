@@ -80,7 +80,7 @@ def rewrite_attention(
         weight = given[what] or head_weights(view, facts, branch)
         parts.append(_Part(what.lower(), branch, weight))
     _write_heads(edit, view, facts, other, parts, name)
-    if new.q is not None and new.q.kept < attention.qk_dim:
+    if new.q is not None and new.q.kept != attention.qk_dim:
         _freeze_fused_scale(edit, view, attention)
         for expand, division in attention.divisions:
             _divide_unexpanded(edit, view, expand, division)

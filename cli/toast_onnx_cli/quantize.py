@@ -1,0 +1,120 @@
+"""`toast-onnx quantize`: eight bits for the linear layers of a model, dense or pruned, and what that costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from toast_onnx.errors import ToastError
+from toast_onnx_cli.calibration_options import DATA_HELP
+from toast_onnx_cli.console import print_json, print_table
+from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.numbers import FiniteRange
+from toast_onnx_cli.pixels import max_pixels_option
+
+
+@click.command("quantize")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", required=True, metavar="DATA", help=f"For the ranges of activations: {DATA_HELP}")
+@click.option("--to", type=click.Choice(["int8", "fp8"]), default="int8", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Quantized model; default MODEL.int8.onnx.")
+@click.option(
+    "--method", type=click.Choice(["percentile", "entropy", "minmax"]), default="percentile", show_default=True
+)
+@click.option("--percentile", type=FiniteRange(50, 100), default=99.999, show_default=True, help="Inside the range.")
+@click.option("--equalize", type=FiniteRange(0, 1), default=0.5, show_default=True, help="Across LayerNorm.")
+@click.option("--no-equalize", is_flag=True, help="Leave the channels of LayerNorm as they are.")
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Linear layers that stay, by node name.")
+@click.option("--ends", is_flag=True, help="Quantize the first and the last layer, too.")
+@click.option("--dense", type=click.Path(path_type=Path), help="The dense model: a step more in the table.")
+@click.option("--eval-data", metavar="DATA", help="What the steps are compared on; --data by default.")
+@click.option("--labels", help="Labels of --eval-data, for accuracies; as for `eval`.")
+@click.option(
+    "--preprocess", metavar="RECIPE", help="imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."
+)
+@max_pixels_option
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Draw so many for the ranges.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    model: Path,
+    data: str,
+    to: str,
+    output: Path | None,
+    method: str,
+    percentile: float,
+    equalize: float,
+    no_equalize: bool,
+    keep: tuple[str, ...],
+    ends: bool,
+    dense: Path | None,
+    eval_data: str | None,
+    labels: str | None,
+    preprocess: str | None,
+    samples: int,
+    seed: int,
+    batch: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Quantize the linear layers of MODEL to 8 bits, and show what every step from the dense model on costs.
+
+    Weights get one scale a channel, activations one a tensor. Softmax, norms, the products inside attention and the
+    first and the last layer stay as they are. The result is an ONNX file with QuantizeLinear and DequantizeLinear
+    nodes, for `build`, `bench`, `compare` and `eval`.
+    """
+    from toast_onnx_calibration.quantizing import QuantizeOptions, quantize, table_of_steps
+
+    out = output or model.with_suffix(f".{to}.onnx")
+    check_destinations([*read_files(model), *([dense] if dense else []), data, preprocess], {"-o": out})
+    options = QuantizeOptions(
+        to=to,
+        method=method,
+        percentile=percentile,
+        equalize=None if no_equalize else equalize,
+        keep=keep,
+        ends=ends,
+        preprocess=preprocess,
+        samples=samples,
+        seed=seed,
+        batch=batch,
+        threads=threads,
+    )
+    result = quantize(model, data, out, options)
+    for note in result.notes:
+        click.echo(f"Note: {note}", err=True)
+    steps = {"dense": dense, "float": model, to: out} if dense is not None else {"float": model, to: out}
+    held = eval_data or data
+    try:
+        rows = table_of_steps(steps, held, labels, preprocess=preprocess, batch=batch, threads=threads)
+    except ToastError as error:
+        click.echo(f"Note: {out} is written, but the steps could not be compared: {error}", err=True)
+        rows = []
+    document: dict[str, Any] = {
+        "format": "toast-onnx/quantize/1",
+        "model": str(model),
+        "quantized": str(out),
+        "to": to,
+        "layers": list(result.layers),
+        "kept": list(result.kept),
+        "equalized": result.equalized,
+        "samples": result.samples,
+        "steps": rows,
+    }
+    if as_json:
+        print_json(document)
+        return
+    click.echo(
+        f"{out}: {len(result.layers)} linear layers in {to}, {len(result.kept)} kept, {result.equalized} norms "
+        f"equalized, ranges from {result.samples} samples"
+    )
+    if rows:
+        cells = [
+            [r["step"], r["file"], *("-" if r[k] is None else f"{r[k]:.2%}" for k in ("agreement", "top1"))]
+            for r in rows
+        ]
+        print_table(["step", "file", "agrees with first", "top-1"], cells, align=["left", "left", "right", "right"])

@@ -1,0 +1,29 @@
+"""`toast-onnx quantize`: one file, one table, plain output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from click.testing import CliRunner
+
+from tests import zoo
+from toast_onnx_cli.main import main
+
+
+def test_the_steps_are_shown(exported: Callable[[zoo.Case], Path], tmp_path: Path) -> None:
+    model, out = exported(zoo.Case("timm-vit")), tmp_path / "q.onnx"
+    np.save(tmp_path / "x.npy", zoo.inputs(model, 4)["input"])
+    arguments = ["quantize", str(model), "--data", str(tmp_path / "x.npy"), "--preprocess", "none", "-o", str(out)]
+    arguments += ["--dense", str(model)]
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)  # nothing else is printed
+    assert [row["step"] for row in document["steps"]] == ["dense", "float", "int8"]
+    assert document["steps"][0]["agreement"] == document["steps"][1]["agreement"] == 1.0
+    assert len(document["layers"]) == 8
+    plain = CliRunner().invoke(main, arguments)
+    assert "8 linear layers in int8, 2 kept" in plain.stdout
+    assert "agrees with first" in plain.stdout
