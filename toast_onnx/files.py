@@ -307,12 +307,8 @@ def _install(decided: Path, path: Path, beside: Path | None, ready: Path | None 
 
 
 def _second_name(file: Path, name: Path) -> None:
-    """Let a file have a second name, or a copy where the file system knows no such thing."""
-    try:
-        os.link(file, name)
-    except FileExistsError:
-        pass  # the exchange was broken off behind this step; the name is used once
-    except OSError:
+    """Let a file stand under a second name: a copy, because `onnx.load` refuses weights with several hard links."""
+    if not name.exists():  # where the exchange was broken off behind this step, it does
         copy = file.with_name("copy")
         shutil.copyfile(file, copy)
         os.replace(copy, name)
