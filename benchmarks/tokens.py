@@ -1,11 +1,12 @@
 """Merging tokens on the exported graph: KL, top-1, MACs and latency on DeiT-Tiny: python benchmarks/tokens.py
 
-Rows: the same number of tokens in every block by each metric, and schedules of their own, written into the exported
-graph by this project's library and judged on labelled images by top-1 and by the mean KL divergence from dense. MACs
-are of the whole model, matching and merging included. With --latency each graph's time on ONNX Runtime's CPU is
-measured in turns with the dense one, at batch 8.
+Rows: the same number of tokens in every block by each metric, and with --planned the schedules that `plan` finds for
+shares of the MACs on 64 of the calibration images, written into the exported graph by this project's library and judged
+on labelled images by top-1 and by the mean KL divergence from dense. MACs are of the whole model, matching and merging
+included. With --latency each graph's time on ONNX Runtime is measured in turns with the dense one, at batch 8.
 
-Needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors and data/ilsvrc_val_300.
+Needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors, data/ilsvrc_val_300 and
+data/calibration_256 (with --planned).
 """
 
 from __future__ import annotations
@@ -24,28 +25,26 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from deit import evaluation_images, export_deit, logits, parser_with_data
+import yaml
+from deit import CALIBRATION, evaluation_images, export_deit, logits, parser_with_data
 
-from toast_onnx.matching.study import study
+from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.macs import graph_macs
+from toast_onnx.planning.ratios import Ratios
 from toast_onnx.tokens.metrics import METRICS
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx.tokens.rewrite import write_merging
 from toast_onnx.tokens.schedule import removed_counts
 from toast_onnx_calibration.agreement import divergences
+from toast_onnx_calibration.calibrating import CalibrationOptions
+from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
 from toast_onnx_calibration.sessions import make_session, run
+from toast_onnx_calibration.token_planning import SAMPLES, explore, open_token_trials, schedule_at
 from toast_onnx_cli.console import print_table
 
 #: ToMe off the shelf, in PyTorch, on the same images: tokens a block -> KL.
 TOME = {4: 0.009, 6: 0.017, 8: 0.022, 10: 0.037, 12: 0.047, 14: 0.081, 16: 0.129}
-#: Tokens merged behind each block, chosen on calibration images for a share of the MACs.
-SCHEDULES = {
-    "0.70": (0, 2, 5, 9, 11, 16, 18, 18, 18, 18, 18, 0),
-    "0.60": (0, 0, 0, 43, 28, 13, 21, 10, 7, 5, 2, 0),
-    "0.50": (0, 10, 14, 37, 31, 24, 18, 12, 8, 5, 0, 0),
-    "0.40": (0, 23, 23, 58, 29, 19, 10, 6, 4, 2, 0, 0),
-}
 
 
 def main() -> None:
@@ -85,14 +84,27 @@ def main() -> None:
             for metric in options.metrics:
                 every = removed_counts(tokens, Decimal(r) / tokens.sequences[0].count)  # at most half at the end
                 judge(str(r), metric, every, metric != "keys")  # ToMe computes on tokens that nothing reads
-        for share in options.schedules:
-            for metric in options.metrics:
-                judge(f"schedule {share}", metric, dict(enumerate(SCHEDULES[share])), True)
+        for share in options.planned:
+            judge(f"planned {share:g}", "auto", planned(dense, share, data / "data" / "calibration_256", folder), True)
     if options.json:
         print(json.dumps(rows, indent=1))
         return
     columns = ("tokens", "metric", "unread dropped", "MACs", "KL", "top-1", "ToMe's KL", "latency")
     print_table(columns, [_cells(row) for row in rows], title="DeiT-Tiny, merged on the graph")
+
+
+def planned(dense: Study, share: float, images: Path, folder: Path) -> dict[int, int]:
+    """The schedule that `plan --parts tokens` finds for a share of the MACs."""
+    recipe = folder / "calibration.yaml"
+    recipe.write_text(yaml.safe_dump(CALIBRATION))
+    options = CalibrationOptions(preprocess=str(recipe), samples=SAMPLES, batch=16, threads=1)
+    samples = read_samples(dense, str(images), options, folder)
+    trials = open_token_trials(dense, Ratios(), Trials(dense, samples, options, folder))
+    assert trials is not None
+    found = schedule_at(trials, explore(trials, share), share)
+    assert found is not None
+    print(share, found.removed, file=sys.stderr)
+    return found.removed
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -124,7 +136,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--metrics", nargs="*", default=["keys", "keys-by-head", "attended-keys"], choices=list(METRICS)
     )
-    parser.add_argument("--schedules", nargs="*", default=list(SCHEDULES), choices=list(SCHEDULES))
+    parser.add_argument("--planned", nargs="*", type=float, default=[0.7, 0.6, 0.5, 0.4], help="shares of the MACs")
     parser.add_argument("--latency", action="store_true", help="time each graph beside the dense one")
     return parser.parse_args()
 

@@ -92,6 +92,14 @@ def test_merged_families_agree_with_their_twin(family: str, exporter: str, expor
     assert graph_macs(after.view, after.counted) < graph_macs(dense.view, dense.counted)
 
 
+@pytest.mark.parametrize("family", ["hf-vit", "timm-siglip"])
+def test_all_that_may_go_goes_at_once(family: str, exported: Exported) -> None:
+    dense = look(exported(zoo.Case(family)))
+    merged, merges = write_merging(dense, study_tokens(dense), {0: 8}, "auto")
+    assert merges[0].counts.kept == 0
+    assert prove_merging(dense, merged, merges, twin_inputs(dense)).worst < 1e-5
+
+
 @pytest.mark.parametrize("after", AFTERMATHS)
 def test_optimized_graphs_merge(after: str, exported: Exported, tmp_path: Path) -> None:
     path = exported(zoo.Case("timm-deit-distilled", after=after))

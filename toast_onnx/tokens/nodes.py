@@ -114,18 +114,18 @@ class Matched:
 
     Attributes:
         gone: (batch, removed) which sources go, most alike first.
-        stays: (batch, kept) which sources stay, in order.
+        stays: (batch, kept) which sources stay, in order; None where all go.
         into: (batch, removed) the target that each goes into.
     """
 
     gone: str
-    stays: str
+    stays: str | None
     into: str
 
     @property
-    def names(self) -> tuple[str, str, str]:
-        """The three tensors."""
-        return self.gone, self.stays, self.into
+    def names(self) -> tuple[str, ...]:
+        """The tensors."""
+        return tuple(name for name in (self.gone, self.stays, self.into) if name is not None)
 
 
 def write_match(w: Writer, metric: str, merge: Merge, weights: str | None) -> Matched:
@@ -150,9 +150,11 @@ def write_match(w: Writer, metric: str, merge: Merge, weights: str | None) -> Ma
     nearest = w.reshape(nearest, [-1, merge.sources], "nearest/Reshape")
     _, order = w.node("TopK", [best, w.numbers([merge.sources], "all")], "order", 2, axis=-1)
     gone = w.slice(order, 1, 0, merge.removed, what="gone")
+    into = w.one("GatherElements", [nearest, gone], "into", axis=1)
+    if not merge.kept:
+        return Matched(gone, None, into)
     rest = w.cast(w.slice(order, 1, merge.removed, what="rest"), onnx.TensorProto.FLOAT)
     stays, _ = w.node("TopK", [rest, w.numbers([merge.kept], "kept")], "stays", 2, axis=-1, largest=0)
-    into = w.one("GatherElements", [nearest, gone], "into", axis=1)
     return Matched(gone, w.cast(stays, onnx.TensorProto.INT64), into)
 
 
@@ -199,7 +201,7 @@ def write_merge(w: Writer, x: str, size: str, matched: Matched, merge: Merge) ->
     chosen = w.cast(same, onnx.TensorProto.FLOAT)  # (batch, targets, removed)
     grown = w.one("Add", [b, w.one("MatMul", [chosen, moving], "arriving")], "grown")
     parts = [w.slice(total, 1, 0, merge.front, what="front")] if merge.front else []
-    parts += [w.rows(a, matched.stays, "staying")] if merge.kept else []
+    parts += [w.rows(a, matched.stays, "staying")] if matched.stays is not None else []
     parts += [grown]
     parts += [w.slice(total, 1, merge.count - merge.back, what="back")] if merge.back else []
     merged = w.one("Concat", parts, "merged_totals", axis=1)
@@ -224,7 +226,7 @@ def write_places(w: Writer, matched: Matched, merge: Merge, before: str | None) 
     offset = w.edit.constant(f"{w.name}/first_target", np.asarray(first, np.int64))
     arriving = w.reshape(w.one("Add", [matched.into, offset], "arriving_at"), [-1, 1, merge.removed])
     place = _chosen(w, matched.gone, number, arriving, merge.removed, "gone")
-    if merge.kept:
+    if matched.stays is not None:
         line = np.arange(merge.front, first, dtype=np.int64).reshape(1, 1, -1)
         ranks = w.edit.constant(f"{w.name}/ranks", line)
         staying = _chosen(w, matched.stays, number, ranks, merge.kept, "staying")

@@ -27,7 +27,7 @@ from toast_onnx.proof.precision import to_float32
 from toast_onnx.proof.twin import TOLERANCE, Difference, relative_difference
 from toast_onnx.runtime import batch_sizes, run_model
 from toast_onnx.tokens.metrics import read_features, read_weights
-from toast_onnx.tokens.nodes import EQUAL, Merge
+from toast_onnx.tokens.nodes import EQUAL, Matched, Merge
 from toast_onnx.tokens.rewrite import WrittenMerge
 
 #: How far from the best a choice may be, as a share of the spread between the best pair and the worst.
@@ -204,7 +204,7 @@ def compose(merges: Sequence[WrittenMerge], made: Arrays) -> dict[str, Groups]:
     for merge in merges:
         if merge.matched is None:
             continue
-        gone, stays, into = (made[name] for name in merge.matched.names)
+        gone, stays, into = _choices(made, merge.matched)
         start = merge.sequence.start
         first = np.broadcast_to(np.arange(merge.sequence.count), (gone.shape[0], merge.sequence.count))
         before = present.get(start, first)
@@ -212,6 +212,13 @@ def compose(merges: Sequence[WrittenMerge], made: Arrays) -> dict[str, Groups]:
         present[start] = np.take_along_axis(step, before, 1)
         found[merge.tensor] = Groups(before, present[start])
     return found
+
+
+def _choices(made: Mapping[str, np.ndarray], matched: Matched) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(batch, ...) which sources go, which stay (none where all go), and what each goes into."""
+    gone, into = made[matched.gone], made[matched.into]
+    stays = np.zeros((len(gone), 0), np.int64) if matched.stays is None else made[matched.stays]
+    return gone, stays, into
 
 
 def _step(counts: Merge, gone: np.ndarray, stays: np.ndarray, into: np.ndarray) -> np.ndarray:
@@ -260,7 +267,7 @@ def _furthest(merge: WrittenMerge, made: Arrays, theirs: Arrays, before: np.ndar
     given = read_weights(merge.features, weighed[0], before) if weighed else [None] * len(before)
     worst = 0.0
     stop = merge.counts.count - merge.counts.back
-    choices = zip(*(made[name] for name in merge.matched.names), strict=True)
+    choices = zip(*_choices(made, merge.matched), strict=True)
     for x, groups, attended, (gone, stays, into) in zip(features, before, given, choices, strict=True):
         _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
         unit = x[first]
