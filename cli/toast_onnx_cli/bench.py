@@ -10,8 +10,9 @@ import click
 
 from toast_onnx.errors import BackendError
 from toast_onnx_cli.console import print_json, print_table, progress
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.numbers import FiniteRange
+from toast_onnx_cli.shapes import shapes_option
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -34,7 +35,7 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option(
     "--warmup", type=click.IntRange(0), help="Untimed rounds (onnxruntime, 5) or milliseconds (trtexec, 200)."
 )
-@click.option("--shapes", multiple=True, metavar="NAME:AxBxC", help="Full shape of an input with more open dimensions.")
+@shapes_option("--shape", "--shapes", "shapes", help_text="Full shape of an input with more open dimensions.")
 @click.option(
     "--provider", type=click.Choice(["cpu", "cuda", "tensorrt", "tensorrt-rtx"]), default="cpu", show_default=True
 )
@@ -50,6 +51,7 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option("--blocks", is_flag=True, help="Also measure each layer, grouped by transformer block (trtexec).")
 @click.option("--dry-run", is_flag=True, help="Print trtexec's commands and stop.")
 @click.option("--script", type=click.Path(path_type=Path), help="Write trtexec's commands to this file too.")
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     models: tuple[Path, ...],
@@ -57,7 +59,7 @@ def command(
     batch: tuple[int, ...],
     rounds: int | None,
     warmup: int | None,
-    shapes: tuple[str, ...],
+    shapes: dict[str, tuple[int, ...]],
     provider: str,
     threads: int | None,
     trtexec_path: str | None,
@@ -77,16 +79,14 @@ def command(
     quartiles. Under onnxruntime MODELS are .onnx or .ort files and latency runs from host memory to host memory; under
     trtexec they are engines (or .onnx files, built first) and latency is GPU time.
     """
-    from toast_onnx.engines import parse_shapes
     from toast_onnx.engines.build import model_hash
     from toast_onnx.engines.trtexec import BenchSettings
 
     check_destinations([f for model in models for f in read_files(model)], {"--script": script})
-    given = parse_shapes(shapes)
     if runtime == "onnxruntime":
         if dry_run or script is not None:
             raise click.UsageError("--dry-run and --script go with --runtime trtexec")
-        results = _onnxruntime(models, batch, provider, threads, 5 if warmup is None else warmup, rounds or 30, given)
+        results = _onnxruntime(models, batch, provider, threads, 5 if warmup is None else warmup, rounds or 30, shapes)
         document: dict[str, Any] = {"runtime": runtime, "provider": provider, "threads": threads, "results": results}
     else:
         settings = BenchSettings(
@@ -97,7 +97,7 @@ def command(
             spin_wait=not no_spin_wait,
         )
         found = _trtexec(
-            models, batch, settings, rounds or 3, given, blocks, trtexec_path, trtexec_version, dry_run, script
+            models, batch, settings, rounds or 3, shapes, blocks, trtexec_path, trtexec_version, dry_run, script
         )
         if found is None:
             return

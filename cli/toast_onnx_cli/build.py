@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
+from toast_onnx_cli.shapes import shapes_option
 
 if TYPE_CHECKING:
     from toast_onnx.engines import UnsupportedGraphError
@@ -44,9 +45,9 @@ def size(text: str) -> int:
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--fp16-io", is_flag=True, help="float16 inputs and outputs too, with --precision fp16.")
 @click.option("--batch", help="MIN:OPT:MAX of an open first dimension, or one number; 1:8:32 where none is given.")
-@click.option("--min-shapes", multiple=True, metavar="NAME:AxBxC", help="Smallest shape of an input.")
-@click.option("--opt-shapes", multiple=True, metavar="NAME:AxBxC", help="Shape to tune an input for.")
-@click.option("--max-shapes", multiple=True, metavar="NAME:AxBxC", help="Largest shape of an input.")
+@shapes_option("--min-shapes", help_text="Smallest shape of an input, as in input=1x3x224x224; may be repeated.")
+@shapes_option("--opt-shapes", help_text="Shape to tune an input for.")
+@shapes_option("--max-shapes", help_text="Largest shape of an input.")
 @click.option("--workspace", type=size, help="Scratch memory that kernels may use, such as 512M or 4G.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fast, 5 searches longest.")
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="File of kernel timings, read and extended.")
@@ -54,6 +55,7 @@ def size(text: str) -> int:
 @click.option("--hardware-compatible", is_flag=True, help="One engine for Ampere and everything newer (tensorrt).")
 @click.option("--version-compatible", is_flag=True, help="An engine that later releases load (tensorrt).")
 @click.option("--ort-level", type=click.Choice(["basic", "extended", "all"]), default="extended", show_default=True)
+@overwrite_option
 @click.option("--verbose", is_flag=True, help="Show all that TensorRT logs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
@@ -64,9 +66,9 @@ def command(
     precision: str,
     fp16_io: bool,
     batch: str | None,
-    min_shapes: tuple[str, ...],
-    opt_shapes: tuple[str, ...],
-    max_shapes: tuple[str, ...],
+    min_shapes: dict[str, tuple[int, ...]],
+    opt_shapes: dict[str, tuple[int, ...]],
+    max_shapes: dict[str, tuple[int, ...]],
     workspace: int | None,
     optimization_level: int | None,
     timing_cache: Path | None,
@@ -91,7 +93,7 @@ def command(
         logging.getLogger("toast_onnx.engines").setLevel(logging.DEBUG)
     suffix = f".{precision}.onnx" if form == "onnx" else f".{form}"
     target = output or model.with_suffix(suffix)
-    check_destinations(read_files(model), {"--timing-cache": timing_cache, "-o": target})
+    check_destinations(read_files(model), {"--timing-cache": timing_cache, "-o": target}, ["--timing-cache"])
     if form == "ort":
         record = build_ort(model, target, precision=precision, fp16_io=fp16_io, level=ort_level)
     elif form == "onnx":
@@ -102,9 +104,9 @@ def command(
             precision=precision,
             fp16_io=fp16_io,
             batch=None if batch is None else engines.parse_batch(batch),
-            min_shapes=engines.parse_shapes(min_shapes),
-            opt_shapes=engines.parse_shapes(opt_shapes),
-            max_shapes=engines.parse_shapes(max_shapes),
+            min_shapes=min_shapes,
+            opt_shapes=opt_shapes,
+            max_shapes=max_shapes,
             options=engines.EngineOptions(
                 workspace=workspace,
                 optimization_level=optimization_level,

@@ -10,9 +10,15 @@ import click
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.presets import read_ratios
-from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
+from toast_onnx_cli.calibration_options import (
+    DATA_HELP,
+    calibration_options,
+    check_sample_options,
+    gather_options,
+    sample_progress,
+)
 from toast_onnx_cli.console import format_bytes, print_json
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 @calibration_options
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default.")
 @shape_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
 def command(
     model: Path,
@@ -61,6 +68,7 @@ def command(
     data = data or (settings.calibration.data if settings is not None else None)
     if bool(shards) == (data is not None):
         raise click.UsageError("give either --data to measure, or --merge to add up statistics")
+    check_sample_options(given, data)
     dense = study(load_model(model), shapes)
     if shards:
         header = merge_statistics(shards, out, dense.view.model.path)

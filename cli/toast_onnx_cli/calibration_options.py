@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -85,6 +85,23 @@ def gather_options(ratios: Ratios | None, seed: int | None, given: dict[str, Any
         threads=given["threads"],
         budget=BUDGET if given["memory"] is None else int(given["memory"] * 1e9),
     )
+
+
+def check_sample_options(given: Mapping[str, Any], data: str | None) -> None:
+    """Refuse options that say how samples are read where none are.
+
+    Args:
+        given: the parameters that `calibration_options` adds.
+        data: where samples are, None where there are none.
+
+    Raises:
+        click.UsageError: one of them was given.
+    """
+    if data is not None:
+        return
+    for name in ("preprocess", "samples", "tokens", "class_weight", "memory"):
+        if given.get(name) is not None:
+            raise click.UsageError(f"--{name.replace('_', '-')} is about samples, and none are given; add --data")
 
 
 class ShowSamples(Protocol):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import BackendError
+from toast_onnx_cli.calibration_options import check_sample_options
 from toast_onnx_cli.console import print_json, print_table
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), help="As the engine's JSON says.")
 @click.option("--tolerance", type=FiniteRange(0), help="Largest difference over the output's scale; by precision.")
 @click.option("--script", type=click.Path(path_type=Path), help="Without a GPU: write the command to this file too.")
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     engine: Path,
@@ -59,6 +61,7 @@ def command(
     from toast_onnx.engines.engine_check import TOLERANCES, EngineRunner, compare, require_gpu
     from toast_onnx_calibration.sessions import make_session
 
+    check_sample_options({"preprocess": preprocess}, data)
     check_destinations([*read_files(model), engine, data, preprocess], {"--script": script})
     if cuda.driver() is None:
         _leave_command(script)

@@ -12,7 +12,7 @@ from toast_onnx.planning.cost_table import CostTable, write_table
 from toast_onnx.planning.schema import Align
 from toast_onnx.planning.width_costs import PARTS
 from toast_onnx_cli.console import print_json, print_table, progress
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.planning_options import comma_list, counted
 from toast_onnx_cli.shapes import shape_option
 
@@ -36,6 +36,7 @@ from toast_onnx_cli.shapes import shape_option
 @click.option("--trtexec", "trtexec_path", help="Path of trtexec; PATH and NVIDIA's usual places otherwise.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default MODEL.costs.json.")
 @shape_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def command(
     model: Path,

@@ -12,7 +12,7 @@ import click
 
 from toast_onnx.errors import ModelError
 from toast_onnx_cli.console import print_json, progress
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 from toast_onnx_cli.shapes import shape_option
@@ -154,6 +154,7 @@ _training_options = _options(
 @_loss_options
 @_training_options
 @shape_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     pruned: Path,
@@ -230,7 +231,9 @@ def _check_destinations(job: Job) -> None:
         "--torch-export": job.torch_export,
         "--save-module": job.save_module,
     }
-    check_destinations([*models, job.data, job.labels, job.preprocess], outputs)
+    # what is gone on with was written by the run that stopped
+    gone_on = list(outputs) if job.resume else ["--checkpoint"]
+    check_destinations([*models, job.data, job.labels, job.preprocess], outputs, gone_on)
 
 
 def _settings(given: dict[str, Any], torch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import os
@@ -60,6 +61,23 @@ class LazyGroup(click.Group):
         module = importlib.import_module(f"toast_onnx_cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The subcommand that the arguments begin with.
+
+        Raises:
+            click.UsageError: there is none of that name; says which was meant.
+        """
+        name = args[0]
+        if name in SUBCOMMANDS or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        if os.path.exists(name):
+            raise click.UsageError(f"'{name}' is a file, not a command: toast-onnx inspect {name}", ctx)
+        near = difflib.get_close_matches(name, SUBCOMMANDS, 1, 0.5)
+        meant = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(SUBCOMMANDS)}"
+        raise click.UsageError(f"no such command '{name}'; {meant}", ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the subcommands from `SUBCOMMANDS` alone."""

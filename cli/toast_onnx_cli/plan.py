@@ -15,7 +15,7 @@ from toast_onnx.model import file_hash, load_model
 from toast_onnx.planning.cost_table import CostTable, read_table, write_table
 from toast_onnx.planning.width_costs import PARTS
 from toast_onnx_cli.console import print_json, progress, show_table
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planning_options import (
     Planning,
@@ -60,6 +60,7 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
 @click.option("--costs", type=click.Path(path_type=Path), help="Latency table that `costs` wrote, here or elsewhere.")
 @click.option("--no-timing", is_flag=True, help="Trust the table: it was measured on another machine.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Ratios file; default MODEL.ratios.yaml.")
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def command(
     model: Path,
@@ -101,7 +102,9 @@ def command(
     out = output or model.with_name(f"{model.stem}.ratios.yaml")
     # the two files that a plan may add to are no place for its result either
     check_destinations(
-        [*read_files(model), *planning_inputs(given)], {"--sensitivity": results, "--costs": costs, "-o": out}
+        [*read_files(model), *planning_inputs(given)],
+        {"--sensitivity": results, "--costs": costs, "-o": out},
+        ["--sensitivity", "--costs"],
     )
     planning = gather_planning(given)
     dense = study(load_model(model), planning.shapes)

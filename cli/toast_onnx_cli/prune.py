@@ -23,9 +23,15 @@ from toast_onnx.pruning import Pruned, Refine, prune
 from toast_onnx.report.pruning import save_with_report
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx.wellformed import blame_model
-from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
+from toast_onnx_cli.calibration_options import (
+    DATA_HELP,
+    calibration_options,
+    check_sample_options,
+    gather_options,
+    sample_progress,
+)
 from toast_onnx_cli.console import Advance, format_bytes, format_count, print_json, progress
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -36,7 +42,7 @@ if TYPE_CHECKING:
 
 @click.command("prune")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--ratios", required=True, metavar="FILE", help="Ratios file, or a preset such as paper:deit_small@2.7.")
+@click.option("--ratios", metavar="FILE", help="Ratios file, or a preset such as paper:deit_small@2.7.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Pruned model; default MODEL.pruned.onnx.")
 @click.option("--report", type=click.Path(path_type=Path), help="JSON report; default beside the pruned model.")
 @click.option("--data", metavar="DATA", help=f"Measure activations on: {DATA_HELP[0].lower()}{DATA_HELP[1:]}")
@@ -48,10 +54,11 @@ if TYPE_CHECKING:
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     model: Path,
-    ratios: str,
+    ratios: str | None,
     output: Path | None,
     report: Path | None,
     data: str | None,
@@ -72,6 +79,11 @@ def command(
     """
     if data is not None and statistics is not None:
         raise click.UsageError("give either --data or --statistics")
+    if ratios is None:
+        raise click.UsageError(
+            "say what goes with --ratios FILE; `toast-onnx plan` writes such a file for a budget, and two lines are "
+            "enough by hand: `version: 1` and `attention: {qk: 0.5, vo: 0.5}`"
+        )
     out = output or model.with_name(f"{model.stem}.pruned.onnx")
     report = report or out.with_suffix(".json")
     check_destinations(
@@ -80,6 +92,7 @@ def command(
         {"-o": out, "-o (its weights)": out.with_name(f"{out.name}.data"), "--report": report},
     )
     settings = read_ratios(ratios)
+    check_sample_options(given, data or settings.calibration.data)
     dense = study(load_model(model), shapes)
     links = links_out(model)
     if links and no_links:

@@ -11,7 +11,7 @@ from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx_cli.console import print_json, progress, show_table
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.planning_options import (
     comma_list,
     counted,
@@ -37,6 +37,7 @@ ALL_PARTS = "qk,vo,fc1,fc2,fc1+fc2"
 @click.option("--blocks", callback=comma_list, help="Numbers of blocks, such as 0,5,11; all by default.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Results; default MODEL.sensitivity.json.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves of every block to this image file.")
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(
     model: Path,
@@ -68,7 +69,7 @@ def command(
     if unknown:
         raise click.UsageError(f"--parts knows {', '.join(TRIAL_PARTS)}, not {unknown[0]}")
     out = output or model.with_name(f"{model.stem}.sensitivity.json")
-    check_destinations([*read_files(model), *planning_inputs(given)], {"-o": out, "--plot": plot})
+    check_destinations([*read_files(model), *planning_inputs(given)], {"-o": out, "--plot": plot}, ["-o"])
     planning = gather_planning(given)
     if plot is not None:
         from toast_onnx.report.drawing import require_matplotlib

@@ -134,9 +134,10 @@ def _prune(config: Deployment, files: Files, recipe: str | None, folder: Path) -
         return []
     report = str(PurePosixPath(files.pruned).with_suffix(".json"))
     words = ["prune", files.dense, "--ratios", prune.ratios, "-o", files.pruned, "--report", report, "--json"]
-    words += _options(prune, "data", "statistics", "samples", "seed", "skip_unprunable") + _preprocess(recipe)
     ratios = folder / prune.ratios
     inside = load_ratios(ratios).calibration.data if os.path.isfile(ratios) else None
+    words += ["--overwrite", *_options(prune, "data", "statistics", "samples", "seed", "skip_unprunable")]
+    words += _preprocess(recipe) if prune.data is not None or inside is not None else []
     inputs = _some((files.dense, prune.ratios, prune.data, inside, prune.statistics, recipe))
     keep = ("dense", "pruned", "inputs", "twin", "statistics")
     return [Step("prune", tuple(words), inputs, (files.pruned, report), keep=keep)]
@@ -149,7 +150,18 @@ def _convert(config: Deployment, files: Files) -> list[Step]:
     return [
         Step(
             name,
-            ("build", before, "--format", "onnx", "--precision", config.precision, "-o", after, "--json"),
+            (
+                "build",
+                before,
+                "--format",
+                "onnx",
+                "--precision",
+                config.precision,
+                "-o",
+                after,
+                "--overwrite",
+                "--json",
+            ),
             (before,),
             (after, f"{after}.json"),
         )
@@ -183,7 +195,7 @@ def _build(config: Deployment, files: Files) -> list[Step]:
     return [
         Step(
             name,
-            ("build", model, *options, "-o", target, "--json"),
+            ("build", model, *options, "-o", target, "--overwrite", "--json"),
             (model,),
             (target, f"{target}.json"),
             packages=_TENSORRT if engine else _RUNTIME,

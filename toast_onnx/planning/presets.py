@@ -127,6 +127,13 @@ def read_ratios(argument: str | os.PathLike[str]) -> Ratios:
         ConfigError: The preset is unknown or the file is at fault.
     """
     text = os.fspath(argument)
+    number = _number(text.rstrip("%"))
+    if number is not None and not os.path.exists(text):
+        part = f"{number / 100 if number > 1 else number:g}"
+        raise ConfigError(
+            f"--ratios takes a file or a preset, not the number {text}; to remove that much everywhere write a file "
+            f"with `version: 1`, `attention: {{qk: {part}, vo: {part}}}` and `ffn: {{fc2: {part}}}`, a line each"
+        )
     return preset(text) if text.startswith(PREFIX) else load_ratios(text)
 
 
