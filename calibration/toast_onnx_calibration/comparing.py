@@ -21,9 +21,9 @@ from toast_onnx.report.tables import Table, format_bytes, format_count
 from toast_onnx.runtime import expose
 from toast_onnx_calibration.agreement import Agreement
 from toast_onnx_calibration.feeds import batch_size, batches
-from toast_onnx_calibration.recipe_files import recipe_for
+from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.sessions import ModelInput, model_inputs, model_session, run
-from toast_onnx_calibration.sources import Source, open_source
+from toast_onnx_calibration.sources import Source
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -123,6 +123,7 @@ def compare(
     threads: int | None = None,
     rounds: int = 20,
     progress: Progress | None = None,
+    note: Note = silent,
 ) -> Comparison:
     """Run two models on the same samples.
 
@@ -138,6 +139,7 @@ def compare(
         threads: of ONNX Runtime and of image decoding.
         rounds: timed rounds; 0 measures no latency.
         progress: called after every batch.
+        note: told what the user should know before the models run.
 
     Raises:
         ToastError: its children say what is wrong.
@@ -148,9 +150,19 @@ def compare(
     sessions = [_session(s, [names[k] for names in watched], provider, threads) for k, s in enumerate(pair)]
     inputs = model_inputs(sessions[0])
     _check_alike(sessions, pruned)
-    choice = recipe_for(dense, preprocess, inputs[0].shape if len(inputs) == 1 else None)
-    source = open_source(data, inputs, choice.recipe, samples=samples, seed=seed, threads=threads)
-    notes += list(choice.notes) if source.recipe else []
+    kept = [s.get_modelmeta().custom_metadata_map for s in sessions]
+    source, told = open_prepared(
+        dense,
+        data,
+        inputs,
+        preprocess,
+        metadata=kept[1] | kept[0],
+        samples=samples,
+        seed=seed,
+        threads=threads,
+        note=note,
+    )
+    notes += told
     size = _held_batch(pair[0], [names[0] for names in watched], batch)
     found, drift, count, shapes = _measure(pair[0], sessions, watched, inputs, source, size, progress)
     notes += source.report.notes() if source.report else ()

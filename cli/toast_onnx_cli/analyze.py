@@ -22,7 +22,7 @@ from toast_onnx_cli.calibration_options import (
     gather_options,
     sample_progress,
 )
-from toast_onnx_cli.console import print_json, print_table, progress
+from toast_onnx_cli.console import print_json, print_table, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shape_option
@@ -118,7 +118,7 @@ def _statistics(
         with sample_progress("measuring") as show:
             header = calibrate(dense, data, out, wanted, options, show)
         for note in header.notes:
-            click.echo(f"Note: {note}", err=True)
+            say_note(note)
         yield CalibratedStatistics(dense, out)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress
+from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.shapes import shapes_option
 
@@ -124,7 +124,7 @@ def command(
                 _show_problems(error)
                 raise
     for note in record["notes"]:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
     if as_json:
         print_json(record)
     else:

@@ -17,7 +17,7 @@ from toast_onnx_cli.calibration_options import (
     gather_options,
     sample_progress,
 )
-from toast_onnx_cli.console import format_bytes, print_json
+from toast_onnx_cli.console import format_bytes, print_json, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.shapes import shape_option
 
@@ -87,7 +87,7 @@ def _print(header: Header, out: Path, as_json: bool) -> None:
         print_json({"statistics": str(out), **asdict(header)})
         return
     for note in header.notes:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
     click.echo(
         f"{out}: {header.samples} samples, {len(header.parts)} blocks, {format_bytes(out.stat().st_size)}"
         + (f"; class token weighted {header.class_weight:g}" if header.class_weight != 1 else "")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from toast_onnx.planning.ratios import Ratios
-from toast_onnx_cli.console import Advance, progress
+from toast_onnx_cli.console import Advance, progress, say_note
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -84,6 +84,7 @@ def gather_options(ratios: Ratios | None, seed: int | None, given: dict[str, Any
         batch=given["batch"],
         threads=given["threads"],
         budget=BUDGET if given["memory"] is None else int(given["memory"] * 1e9),
+        note=say_note,
     )
 
 

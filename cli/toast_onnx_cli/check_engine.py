@@ -12,7 +12,7 @@ import click
 
 from toast_onnx.errors import BackendError
 from toast_onnx_cli.calibration_options import check_sample_options
-from toast_onnx_cli.console import print_json, print_table
+from toast_onnx_cli.console import print_json, print_table, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
@@ -123,13 +123,12 @@ def _from_data(
 ) -> Iterator[Feeds]:
     """Inputs from the user's data, prepared as calibration prepares them."""
     from toast_onnx_calibration.feeds import batches
-    from toast_onnx_calibration.recipe_files import recipe_for
+    from toast_onnx_calibration.prepared import open_prepared
     from toast_onnx_calibration.sessions import model_inputs
-    from toast_onnx_calibration.sources import open_source
 
     inputs = model_inputs(session)
-    choice = recipe_for(model, preprocess, inputs[0].shape if len(inputs) == 1 else None)
-    source = open_source(data, inputs, choice.recipe, samples=samples, seed=seed)
+    kept = session.get_modelmeta().custom_metadata_map
+    source, _ = open_prepared(model, data, inputs, preprocess, metadata=kept, samples=samples, seed=seed, note=say_note)
     for part in batches(source, inputs, batch):
         yield part.feeds
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toast_onnx_cli.calibration_options import DATA_HELP, sample_progress
-from toast_onnx_cli.console import print_json, show_table
+from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def command(
             threads=threads,
             rounds=rounds,
             progress=show,
+            note=say_note,
         )
     if as_json:
         print_json(found.to_json())
@@ -71,6 +72,6 @@ def command(
 
 def _print(found: Comparison) -> None:
     for note in found.notes:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
     for table in found.tables:
         show_table(table)

@@ -92,6 +92,15 @@ def _lines(label: str, total: int | None) -> Iterator[Advance]:
     click.echo(f"{label}: done in {time.monotonic() - started:.1f} s", err=True)
 
 
+def say_note(text: str) -> None:
+    """Says what the user should know on stderr; what a command has said already is not said again."""
+    context = click.get_current_context(silent=True)
+    said = context.meta.setdefault("toast_onnx_cli.notes", set()) if context is not None else set()
+    if text not in said:
+        said.add(text)
+        click.echo(f"Note: {text}", err=True)
+
+
 def print_json(document: Any) -> None:
     """Prints one JSON document to stdout, keys in the order given.
 

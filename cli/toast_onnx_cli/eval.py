@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toast_onnx_cli.console import Advance, print_json, print_table, progress
+from toast_onnx_cli.console import Advance, print_json, print_table, progress, say_note
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def command(
             seed=seed,
             threads=threads,
             progress=show,
+            note=say_note,
         )
     if as_json:
         print_json({"model": str(model), "model_sha256": model_hash(model), **result.to_json()})
@@ -87,7 +88,7 @@ def command(
 
 def _print(result: Evaluation) -> None:
     for note in result.notes:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
     if result.accuracy is None:
         print_table(["metric", "value"], [[name, f"{value:.6g}"] for name, value in result.metrics.items()])
         return

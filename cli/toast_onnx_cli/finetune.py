@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import ModelError
-from toast_onnx_cli.console import print_json, progress
+from toast_onnx_cli.console import print_json, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
@@ -211,7 +211,7 @@ def command(
     if result.document is None:
         return  # another process tells
     for note in result.notes:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
     print_json(result.document) if as_json else click.echo(summary(result, job.out, job.report))
     if result.outcome.reason == "diverged":
         raise ModelError(

@@ -14,7 +14,7 @@ from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, load_model
 from toast_onnx.planning.cost_table import CostTable, read_table, write_table
 from toast_onnx.planning.width_costs import PARTS
-from toast_onnx_cli.console import print_json, progress, show_table
+from toast_onnx_cli.console import print_json, progress, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planning_options import (
@@ -114,7 +114,7 @@ def command(
     with open_trials(dense, planning, parts) as work:
         plan = make_plan(dense, planning.settings, chosen[0], parts, points, results, table, runtime, work, _measuring)
     if plan.missed:
-        click.echo(f"Note: {plan.missed}", err=True)
+        say_note(plan.missed)
     plan.save(out)
     if as_json:
         print_json({"ratios_file": str(out), **plan.report()})

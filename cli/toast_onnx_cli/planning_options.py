@@ -14,7 +14,7 @@ from toast_onnx.matching.study import Study
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
-from toast_onnx_cli.console import Advance
+from toast_onnx_cli.console import Advance, say_note
 from toast_onnx_cli.numbers import percentage
 from toast_onnx_cli.shapes import shape_option
 
@@ -168,6 +168,6 @@ def open_trials(dense: Study, planning: Planning, parts: tuple[str, ...]) -> Ite
         planning.labels,
         planning.output,
         lambda: sample_progress("calibrating"),
-        lambda note: click.echo(f"Note: {note}", err=True),
+        say_note,
     ) as work:
         yield work

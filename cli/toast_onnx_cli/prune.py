@@ -30,7 +30,7 @@ from toast_onnx_cli.calibration_options import (
     gather_options,
     sample_progress,
 )
-from toast_onnx_cli.console import Advance, format_bytes, format_count, print_json, progress
+from toast_onnx_cli.console import Advance, format_bytes, format_count, print_json, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.shapes import shape_option
 
@@ -255,7 +255,7 @@ def head_notes(dense: Study, pruned: Pruned) -> list[str]:
 
 def _show_notes(notes: Sequence[str]) -> None:
     for note in dict.fromkeys(notes):
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
 
 
 def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
