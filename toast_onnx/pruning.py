@@ -10,6 +10,7 @@ from toast_onnx.choosing.blocks import Widths, plan_widths, solve_block
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.importance.statistics import Statistics
+from toast_onnx.matching.searched import searched
 from toast_onnx.matching.study import Shapes, Study, input_shapes
 from toast_onnx.matching.study import study as study_model
 from toast_onnx.model import Model
@@ -111,9 +112,7 @@ def prune(
     """
     blocks = study.match.blocks
     if not blocks:
-        raise ModelError(
-            f"{study.view.model.path}: no transformer block was found; see `toast-onnx inspect` for the reasons"
-        )
+        raise ModelError(f"{study.view.model.path}: no transformer block was found: {_why_none(study)}")
     settings = resolve(ratios, [b.name for b in blocks], [b.node_names for b in blocks])
     local = ratios.compensation.kind == "local"
     if local and refine is None:
@@ -160,6 +159,13 @@ def prune(
     progress("twin" if check else "no twin")
     source = statistics.source
     return Pruned(model, weights, widths, settings, twin, source, trained, selections, normalized, merges, merging)
+
+
+def _why_none(study: Study) -> str:
+    """What speaks against blocks in a graph without any, or what was looked for."""
+    reasons = list(study.match.declined.values())
+    more = f" ({len(reasons) - 1} more reasons: toast-onnx inspect)" if len(set(reasons)) > 1 else ""
+    return f"{reasons[0]}{more}" if reasons else searched(study)
 
 
 def _merge(

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int | None], None]
 
+#: Below this agreement a model hardly does what the dense one does.
+HARDLY = 0.5
+#: Spread of timed rounds above which the machine was too busy to tell.
+NOISY = 0.25
 #: Bytes of block outputs held at a time; larger models go in smaller batches.
 HELD = 256_000_000
 
@@ -69,6 +73,24 @@ class Comparison:
         }
 
     @property
+    def verdict(self) -> str:
+        """The comparison in a sentence: what became of the answers, of the cost and of the latency."""
+        found = next((e for e in self.outputs.values() if "top1_agreement" in e), None)
+        if found is not None:
+            same = found["top1_agreement"]
+            how = f"answers as the dense model does on {same:.1%} of {self.samples} samples (KL {found['kl']:.3f})"
+            how = f"HARDLY AGREES any more: it {how}" if same < HARDLY else how
+        else:
+            worst = max((e["relative_error"] for e in self.outputs.values()), default=0.0)
+            how = (
+                f"differs from the dense model's outputs by {worst:.2%} of their size at most ({self.samples} samples)"
+            )
+        a, b = self.models["dense"], self.models["pruned"]
+        cost = f"takes {b['macs'] / a['macs']:.0%} of its MACs and {b['bytes'] / a['bytes']:.0%} of its file"
+        timed = "" if self.latency is None else f"; {_latency_words(self.latency[1])}"
+        return f"{b['file']} {how} and {cost}{timed}"
+
+    @property
     def tables(self) -> list[Table]:
         """Costs of both models, agreement of every output, drift of every branch."""
         outputs = Table(
@@ -88,7 +110,7 @@ class Comparison:
             rows,
             ("right", "left", "left", "right", "right"),
         )
-        costs = Table(None, ("", "dense", "pruned", "pruned / dense"), _costs(self))
+        costs = Table(None, ("", "dense", "pruned", "pruned / dense"), _costs(self), None, _noise(self.latency))
         return [costs, outputs, *([branches] if rows else [])]
 
     def report(self) -> dict[str, Any]:
@@ -327,10 +349,27 @@ def _costs(found: Comparison) -> list[list[str]]:
     rows.append(["file", format_bytes(a["bytes"]), format_bytes(b["bytes"]), f"{b['bytes'] / a['bytes']:.3f}"])
     if found.latency is not None:
         first, second = found.latency
-        ratio = f"{1 / second['speedup']:.3f}"
-        times = [f"{t['median_ms']:.2f} ms" for t in (first, second)]
+        low, high = second["speedup_quartiles"]
+        ratio = f"{1 / second['speedup']:.3f} ({1 / high:.3f} .. {1 / low:.3f})"
+        times = [f"{t['median_ms']:.2f} ms, spread {t['spread']:.0%}" for t in (first, second)]
         rows.append([f"latency, batch {first['batch']}", *times, ratio])
     return rows
+
+
+def _latency_words(pruned: dict[str, Any]) -> str:
+    """Whether a timed model is faster, as far as the spread of its rounds lets one tell."""
+    low, high = pruned["speedup_quartiles"]
+    if low <= 1 <= high:
+        return f"no difference in latency could be told ({low:.2f} to {high:.2f} times as fast)"
+    return f"{pruned['speedup']:.2f} times as fast ({low:.2f} to {high:.2f})"
+
+
+def _noise(latency: list[dict[str, Any]] | None) -> tuple[str, ...]:
+    """A warning where rounds differ so much that their median says little."""
+    spread = max((entry["spread"] for entry in latency or ()), default=0.0)
+    if spread <= NOISY:
+        return ()
+    return (f"latency: this machine was busy, rounds differ by {spread:.0%}; measure again where nothing else runs",)
 
 
 def _agreement(entry: dict[str, Any], more: tuple[str, ...] = ()) -> list[str]:

@@ -27,6 +27,10 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+#: Spread of timed rounds above which the machine was too busy to tell.
+NOISY = 0.25
+
+
 @click.command("bench")
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--runtime", type=click.Choice(["onnxruntime", "trtexec"]), default="onnxruntime", show_default=True)
@@ -188,6 +192,9 @@ def _print(results: list[dict[str, Any]]) -> None:
     ]
     print_table(["model", "batch", "median ms", "spread", "images/s", "speed-up (quartiles)"], rows)
     for r in results:
+        if r["spread"] > NOISY:
+            text = f"rounds differ by {r['spread']:.0%}; measure again where nothing else runs"
+            click.echo(f"Warning: {r['model']} at batch {r['batch']}: {text}", err=True)
         for warning in r.get("warnings", []):
             click.echo(f"Warning: {r['model']} at batch {r['batch']}: {warning}", err=True)
         if r.get("blocks"):

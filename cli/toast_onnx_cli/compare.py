@@ -73,5 +73,6 @@ def command(
 def _print(found: Comparison) -> None:
     for note in found.notes:
         say_note(note)
+    click.echo(found.verdict)
     for table in found.tables:
         show_table(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,11 @@ def _lines(label: str, total: int | None) -> Iterator[Advance]:
     click.echo(f"{label}: done in {time.monotonic() - started:.1f} s", err=True)
 
 
+def line_width() -> int | None:
+    """Characters of a line of stdout; None where it is a file or a pipe, whose lines are as long as they are."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def say_note(text: str) -> None:
     """Says what the user should know on stderr; what a command has said already is not said again."""
     context = click.get_current_context(silent=True)
@@ -137,7 +143,7 @@ def print_table(
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     # Off a terminal rich assumes 80 columns and would fold; a wide page keeps each row on one line for grep.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000, highlight=False)
+    console = Console(file=sys.stdout, width=line_width() or 1000, highlight=False)
     with console.capture() as capture:
         console.print(table)
     lines = [line.rstrip() for line in capture.get().splitlines()]
@@ -146,6 +152,8 @@ def print_table(
 
 def show_table(table: Table) -> None:
     """Prints a table with the lines that belong to it."""
-    print_table(table.columns, table.rows, title=table.title, align=table.align)
+    width = line_width()
+    fitted = table if width is None else table.fitted(width - 2, 3)
+    print_table(fitted.columns, fitted.rows, title=fitted.title, align=fitted.align)
     for line in table.lines:
         click.echo(line)

@@ -17,10 +17,11 @@ from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import links_out, load_model
-from toast_onnx.planning.presets import read_ratios
+from toast_onnx.planning.presets import PREFIX, find_preset, read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import Pruned, Refine, prune
 from toast_onnx.report.pruning import save_with_report
+from toast_onnx.solving.compensations import COMPENSATIONS
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx.wellformed import blame_model
 from toast_onnx_cli.calibration_options import (
@@ -48,6 +49,11 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="DATA", help=f"Measure activations on: {DATA_HELP[0].lower()}{DATA_HELP[1:]}")
 @click.option("--statistics", type=click.Path(path_type=Path), help="Statistics that `calibrate` wrote, not --data.")
 @calibration_options
+@click.option(
+    "--compensation",
+    type=click.Choice(list(COMPENSATIONS)),
+    help="How weights make up for what went, instead of what the ratios file says.",
+)
 @click.option("--skip-unprunable", is_flag=True, help="Leave parts alone that cannot be pruned, instead of stopping.")
 @click.option("--normalize", is_flag=True, help="Write norms that are spelled out as LayerNormalization (opset >= 17).")
 @click.option("--no-links", is_flag=True, help="Refuse a model whose files are links out of its folder.")
@@ -63,6 +69,7 @@ def command(
     report: Path | None,
     data: str | None,
     statistics: Path | None,
+    compensation: str | None,
     skip_unprunable: bool,
     normalize: bool,
     no_links: bool,
@@ -92,6 +99,12 @@ def command(
         {"-o": out, "-o (its weights)": out.with_name(f"{out.name}.data"), "--report": report},
     )
     settings = read_ratios(ratios)
+    if compensation is not None:
+        kind = settings.compensation.model_copy(update={"kind": compensation})
+        settings = settings.model_copy(update={"compensation": kind})
+    expects = (
+        find_preset(ratios).expects if ratios.startswith(PREFIX) and settings.compensation.kind == "none" else None
+    )
     check_sample_options(given, data or settings.calibration.data)
     dense = study(load_model(model), shapes)
     links = links_out(model)
@@ -126,6 +139,7 @@ def command(
         source = {"source": found.source} if isinstance(found, SyntheticStatistics) else found.to_document()
     options = {
         "ratios": settings.to_document(),
+        "expects": expects,
         "seed": seed,
         "check": not no_check,
         "skip_unprunable": skip_unprunable,
@@ -285,6 +299,7 @@ def summary(document: dict[str, Any], out: Path, report: Path) -> str:
         f"file {format_bytes(dense['bytes'])} -> {format_bytes(pruned['bytes'])}; {proof}",
         f"statistics: {document['statistics']['source']}",
         *_token_lines(document["tokens"]),
+        *([document["options"]["expects"]] if document["options"]["expects"] else []),
         f"report: {report}",
     ]
     return "\n".join(lines)

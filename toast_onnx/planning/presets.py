@@ -57,6 +57,15 @@ class Preset:
         """The name that `--ratios` takes."""
         return f"{PREFIX}{self.short}@{self.budget}"
 
+    @property
+    def expects(self) -> str:
+        """What the schedule was published for."""
+        return (
+            f"{self.name} expects fine-tuning: its {self.top1:g} % top-1 is reported after training, and without it "
+            "hardly any answer is right; train with `toast-onnx finetune`, or keep the widths and compensate the "
+            "weights with --compensation ridge"
+        )
+
     def ratios(self) -> Ratios:
         """Returns the schedule as a ratios file would hold it.
 
