@@ -52,6 +52,7 @@ class CalibrationOptions:
         batch: samples a run, where the model leaves it free.
         threads: of ONNX Runtime and of image decoding; None is one a core.
         budget: memory for the statistics of one pass, in bytes.
+        hold: one of so many samples is held back, from 2 on; none otherwise.
         note: told what the user should know of the samples before they are run.
     """
 
@@ -64,6 +65,7 @@ class CalibrationOptions:
     batch: int = 16
     threads: int | None = None
     budget: int = BUDGET
+    hold: int = 0
     note: Note = silent
 
 
@@ -319,5 +321,6 @@ def open_samples(
         samples=options.samples,
         seed=options.seed,
         threads=options.threads,
+        hold=options.hold,
         note=options.note,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,17 @@ class Comparison:
             "latency": self.latency,
             "notes": list(self.notes),
         }
+
+    @property
+    def worst(self) -> dict[str, Any] | None:
+        """Block, part and relative error of the branch that is furthest off; None where none was compared."""
+        branches = [
+            {"block": b["index"], "part": part, "error": b[part]["relative_error"]}
+            for b in self.blocks
+            for part in ("attention", "ffn")
+            if part in b
+        ]
+        return max(branches, key=lambda entry: float(entry["error"]), default=None)
 
     @property
     def verdict(self) -> str:
@@ -145,6 +156,8 @@ def compare(
     threads: int | None = None,
     rounds: int = 20,
     progress: Progress | None = None,
+    hold: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     note: Note = silent,
 ) -> Comparison:
     """Run two models on the same samples.
@@ -161,13 +174,15 @@ def compare(
         threads: of ONNX Runtime and of image decoding.
         rounds: timed rounds; 0 measures no latency.
         progress: called after every batch.
+        shapes: concrete shapes of inputs with symbolic axes.
+        hold: from 2 on, only the samples that `calibrate` held back with the same draw.
         note: told what the user should know before the models run.
 
     Raises:
         ToastError: its children say what is wrong.
     """
     dense, pruned = Path(dense), Path(pruned)
-    pair = (study(load_model(dense)), study(load_model(pruned)))
+    pair = (study(load_model(dense), shapes), study(load_model(pruned), shapes))
     watched, notes = watch(*pair)
     sessions = [_session(s, [names[k] for names in watched], provider, threads) for k, s in enumerate(pair)]
     inputs = model_inputs(sessions[0])
@@ -182,12 +197,17 @@ def compare(
         samples=samples,
         seed=seed,
         threads=threads,
+        hold=hold,
+        held=hold > 1,
         note=note,
     )
     notes += told
     size = _held_batch(pair[0], [names[0] for names in watched], batch)
-    found, drift, count, shapes = _measure(pair[0], sessions, watched, inputs, source, size, progress)
+    found, drift, count, fed = _measure(pair[0], sessions, watched, inputs, source, size, progress)
     notes += source.report.notes() if source.report else ()
+    costs = [graph_macs(each.view, each.counted) for each in pair]
+    if costs[0] < costs[1]:
+        notes.append(f"{dense} is the smaller one: the dense model comes first, so give them the other way round")
     del sessions
     latency = None
     if rounds:
@@ -198,7 +218,7 @@ def compare(
             threads=threads,
             rounds=rounds,
             warmup=2,
-            shapes=shapes,
+            shapes=fed,
         )
         latency = [t.summary() for t in times]
     return Comparison(

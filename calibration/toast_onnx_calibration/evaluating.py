@@ -68,6 +68,7 @@ def evaluate(
     seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
+    hold: int = 0,
     note: Note = silent,
 ) -> Evaluation:
     """Measures a model: top-1 and top-5 against labels, or a metric `module:function` on all its outputs.
@@ -85,6 +86,7 @@ def evaluate(
         seed: For that draw.
         threads: Threads of ONNX Runtime and of image decoding; None is one a core.
         progress: Called after every batch.
+        hold: From 2 on, only the samples that `calibrate` held back with the same draw.
         note: Told what the user should know before the model runs.
 
     Raises:
@@ -107,6 +109,8 @@ def evaluate(
         seed=seed,
         threads=threads,
         only=only,
+        hold=hold,
+        held=hold > 1,
         note=note,
     )
     accuracy, values = None, {}

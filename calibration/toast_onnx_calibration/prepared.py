@@ -32,6 +32,8 @@ def open_prepared(
     seed: int = 0,
     threads: int | None = None,
     only: Collection[str] | None = None,
+    hold: int = 0,
+    held: bool = False,
     note: Note = silent,
 ) -> tuple[Source, list[str]]:
     """Samples in the preprocessing that fits a model.
@@ -46,6 +48,8 @@ def open_prepared(
         seed: as for `sources.open_source`.
         threads: as for `sources.open_source`.
         only: as for `sources.open_source`.
+        hold: as for `sources.open_source`.
+        held: as for `sources.open_source`.
         note: told what the user should know before the work begins.
 
     Returns:
@@ -57,7 +61,17 @@ def open_prepared(
     """
     shape = inputs[0].shape if len(inputs) == 1 else None
     choice = recipe_for(model, preprocess, shape, metadata)
-    source = open_source(data, inputs, choice.recipe, samples=samples, seed=seed, threads=threads, only=only)
+    source = open_source(
+        data,
+        inputs,
+        choice.recipe,
+        samples=samples,
+        seed=seed,
+        threads=threads,
+        only=only,
+        hold=hold,
+        held=held,
+    )
     if source.recipe is None:
         return source, []
     if shape is not None:

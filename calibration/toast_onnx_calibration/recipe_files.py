@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toast_onnx.errors import ConfigError
@@ -92,9 +93,12 @@ def check_fit(choice: RecipeChoice, shape: Sequence[Dim]) -> None:
         )
 
 
-def kept_recipe(recipe: Recipe) -> dict[str, str]:
-    """A recipe as an entry of a model's metadata, where `recipe_for` finds it."""
-    return {METADATA: json.dumps(recipe.model_dump(mode="json", exclude_unset=True))}
+def keep_recipe(proto: onnx.ModelProto, recipe: Mapping[str, Any]) -> None:
+    """Put a recipe into a model's metadata, where `recipe_for` finds it."""
+    others = [entry for entry in proto.metadata_props if entry.key != METADATA]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(others)
+    proto.metadata_props.add(key=METADATA, value=json.dumps(dict(recipe)))
 
 
 def load_recipe(path: str | Path) -> RecipeChoice:

@@ -55,6 +55,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="GB",
             help="For the statistics of one pass; less takes more passes, which continue one another. 0.2 by default.",
         ),
+        click.option("--hold-back", type=click.IntRange(2), hidden=True, help="Keep one of so many samples apart."),
     )
     for option in reversed(options):
         function = option(function)
@@ -84,6 +85,7 @@ def gather_options(ratios: Ratios | None, seed: int | None, given: dict[str, Any
         batch=given["batch"],
         threads=given["threads"],
         budget=BUDGET if given["memory"] is None else int(given["memory"] * 1e9),
+        hold=given["hold_back"] or 0,
         note=say_note,
     )
 

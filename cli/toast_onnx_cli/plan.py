@@ -84,6 +84,7 @@ def command(
     """
     from toast_onnx_calibration.planning import Budget
     from toast_onnx_calibration.plans import make_plan
+    from toast_onnx_calibration.reachable import check_reachable
 
     given_budgets = {"macs": macs, "params": params, "latency": latency}
     chosen = [Budget(kind, value) for kind, value in given_budgets.items() if value is not None]  # type: ignore[arg-type]
@@ -108,6 +109,7 @@ def command(
     )
     planning = gather_planning(given)
     dense = study(load_model(model), planning.shapes)
+    check_reachable(dense, planning.settings, chosen[0], parts)
     table, runtime = (None, None) if latency is None else _costs(dense, planning, parts, costs, no_timing)
     if table is not None:
         parts = _timed(table, parts)

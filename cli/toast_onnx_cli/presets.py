@@ -13,8 +13,9 @@ from toast_onnx.planning.ratios import format_ratios
 
 _NOTE = """\
 Every schedule expects fine-tuning: the top-1 here is what the paper reports after it. Pruned by one of them and not
-trained, a model answers hardly anything right (paper:deit_tiny@0.8: 0.3 % on 300 ImageNet images); train it with
-`toast-onnx finetune`. The same widths with compensated weights: `prune --compensation ridge`.
+trained, a model answers hardly anything right: paper:deit_tiny@0.8 has 0.3 % of 300 ImageNet images, 0.7 % with
+weights compensated by `prune --compensation ridge`. Train it with `toast-onnx finetune`; without training, widths that
+`prune --macs` plans keep far more.
 
 GMACs: the dense model; the schedule as the paper counts it (channels selected at run time, all of fc1's outputs
 computed); the static graph that prune writes, where fc1 shrinks on both sides. Accuracy and speed-up are what the paper

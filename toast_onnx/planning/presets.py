@@ -62,8 +62,8 @@ class Preset:
         """What the schedule was published for."""
         return (
             f"{self.name} expects fine-tuning: its {self.top1:g} % top-1 is reported after training, and without it "
-            "hardly any answer is right; train with `toast-onnx finetune`, or keep the widths and compensate the "
-            "weights with --compensation ridge"
+            "hardly any answer is right; train with `toast-onnx finetune`, or let --macs plan widths that need none "
+            "(--compensation ridge keeps these widths and compensates the weights)"
         )
 
     def ratios(self) -> Ratios:
