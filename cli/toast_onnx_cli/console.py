@@ -40,6 +40,9 @@ def progress(label: str, total: int | None = None) -> Iterator[Advance]:
     Yields:
         A function to call after each step.
     """
+    if is_quiet():
+        yield lambda steps=1, note="": None
+        return
     show = _bar if sys.stderr.isatty() else _lines
     with show(label, total) as advance:
         yield advance
@@ -98,11 +101,17 @@ def line_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def is_quiet() -> bool:
+    """Whether progress and notes are unwanted."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get("toast_onnx_cli.quiet"))
+
+
 def say_note(text: str) -> None:
     """Says what the user should know on stderr; what a command has said already is not said again."""
     context = click.get_current_context(silent=True)
     said = context.meta.setdefault("toast_onnx_cli.notes", set()) if context is not None else set()
-    if text not in said:
+    if text not in said and not is_quiet():
         said.add(text)
         click.echo(f"Note: {text}", err=True)
 

@@ -44,6 +44,9 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 EXIT_TERMINATED = 143
 
+#: Under which the click context keeps whether `--quiet` was given.
+QUIET = "toast_onnx_cli.quiet"
+
 logger = logging.getLogger(__name__)
 
 
@@ -119,12 +122,15 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "TOAST"})
 @click.version_option(__version__, prog_name="toast-onnx")
 @click.option("-v", "--verbose", count=True, help="Log what is done; twice for every detail.")
-def main(verbose: int) -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Neither progress nor notes; errors and results alone.")
+@click.pass_context
+def main(context: click.Context, verbose: int, quiet: bool) -> None:
     """Make exported Vision Transformers smaller: an ONNX graph in, a smaller ONNX graph out."""
     configure_logging(verbose)
+    context.meta[QUIET] = quiet
     if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
         signal.signal(signal.SIGTERM, _terminate)
 
