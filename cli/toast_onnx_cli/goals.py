@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from toast_onnx.errors import BudgetError, ConfigError
+from toast_onnx.external import links_followed
 from toast_onnx_cli.console import say_note
 from toast_onnx_cli.numbers import FiniteRange
 
@@ -94,6 +95,7 @@ def plan_ratios(budget: Goal, model: Path, data: str, out: Path, words: list[str
     from toast_onnx_cli.plan import command as plan
 
     given = [str(model), "--data", data, f"--{budget.kind}", repr(budget.value), "-o", str(out), "--overwrite", *words]
+    given += [] if links_followed() else ["--no-links"]
     parent = click.get_current_context(silent=True)
     with redirect_stdout(sys.stderr), plan.make_context("plan", given, parent=parent) as context:
         plan.invoke(context)
