@@ -31,7 +31,16 @@ appear whole or not at all. `toast-onnx COMMAND --help` says what this page says
 | 2 | wrong usage |
 | 130 | interrupted |
 
-`toast-onnx -v COMMAND ...` logs what is done, `-vv` every detail.
+`toast-onnx -v COMMAND ...` logs what is done, `-vv` every detail; `-q` leaves progress and notes out. `NO_COLOR` is
+respected. Every option has a default of the user's own in `TOAST_COMMAND_OPTION`, as in `TOAST_PRUNE_THREADS=2`.
+
+The shell completes commands and options after one of these lines in its start-up file:
+
+```bash
+eval "$(_TOAST_ONNX_COMPLETE=bash_source toast-onnx)"            # ~/.bashrc
+eval "$(_TOAST_ONNX_COMPLETE=zsh_source toast-onnx)"             # ~/.zshrc
+_TOAST_ONNX_COMPLETE=fish_source toast-onnx | source             # ~/.config/fish/config.fish
+```
 """
 
 

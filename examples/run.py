@@ -87,7 +87,7 @@ def main() -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     pruned = options.out / "digits_vit.pruned.onnx"
-    print(toast_onnx("prune", DENSE, "--ratios", RATIOS, "-o", pruned), end="")
+    print(toast_onnx("prune", DENSE, "--ratios", RATIOS, "-o", pruned, "--overwrite"), end="")
 
     models = [DENSE, pruned]
     counts = [json.loads(toast_onnx("inspect", model, "--json")) for model in models]

@@ -29,3 +29,7 @@ class DataError(ToastError):
 
 class BackendError(ToastError):
     """A runtime (ONNX Runtime, TensorRT, trtexec, PyTorch) is missing or failed."""
+
+
+class BudgetError(ConfigError):
+    """No widths reach a budget."""

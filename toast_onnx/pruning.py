@@ -16,6 +16,7 @@ from toast_onnx.finetune.local import LocalResult
 from toast_onnx.importance.remembered import Remembered
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.searched import searched
 from toast_onnx.matching.study import Study
 from toast_onnx.matching.study import study as study_model
 from toast_onnx.model import Model
@@ -131,9 +132,7 @@ def prune(
     """
     blocks = study.match.blocks
     if not blocks:
-        raise ModelError(
-            f"{study.view.model.path}: no transformer block was found; see `toast-onnx inspect` for the reasons"
-        )
+        raise ModelError(f"{study.view.model.path}: no transformer block was found: {_why_none(study)}")
     settings = resolve(ratios, [b.name for b in blocks], [b.node_names for b in blocks])
     local = ratios.compensation.kind == "local"
     if local and refine is None:
@@ -261,6 +260,13 @@ def even_out(study: Study, pruned: Pruned, *, check: bool = True, seed: int = 0)
         before = Model(pruned.model.proto, pruned.model.path, dict(pruned.model.arrays))
         compare_with_twin(study.view, before, evened.model, study.match.blocks, {}, twin_inputs(study, seed))
     return replace(pruned, model=evened.model), evened
+
+
+def _why_none(study: Study) -> str:
+    """What speaks against blocks in a graph without any, or what was looked for."""
+    reasons = list(study.match.declined.values())
+    more = f" ({len(reasons) - 1} more reasons: toast-onnx inspect)" if len(set(reasons)) > 1 else ""
+    return f"{reasons[0]}{more}" if reasons else searched(study)
 
 
 def _merge(

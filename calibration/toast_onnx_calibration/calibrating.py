@@ -22,9 +22,9 @@ from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.chain import Link, Spool, chain, cut
 from toast_onnx_calibration.feeds import Batch, batches
 from toast_onnx_calibration.needs import Wanted, everything, passes
-from toast_onnx_calibration.recipe_files import recipe_for
+from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.sessions import ModelInput, graph_inputs, model_inputs, model_session, run
-from toast_onnx_calibration.sources import Source, open_source
+from toast_onnx_calibration.sources import Source
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
 from toast_onnx_calibration.store import Header, StatisticsWriter, per_head, write_statistics
 
@@ -53,6 +53,8 @@ class CalibrationOptions:
         batch: samples a run, where the model leaves it free.
         threads: of ONNX Runtime and of image decoding; None is one a core.
         budget: memory for the statistics of one pass, in bytes.
+        hold: one of so many samples is held back, from 2 on; none otherwise.
+        note: told what the user should know of the samples before they are run.
     """
 
     preprocess: str | None = None
@@ -64,6 +66,8 @@ class CalibrationOptions:
     batch: int = 16
     threads: int | None = None
     budget: int = BUDGET
+    hold: int = 0
+    note: Note = silent
 
 
 def calibrate(
@@ -109,13 +113,14 @@ def calibrate(
             session = _session(graph, study, behind or {}, options, link, spool.inputs(link.takes))
             if source is None:
                 inputs = model_inputs(session)
-                source, found = open_samples(study.view.model.path, data, inputs, options)
+                source, found = open_samples(study.source, data, inputs, options)
                 notes += found
                 runs = _runs(source, inputs, options.batch, sizes)
             else:
                 runs = (Run(spool.read(k, link.takes), *size) for k, size in enumerate(sizes))
             total = None if source.count is None else source.count * len(groups)
-            say = _counter(progress, number * (source.count or 0), total)
+            which = f"pass {number + 1} of {len(groups)} over the samples" if len(groups) > 1 else ""
+            say = _counter(progress, number * (source.count or 0), total, which)
             sums = accumulate(session, graph, link, runs, spool, source.description, say)
             del session
             write_group(writer, study, group, sums)
@@ -241,9 +246,9 @@ def _runs(source: Source, inputs: Sequence[ModelInput], batch: int, sizes: list[
             yield found
 
 
-def _counter(progress: Progress | None, done: int, total: int | None) -> Callable[[int], None]:
+def _counter(progress: Progress | None, done: int, total: int | None, which: str) -> Callable[[int], None]:
     """Tells the progress of a pass that starts when `done` samples were measured in earlier ones."""
-    return lambda samples: None if progress is None else progress(done + samples, total, "")
+    return lambda samples: None if progress is None else progress(done + samples, total, which)
 
 
 def _add(sums: dict[str, Array], graph: MeasuringGraph, found: Mapping[str, NDArray[Any]], factor: float) -> None:
@@ -311,12 +316,12 @@ def first_samples(study: Study, data: str | Path, options: CalibrationOptions) -
         ToastError: its children say what is wrong with the data or an option.
     """
     inputs = graph_inputs(study.source)
-    source, _ = open_samples(study.view.model.path, data, inputs, options)
+    source, _ = open_samples(study.source, data, inputs, options)
     return [batch.feeds for batch in islice(batches(source, inputs, 2), 1)]
 
 
 def open_samples(
-    model: Path, data: str | Path, inputs: list[ModelInput], options: CalibrationOptions
+    model: Model, data: str | Path, inputs: list[ModelInput], options: CalibrationOptions
 ) -> tuple[Source, list[str]]:
     """The samples as the options ask for them, and what the user should know of their preprocessing.
 
@@ -324,8 +329,15 @@ def open_samples(
         DataError: the data cannot be read.
         ConfigError: the recipe is none.
     """
-    choice = recipe_for(model, options.preprocess, inputs[0].shape if len(inputs) == 1 else None)
-    source = open_source(
-        data, inputs, choice.recipe, samples=options.samples, seed=options.seed, threads=options.threads
+    return open_prepared(
+        model.path,
+        data,
+        inputs,
+        options.preprocess,
+        metadata={entry.key: entry.value for entry in model.proto.metadata_props},
+        samples=options.samples,
+        seed=options.seed,
+        threads=options.threads,
+        hold=options.hold,
+        note=options.note,
     )
-    return source, list(choice.notes) if source.recipe else []

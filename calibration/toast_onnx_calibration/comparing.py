@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,19 @@ from toast_onnx.report.tables import Table, format_bytes, format_count
 from toast_onnx.runtime import expose
 from toast_onnx_calibration.agreement import Agreement
 from toast_onnx_calibration.feeds import batch_size, batches
-from toast_onnx_calibration.recipe_files import recipe_for
+from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.sessions import ModelInput, model_inputs, model_session, run
-from toast_onnx_calibration.sources import Source, open_source
+from toast_onnx_calibration.sources import Source
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 Progress = Callable[[int, int | None], None]
 
+#: Below this agreement a model hardly does what the dense one does.
+HARDLY = 0.5
+#: Spread of timed rounds above which the machine was too busy to tell.
+NOISY = 0.25
 #: Bytes of block outputs held at a time; larger models go in smaller batches.
 HELD = 256_000_000
 
@@ -70,6 +74,35 @@ class Comparison:
         }
 
     @property
+    def worst(self) -> dict[str, Any] | None:
+        """Block, part and relative error of the branch that is furthest off; None where none was compared."""
+        branches = [
+            {"block": b["index"], "part": part, "error": b[part]["relative_error"]}
+            for b in self.blocks
+            for part in ("attention", "ffn")
+            if part in b
+        ]
+        return max(branches, key=lambda entry: float(entry["error"]), default=None)
+
+    @property
+    def verdict(self) -> str:
+        """The comparison in a sentence: what became of the answers, of the cost and of the latency."""
+        found = next((e for e in self.outputs.values() if "top1_agreement" in e), None)
+        if found is not None:
+            same = found["top1_agreement"]
+            how = f"answers as the dense model does on {same:.1%} of {self.samples} samples (KL {found['kl']:.3f})"
+            how = f"HARDLY AGREES any more: it {how}" if same < HARDLY else how
+        else:
+            worst = max((e["relative_error"] for e in self.outputs.values()), default=0.0)
+            how = (
+                f"differs from the dense model's outputs by {worst:.2%} of their size at most ({self.samples} samples)"
+            )
+        a, b = self.models["dense"], self.models["pruned"]
+        cost = f"takes {b['macs'] / a['macs']:.0%} of its MACs and {b['bytes'] / a['bytes']:.0%} of its file"
+        timed = "" if self.latency is None else f"; {_latency_words(self.latency[1])}"
+        return f"{b['file']} {how} and {cost}{timed}"
+
+    @property
     def tables(self) -> list[Table]:
         """Costs of both models, agreement of every output, drift of every branch."""
         outputs = Table(
@@ -89,7 +122,7 @@ class Comparison:
             rows,
             ("right", "left", "left", "right", "right"),
         )
-        costs = Table(None, ("", "dense", "pruned", "pruned / dense"), _costs(self))
+        costs = Table(None, ("", "dense", "pruned", "pruned / dense"), _costs(self), None, _noise(self.latency))
         return [costs, outputs, *([branches] if rows else [])]
 
     def report(self) -> dict[str, Any]:
@@ -124,6 +157,9 @@ def compare(
     threads: int | None = None,
     rounds: int = 20,
     progress: Progress | None = None,
+    hold: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    note: Note = silent,
 ) -> Comparison:
     """Run two models on the same samples.
 
@@ -139,22 +175,40 @@ def compare(
         threads: of ONNX Runtime and of image decoding.
         rounds: timed rounds; 0 measures no latency.
         progress: called after every batch.
+        shapes: concrete shapes of inputs with symbolic axes.
+        hold: from 2 on, only the samples that `calibrate` held back with the same draw.
+        note: told what the user should know before the models run.
 
     Raises:
         ToastError: its children say what is wrong.
     """
     dense, pruned = Path(dense), Path(pruned)
-    pair = (study(load_model(dense)), study(load_model(pruned)))
+    pair = (study(load_model(dense), shapes), study(load_model(pruned), shapes))
     watched, notes = watch(*pair)
     sessions = [_session(s, [names[k] for names in watched], provider, threads) for k, s in enumerate(pair)]
     inputs = model_inputs(sessions[0])
     _check_alike(sessions, pruned)
-    choice = recipe_for(dense, preprocess, inputs[0].shape if len(inputs) == 1 else None)
-    source = open_source(data, inputs, choice.recipe, samples=samples, seed=seed, threads=threads)
-    notes += list(choice.notes) if source.recipe else []
+    kept = [s.get_modelmeta().custom_metadata_map for s in sessions]
+    source, told = open_prepared(
+        dense,
+        data,
+        inputs,
+        preprocess,
+        metadata=kept[1] | kept[0],
+        samples=samples,
+        seed=seed,
+        threads=threads,
+        hold=hold,
+        held=hold > 1,
+        note=note,
+    )
+    notes += told
     size = _held_batch(pair[0], [names[0] for names in watched], batch)
-    found, drift, count, shapes = _measure(pair[0], sessions, watched, inputs, source, size, progress)
+    found, drift, count, fed = _measure(pair[0], sessions, watched, inputs, source, size, progress)
     notes += source.report.notes() if source.report else ()
+    costs = [graph_macs(each.view, each.counted) for each in pair]
+    if costs[0] < costs[1]:
+        notes.append(f"{dense} is the smaller one: the dense model comes first, so give them the other way round")
     del sessions
     latency = None
     if rounds:
@@ -165,7 +219,7 @@ def compare(
             threads=threads,
             rounds=rounds,
             warmup=2,
-            shapes=shapes,
+            shapes=fed,
         )
         latency = [t.summary() for t in times]
     return Comparison(
@@ -316,10 +370,27 @@ def _costs(found: Comparison) -> list[list[str]]:
     rows.append(["file", format_bytes(a["bytes"]), format_bytes(b["bytes"]), f"{b['bytes'] / a['bytes']:.3f}"])
     if found.latency is not None:
         first, second = found.latency
-        ratio = f"{1 / second['speedup']:.3f}"
-        times = [f"{t['median_ms']:.2f} ms" for t in (first, second)]
+        low, high = second["speedup_quartiles"]
+        ratio = f"{1 / second['speedup']:.3f} ({1 / high:.3f} .. {1 / low:.3f})"
+        times = [f"{t['median_ms']:.2f} ms, spread {t['spread']:.0%}" for t in (first, second)]
         rows.append([f"latency, batch {first['batch']}", *times, ratio])
     return rows
+
+
+def _latency_words(pruned: dict[str, Any]) -> str:
+    """Whether a timed model is faster, as far as the spread of its rounds lets one tell."""
+    low, high = pruned["speedup_quartiles"]
+    if low <= 1 <= high:
+        return f"no difference in latency could be told ({low:.2f} to {high:.2f} times as fast)"
+    return f"{pruned['speedup']:.2f} times as fast ({low:.2f} to {high:.2f})"
+
+
+def _noise(latency: list[dict[str, Any]] | None) -> tuple[str, ...]:
+    """A warning where rounds differ so much that their median says little."""
+    spread = max((entry["spread"] for entry in latency or ()), default=0.0)
+    if spread <= NOISY:
+        return ()
+    return (f"latency: this machine was busy, rounds differ by {spread:.0%}; measure again where nothing else runs",)
 
 
 def _agreement(entry: dict[str, Any], more: tuple[str, ...] = ()) -> list[str]:

@@ -16,9 +16,9 @@ from toast_onnx.providers import one_line
 from toast_onnx_calibration.accuracy import Accuracy, label_ranks
 from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.labels import Labels, open_labels
-from toast_onnx_calibration.recipe_files import recipe_for
+from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, run
-from toast_onnx_calibration.sources import Source, load_callable, open_source
+from toast_onnx_calibration.sources import Source, load_callable
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -69,6 +69,8 @@ def evaluate(
     seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
+    hold: int = 0,
+    note: Note = silent,
 ) -> Evaluation:
     """Measures a model: top-1 and top-5 against labels, or a metric `module:function` on all its outputs.
 
@@ -85,6 +87,8 @@ def evaluate(
         seed: For that draw.
         threads: Threads of ONNX Runtime and of image decoding; None is one a core.
         progress: Called after every batch.
+        hold: From 2 on, only the samples that `calibrate` held back with the same draw.
+        note: Told what the user should know before the model runs.
 
     Raises:
         ToastError: Its children say what is wrong with the model, the data, the labels or an option.
@@ -92,17 +96,30 @@ def evaluate(
     function = load_callable(metric) if metric is not None else None
     session = make_session(model, provider, threads=threads)
     inputs = model_inputs(session)
-    choice = recipe_for(model, preprocess, inputs[0].shape if len(inputs) == 1 else None)
     known = open_labels(labels, data) if function is None or labels is not None else None
     only = known.by_row.keys() if known else None
-    source = open_source(data, inputs, choice.recipe, samples=samples, seed=seed, threads=threads, only=only)
+    for text in known.notes if known else ():
+        note(text)
+    source, notes = open_prepared(
+        Path(model),
+        data,
+        inputs,
+        preprocess,
+        metadata=session.get_modelmeta().custom_metadata_map,
+        samples=samples,
+        seed=seed,
+        threads=threads,
+        only=only,
+        hold=hold,
+        held=hold > 1,
+        note=note,
+    )
     accuracy, values = None, {}
     if function is None:
         assert known is not None
         accuracy = classify(session, inputs, source, known, output=output, batch=batch, progress=progress)
     else:
         values = measure(session, inputs, source, function, known, batch=batch, progress=progress)
-    notes = list(choice.notes) if source.recipe else []
     notes += known.notes if known else ()
     notes += source.report.notes() if source.report else ()
     notes += _class_notes(accuracy, known) if accuracy and known else ()

@@ -24,7 +24,7 @@ from toast_onnx.report.pruning import json_bytes
 from toast_onnx_calibration.augment import augmentation
 from toast_onnx_calibration.feeds import batch_size
 from toast_onnx_calibration.labels import Labels, open_labels
-from toast_onnx_calibration.recipe_files import recipe_for
+from toast_onnx_calibration.recipe_files import check_fit, recipe_for
 from toast_onnx_calibration.samples import NumberedSamples, open_samples
 from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs
 
@@ -184,13 +184,17 @@ def finetune(
 
 
 def _open_data(job: Job, model: Model, hold_out: Callable[[int, float, int], Any]) -> _Data:
-    inputs = _inputs(job.pruned)
+    session = make_session(job.pruned, threads=1)
+    inputs = model_inputs(session)
     labels = open_labels(job.labels, job.data) if job.labels is not None else None
-    choice = recipe_for(job.pruned, job.preprocess, inputs[0].shape if len(inputs) == 1 else None)
+    shape = inputs[0].shape if len(inputs) == 1 else None
+    choice = recipe_for(job.pruned, job.preprocess, shape, session.get_modelmeta().custom_metadata_map)
     change = augmentation(job.augment, job.mirror)
     samples = open_samples(
         job.data, inputs, choice.recipe, change=change, labels=labels, samples=job.samples, seed=job.settings.seed
     )
+    if samples.recipe and shape is not None:
+        check_fit(choice, shape)
     train, held = hold_out(len(samples), job.holdout, job.settings.seed)
     batch = batch_size(inputs, min(job.settings.batch, len(train)))
     fixed = any(isinstance(i.shape[0], int) for i in inputs)

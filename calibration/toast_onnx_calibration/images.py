@@ -79,8 +79,23 @@ def find_images(root: str | Path) -> list[str]:
     return sorted(names)
 
 
-def choose(count: int, samples: int | None, seed: int) -> list[int]:
-    """Which of `count` to take: all in order, or `samples` drawn without replacement by seed, in ascending order."""
+def choose(count: int, samples: int | None, seed: int, hold: int = 0, *, held: bool = False) -> list[int]:
+    """Which of `count` to take: all in order, or `samples` drawn without replacement by seed, in ascending order.
+
+    Args:
+        count: how many there are.
+        samples: how many to draw; None takes all.
+        seed: of the draw.
+        hold: from 2 on, one sample is held back for every so many: drawn from those that are left where there are
+            enough, else every so many-th of the drawn ones, which are then taken out.
+        held: take the samples that are held back, not the others.
+    """
+    if hold > 1:
+        drawn_all = choose(count, samples, seed)
+        left, wanted = sorted({*range(count)} - {*drawn_all}), max(1, len(drawn_all) // hold)
+        enough = len(left) >= wanted
+        back = [left[i] for i in choose(len(left), wanted, seed)] if enough else drawn_all[hold - 1 :: hold]
+        return back if held else sorted({*drawn_all} - {*back})
     if samples is not None and samples < 1:
         raise DataError(f"samples must be at least 1, not {samples}")
     if samples is None or samples >= count:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.planning.strict_json import read_json
+from toast_onnx.planning.strict_json import parse_json, read_json
 from toast_onnx.planning.strict_yaml import read_document
-from toast_onnx_calibration.recipes import NAMED, Dim, Recipe, adapt, parse_recipe
+from toast_onnx_calibration.recipes import NAMED, Dim, Recipe, adapt, misfit, parse_recipe, show
 
 _MAX_BYTES = 1 << 22
+#: Key of a model's metadata under which its recipe is kept.
+METADATA = "toast_onnx.preprocessing"
 # Pillow's numbers for its filters, which Hugging Face stores as `resample`.
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # Old configs write `size` as one number. These families mean the shorter side by it, the others a square.
@@ -25,33 +29,76 @@ _SHORTER_SIDE_FAMILIES = ("CLIP", "ChineseCLIP", "Bit", "ConvNext", "Levit", "Po
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """A recipe, where it came from (a name or a path), and what the user should know about the choice."""
+    """A recipe, where it came from (a name or a path), and what the user should know about the choice.
+
+    Attributes:
+        recipe: adapted to the model's input where that is known.
+        source: a name, a path, or `the model's metadata`.
+        notes: what the user should know.
+        guessed: whether nothing said which recipe it is.
+        written: the recipe before it was adapted.
+    """
 
     recipe: Recipe
     source: str
     notes: tuple[str, ...] = ()
+    guessed: bool = False
+    written: Recipe | None = None
 
 
 def recipe_for(
-    model_path: str | Path | None, option: str | None, input_shape: Sequence[Dim] | None = None
+    model_path: str | Path | None,
+    option: str | None,
+    input_shape: Sequence[Dim] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> RecipeChoice:
     """Chooses the preprocessing of a model, adapted to its input.
 
-    `option` wins: a name of `NAMED`, or a YAML recipe, a `preprocessor_config.json` or a timm config. Else a
-    `preprocessor_config.json` or a timm `config.json` in the model's folder. Else `imagenet`, with a note that says so.
+    `option` wins: a name of `NAMED`, or a YAML recipe, a `preprocessor_config.json` or a timm config. Else the recipe
+    that `prune` kept in the model's metadata. Else a `preprocessor_config.json` or a timm `config.json` in the model's
+    folder. Else `imagenet`, with a note that says so.
 
     Args:
         model_path: The ONNX file, or None where there is none.
         option: What the user asked for, or None.
         input_shape: The image input's shape, (B, C, H, W) or (B, H, W, C); any other leaves the recipe unadapted.
+        metadata: The model's own.
 
     Raises:
         ConfigError: An unknown name, or a file that is no recipe or asks for what no recipe can do.
     """
-    choice = _choose(Path(model_path) if model_path is not None else None, option)
+    choice = _choose(Path(model_path) if model_path is not None else None, option, metadata or {})
     if input_shape is None or len(input_shape) != 4:
         return choice
-    return RecipeChoice(adapt(choice.recipe, input_shape), choice.source, choice.notes)
+    return replace(choice, recipe=adapt(choice.recipe, input_shape), written=choice.recipe)
+
+
+def check_fit(choice: RecipeChoice, shape: Sequence[Dim]) -> None:
+    """Refuse a recipe that is for other images than the model takes.
+
+    Args:
+        choice: the recipe.
+        shape: of the model's input, batch first.
+
+    Raises:
+        ConfigError: says which of the named recipes fit.
+    """
+    reason = misfit(choice.written or choice.recipe, shape)
+    if reason is not None:
+        fitting = " or ".join(name for name, recipe in NAMED.items() if misfit(recipe, shape) is None)
+        taken = f"{choice.source}, taken because none was given," if choice.guessed else choice.source
+        raise ConfigError(
+            f"the preprocessing {taken} does not fit: {reason}, and the model's input is {show(shape)}; of the named "
+            f"ones --preprocess {fitting} fits, or write a recipe file"
+        )
+
+
+def keep_recipe(proto: onnx.ModelProto, recipe: Mapping[str, Any]) -> None:
+    """Put a recipe into a model's metadata, where `recipe_for` finds it."""
+    others = [entry for entry in proto.metadata_props if entry.key != METADATA]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(others)
+    proto.metadata_props.add(key=METADATA, value=json.dumps(dict(recipe)))
 
 
 def load_recipe(path: str | Path) -> RecipeChoice:
@@ -194,13 +241,17 @@ def from_timm(config: dict[str, Any], where: str) -> Recipe:
     )
 
 
-def _choose(model_path: Path | None, option: str | None) -> RecipeChoice:
+def _choose(model_path: Path | None, option: str | None, metadata: Mapping[str, str]) -> RecipeChoice:
     if option is not None:
         if option in NAMED:
             return RecipeChoice(NAMED[option], option)
         if Path(option).is_file():
             return load_recipe(option)
         raise ConfigError(f"no recipe '{option}': give one of {', '.join(NAMED)}, or the path of a YAML or JSON file")
+    if METADATA in metadata:
+        where = "the model's metadata"
+        recipe = parse_recipe(parse_json(metadata[METADATA], where), where)
+        return RecipeChoice(recipe, where, (f"preprocessing as kept in the model: {recipe.describe()}",))
     if model_path is not None:
         for name, ours in (("preprocessor_config.json", _is_hugging_face), ("config.json", _is_timm)):
             beside = model_path.parent / name
@@ -210,7 +261,7 @@ def _choose(model_path: Path | None, option: str | None) -> RecipeChoice:
                 return RecipeChoice(found.recipe, found.source, (note, *found.notes))
     standard = NAMED["imagenet"]
     note = f"no preprocessing was given and no config lies beside the model: using imagenet ({standard.describe()})"
-    return RecipeChoice(standard, "imagenet", (note,))
+    return RecipeChoice(standard, "imagenet", (note,), guessed=True)
 
 
 def _is_timm(data: Any) -> bool:

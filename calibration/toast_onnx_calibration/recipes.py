@@ -229,6 +229,30 @@ def adapt(recipe: Recipe, shape: Sequence[Dim]) -> Recipe:
     return parse_recipe(recipe.model_dump(exclude_unset=True) | changes, "the adapted recipe") if changes else recipe
 
 
+def misfit(recipe: Recipe, shape: Sequence[Dim]) -> str | None:
+    """Why a recipe is for other images than a model takes; None where it may be right.
+
+    A recipe for colour images says nothing of gray ones, and one for photographs of 224 pixels nothing of thumbnails of
+    less than a quarter of that.
+
+    Args:
+        recipe: as it was written, not adapted.
+        shape: the input's shape with the batch first, (B, C, H, W) or (B, H, W, C).
+    """
+    if len(shape) != 4:
+        return None
+    nchw = _layout(recipe, shape) == "nchw"
+    count, sides = (shape[1], shape[2:]) if nchw else (shape[3], shape[1:3])
+    if count == 1 and recipe.channels != "gray" and (len({*recipe.mean}) > 1 or len({*recipe.std}) > 1):
+        return "it is for colour images"
+    meant = pair(recipe.crop) if recipe.crop is not None else recipe.resize
+    if isinstance(meant, tuple):
+        small = [isinstance(side, int) and 4 * side < wanted for side, wanted in zip(sides, meant, strict=True)]
+        if any(small):
+            return f"it is for images of about {_times(meant)} pixels"
+    return None
+
+
 def parse_recipe(data: Any, where: str) -> Recipe:
     """A recipe from a mapping (YAML, JSON).
 

@@ -175,6 +175,8 @@ def open_source(
     seed: int = 0,
     threads: int | None = None,
     only: Collection[str] | None = None,
+    hold: int = 0,
+    held: bool = False,
 ) -> Source:
     """Opens calibration or evaluation data for a model.
 
@@ -189,14 +191,19 @@ def open_source(
         seed: For that draw.
         threads: For decoding images.
         only: Take only the samples of these names (relative file paths, or row numbers as strings).
+        hold: From 2 on, one of so many samples is held back, as `images.choose` does it.
+        held: Take those that are held back, not the others.
 
     Raises:
         DataError: Missing, unreadable or unfitting data.
-        ConfigError: Images without a recipe, or a `module:function` that cannot be imported.
+        ConfigError: Images without a recipe, a `module:function` that cannot be imported, or one of whose samples some
+            are to be held back.
     """
     if not inputs:
         raise DataError("the model has no inputs to feed data to")
     if is_callable(spec):
+        if hold > 1:
+            raise ConfigError(f"{spec}: no samples of a function can be held back; give a folder or a .npz file")
         return CallableSource(str(spec), load_callable(str(spec)), samples, inputs, recipe)
     path = Path(spec)
     suffix = path.suffix.lower()
@@ -206,7 +213,7 @@ def open_source(
         allowed = [i for i in range(total) if only is None or str(i) in only]
         if not allowed:
             raise DataError(f"{path}: no samples in it" + (" that have a label" if total else ""))
-        rows = [allowed[i] for i in choose(len(allowed), samples, seed)]
+        rows = [allowed[i] for i in choose(len(allowed), samples, seed, hold, held=held)]
         return ArraySource(str(path), arrays, rows, inputs, recipe)
     names = [name for name in find_images(path) if only is None or name in only]
     if not names:
@@ -218,8 +225,27 @@ def open_source(
         )
     if recipe is None:
         raise ConfigError(f"{path}: images need preprocessing: give a recipe's name or file")
-    picked = [names[i] for i in choose(len(names), samples, seed)]
+    picked = [names[i] for i in choose(len(names), samples, seed, hold, held=held)]
     return ImageSource(path, picked, inputs[0].name, adapt(recipe, inputs[0].shape), threads)
+
+
+def count_samples(spec: str | Path) -> int | None:
+    """How many samples data hold; None where that is not known beforehand.
+
+    Raises:
+        DataError: Missing or unreadable data.
+    """
+    if is_callable(spec):
+        return None
+    path = Path(spec)
+    if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
+        if path.suffix.lower() == ".npz":
+            arrays = read_npz_arrays(path)
+            return max((len(a) for a in arrays.values() if a.ndim), default=0)
+        check_npy(path)
+        with refused(path):
+            return int(np.load(path, mmap_mode="r", allow_pickle=False).shape[0])
+    return len(find_images(path))
 
 
 def is_callable(spec: str | Path) -> bool:

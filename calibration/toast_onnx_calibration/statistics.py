@@ -45,7 +45,9 @@ class CalibratedStatistics:
         """Where the statistics come from."""
         header = self.file.header
         weight = f", class token weighted {header.class_weight:g}" if header.class_weight != 1 else ""
-        return f"{header.samples} samples: {header.data} (seed {header.seed}{weight})"
+        counted = header.data.startswith(f"{header.samples} ")  # `64 images of photos` has said how many
+        data = header.data if counted else f"{header.samples} samples: {header.data}"
+        return f"{data} (seed {header.seed}{weight})"
 
     def to_document(self) -> dict[str, Any]:
         """Plain data for the report."""

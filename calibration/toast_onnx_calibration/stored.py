@@ -80,7 +80,7 @@ def store_samples(
         DataError: the data cannot be read.
     """
     inputs = model_inputs(whole_session(study.view.model, [], options, folder))
-    source, notes = open_samples(study.view.model.path, data, inputs, options)
+    source, notes = open_samples(study.source, data, inputs, options)
     size = batch_size(inputs, batch(source.count))
     feeds: dict[str, Array] = {}
     rows: list[str] = []

@@ -16,9 +16,15 @@ from toast_onnx.importance.redundancy import DEAD
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model
 from toast_onnx.report.analysis import analysis
-from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
-from toast_onnx_cli.console import print_json, print_table, progress
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.calibration_options import (
+    DATA_HELP,
+    calibration_options,
+    check_sample_options,
+    gather_options,
+    sample_progress,
+)
+from toast_onnx_cli.console import print_json, print_table, progress, say_note
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shape_option
@@ -47,6 +53,7 @@ PARTS = ("inputs", "hidden")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default.")
 @shape_option
 @links_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     model: Path,
@@ -67,6 +74,7 @@ def command(
     """
     if (data is None) == (statistics is None):
         raise click.UsageError("give either --data or --statistics")
+    check_sample_options(given, data)
     check_destinations([*read_files(model), data, statistics, given["preprocess"]], {"--plot": plot})
     if plot is not None:
         from toast_onnx.report.drawing import require_matplotlib
@@ -113,7 +121,7 @@ def _statistics(
         with sample_progress("measuring") as show:
             header = calibrate(dense, data, out, wanted, options, show)
         for note in header.notes:
-            click.echo(f"Note: {note}", err=True)
+            say_note(note)
         yield CalibratedStatistics(dense, out)
 
 

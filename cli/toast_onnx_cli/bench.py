@@ -11,9 +11,10 @@ import click
 from toast_onnx.errors import BackendError
 from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.console import print_json, print_table, progress
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
+from toast_onnx_cli.shapes import shapes_option
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -28,6 +29,10 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+#: Spread of timed rounds above which the machine was too busy to tell.
+NOISY = 0.25
+
+
 @click.command("bench")
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--runtime", type=click.Choice(["onnxruntime", "trtexec"]), default="onnxruntime", show_default=True)
@@ -36,7 +41,7 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option(
     "--warmup", type=click.IntRange(0), help="Untimed rounds (onnxruntime, 5) or milliseconds (trtexec, 200)."
 )
-@click.option("--shapes", multiple=True, metavar="NAME:AxBxC", help="Full shape of an input with more open dimensions.")
+@shapes_option("--shape", "--shapes", "shapes", help_text="Full shape of an input with more open dimensions.")
 @click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads inside one operator (onnxruntime).")
 @click.option("--trtexec", "trtexec_path", help="Path of trtexec; PATH and NVIDIA's usual places otherwise.")
@@ -51,6 +56,7 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option("--dry-run", is_flag=True, help="Print trtexec's commands and stop.")
 @click.option("--script", type=click.Path(path_type=Path), help="Write trtexec's commands to this file too.")
 @links_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     models: tuple[Path, ...],
@@ -58,7 +64,7 @@ def command(
     batch: tuple[int, ...],
     rounds: int | None,
     warmup: int | None,
-    shapes: tuple[str, ...],
+    shapes: dict[str, tuple[int, ...]],
     provider: str,
     threads: int | None,
     trtexec_path: str | None,
@@ -78,7 +84,6 @@ def command(
     quartiles. Under onnxruntime MODELS are .onnx or .ort files and latency runs from host memory to host memory; under
     trtexec they are engines (or .onnx files, built first) and latency is GPU time.
     """
-    from toast_onnx.engines import parse_shapes
     from toast_onnx.engines.build import model_hash
     from toast_onnx.engines.trtexec import BenchSettings
     from toast_onnx.model import refuse_links
@@ -86,11 +91,10 @@ def command(
     check_destinations([f for model in models for f in read_files(model)], {"--script": script})
     for model in models:
         refuse_links(model)
-    given = parse_shapes(shapes)
     if runtime == "onnxruntime":
         if dry_run or script is not None:
             raise click.UsageError("--dry-run and --script go with --runtime trtexec")
-        results = _onnxruntime(models, batch, provider, threads, 5 if warmup is None else warmup, rounds or 30, given)
+        results = _onnxruntime(models, batch, provider, threads, 5 if warmup is None else warmup, rounds or 30, shapes)
         document: dict[str, Any] = {"runtime": runtime, "provider": provider, "threads": threads, "results": results}
     else:
         settings = BenchSettings(
@@ -101,7 +105,7 @@ def command(
             spin_wait=not no_spin_wait,
         )
         found = _trtexec(
-            models, batch, settings, rounds or 3, given, blocks, trtexec_path, trtexec_version, dry_run, script
+            models, batch, settings, rounds or 3, shapes, blocks, trtexec_path, trtexec_version, dry_run, script
         )
         if found is None:
             return
@@ -192,6 +196,9 @@ def _print(results: list[dict[str, Any]]) -> None:
     ]
     print_table(["model", "batch", "median ms", "spread", "images/s", "speed-up (quartiles)"], rows)
     for r in results:
+        if r["spread"] > NOISY:
+            text = f"rounds differ by {r['spread']:.0%}; measure again where nothing else runs"
+            click.echo(f"Warning: {r['model']} at batch {r['batch']}: {text}", err=True)
         for warning in r.get("warnings", []):
             click.echo(f"Warning: {r['model']} at batch {r['batch']}: {warning}", err=True)
         if r.get("blocks"):

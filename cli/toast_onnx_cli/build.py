@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress, say_note
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.shapes import shapes_option
 
 if TYPE_CHECKING:
     from toast_onnx.engines import UnsupportedGraphError
@@ -45,9 +46,9 @@ def size(text: str) -> int:
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--fp16-io", is_flag=True, help="float16 inputs and outputs too, with --precision fp16.")
 @click.option("--batch", help="MIN:OPT:MAX of an open first dimension, or one number; 1:8:32 where none is given.")
-@click.option("--min-shapes", multiple=True, metavar="NAME:AxBxC", help="Smallest shape of an input.")
-@click.option("--opt-shapes", multiple=True, metavar="NAME:AxBxC", help="Shape to tune an input for.")
-@click.option("--max-shapes", multiple=True, metavar="NAME:AxBxC", help="Largest shape of an input.")
+@shapes_option("--min-shapes", help_text="Smallest shape of an input, as in input=1x3x224x224; may be repeated.")
+@shapes_option("--opt-shapes", help_text="Shape to tune an input for.")
+@shapes_option("--max-shapes", help_text="Largest shape of an input.")
 @click.option("--workspace", type=size, help="Scratch memory that kernels may use, such as 512M or 4G.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fast, 5 searches longest.")
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="File of kernel timings, read and extended.")
@@ -67,6 +68,7 @@ def size(text: str) -> int:
     type=click.Path(path_type=Path),
     help="The dense model's engine; warns where pruning unfused.",
 )
+@overwrite_option
 @click.option("--verbose", is_flag=True, help="Show all that TensorRT logs.")
 @links_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -78,9 +80,9 @@ def command(
     precision: str,
     fp16_io: bool,
     batch: str | None,
-    min_shapes: tuple[str, ...],
-    opt_shapes: tuple[str, ...],
-    max_shapes: tuple[str, ...],
+    min_shapes: dict[str, tuple[int, ...]],
+    opt_shapes: dict[str, tuple[int, ...]],
+    max_shapes: dict[str, tuple[int, ...]],
     workspace: int | None,
     optimization_level: int | None,
     timing_cache: Path | None,
@@ -107,7 +109,7 @@ def command(
         logging.getLogger("toast_onnx.engines").setLevel(logging.DEBUG)
     suffix = f".{precision}.onnx" if form == "onnx" else f".{form}"
     target = output or model.with_suffix(suffix)
-    check_destinations(read_files(model), {"--timing-cache": timing_cache, "-o": target})
+    check_destinations(read_files(model), {"--timing-cache": timing_cache, "-o": target}, ["--timing-cache"])
     if form == "ort":
         record = build_ort(model, target, precision=precision, fp16_io=fp16_io, level=ort_level)
     elif form == "onnx":
@@ -118,9 +120,9 @@ def command(
             precision=precision,
             fp16_io=fp16_io,
             batch=None if batch is None else engines.parse_batch(batch),
-            min_shapes=engines.parse_shapes(min_shapes),
-            opt_shapes=engines.parse_shapes(opt_shapes),
-            max_shapes=engines.parse_shapes(max_shapes),
+            min_shapes=min_shapes,
+            opt_shapes=opt_shapes,
+            max_shapes=max_shapes,
             uneven_heads=uneven_heads,
             baseline=baseline,
             options=engines.EngineOptions(
@@ -140,7 +142,7 @@ def command(
                 _show_problems(error)
                 raise
     for note in record["notes"]:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
     if as_json:
         print_json(record)
     else:

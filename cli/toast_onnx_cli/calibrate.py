@@ -11,9 +11,15 @@ from toast_onnx.files import files_read
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.presets import read_ratios
-from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
-from toast_onnx_cli.console import format_bytes, print_json
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.calibration_options import (
+    DATA_HELP,
+    calibration_options,
+    check_sample_options,
+    gather_options,
+    sample_progress,
+)
+from toast_onnx_cli.console import format_bytes, print_json, say_note
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.shapes import shape_option
 
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default.")
 @shape_option
 @links_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
 def command(
     model: Path,
@@ -64,6 +71,7 @@ def command(
     data = data or (settings.calibration.data if settings is not None else None)
     if bool(shards) == (data is not None):
         raise click.UsageError("give either --data to measure, or --merge to add up statistics")
+    check_sample_options(given, data)
     dense = study(load_model(model), shapes)
     if shards:
         header = merge_statistics(shards, out, dense.view.model.path)
@@ -82,7 +90,7 @@ def _print(header: Header, out: Path, as_json: bool) -> None:
         print_json({"statistics": str(out), **asdict(header), "read": files_read()})
         return
     for note in header.notes:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
     click.echo(
         f"{out}: {header.samples} samples, {len(header.parts)} blocks, {format_bytes(out.stat().st_size)}"
         + (f"; class token weighted {header.class_weight:g}" if header.class_weight != 1 else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,7 +10,7 @@ import click
 
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.providers import PROVIDERS
-from toast_onnx_cli.console import Advance, progress
+from toast_onnx_cli.console import Advance, progress, say_note
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -56,6 +56,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="GB",
             help="For the statistics of one pass; less takes more passes, which continue one another. 0.2 by default.",
         ),
+        click.option("--hold-back", type=click.IntRange(2), hidden=True, help="Keep one of so many samples apart."),
     )
     for option in reversed(options):
         function = option(function)
@@ -85,7 +86,26 @@ def gather_options(ratios: Ratios | None, seed: int | None, given: dict[str, Any
         batch=given["batch"],
         threads=given["threads"],
         budget=BUDGET if given["memory"] is None else int(given["memory"] * 1e9),
+        hold=given["hold_back"] or 0,
+        note=say_note,
     )
+
+
+def check_sample_options(given: Mapping[str, Any], data: str | None) -> None:
+    """Refuse options that say how samples are read where none are.
+
+    Args:
+        given: the parameters that `calibration_options` adds.
+        data: where samples are, None where there are none.
+
+    Raises:
+        click.UsageError: one of them was given.
+    """
+    if data is not None:
+        return
+    for name in ("preprocess", "samples", "tokens", "class_weight", "memory"):
+        if given.get(name) is not None:
+            raise click.UsageError(f"--{name.replace('_', '-')} is about samples, and none are given; add --data")
 
 
 class ShowSamples(Protocol):

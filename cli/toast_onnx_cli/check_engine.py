@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import BackendError
-from toast_onnx_cli.console import print_json, print_table
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.calibration_options import check_sample_options
+from toast_onnx_cli.console import print_json, print_table, say_note
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--tolerance", type=FiniteRange(0), help="Largest difference over the output's scale; by precision.")
 @click.option("--script", type=click.Path(path_type=Path), help="Without a GPU: write the command to this file too.")
 @links_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     engine: Path,
@@ -61,6 +63,7 @@ def command(
     from toast_onnx.engines.engine_check import TOLERANCES, EngineRunner, compare, require_gpu
     from toast_onnx_calibration.sessions import make_session
 
+    check_sample_options({"preprocess": preprocess}, data)
     check_destinations([*read_files(model), engine, data, preprocess], {"--script": script})
     if cuda.driver() is None:
         _leave_command(script)
@@ -122,13 +125,12 @@ def _from_data(
 ) -> Iterator[Feeds]:
     """Inputs from the user's data, prepared as calibration prepares them."""
     from toast_onnx_calibration.feeds import batches
-    from toast_onnx_calibration.recipe_files import recipe_for
+    from toast_onnx_calibration.prepared import open_prepared
     from toast_onnx_calibration.sessions import model_inputs
-    from toast_onnx_calibration.sources import open_source
 
     inputs = model_inputs(session)
-    choice = recipe_for(model, preprocess, inputs[0].shape if len(inputs) == 1 else None)
-    source = open_source(data, inputs, choice.recipe, samples=samples, seed=seed)
+    kept = session.get_modelmeta().custom_metadata_map
+    source, _ = open_prepared(model, data, inputs, preprocess, metadata=kept, samples=samples, seed=seed, note=say_note)
     for part in batches(source, inputs, batch):
         yield part.feeds
 

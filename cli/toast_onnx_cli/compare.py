@@ -10,7 +10,7 @@ import click
 from toast_onnx.files import files_read
 from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.calibration_options import DATA_HELP, sample_progress
-from toast_onnx_cli.console import print_json, show_table
+from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -66,6 +66,7 @@ def command(
             threads=threads,
             rounds=rounds,
             progress=show,
+            note=say_note,
         )
     if as_json:
         print_json(found.to_json() | {"read": files_read()})
@@ -75,6 +76,7 @@ def command(
 
 def _print(found: Comparison) -> None:
     for note in found.notes:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
+    click.echo(found.verdict)
     for table in found.tables:
         show_table(table)

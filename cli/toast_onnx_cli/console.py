@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,9 @@ def progress(label: str, total: int | None = None) -> Iterator[Advance]:
     Yields:
         A function to call after each step.
     """
+    if is_quiet():
+        yield lambda steps=1, note="": None
+        return
     show = _bar if sys.stderr.isatty() else _lines
     with show(label, total) as advance:
         yield advance
@@ -92,6 +96,26 @@ def _lines(label: str, total: int | None) -> Iterator[Advance]:
     click.echo(f"{label}: done in {time.monotonic() - started:.1f} s", err=True)
 
 
+def line_width() -> int | None:
+    """Characters of a line of stdout; None where it is a file or a pipe, whose lines are as long as they are."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def is_quiet() -> bool:
+    """Whether progress and notes are unwanted."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get("toast_onnx_cli.quiet"))
+
+
+def say_note(text: str) -> None:
+    """Says what the user should know on stderr; what a command has said already is not said again."""
+    context = click.get_current_context(silent=True)
+    said = context.meta.setdefault("toast_onnx_cli.notes", set()) if context is not None else set()
+    if text not in said and not is_quiet():
+        said.add(text)
+        click.echo(f"Note: {text}", err=True)
+
+
 def print_json(document: Any) -> None:
     """Prints one JSON document to stdout, keys in the order given.
 
@@ -128,7 +152,7 @@ def print_table(
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     # Off a terminal rich assumes 80 columns and would fold; a wide page keeps each row on one line for grep.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000, highlight=False)
+    console = Console(file=sys.stdout, width=line_width() or 1000, highlight=False)
     with console.capture() as capture:
         console.print(table)
     lines = [line.rstrip() for line in capture.get().splitlines()]
@@ -137,6 +161,8 @@ def print_table(
 
 def show_table(table: Table) -> None:
     """Prints a table with the lines that belong to it."""
-    print_table(table.columns, table.rows, title=table.title, align=table.align)
+    width = line_width()
+    fitted = table if width is None else table.fitted(width - 2, 3)
+    print_table(fitted.columns, fitted.rows, title=fitted.title, align=fitted.align)
     for line in table.lines:
         click.echo(line)

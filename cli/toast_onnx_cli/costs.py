@@ -13,7 +13,7 @@ from toast_onnx.planning.schema import Align
 from toast_onnx.planning.width_costs import PARTS
 from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.console import print_json, print_table, progress
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.planning_options import comma_list, counted
 from toast_onnx_cli.shapes import shape_option
@@ -39,6 +39,7 @@ from toast_onnx_cli.shapes import shape_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default MODEL.costs.json.")
 @shape_option
 @links_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def command(
     model: Path,

@@ -1,12 +1,30 @@
-"""Where results may be written: never over something that the same command reads, nor over one another."""
+"""Where results may be written: never over something that the same command reads, nor over one another.
+
+An earlier result is overwritten only where `--overwrite` says so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+
+import click
 
 from toast_onnx.errors import ModelError
 from toast_onnx.model import model_files
+
+_OVERWRITE = "toast_onnx_cli.overwrite"
+
+
+def _keep(context: click.Context, _param: click.Parameter, value: bool) -> None:
+    context.meta[_OVERWRITE] = value
+
+
+#: Of every command that writes results; `check_destinations` asks for it.
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, expose_value=False, callback=_keep, help="Write over results that are there already."
+)
 
 
 def read_files(model: Path) -> list[Path]:
@@ -17,17 +35,20 @@ def read_files(model: Path) -> list[Path]:
         return [model]
 
 
-def check_destinations(inputs: Sequence[Path | str | None], outputs: Mapping[str, Path | None]) -> None:
-    """Refuse to overwrite an input, before any work is done.
+def check_destinations(
+    inputs: Sequence[Path | str | None], outputs: Mapping[str, Path | None], added_to: Collection[str] = ()
+) -> None:
+    """Refuse to overwrite an input or an earlier result, before any work is done.
 
     Args:
         inputs: what must stay, the model first; None, and text that names no file (a preset, `module:function`), is
             passed over.
         outputs: option -> file it names, None where it was not given.
+        added_to: options whose file a command reads and adds to, or writes anew from the same sources.
 
     Raises:
-        ModelError: an output is an input or another output, is no regular file, or lies in a folder that does not
-            exist.
+        ModelError: an output is an input or another output, is there already, is no regular file, or lies in a folder
+            that does not exist or cannot be written to.
     """
     sources = [Path(source) for source in inputs if source is not None]
     written: dict[Path, str] = {}
@@ -42,6 +63,15 @@ def check_destinations(inputs: Sequence[Path | str | None], outputs: Mapping[str
             raise ModelError(f"the output {path} exists and is not a regular file; choose another name with {option}")
         if not path.parent.is_dir():
             raise ModelError(f"the folder {path.parent} does not exist; make it or choose another place with {option}")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise ModelError(f"the folder {path.parent} cannot be written to; choose another place with {option}")
         other = written.setdefault(path.resolve(), option)
         if other != option:
             raise ModelError(f"{other} and {option} would both be {path}; choose another name with {option}")
+    context = click.get_current_context(silent=True)
+    if context is not None and context.meta.get(_OVERWRITE, False):
+        return
+    for option, path in outputs.items():
+        if path is not None and path.exists() and option not in added_to:
+            name = option.partition(" ")[0]
+            raise ModelError(f"{path} exists already; give --overwrite to replace it, or another name with {name}")

@@ -10,7 +10,7 @@ import click
 
 from toast_onnx.files import files_read
 from toast_onnx.providers import PROVIDERS
-from toast_onnx_cli.console import Advance, print_json, print_table, progress
+from toast_onnx_cli.console import Advance, print_json, print_table, progress, say_note
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -84,6 +84,7 @@ def command(
             seed=seed,
             threads=threads,
             progress=show,
+            note=say_note,
         )
     if as_json:
         print_json({"model": str(model), "model_sha256": model_hash(model), **result.to_json(), "read": files_read()})
@@ -93,7 +94,7 @@ def command(
 
 def _print(result: Evaluation) -> None:
     for note in result.notes:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
     if result.accuracy is None:
         print_table(["metric", "value"], [[name, f"{value:.6g}"] for name, value in result.metrics.items()])
         return

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import ModelError
-from toast_onnx_cli.console import print_json, progress
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.console import print_json, progress, say_note
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
@@ -156,6 +156,7 @@ _training_options = _options(
 @_training_options
 @shape_option
 @links_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     pruned: Path,
@@ -212,7 +213,7 @@ def command(
     if result.document is None:
         return  # another process tells
     for note in result.notes:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
     print_json(result.document) if as_json else click.echo(summary(result, job.out, job.report))
     if result.outcome.reason == "diverged":
         raise ModelError(
@@ -232,7 +233,9 @@ def _check_destinations(job: Job) -> None:
         "--torch-export": job.torch_export,
         "--save-module": job.save_module,
     }
-    check_destinations([*models, job.data, job.labels, job.preprocess], outputs)
+    # what is gone on with was written by the run that stopped
+    gone_on = list(outputs) if job.resume else ["--checkpoint"]
+    check_destinations([*models, job.data, job.labels, job.preprocess], outputs, gone_on)
 
 
 def _settings(given: dict[str, Any], torch: Any) -> Any:

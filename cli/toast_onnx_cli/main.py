@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import os
@@ -45,6 +46,9 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 EXIT_TERMINATED = 143
 
+#: Under which the click context keeps whether `--quiet` was given.
+QUIET = "toast_onnx_cli.quiet"
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,6 +66,23 @@ class LazyGroup(click.Group):
         module = importlib.import_module(f"toast_onnx_cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The subcommand that the arguments begin with.
+
+        Raises:
+            click.UsageError: there is none of that name; says which was meant.
+        """
+        name = args[0]
+        if name in SUBCOMMANDS or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        if os.path.exists(name):
+            raise click.UsageError(f"'{name}' is a file, not a command: toast-onnx inspect {name}", ctx)
+        near = difflib.get_close_matches(name, SUBCOMMANDS, 1, 0.5)
+        meant = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(SUBCOMMANDS)}"
+        raise click.UsageError(f"no such command '{name}'; {meant}", ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the subcommands from `SUBCOMMANDS` alone."""
@@ -106,12 +127,15 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "TOAST"})
 @click.version_option(__version__, prog_name="toast-onnx")
 @click.option("-v", "--verbose", count=True, help="Log what is done; twice for every detail.")
-def main(verbose: int) -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Neither progress nor notes; errors and results alone.")
+@click.pass_context
+def main(context: click.Context, verbose: int, quiet: bool) -> None:
     """Make exported Vision Transformers smaller: an ONNX graph in, a smaller ONNX graph out."""
     configure_logging(verbose)
+    context.meta[QUIET] = quiet
     if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
         signal.signal(signal.SIGTERM, _terminate)
 

@@ -15,8 +15,8 @@ from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, load_model
 from toast_onnx.planning.cost_table import CostTable, read_table, write_table
 from toast_onnx.planning.width_costs import PARTS
-from toast_onnx_cli.console import print_json, progress, show_table
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.console import print_json, progress, say_note, show_table
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planning_options import (
@@ -67,6 +67,7 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
 @click.option("--no-timing", is_flag=True, help="Trust the table: it was measured on another machine.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Ratios file; default MODEL.ratios.yaml.")
 @links_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def command(
     model: Path,
@@ -90,6 +91,7 @@ def command(
     """
     from toast_onnx_calibration.planning import Budget
     from toast_onnx_calibration.plans import make_plan
+    from toast_onnx_calibration.reachable import check_reachable
     from toast_onnx_calibration.token_planning import TOKENS
 
     given_budgets = {"macs": macs, "params": params, "latency": latency}
@@ -109,19 +111,22 @@ def command(
     out = output or model.with_name(f"{model.stem}.ratios.yaml")
     # the two files that a plan may add to are no place for its result either
     check_destinations(
-        [*read_files(model), *planning_inputs(given)], {"--sensitivity": results, "--costs": costs, "-o": out}
+        [*read_files(model), *planning_inputs(given)],
+        {"--sensitivity": results, "--costs": costs, "-o": out},
+        ["--sensitivity", "--costs"],
     )
     planning = gather_planning(given)
     dense = study(load_model(model), planning.shapes)
     if latency is not None:  # what merging gains in time is not in the tables
         parts = tuple(p for p in parts if p != TOKENS)
+    check_reachable(dense, planning.settings, chosen[0], parts)
     table, runtime = (None, None) if latency is None else _costs(dense, planning, parts, costs, no_timing)
     if table is not None:
         parts = _timed(table, parts)
     with open_trials(dense, planning, parts) as work:
         plan = make_plan(dense, planning.settings, chosen[0], parts, points, results, table, runtime, work, _measuring)
     if plan.missed:
-        click.echo(f"Note: {plan.missed}", err=True)
+        say_note(plan.missed)
     plan.save(out)
     if as_json:
         print_json({"ratios_file": str(out), **plan.report(), "read": files_read()})

@@ -14,7 +14,8 @@ from toast_onnx.matching.study import Study
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
-from toast_onnx_cli.console import Advance
+from toast_onnx_cli.console import Advance, say_note
+from toast_onnx_cli.numbers import percentage
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ def fractions(ctx: click.Context, param: click.Parameter, value: str | None) -> 
         found = tuple(float(word) for word in comma_list(ctx, param, value))
     except ValueError:
         found = ()
+    percents = [percentage(word) for word in comma_list(ctx, param, value)]
+    if any(p is not None for p in percents):
+        wanted = ",".join(
+            f"{p / 100:g}" if p is not None else w for p, w in zip(percents, str(value).split(","), strict=False)
+        )
+        raise click.BadParameter(f"'{value}' holds percentages, and fractions are wanted: {wanted}")
     if not found or not all(0 < f < 1 for f in found):
         raise click.BadParameter(f"'{value}' is no list of fractions such as 0.25,0.5")
     return found
@@ -161,6 +168,6 @@ def open_trials(dense: Study, planning: Planning, parts: tuple[str, ...]) -> Ite
         planning.labels,
         planning.output,
         lambda: sample_progress("calibrating"),
-        lambda note: click.echo(f"Note: {note}", err=True),
+        say_note,
     ) as work:
         yield work

@@ -12,6 +12,11 @@ from toast_onnx.planning.presets import Preset, find_preset, list_presets
 from toast_onnx.planning.ratios import format_ratios
 
 _NOTE = """\
+Every schedule expects fine-tuning: the top-1 here is what the paper reports after it. Pruned by one of them and not
+trained, a model answers hardly anything right: paper:deit_tiny@0.8 has 0.3 % of 300 ImageNet images, 0.7 % with
+weights compensated by `prune --compensation ridge`. Train it with `toast-onnx finetune`; without training, widths that
+`prune --macs` plans keep far more.
+
 GMACs: the dense model; the schedule as the paper counts it (channels selected at run time, all of fc1's outputs
 computed); the static graph that prune writes, where fc1 shrinks on both sides. Accuracy and speed-up are what the paper
 reports after fine-tuning (ImageNet-1k; H100, batch 128)."""
@@ -30,7 +35,10 @@ def command(name: str | None, as_json: bool) -> None:
         click.echo(json.dumps({"presets": [_document(preset) for preset in presets]}, indent=2))
     elif name:
         preset = presets[0]
-        comment = f"{preset.name}: {preset.model} from {preset.dense_gmacs:.3f} to {preset.static_gmacs:.3f} GMACs"
+        comment = (
+            f"{preset.name}: {preset.model} from {preset.dense_gmacs:.3f} to {preset.static_gmacs:.3f} GMACs\n"
+            f"{preset.expects}"
+        )
         click.echo(format_ratios(preset.ratios(), comment), nl=False)
     else:
         header = ("preset", "model", "dense", "paper", "static", "dense top-1", "top-1", "speed-up")
@@ -76,5 +84,6 @@ def _document(preset: Preset) -> dict[str, Any]:
             "static": round(preset.static_gmacs, 6),
         },
         "reported": {"dense_top1": preset.dense_top1, "top1": preset.top1, "speedup": preset.speedup},
+        "expects": preset.expects,
         "ratios": preset.ratios().to_document(),
     }

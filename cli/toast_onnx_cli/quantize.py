@@ -9,8 +9,9 @@ import click
 
 from toast_onnx.errors import ToastError
 from toast_onnx_cli.calibration_options import DATA_HELP
-from toast_onnx_cli.console import print_json, print_table
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.console import print_json, print_table, say_note
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
+from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -39,6 +40,8 @@ from toast_onnx_cli.pixels import max_pixels_option
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
+@links_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     model: Path,
@@ -86,13 +89,13 @@ def command(
     )
     result = quantize(model, data, out, options)
     for note in result.notes:
-        click.echo(f"Note: {note}", err=True)
+        say_note(note)
     steps = {"dense": dense, "float": model, to: out} if dense is not None else {"float": model, to: out}
     held = eval_data or data
     try:
         rows = table_of_steps(steps, held, labels, preprocess=preprocess, batch=batch, threads=threads)
     except ToastError as error:
-        click.echo(f"Note: {out} is written, but the steps could not be compared: {error}", err=True)
+        say_note(f"{out} is written, but the steps could not be compared: {error}")
         rows = []
     document: dict[str, Any] = {
         "format": "toast-onnx/quantize/1",

@@ -42,7 +42,9 @@ def command(run: Path, output: Path | None, extra: tuple[Path, ...], title: str 
     folder = sources.path.parent
     with _as_documents(sources.path):
         models = [file for side in ("dense", "pruned") for file in read_files(folder / sources.run[side]["file"])]
-    check_destinations([sources.path, run, *extra, *(folder / name for name in sources.names), *models], {"-o": target})
+    check_destinations(
+        [sources.path, run, *extra, *(folder / name for name in sources.names), *models], {"-o": target}, ["-o"]
+    )
     with _as_documents(sources.path):
         page = render_page(sources, title).encode()
     write_bytes(target, page)

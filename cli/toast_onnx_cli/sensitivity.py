@@ -10,8 +10,8 @@ import click
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
-from toast_onnx_cli.console import print_json, progress, show_table
-from toast_onnx_cli.destinations import check_destinations, read_files
+from toast_onnx_cli.console import print_json, progress, say_note, show_table
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.planning_options import (
     comma_list,
@@ -39,6 +39,7 @@ ALL_PARTS = "qk,vo,fc1,fc2,fc1+fc2"
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Results; default MODEL.sensitivity.json.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves of every block to this image file.")
 @links_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(
     model: Path,
@@ -70,7 +71,7 @@ def command(
     if unknown:
         raise click.UsageError(f"--parts knows {', '.join(TRIAL_PARTS)}, not {unknown[0]}")
     out = output or model.with_name(f"{model.stem}.sensitivity.json")
-    check_destinations([*read_files(model), *planning_inputs(given)], {"-o": out, "--plot": plot})
+    check_destinations([*read_files(model), *planning_inputs(given)], {"-o": out, "--plot": plot}, ["-o"])
     planning = gather_planning(given)
     if plot is not None:
         from toast_onnx.report.drawing import require_matplotlib
@@ -87,7 +88,7 @@ def command(
         identity = identity_of(dense, work.trials, planning.settings, work.narrowing.statistics)
         found = resume(out, identity, metric, work.trials.dense_top1())
         if found.trials:
-            click.echo(f"Note: {out} holds {len(found.trials)} trials already; going on from there", err=True)
+            say_note(f"{out} holds {len(found.trials)} trials already; going on from there")
         with progress("measuring", len(missing(grid, found))) as advance:
             measure(work.trials, work.narrowing.solver, grid, found, out, counted(advance))
     write_results(found, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def labels(images: Path, tmp_path: Path) -> Path:
 def test_counts_whatever_the_batch_and_type(
     batch: int | str, dtype: int, images: Path, labels: Path, tmp_path: Path
 ) -> None:
-    model = colour_model(tmp_path / "m.onnx", batch, dtype=dtype, classes=10)
+    model = colour_model(tmp_path / "m.onnx", batch, 56, dtype=dtype, classes=10)
     seen: list[tuple[int, int | None]] = []
     result = evaluate(model, images, labels, preprocess="imagenet", batch=4, progress=lambda *at: seen.append(at))
     # The red image called green has green second: wrong first, right among five. Class 9 scores lowest of all.
@@ -61,16 +62,20 @@ def test_counts_whatever_the_batch_and_type(
 
 
 def test_the_document(images: Path, labels: Path, tmp_path: Path) -> None:
-    result = evaluate(colour_model(tmp_path / "m.onnx", classes=10), images, labels)
+    result = evaluate(colour_model(tmp_path / "m.onnx", size=56, classes=10), images, labels)
     document = result.to_json()
     assert document["accuracy"]["top1"]["correct"] == 10
-    assert document["preprocessing"]["crop"] == 8
+    assert document["preprocessing"]["crop"] == 56
     assert "using imagenet" in document["notes"][0]
+    # pixels of 20 and 220, of eight images: the first two of the three colours, in equal parts
+    low, high = ((x / 255 - np.array((0.485, 0.456, 0.406))) / (0.229, 0.224, 0.225) for x in (20, 220))
+    assert f"values from {low.min():.3g} to" in document["notes"][1]
+    assert float(re.search(r"to ([\d.]+), mean", document["notes"][1])[1]) <= high.max() + 0.01  # type: ignore[index]
     assert len(document["fingerprint"]) == 64
 
 
 def test_scores_are_found_behind_other_outputs(images: Path, labels: Path, tmp_path: Path) -> None:
-    model = colour_model(tmp_path / "m.onnx", classes=10, with_map=True)
+    model = colour_model(tmp_path / "m.onnx", size=56, classes=10, with_map=True)
     assert evaluate(model, images, labels).accuracy.output == "scores"  # type: ignore[union-attr]
     with pytest.raises(DataError, match=r"no output 'logits': it has map tensor\(float\)"):
         evaluate(model, images, labels, output="logits")
@@ -109,7 +114,7 @@ def test_only_labelled_images_are_drawn(images: Path, tmp_path: Path) -> None:
 
 def test_a_label_beyond_the_classes(images: Path, labels: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"label 9 \(blue/3\.png\) is beyond the 3 classes of the output 'scores'"):
-        evaluate(colour_model(tmp_path / "m.onnx"), images, labels)
+        evaluate(colour_model(tmp_path / "m.onnx", size=56), images, labels)
 
 
 def test_a_broken_model_is_not_right_by_accident(tmp_path: Path) -> None:

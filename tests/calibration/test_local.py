@@ -211,14 +211,18 @@ def test_the_command(vit: Study, samples: Path, tmp_path: Path) -> None:
     assert bare.exit_code == 1
     assert "--data" in bare.stderr
     assert not out.exists()
-    done = CliRunner().invoke(main, [*arguments, "--data", str(samples), "--samples", "16", "--threads", "1"])
+    done = CliRunner().invoke(
+        main, [*arguments, "--data", str(samples), "--samples", "16", "--threads", "1", "--overwrite"]
+    )
     assert done.exit_code == 0, done.stderr
     report = json.loads(out.with_suffix(".json").read_text())
     assert [each["block"] for each in report["local"]] == [0, 1]
     assert all(each["after"] <= each["before"] for each in report["local"])
     assert report["twin"]["worst"] < 1e-4
     ratios.write_text("version: 1\nffn: {fc2: 0.5}\nalign: 1\n")
-    done = CliRunner().invoke(main, [*arguments, "--data", str(samples), "--samples", "16", "--threads", "1"])
+    done = CliRunner().invoke(
+        main, [*arguments, "--data", str(samples), "--samples", "16", "--threads", "1", "--overwrite"]
+    )
     assert done.exit_code == 0, done.stderr
     report = json.loads(out.with_suffix(".json").read_text())
     assert all(each["kept"] in ("mean", "closed form") for each in report["local"])

@@ -155,13 +155,16 @@ def test_nothing_is_shared_in_an_ordinary_model(tmp_path: Path) -> None:
 )
 def test_a_larger_file_is_said_as_loud_as_it_matters(size: int, params: int, start: str, end: str) -> None:
     document = {
-        "dense": {"bytes": 1000, "params": 50, "macs": 9},
+        "dense": {"bytes": 1000, "params": 50, "macs": 9, "files": []},
         "pruned": {"bytes": size, "params": params, "macs": 9},
         "twin": None,
         "statistics": {"source": "none"},
         "tokens": None,
         "blocks": [],
         "no_norm_in_front": [],
+        "agreement": None,
+        "read": [],
+        "options": {"expects": None},
     }
     line = summary(document, Path("out.onnx"), Path("out.json")).splitlines()[0]
     assert line.startswith(start)

@@ -71,7 +71,9 @@ def test_statistics_of_calibrate_serve_for_what_they_hold(files: Path) -> None:
     assert CliRunner().invoke(main, [*arguments, "--ratios", "r.yaml"]).exit_code == 0
     ours = json.loads(run("m.onnx", "--statistics", "s.npz", "--json").stdout)
     assert ours["blocks"] == json.loads(run("m.onnx", "--data", "x.npy", "--json").stdout)["blocks"]
-    assert CliRunner().invoke(main, [*arguments]).exit_code == 0  # without a ratios file: no inputs of fc1
+    assert (
+        CliRunner().invoke(main, [*arguments, "--overwrite"]).exit_code == 0
+    )  # without a ratios file: no inputs of fc1
     result = run("m.onnx", "--statistics", "s.npz")
     assert result.exit_code == 1
     assert "has no statistics of block 0's inputs activations" in result.stderr

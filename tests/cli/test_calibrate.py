@@ -92,7 +92,7 @@ def test_every_score_finds_its_statistics(kind: str, files: Path) -> None:
             f"version: 1\nattention: {{qk: 0.5, vo: 0.5, select: index, score: {attention}}}\n"
             f"ffn: {{fc1: 0.25, fc2: 0.5, score: {ffn}}}\nalign: 1\ncompensation: {{kind: {kind}}}\n"
         )
-        result = run("prune", "m.onnx", "--ratios", "s.yaml", "-o", "p.onnx", "--data", "x.npy")
+        result = run("prune", "m.onnx", "--ratios", "s.yaml", "-o", "p.onnx", "--overwrite", "--data", "x.npy")
         assert result.exit_code == 0, (attention, ffn, result.stderr)
 
 

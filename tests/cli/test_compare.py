@@ -17,6 +17,7 @@ from tests import zoo
 from tests.pruning import UNEVEN, prune_file
 from tests.pruning import run as run_model
 from toast_onnx_calibration.agreement import Agreement, cosines, divergences
+from toast_onnx_calibration.comparing import Comparison
 from toast_onnx_cli.main import SUBCOMMANDS, main
 
 Exported = Callable[[zoo.Case], Path]
@@ -73,6 +74,45 @@ def test_tables(files: Path) -> None:
     assert result.exit_code == 0, result.stderr
     for word in ("MACs", "parameters", "latency", "same top-1", "attention", "ffn"):
         assert word in result.stdout
+
+
+def comparison(same: float | None, speedup: float = 1.5, spread: float = 0.02) -> Comparison:
+    """A comparison with made-up figures."""
+    figures = {"macs": 100, "params": 100, "bytes": 100}
+    models = {"dense": figures | {"file": "d.onnx"}, "pruned": {**figures, "macs": 60, "bytes": 55, "file": "p.onnx"}}
+    quartiles = [speedup - 0.1, speedup + 0.1]
+    timing = {"batch": 1, "median_ms": 10.0, "spread": spread, "speedup": speedup, "speedup_quartiles": quartiles}
+    first = timing | {"speedup": 1.0, "speedup_quartiles": [1.0, 1.0]}
+    entry = {"cosine": 0.9, "relative_error": 0.25} | ({} if same is None else {"top1_agreement": same, "kl": 0.5})
+    return Comparison(models, {"logits": entry}, [], [first, timing], 64, {}, ())
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (
+            comparison(0.9),
+            "p.onnx answers as the dense model does on 90.0% of 64 samples (KL 0.500) and takes 60% of its",
+        ),
+        (comparison(0.4), "p.onnx HARDLY AGREES any more"),
+        (comparison(None), "differs from the dense model's outputs by 25.00% of their size"),
+        (comparison(0.9), "1.50 times as fast (1.40 to 1.60)"),
+        (comparison(0.9, 1.05), "no difference in latency could be told (0.95 to 1.15"),
+    ],
+)
+def test_a_sentence_says_what_became_of_the_model(found: Comparison, words: str) -> None:
+    assert words in found.verdict
+
+
+def test_a_busy_machine_is_told() -> None:
+    assert comparison(0.9).tables[0].lines == ()
+    (line,) = comparison(0.9, spread=0.4).tables[0].lines
+    assert "rounds differ by 40%" in line
+    assert "10.00 ms, spread 40%" in comparison(0.9, spread=0.4).tables[0].text()
+
+
+def test_the_sentence_is_first(files: Path) -> None:
+    assert run("m.onnx", "p.onnx", "--rounds", "0").stdout.startswith("p.onnx ")
 
 
 def test_tokens_are_compared_without_classes(files: Path, exported: Exported) -> None:

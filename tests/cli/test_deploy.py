@@ -36,7 +36,7 @@ WHOLE: dict[str, Any] = {
     "bench": {"runtime": ["onnxruntime", "trtexec"], "rounds": 2, "threads": 1},
     "check": {},
 }
-HERE = ["prune", "convert", "convert-dense", "build", "build-dense", "compare", "eval-dense", "eval"]
+HERE = ["prune", "convert", "convert-dense", "build-dense", "build", "compare", "eval-dense", "eval"]
 HERE += ["bench-onnxruntime"]
 no_gpu = pytest.mark.skipif(cuda.gpu_name() is not None, reason="says what happens without a GPU, and one is here")
 

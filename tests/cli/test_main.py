@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 
 from toast_onnx import __version__
 from toast_onnx.errors import ConfigError
+from toast_onnx_cli.console import progress, say_note
 from toast_onnx_cli.main import SUBCOMMANDS, main
 
 HEAVY = ("onnxruntime", "onnx", "numpy", "rich", "torch")
@@ -152,3 +154,38 @@ room.main([*{flags!r}, "trial"])
     done = run_python(code)
     assert done.stdout == ""
     assert "".join(line[-1] for line in done.stderr.splitlines()) == shown
+
+
+def test_quiet_leaves_progress_and_notes_out(register: Callable[[Callable[[], None]], None]) -> None:
+    def body() -> None:
+        with progress("working", 2) as advance:
+            advance()
+            say_note("something to know")
+        click.echo("the result")
+
+    register(body)
+    loud, quiet = (CliRunner().invoke(main, [*flags, "trial"]) for flags in ([], ["--quiet"]))
+    assert "working" in loud.stderr
+    assert "Note: something to know" in loud.stderr
+    assert (quiet.stdout, quiet.stderr) == ("the result\n", "")
+
+
+def test_defaults_come_from_the_environment(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["prune", "m.onnx"], env={"TOAST_PRUNE_RATIOS": str(tmp_path / "mine.yaml")})
+    assert "mine.yaml" in result.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_get_a_completion(shell: str) -> None:
+    code = "import sys; sys.argv = ['toast-onnx']; from toast_onnx_cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"_TOAST_ONNX_COMPLETE": f"{shell}_source"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    # click asks bash for its version where there is one; the script itself is what counts
+    assert "toast-onnx" in done.stdout
+    assert "COMPLETE" in done.stdout

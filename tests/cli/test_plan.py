@@ -147,7 +147,7 @@ def test_a_plan_for_latency(files: Path) -> None:
     (files / "t.json").write_text(json.dumps(table))
     measured = ("--points", "0.5", "--sensitivity", "s.json")  # the second plan goes on from the first one's trials
     common = ("plan", "m.onnx", "--data", "x.npy", "--threads", "1", *measured, "--latency", "0.8")
-    widths = ("--align-heads", "32", "--align-width", "256")
+    widths = ("--align-heads", "32", "--align-width", "256", "--overwrite")
     found = document(run(*common, *widths, "--costs", "t.json", "--no-timing", "--json"))
     assert found["latency"]["predicted_share"] <= 0.8
     assert found["latency"]["measured_share"] is None

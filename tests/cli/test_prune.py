@@ -19,6 +19,8 @@ from tests import zoo
 from tests.matching.test_dims import Turn, attention, pooled, pooled_image
 from tests.matching.tiny import TOKENS, WIDTH
 from tests.pruning import run, worst
+from toast_onnx.planning.presets import preset
+from toast_onnx.planning.ratios import Ratios
 from toast_onnx_cli.main import main
 
 Exported = Callable[[zoo.Case], Path]
@@ -54,6 +56,23 @@ def test_a_terminated_run_leaves_nothing(exported: Exported, tmp_path: Path) -> 
         process.communicate(timeout=60)
     assert process.returncode == 143
     assert not [*work.glob("toast-*"), *work.glob("*s.npz*")]
+
+
+@pytest.mark.parametrize(("option", "said"), [([], True), (["--compensation", "ridge"], False)])
+def test_a_published_schedule_says_that_it_expects_training(
+    option: list[str], said: bool, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = exported(zoo.Case("timm-vit"))
+    np.save(tmp_path / "x.npy", zoo.inputs(path, 4)["input"])
+    short = preset("paper:deit_tiny@0.8").model_copy(update={"attention": Ratios().attention, "ffn": Ratios().ffn})
+    monkeypatch.setattr("toast_onnx_cli.prune.read_ratios", lambda _: short)  # for a model of two blocks
+    words = ["prune", str(path), "--ratios", "paper:deit_tiny@0.8", "--data", str(tmp_path / "x.npy"), *option]
+    result = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "o.onnx")])
+    assert result.exit_code == 0, result.stderr
+    document = json.loads((tmp_path / "o.json").read_text())
+    assert ("expects fine-tuning" in result.stdout) is said
+    assert ("expects fine-tuning" in (document["options"]["expects"] or "")) is said
+    assert document["options"]["ratios"]["compensation"]["kind"] == ("none" if said else "ridge")
 
 
 @pytest.mark.parametrize("pool", [pooled, pooled_image])

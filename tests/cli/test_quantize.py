@@ -24,6 +24,9 @@ def test_the_steps_are_shown(exported: Callable[[zoo.Case], Path], tmp_path: Pat
     assert [row["step"] for row in document["steps"]] == ["dense", "float", "int8"]
     assert document["steps"][0]["agreement"] == document["steps"][1]["agreement"] == 1.0
     assert len(document["layers"]) == 8
-    plain = CliRunner().invoke(main, arguments)
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 1
+    assert "give --overwrite" in again.stderr
+    plain = CliRunner().invoke(main, [*arguments, "--overwrite"])
     assert "8 linear layers in int8, 2 kept" in plain.stdout
     assert "agrees with first" in plain.stdout

@@ -94,3 +94,28 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
     path = tmp_path / "d.yaml"
     path.write_text(f"version: 1\nmodel: m.onnx\nprune: {{ratios: {'r' * 5000}}}\n")
     assert [step.name for step in plan_steps(load_deployment(path), path)] == ["prune"]
+
+
+def test_a_goal_stands_in_place_of_ratios(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text("version: 1\nmodel: m.onnx\nplan: {macs: 0.6}\nprune: {data: images}\n")
+    (step,) = plan_steps(load_deployment(path), path)
+    assert step.arguments[:4] == ("prune", "m.onnx", "--macs", "0.6")
+    assert "--ratios" not in step.arguments
+    assert step.outputs[2] == "deploy/m.pruned.ratios.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prune: {data: images}", "prune has no ratios; add the key, or a section plan"),
+        ("plan: {macs: 0.6}\nprune: {data: images, ratios: r.yaml}", "goes with a section prune"),
+        ("plan: {macs: 0.6}\nprune: {}", "goes with a section prune"),
+        ("plan: {macs: 0.6, params: 0.5}\nprune: {data: images}", "exactly one goal"),
+    ],
+)
+def test_goals_that_do_not_fit(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text(f"version: 1\nmodel: m.onnx\n{text}\n")
+    with pytest.raises(ConfigError, match=words):
+        load_deployment(path)

@@ -161,4 +161,8 @@ def test_every_command_is_described_and_every_described_option_exists() -> None:
 
 def test_the_navigation_names_pages_that_exist() -> None:
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    assert set(navigation) <= {page.name for page in PAGES}
+    named = [
+        entry for part in navigation for entry in (next(iter(part.values())) if isinstance(part, dict) else [part])
+    ]
+    assert len(named) == len({*named})
+    assert {*named} == {page.name for page in PAGES}

@@ -97,6 +97,18 @@ def test_places_that_cannot_be(place: str, option: str, model: Path, ratios: Pat
     assert "choose another" in line
 
 
+@pytest.mark.parametrize("option", ["-o", "--report"])
+def test_an_earlier_result_is_kept_unless_told_otherwise(option: str, model: Path, ratios: Path) -> None:
+    earlier = model.parent / "model.pruned.onnx"
+    earlier = earlier if option == "-o" else earlier.with_suffix(".json")
+    earlier.write_text("hours of work")
+    line = kept(model.parent, "prune", model, "--ratios", ratios)
+    assert f"{earlier.name} exists already; give --overwrite" in line
+    assert option in line
+    succeed("prune", model, "--ratios", ratios, "--overwrite")
+    assert earlier.read_bytes() != b"hours of work"
+
+
 def test_a_device_is_not_replaced_by_a_file(model: Path, ratios: Path) -> None:
     assert "not a regular file" in kept(model.parent, "prune", model, "--ratios", ratios, "--report", os.devnull)
     assert not Path(os.devnull).is_file()
@@ -127,7 +139,7 @@ def fixed_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_full_disk(small_disk: Path, model: Path, ratios: Path) -> None:
     (small_disk / "new.onnx").write_text("an older result")
-    line = kept(small_disk, "prune", model, "--ratios", ratios, "-o", small_disk / "new.onnx")
+    line = kept(small_disk, "prune", model, "--ratios", ratios, "-o", small_disk / "new.onnx", "--overwrite")
     assert "the disk is full" in line
 
 
@@ -158,7 +170,8 @@ def test_file_size_limit(model: Path, ratios: Path) -> None:
 
     out = model.parent / "new.onnx"
     out.write_text("an older result")
-    line = kept(model.parent, "prune", model, "--ratios", ratios, "--no-check", "-o", out, preexec_fn=limit)
+    words = ("--ratios", ratios, "--no-check", "-o", out, "--overwrite")
+    line = kept(model.parent, "prune", model, *words, preexec_fn=limit)
     assert "new.onnx cannot be written: File too large" in line
 
 
@@ -225,7 +238,7 @@ def test_killed_before_any_operation_on_disk(
     other = write_ratios(tmp_path / "other.yaml", QUICK | {"ffn": {"fc2": 0.25, "score": "l1"}})
     succeed("prune", source, "--ratios", ratios, "-o", out, "--no-check")
     new, new_model = files(), _loaded(out)
-    succeed("prune", source, "--ratios", other, "-o", out, "--no-check")
+    succeed("prune", source, "--ratios", other, "-o", out, "--no-check", "--overwrite")
     older, older_model = files(), _loaded(out)
     assert older != new
     operation = 1
@@ -234,7 +247,7 @@ def test_killed_before_any_operation_on_disk(
         out.parent.mkdir()
         for name, data in older.items() if old else ():
             (out.parent / name).write_bytes(data)
-        if not _killed_before(operation, "prune", source, "--ratios", ratios, "-o", out, "--no-check"):
+        if not _killed_before(operation, "prune", source, "--ratios", ratios, "-o", out, "--no-check", "--overwrite"):
             break
         assert _whole(out, [older_model, new_model] if old else [new_model]), f"killed before operation {operation}"
         if old and kind == "inline":
@@ -254,7 +267,9 @@ def test_killed_by_the_clock(share: float, model: Path, ratios: Path) -> None:
     old = b"an older result"
     out.write_bytes(old)
     process = subprocess.Popen(
-        [program(), "prune", model, "--ratios", ratios, "-o", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [program(), "prune", model, "--ratios", ratios, "-o", out, "--overwrite"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     time.sleep(share * took)
     process.kill()

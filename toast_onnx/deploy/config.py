@@ -70,11 +70,30 @@ class StepSettings(Section):
         return data
 
 
+class Plan(StepSettings):
+    """Finds ratios for one goal, in place of `prune.ratios`; as the options of `toast-onnx prune` of these names."""
+
+    macs: Number | None = None
+    params: Number | None = None
+    latency: Number | None = None
+    max_drop: Number | None = None
+    max_error: Number | None = None
+    labels: Text | None = None
+    sensitivity: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Self:
+        goals = ("macs", "params", "latency", "max_drop", "max_error")
+        if sum(getattr(self, name) is not None for name in goals) != 1:
+            raise invalid(f"has not exactly one goal; give one of {', '.join(goals)}")
+        return self
+
+
 class Prune(StepSettings):
     """Removes dimensions and channels.
 
     Attributes:
-        ratios: A ratios file or a preset.
+        ratios: A ratios file or a preset; not with a `plan` section.
         data: Samples to measure activations on; as in `prune --data`.
         statistics: Measurements that `calibrate` wrote, instead of `data`.
         samples: How many samples to draw.
@@ -83,9 +102,7 @@ class Prune(StepSettings):
         target: `tensorrt` keeps every attention at one head size.
     """
 
-    required = ("ratios",)
-
-    ratios: Text = ""
+    ratios: Text | None = None
     data: Text | None = None
     statistics: Text | None = None
     samples: Count | None = None
@@ -193,6 +210,7 @@ class Deployment(Section):
     output: Text | None = None
     precision: Literal["fp32", "tf32", "fp16", "bf16"] = "fp32"
     preprocess: Text | None = None
+    plan: Plan | None = None
     prune: Prune | None = None
     quantize: Quantize | None = None
     build: Build | None = None
@@ -214,6 +232,10 @@ class Deployment(Section):
             raise invalid(f"has precision: {self.precision} with quantize, which works on float32; leave precision out")
         if self.prune is not None and self.prune.data is not None and self.prune.statistics is not None:
             raise invalid("has prune.data and prune.statistics; keep one")
+        if self.prune is not None and self.prune.ratios is None and self.plan is None:
+            raise invalid("has no ratios; add the key, or a section plan", suffix="prune")
+        if self.plan is not None and (self.prune is None or self.prune.ratios is not None or self.prune.data is None):
+            raise invalid("goes with a section prune that has data and no ratios", suffix="plan")
         for name in ("model", "output"):
             if (getattr(self, name) or "").startswith("-"):
                 raise invalid("starts with -, like an option; write ./ in front of it", suffix=f"{name}")

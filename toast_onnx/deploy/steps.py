@@ -136,21 +136,28 @@ def _prune(config: Deployment, files: Files, recipe: str | None, folder: Path) -
     if prune is None:
         return []
     report = str(PurePosixPath(files.pruned).with_suffix(".json"))
-    words = ["prune", files.dense, "--ratios", prune.ratios, "-o", files.pruned, "--report", report, "--json"]
-    words += _options(prune, "data", "statistics", "samples", "seed", "skip_unprunable", "target")
-    words += _preprocess(recipe)
-    ratios = folder / prune.ratios
-    inside = load_ratios(ratios).calibration.data if os.path.isfile(ratios) else None
-    inputs = _some((files.dense, prune.ratios, prune.data, inside, prune.statistics, recipe))
-    keep = ("dense", "pruned", "inputs", "twin", "statistics")
-    return [Step("prune", tuple(words), inputs, (files.pruned, report), keep=keep)]
+    words = ["prune", files.dense, "-o", files.pruned, "--report", report, "--json"]
+    goal = config.plan
+    if prune.ratios is not None:
+        words[2:2] = ["--ratios", prune.ratios]
+    if goal is not None:
+        words[2:2] = _options(goal, "macs", "params", "latency", "max_drop", "max_error", "labels", "sensitivity")
+    ratios = None if prune.ratios is None else folder / prune.ratios
+    inside = load_ratios(ratios).calibration.data if ratios is not None and os.path.isfile(ratios) else None
+    words += ["--overwrite", *_options(prune, "data", "statistics", "samples", "seed", "skip_unprunable", "target")]
+    words += _preprocess(recipe) if prune.data is not None or inside is not None else []
+    more = () if goal is None else (goal.labels, goal.sensitivity)
+    inputs = _some((files.dense, prune.ratios, prune.data, inside, prune.statistics, recipe, *more))
+    keep = ("dense", "pruned", "inputs", "twin", "statistics", "agreement")
+    planned = () if goal is None else (str(PurePosixPath(files.pruned).with_suffix(".ratios.yaml")),)
+    return [Step("prune", tuple(words), inputs, (files.pruned, report, *planned), keep=keep)]
 
 
 def _quantize(config: Deployment, files: Files, recipe: str | None) -> list[Step]:
     quantize = config.quantize
     if quantize is None:
         return []
-    words = ["quantize", files.pruned, "-o", files.ships]
+    words = ["quantize", files.pruned, "-o", files.ships, "--overwrite"]
     words += _options(quantize, "data", "to", "method", "samples", "seed", "ends") + _preprocess(recipe)
     if files.pruned != files.dense:
         words += ["--dense", files.dense]
@@ -167,7 +174,18 @@ def _convert(config: Deployment, files: Files) -> list[Step]:
     return [
         Step(
             name,
-            ("build", before, "--format", "onnx", "--precision", config.precision, "-o", after, "--json"),
+            (
+                "build",
+                before,
+                "--format",
+                "onnx",
+                "--precision",
+                config.precision,
+                "-o",
+                after,
+                "--overwrite",
+                "--json",
+            ),
             (before,),
             (after, f"{after}.json"),
         )
@@ -204,7 +222,7 @@ def _build(config: Deployment, files: Files) -> list[Step]:
     return [
         Step(
             name,
-            ("build", model, *options, *more, "-o", target, "--json"),
+            ("build", model, *options, *more, "-o", target, "--overwrite", "--json"),
             _some((model, f"{files.dense_engine}.json" if more else None)),
             (target, f"{target}.json"),
             packages=_TENSORRT if engine else _RUNTIME,

@@ -57,6 +57,15 @@ class Preset:
         """The name that `--ratios` takes."""
         return f"{PREFIX}{self.short}@{self.budget}"
 
+    @property
+    def expects(self) -> str:
+        """What the schedule was published for."""
+        return (
+            f"{self.name} expects fine-tuning: its {self.top1:g} % top-1 is reported after training, and without it "
+            "hardly any answer is right; train with `toast-onnx finetune`, or let --macs plan widths that need none "
+            "(--compensation ridge keeps these widths and compensates the weights)"
+        )
+
     def ratios(self) -> Ratios:
         """Returns the schedule as a ratios file would hold it.
 
@@ -127,6 +136,13 @@ def read_ratios(argument: str | os.PathLike[str]) -> Ratios:
         ConfigError: The preset is unknown or the file is at fault.
     """
     text = os.fspath(argument)
+    number = _number(text.rstrip("%"))
+    if number is not None and not os.path.exists(text):
+        part = f"{number / 100 if number > 1 else number:g}"
+        raise ConfigError(
+            f"--ratios takes a file or a preset, not the number {text}; to remove that much everywhere write a file "
+            f"with `version: 1`, `attention: {{qk: {part}, vo: {part}}}` and `ffn: {{fc2: {part}}}`, a line each"
+        )
     return preset(text) if text.startswith(PREFIX) else load_ratios(text)
 
 

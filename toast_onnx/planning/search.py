@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from toast_onnx.errors import ConfigError
+from toast_onnx.errors import BudgetError, ConfigError
 from toast_onnx.planning.allocation import allocate
 from toast_onnx.planning.width_costs import Part, WidthCost
 
@@ -137,7 +137,8 @@ def search(groups: Sequence[Group], budget: float, total: float, what: str) -> F
         what: name of the budget, for messages.
 
     Raises:
-        ConfigError: no widths reach the budget; the message says what the least is. Or nothing can be chosen.
+        BudgetError: no widths reach the budget; the message says what the least is.
+        ConfigError: nothing can be chosen.
     """
     if not groups:
         raise ConfigError("there is nothing to choose from: no part is offered a width below its dense one")
@@ -145,7 +146,7 @@ def search(groups: Sequence[Group], budget: float, total: float, what: str) -> F
     found = allocate([g.costs for g in groups], [g.damages for g in groups], budget * total - fixed)
     if found is None:
         least = fixed + sum(float(g.costs.min()) for g in groups)
-        raise ConfigError(
+        raise BudgetError(
             f"a {what} budget of {budget:g} cannot be reached: the cheapest widths still take {least / total:.3f} of "
             f"the dense model's {what}; ask for at least {np.ceil(least / total * 1000) / 1000:.3f}, lower the "
             "alignment, or plan more parts"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from toast_onnx.matching.blocks import Attention, Block, Ffn
+from toast_onnx.matching.searched import searched
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.macs import (
     attention_linears,
@@ -18,6 +19,10 @@ from toast_onnx.report.tables import Table, format_count
 from toast_onnx.tokens.points import MergePoint, TokenStudy, study_tokens
 
 COLUMNS = ("block", "name", "heads", "qk", "vo", "in", "width", "activation", "MACs", "params", "prunable", "tokens")
+#: How reasons of quantized parts end.
+QUANTIZED = "prune first, then quantize"
+#: Columns that a narrow page can spare, the first one first.
+SPARE = ("params", "activation", "tokens", "in", "MACs", "heads")
 #: Parts as the table names them -> keys of the document.
 ATTENTION = {"heads": "heads_prunable", "qk": "qk", "vo": "vo"}
 FFN = {"fc1": "fc1", "fc2": "fc2"}
@@ -43,6 +48,7 @@ def inspection(study: Study) -> dict[str, Any]:
         "blocks": [_block(study, b, p, tokens) for b, p in zip(study.match.blocks, tokens.points, strict=True)],
         "declined": [{"node": node, "reason": reason} for node, reason in study.match.declined.items()],
         "notes": list(study.notes),
+        "searched": searched(study),
     }
 
 
@@ -102,9 +108,14 @@ def inspection_table(document: dict[str, Any]) -> Table:
     lines = [
         f"{len(document['blocks'])} blocks, {format_count(document['macs'])} MACs at {_inputs(document)}, "
         f"{format_count(document['params'])} parameters",
-        *(f"not prunable: {why} (block {', '.join(where)})" for why, where in _reasons(document["blocks"]).items()),
-        *(f"tokens not mergeable: {why} (block {', '.join(where)})" for why, where in _unmergeable(document).items()),
-        *(f"declined: {entry['node']}: {entry['reason']}" for entry in document["declined"]),
+        *_not_prunable(document),
+        *(
+            f"tokens not mergeable: {why} (block {', '.join(where)})"
+            for why, where in _unmergeable(document).items()
+            if not why.endswith(QUANTIZED)
+        ),
+        *_declined(document["declined"]),
+        *([] if document["blocks"] else [document["searched"]]),
         *(f"note: {each}" for each in document["notes"]),
     ]
     return Table(
@@ -113,6 +124,7 @@ def inspection_table(document: dict[str, Any]) -> Table:
         [_row(b) for b in document["blocks"]],
         ("right", "left", *("right",) * 5, "left", "right", "right", "left", "left"),
         tuple(lines),
+        SPARE,
     )
 
 
@@ -148,6 +160,30 @@ def _reasons(blocks: list[dict[str, Any]]) -> dict[str, list[str]]:
                 if not block[part][key]["prunable"]:
                     found.setdefault(f"{name}: {block[part][key]['reason']}", []).append(str(block["index"]))
     return found
+
+
+def _not_prunable(document: dict[str, Any]) -> list[str]:
+    """A line a reason; one for all that is quantized."""
+    reasons = _reasons(document["blocks"])
+    quantized = {why: where for why, where in reasons.items() if why.endswith(QUANTIZED)}
+    lines = [
+        f"not prunable: {why} (block {', '.join(where)})" for why, where in reasons.items() if why not in quantized
+    ]
+    if quantized:
+        blocks = sorted({int(number) for where in quantized.values() for number in where})
+        lines.append(f"quantized: weights of blocks {', '.join(map(str, blocks))}; {QUANTIZED}")
+    return lines
+
+
+def _declined(entries: list[dict[str, str]]) -> list[str]:
+    """A line a reason, with the first of the nodes it holds for."""
+    nodes: dict[str, list[str]] = {}
+    for entry in entries:
+        nodes.setdefault(entry["reason"], []).append(entry["node"])
+    return [
+        f"declined: {names[0]}{f' and {len(names) - 1} more nodes' if len(names) > 1 else ''}: {reason}"
+        for reason, names in nodes.items()
+    ]
 
 
 def _unmergeable(document: dict[str, Any]) -> dict[str, list[str]]:

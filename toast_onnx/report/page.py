@@ -13,6 +13,8 @@ from toast_onnx.report.lineage import side_of
 from toast_onnx.report.page_charts import Line, costs_chart, lines_chart, widths_chart
 from toast_onnx.report.page_sources import Sources
 
+#: A drop of accuracy that is shown in another colour, and half the share of changed answers that is.
+LOSS = 0.05
 _TEMPLATES = Path(__file__).parent / "templates"
 _PARTS = {
     "heads": "whole heads",
@@ -86,18 +88,18 @@ def tiles(sources: Sources) -> list[dict[str, str]]:
     accuracy = _top1(sources)
     if len(accuracy) == 2:
         before, after = accuracy
-        found.append(
-            {
-                "name": "top-1 accuracy",
-                "value": f"{after:.1%}",
-                "note": f"dense {before:.1%}, {100 * (after - before):+.1f} points",
-            }
-        )
+        tile = {
+            "name": "top-1 accuracy",
+            "value": f"{after:.1%}",
+            "note": f"dense {before:.1%}, {100 * (after - before):+.1f} points",
+        }
+        found.append(tile | ({"loss": "yes"} if before - after > LOSS else {}))
     for document in _comparisons(sources)[:1]:
         for output, figures in list(document["outputs"].items())[:1]:
             if "top1_agreement" in figures:
                 note = f"of the dense model's answers ({output})"
-                found.append({"name": "same answers", "value": f"{figures['top1_agreement']:.1%}", "note": note})
+                tile = {"name": "same answers", "value": f"{figures['top1_agreement']:.1%}", "note": note}
+                found.append(tile | ({"loss": "yes"} if 1 - figures["top1_agreement"] > 2 * LOSS else {}))
     return found + _speed(sources)
 
 

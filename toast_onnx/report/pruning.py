@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def save_with_report(
     report: Path,
     *,
     check: bool = True,
+    more: Callable[[Path], Mapping[str, Any]] = lambda _: {},
 ) -> dict[str, Any]:
     """Write a pruned model and its report; a model never appears without its report.
 
@@ -89,6 +91,7 @@ def save_with_report(
         out: the model's file.
         report: the report's file.
         check: have ONNX Runtime load the model before it is kept.
+        more: called with the written model before it has its name; gives what else the report holds.
 
     Returns:
         The report.
@@ -104,6 +107,7 @@ def save_with_report(
             {"file": file.name, "sha256": sha256_of([file]), "bytes": file.stat().st_size}
             for file in model_files(dense.source.path)
         ]
+        document |= more(staged.draft)
         document["read"] = files_read()
         if links := links_out(dense.source.path):
             document["dense"]["links"] = {name: str(behind) for name, behind in links.items()}

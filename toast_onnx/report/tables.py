@@ -21,6 +21,7 @@ class Table:
         rows: the cells of each row, as many as there are headings.
         align: of each column; None has the first left and the others right.
         lines: below the table.
+        spare: columns that go, the first one first, where the page is too narrow for all.
     """
 
     title: str | None
@@ -28,6 +29,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     align: Sequence[Side] | None = None
     lines: tuple[str, ...] = ()
+    spare: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Fixed-width text."""
@@ -53,9 +55,46 @@ class Table:
         below = "".join(f"<div>{escape(line)}</div>" for line in self.lines)
         return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>{below}"
 
+    def fitted(self, width: int, gap: int) -> Table:
+        """The table in a width: without columns that can be spared, then with long names cut in the middle.
+
+        Args:
+            width: characters of a line.
+            gap: characters between two columns.
+        """
+        kept = list(range(len(self.columns)))
+        for name in self.spare:
+            if self._width(kept, gap) <= width:
+                break
+            kept = [k for k in kept if self.columns[k] != name]
+        over = self._width(kept, gap) - width
+        sides = self._sides()
+        rows = [[row[k] for k in kept] for row in self.rows]
+        texts = [i for i, k in enumerate(kept) if sides[k] == "left"]
+        if over > 0 and texts:
+            longest = max(texts, key=lambda i: max((len(row[i]) for row in rows), default=0))
+            most = max(len(row[longest]) for row in rows) - over
+            rows = [[shortened(c, most) if i == longest else c for i, c in enumerate(row)] for row in rows]
+        columns = [self.columns[k] for k in kept]
+        return Table(self.title, columns, rows, [sides[k] for k in kept], self.lines)
+
+    def _width(self, columns: Sequence[int], gap: int) -> int:
+        """Characters of a line of some columns."""
+        widths = (max(len(row[k]) for row in (self.columns, *self.rows)) for k in columns)
+        return sum(widths) + gap * (len(columns) - 1)
+
     def _sides(self) -> Sequence[Side]:
         rest: list[Side] = ["right"] * (len(self.columns) - 1)
         return self.align or ["left", *rest]
+
+
+def shortened(name: str, most: int) -> str:
+    """A name of at most so many characters (8 at least), cut in the middle: `encode…attn`."""
+    most = max(most, 8)
+    if len(name) <= most:
+        return name
+    tail = (most - 1) // 2
+    return f"{name[: most - 1 - tail]}…{name[-tail:]}"
 
 
 def format_count(value: float) -> str:
