@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import Study
+from toast_onnx.planning.merged_macs import MergedMacs
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.planning.search import Found, PartChoice, search
 from toast_onnx.planning.surface import MOST, Surface, fit_surface, least_damage, within
-from toast_onnx.tokens.counting import MergedMacs
 from toast_onnx.tokens.points import TokenStudy, study_tokens
 from toast_onnx.tokens.rewrite import write_merging
 from toast_onnx_calibration.planning import Budget, counted_groups, plan_counted

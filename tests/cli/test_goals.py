@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,16 @@ from scipy.stats import binomtest
 
 from tests import zoo
 from tests.end_to_end.command import DIGITS
-from toast_onnx.errors import BudgetError, ConfigError
+from toast_onnx.errors import BudgetError, ConfigError, ModelError
+from toast_onnx.external import set_links_followed
+from toast_onnx.matching.study import study
+from toast_onnx.model import load_model
+from toast_onnx.planning.ratios import Ratios
 from toast_onnx_calibration.images import choose
-from toast_onnx_cli.goals import Goal, Judged, judge_model, smallest_within
+from toast_onnx_calibration.planning import Budget
+from toast_onnx_calibration.reachable import check_reachable
+from toast_onnx_calibration.token_planning import TOKENS
+from toast_onnx_cli.goals import Goal, Judged, judge_model, plan_ratios, smallest_within
 from toast_onnx_cli.main import main
 from toast_onnx_cli.prune import _agreement_lines
 
@@ -43,6 +51,28 @@ def test_a_budget_is_planned_and_its_file_repeats_the_run(
     assert [x["after"] for x in a["blocks"]] == [x["after"] for x in b["blocks"]]
     assert a["agreement"]["held_back"] is False  # eight samples are too few to spare any
     assert a["agreement"]["samples"] == 8
+
+
+def test_a_plan_inside_prune_follows_no_links_either(exported: Callable[[zoo.Case], Path], tmp_path: Path) -> None:
+    for folder in ("far", "near"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "far" / "m.onnx").write_bytes(exported(zoo.Case("timm-vit")).read_bytes())
+    (tmp_path / "near" / "m.onnx").symlink_to(tmp_path / "far" / "m.onnx")
+
+    def plan() -> None:
+        set_links_followed(False)
+        plan_ratios(Goal("macs", 0.7), tmp_path / "near" / "m.onnx", "x.npy", tmp_path / "r.yaml", [])
+
+    with pytest.raises(ModelError, match="--no-links"):
+        copy_context().run(plan)
+
+
+def test_only_a_budget_that_merging_cannot_help_is_refused_at_once(exported: Callable[[zoo.Case], Path]) -> None:
+    dense, widths = study(load_model(exported(zoo.Case("timm-vit")))), ("heads", "qk", "vo", "fc1", "fc2")
+    check_reachable(dense, Ratios(), Budget("macs", 0.01), (TOKENS, *widths))
+    for kind, parts in (("macs", widths), ("params", (TOKENS, *widths))):
+        with pytest.raises(BudgetError, match="cannot be reached"):
+            check_reachable(dense, Ratios(), Budget(kind, 0.01), parts)  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 200), st.integers(1, 100), st.integers(0, 5), st.integers(2, 9))

@@ -13,7 +13,7 @@ from tests import zoo
 from tests.pruning import look
 from toast_onnx.matching.study import Study, study
 from toast_onnx.planning.macs import graph_macs
-from toast_onnx.tokens.counting import MergedMacs
+from toast_onnx.planning.merged_macs import MergedMacs
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx.tokens.rewrite import write_merging
 from toast_onnx.tokens.schedule import exact_shares, removed_counts
