@@ -91,7 +91,7 @@ def test_the_summary_says_so(tmp_path: Path) -> None:
     path = _without(tmp_path / "model.onnx", 1)
     (tmp_path / "half.yaml").write_text(json.dumps(HALF))
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((32, TOKENS, WIDTH)).astype(np.float32))
-    arguments = ["prune", str(path), "--ratios", str(tmp_path / "half.yaml")]
+    arguments = ["prune", str(path), "--ratios", str(tmp_path / "half.yaml"), "--overwrite"]
     for more, said in (([], True), (["--force-synthetic"], False), (["--data", str(tmp_path / "data.npy")], False)):
         shown = CliRunner().invoke(main, [*arguments, *more])
         assert shown.exit_code == 0, shown.output
