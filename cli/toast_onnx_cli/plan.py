@@ -15,6 +15,7 @@ from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, load_model
 from toast_onnx.planning.cost_table import CostTable, read_table, write_table
 from toast_onnx.planning.width_costs import PARTS
+from toast_onnx.tokens.points import study_tokens
 from toast_onnx_cli.console import print_json, progress, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
@@ -117,8 +118,10 @@ def command(
     )
     planning = gather_planning(given)
     dense = study(load_model(model), planning.shapes)
-    if latency is not None:  # what merging gains in time is not in the tables
+    if latency is not None and TOKENS in parts:  # what merging gains in time is not in the tables
         parts = tuple(p for p in parts if p != TOKENS)
+        if study_tokens(dense).mergeable:
+            say_note("with --latency only widths are planned; tokens, which could be merged here, with --macs")
     check_reachable(dense, planning.settings, chosen[0], parts)
     table, runtime = (None, None) if latency is None else _costs(dense, planning, parts, costs, no_timing)
     if table is not None:

@@ -223,3 +223,17 @@ def test_the_page_does_not_replace_the_models_of_the_run(run: Path) -> None:
         assert result.exit_code == 1
         assert f"is the input file {model}" in result.stderr
         assert model.read_bytes() == b"weights"
+
+
+def test_tokens_are_drawn_where_they_are_merged(tmp_path: Path) -> None:
+    merges = [
+        {"block": 0, "before": 197, "after": 190, "how": "merged", "metric": "keys"},
+        {"block": 3, "before": 190, "after": 120, "how": "merged", "metric": "keys"},
+        {"block": 5, "before": 120, "after": 1, "how": "unread tokens dropped", "metric": None},
+    ]
+    put(tmp_path / "p.json", pruning() | {"tokens": {"merges": merges, "twin": None}})
+    text, _ = read(tmp_path / "p.json")
+    assert "in front of the merge" in text
+    assert "tokens behind the attention of each block" in text
+    put(tmp_path / "q.json", pruning())
+    assert "in front of the merge" not in read(tmp_path / "q.json")[0]

@@ -10,7 +10,7 @@ from toast_onnx import __version__
 from toast_onnx.errors import BackendError
 from toast_onnx.report.deployment import headline
 from toast_onnx.report.lineage import side_of
-from toast_onnx.report.page_charts import Line, costs_chart, lines_chart, widths_chart
+from toast_onnx.report.page_charts import Line, costs_chart, lines_chart, tokens_chart, widths_chart
 from toast_onnx.report.page_sources import Sources
 
 #: A drop of accuracy that is shown in another colour, and half the share of changed answers that is.
@@ -61,6 +61,7 @@ def page_context(sources: Sources, title: str | None = None) -> dict[str, Any]:
         "tiles": tiles(sources),
         "widths": widths_chart(blocks),
         "costs": costs_chart(blocks) if blocks else "",
+        "tokens": tokens_chart((run.get("tokens") or {}).get("merges", [])),
         "twin": run.get("twin"),
         "finetune": run.get("finetune"),
         "block_rows": [_block_row(b) for b in run["blocks"]],

@@ -62,6 +62,24 @@ def costs_chart(blocks: Sequence[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
+def tokens_chart(merges: Sequence[dict[str, Any]]) -> str:
+    """Tokens in front of every merge (light) and behind it (dark), by block.
+
+    Args:
+        merges: `tokens.merges` of a pruning report.
+
+    Returns:
+        SVG; empty where no tokens are merged.
+    """
+    merged = [m for m in merges if m["how"] == "merged"]
+    if not merged:
+        return ""
+    figure, (axes,) = _panels(1, columns=1)
+    _bars(axes, [m["block"] for m in merged], [m["before"] for m in merged], [m["after"] for m in merged])
+    axes.set_title("tokens behind the attention of each block", loc="left", fontsize=10, color=INK)
+    return _svg(figure)
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of a chart: a name, and its points (x, y)."""
