@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from toast_onnx.choosing.blocks import Widths, plan_widths, solve_block
 from toast_onnx.choosing.losses import predicted_errors
 from toast_onnx.choosing.shared import Pooled, Sharing, agreed_widths, find_sharing, sharing_notes
 from toast_onnx.choosing.synthetic import founded_widths
 from toast_onnx.engines.even_heads import Evened, even_heads
-from toast_onnx.errors import ConfigError, MatchError, ModelError
+from toast_onnx.errors import BackendError, ConfigError, MatchError, ModelError
 from toast_onnx.finetune.local import LocalResult
 from toast_onnx.importance.remembered import Remembered
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.graph import FLOATS
 from toast_onnx.matching.searched import searched
 from toast_onnx.matching.study import Study
 from toast_onnx.matching.study import study as study_model
@@ -159,7 +162,16 @@ def prune(
         raise ConfigError(
             "compensation: local trains weights, which mode: runtime chooses anew for every batch; use ridge"
         )
-    feeds, notes = _proof_inputs(study, samples, seed) if check else ([], ())
+    feeds: list[Feeds] = []
+    notes: tuple[str, ...] = ()
+    unproven: ModelError | None = None
+    if check:
+        try:
+            feeds, notes = _proof_inputs(study, samples, seed)
+        except ModelError as e:
+            if not _spoiled(study):
+                raise
+            unproven = e  # weights are no numbers: the block that holds them says it better
     weights: dict[int, BlockWeights] = {}
     errors: dict[int, dict[str, float]] = {}
     for block, whole, setting in zip(blocks, widths, settings, strict=True):
@@ -180,6 +192,8 @@ def prune(
                 known = (errors.get(index, {}) for index in sorted(leaders))
                 errors[block.index] = {part: e for each in known for part, e in each.items()}
         progress(block.name)
+    if unproven is not None:
+        raise unproven
     trained: tuple[LocalResult, ...] = ()
     # Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.
     if refine is not None and weights and not selections and ratios.compensation.kind in ("local", "ridge"):
@@ -314,6 +328,15 @@ def _proof_inputs(study: Study, samples: Sequence[Feeds], seed: int) -> tuple[li
         if not real:
             raise
         return real, (f"proven on samples of the data alone: {e}",)
+    except BackendError as e:
+        raise ModelError(f"{study.view.model.path}: {e}") from e
+
+
+def _spoiled(study: Study) -> bool:
+    """Whether a stored weight is NaN or infinite."""
+    view, facts = study.view, study.facts
+    floats = [name for name, tensor in view.initializers.items() if tensor.data_type in FLOATS]
+    return not all(np.isfinite(facts.array(name)).all() for name in floats)
 
 
 def _prove(

@@ -206,6 +206,8 @@ def compare(
     size = _held_batch(pair[0], [names[0] for names in watched], batch)
     found, drift, count, fed = _measure(pair[0], sessions, watched, inputs, source, size, progress)
     notes += source.report.notes() if source.report else ()
+    if lost := len(watched) - len(drift):
+        notes.append(f"tokens are merged in front of {lost} of {len(watched)} branches: their drift is left out")
     costs = [graph_macs(each.view, each.counted) for each in pair]
     if costs[0] < costs[1]:
         notes.append(f"{dense} is the smaller one: the dense model comes first, so give them the other way round")
@@ -309,7 +311,10 @@ def _measure(
                 raise DataError(f"the output '{name}' has shape {a[name].shape} and {b[name].shape} in the two models")
             agreement.add(each.trim(a[name]), each.trim(b[name]))
         for x, y in watched:
-            drift[x].add(*(np.moveaxis(each.trim(t), channels[x], -1) for t in (a[x], b[y])))
+            if a[x].shape != b[y].shape:  # of merged tokens there are fewer
+                drift.pop(x, None)
+            elif x in drift:
+                drift[x].add(*(np.moveaxis(each.trim(t), channels[x], -1) for t in (a[x], b[y])))
         done += each.valid
         if progress is not None:
             progress(done, source.count)

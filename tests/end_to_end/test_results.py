@@ -144,13 +144,18 @@ def test_nodes_outside_the_blocks_are_byte_for_byte_the_same(exported: Exported,
 
 
 def test_a_weight_that_layers_share_changes_for_one_of_them_alone(model: Path, tmp_path: Path) -> None:
-    """Exporters store equal initializers once: here blocks 0 and 1 read one fc1 weight, and only block 0 is pruned."""
+    """Exporters store equal initializers once: here blocks 0 and 1 read one fc1 weight, and only block 0 is pruned.
+
+    Their other weights differ, so that they are no one block: it takes --split-shared.
+    """
     proto = onnx.load(model)
     sizes = {t.name: tuple(t.dims) for t in proto.graph.initializer}
     layers = [n for n in proto.graph.node if n.op_type == "MatMul" and sizes.get(n.input[1]) == (96, 384)]
     layers[1].input[1] = layers[0].input[1]
     onnx.save(proto, model)
-    document = prune(model, tmp_path / "new.onnx", {"version": 1, "blocks": {"block.0": {"ffn": {"fc2": 0.5}}}})
+    document = prune(
+        model, tmp_path / "new.onnx", {"version": 1, "blocks": {"block.0": {"ffn": {"fc2": 0.5}}}}, "--split-shared"
+    )
     assert [b["after"]["width"] for b in document["blocks"]] == [192, 384, 384, 384, 384, 384]
     old = next(t for t in proto.graph.initializer if t.name == layers[0].input[1])
     assert old in onnx.load(tmp_path / "new.onnx").graph.initializer

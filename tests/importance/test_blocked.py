@@ -111,3 +111,12 @@ def test_rounding_beyond_the_diagonal_term_is_made_up_for() -> None:
     assert np.linalg.eigvalsh(regular_inverse(s)).min() > 0
     with pytest.raises(np.linalg.LinAlgError):
         regular_inverse(np.full((4, 4), np.nan))
+
+
+def test_noise_of_both_signs_is_inverted_all_the_same() -> None:
+    rng = np.random.default_rng(3)
+    noise = rng.standard_normal((16, 16)) * 1e-6
+    covariance = noise + noise.T  # what is left where sums cancelled: no covariance at all
+    inverse = regular_inverse(covariance)
+    assert np.isfinite(inverse).all()
+    assert np.linalg.eigvalsh(inverse)[0] > 0

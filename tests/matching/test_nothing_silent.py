@@ -100,11 +100,16 @@ def test_blocks_inside_a_condition_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("bytes_after", "said"), [(900, False), (1100, True)])
 def test_a_file_that_grew_says_so_first(bytes_after: int, said: bool) -> None:
     document = {
-        "dense": {"macs": 1, "params": 1, "bytes": 1000},
+        "dense": {"macs": 1, "params": 1, "bytes": 1000, "files": []},
         "pruned": {"macs": 1, "params": 1, "bytes": bytes_after},
         "twin": None,
         "statistics": {"source": "weights"},
         "tokens": None,
+        "blocks": [],
+        "no_norm_in_front": [],
+        "agreement": None,
+        "read": [],
+        "options": {"expects": None},
     }
     first = summary(document, Path("o.onnx"), Path("o.json")).splitlines()[0]
     assert first.startswith("LARGER than the original: ") is said

@@ -366,10 +366,10 @@ def test_a_mutation_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     function, old, new, make = MUTATIONS[name]
     path = tmp_path / "model.onnx"
     ratios = make(path)
-    _, right = prune_file(path, ratios, tmp_path / "right.onnx")
+    _, right = prune_file(path, ratios, tmp_path / "right.onnx", split_shared=True)
     assert right.twin is not None
     assert right.weights
     mutate(monkeypatch, function, old, new)
     with pytest.raises((ToastError, AssertionError, ValueError, IndexError)):
-        prune_file(path, ratios, tmp_path / "wrong.onnx")
+        prune_file(path, ratios, tmp_path / "wrong.onnx", split_shared=True)
     assert not (tmp_path / "wrong.onnx").exists()

@@ -113,7 +113,7 @@ def test_blocks_that_share_weights_get_their_own(which: str, family: str, export
     if which == "first":
         other = {"attention": {"qk": 0, "vo": 0}, "ffn": {"fc1": 0, "fc2": 0}}
     ratios = UNEVEN | {"blocks": {1: other}}
-    _, pruned = prune_file(shared, ratios, tmp_path / "a.onnx")
+    _, pruned = prune_file(shared, ratios, tmp_path / "a.onnx", split_shared=True)
     prune_file(apart, ratios, tmp_path / "b.onnx", check=False)
     assert pruned.twin is not None
     assert pruned.twin.worst < 1e-4

@@ -204,12 +204,16 @@ def regular_inverse(covariance: Array) -> Array:
         LinAlgError: the covariance holds NaN or infinity.
     """
     least = damping(covariance, RELATIVE_JITTER)
-    for more in range(ATTEMPTS if np.isfinite(least) else 0):
+    if not np.isfinite(least):
+        raise np.linalg.LinAlgError("the covariance holds NaN or infinity")
+    for more in range(ATTEMPTS):
         try:
             return inverse_of(covariance + least * 10**more * np.eye(len(covariance)))
         except np.linalg.LinAlgError:
             continue
-    raise np.linalg.LinAlgError("the covariance is not positive definite")
+    # Hardly any variance: what is left of sums that cancelled is noise of both signs.
+    below = float(np.linalg.eigvalsh(covariance)[0])
+    return inverse_of(covariance + (least - 2 * min(below, 0.0)) * np.eye(len(covariance)))
 
 
 def without(inverse: Array, weights: Array, gone: Indices) -> tuple[Array, Array, Indices]:
