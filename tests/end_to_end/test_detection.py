@@ -55,7 +55,7 @@ def test_yolos_from_inspect_to_compare(exported: Callable[[zoo.Case], Path], ima
             (32, 32, 384)
         ] * 2
         assert {d["tensor"] for d in report["twin"]["differences"]} >= {"logits", "pred_boxes"}
-        assert report["twin"]["batches"] == [1, 3]
+        assert report["twin"]["batches"] == ([1, 3] if name == "blind" else [1, 3, 2])  # and on two of the samples
         assert report["twin"]["worst"] < 1e-4
         assert report["pruned"]["macs"] < 0.6 * report["dense"]["macs"]
         same_interface_at_other_sizes(model, out)

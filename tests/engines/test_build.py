@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -207,7 +208,9 @@ def test_engines_of_pruned_models_lack_what_was_removed(
     removed = parameters(dense) - parameters(pruned)
     assert removed > 0
     for precision, width in (("fp32", 4), ("fp16", 2)):
-        sizes = [build(path, tmp_path / "e", request(precision))["engine_bytes"] for path in (dense, pruned)]
+        # Padded heads would bring fused kernels of their own along, larger than the small Swin's weights.
+        asked = replace(request(precision), uneven_heads="write-out")
+        sizes = [build(path, tmp_path / "e", asked)["engine_bytes"] for path in (dense, pruned)]
         # An engine holds kernels and padded weights besides (half a megabyte more or less for the small Swin).
         assert 0.3 < (sizes[0] - sizes[1]) / (removed * width) < 1.5
 
