@@ -38,9 +38,9 @@ from toast_onnx.runtime import expose
 from toast_onnx_calibration.evaluating import classifier_output, classify
 from toast_onnx_calibration.feeds import batches
 from toast_onnx_calibration.labels import open_labels
-from toast_onnx_calibration.recipe_files import recipe_for
+from toast_onnx_calibration.prepared import open_prepared
 from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, model_session, run
-from toast_onnx_calibration.sources import Source, open_source
+from toast_onnx_calibration.sources import Source
 
 if TYPE_CHECKING:
     from onnxruntime.quantization import CalibrationDataReader
@@ -120,10 +120,18 @@ def quantize(model_path: Path, data: str | Path, out: Path, options: QuantizeOpt
     _check(model, given)
     model = Model(_named(with_weights(model)), model.path)
     session = make_session(model_path, threads=given.threads)
-    inputs = model_inputs(session)
+    inputs, metadata = model_inputs(session), session.get_modelmeta().custom_metadata_map
     del session
-    choice = recipe_for(model_path, given.preprocess, inputs[0].shape if len(inputs) == 1 else None)
-    source = open_source(data, inputs, choice.recipe, samples=given.samples, seed=given.seed, threads=given.threads)
+    source, told = open_prepared(
+        model_path,
+        data,
+        inputs,
+        given.preprocess,
+        metadata=metadata,
+        samples=given.samples,
+        seed=given.seed,
+        threads=given.threads,
+    )
     equalized = 0
     if given.equalize is not None:
         model, equalized = equalize_norms(model, source, inputs, given.equalize, given.batch)
@@ -134,7 +142,7 @@ def quantize(model_path: Path, data: str | Path, out: Path, options: QuantizeOpt
         _quantize_static(plain, written, _Reader(source, inputs, given.batch), layers, given)
         result = load_model(written)
         save_model(Model(with_weights(result), out), out)
-    notes = [*(choice.notes if source.recipe else ()), *(source.report.notes() if source.report else ())]
+    notes = [*told, *(source.report.notes() if source.report else ())]
     return Quantized(tuple(layers), tuple(kept), equalized, sum(len(c.rows) for c in source), tuple(notes))
 
 
@@ -329,10 +337,10 @@ def table_of_steps(
     first = next(iter(steps.values()))
     session = make_session(first, threads=threads)
     inputs, output = model_inputs(session), classifier_output(session)
-    choice = recipe_for(first, preprocess, inputs[0].shape if len(inputs) == 1 else None)
     known = None if labels is None else open_labels(labels, data)
     only = known.by_row.keys() if known is not None else None
-    source = open_source(data, inputs, choice.recipe, threads=threads, only=only)
+    metadata = session.get_modelmeta().custom_metadata_map
+    source, _ = open_prepared(first, data, inputs, preprocess, metadata=metadata, threads=threads, only=only)
     reference: NDArray[np.int64] | None = None
     rows = []
     for step, path in steps.items():

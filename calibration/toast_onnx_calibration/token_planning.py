@@ -151,17 +151,20 @@ def explore(trials: TokenTrials, share: float, progress: Progress | None = None)
             measure(shares)
     if not trials.measured:
         raise ConfigError(_unreachable(macs, share))
-    for first in (True, False):
-        best = least_damage(trials.surface(), cost, share, _shape(trials.towers, 0.0, 0.0))
-        if best is None:
+
+    def best() -> Array:
+        found = least_damage(trials.surface(), cost, share, _shape(trials.towers, 0.0, 0.0))
+        if found is None:
             raise ConfigError(_unreachable(macs, share))
-        at = macs.shares(_some(macs, best))
-        measure(at)
-        if first:
-            for k in range(at.size):
-                other = at.copy()
-                other[k] = at[k] * SMALLER if at[k] > LARGE else max(at[k] * FACTOR, at[k] + MORE)
-                measure(other)
+        return macs.shares(_some(macs, found))
+
+    at = best()
+    measure(at)
+    for k in range(at.size):
+        other = at.copy()
+        other[k] = at[k] * SMALLER if at[k] > LARGE else max(at[k] * FACTOR, at[k] + MORE)
+        measure(other)
+    measure(best())
     return trials.surface()
 
 

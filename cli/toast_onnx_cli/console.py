@@ -116,6 +116,12 @@ def say_note(text: str) -> None:
         click.echo(f"Note: {text}", err=True)
 
 
+def say_notes(notes: Sequence[str]) -> None:
+    """Several notes, each once."""
+    for note in dict.fromkeys(notes):
+        say_note(note)
+
+
 def print_json(document: Any) -> None:
     """Prints one JSON document to stdout, keys in the order given.
 

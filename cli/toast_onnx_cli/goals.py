@@ -7,18 +7,28 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from toast_onnx.errors import BudgetError, ConfigError
+from toast_onnx.errors import ConfigError
 from toast_onnx.external import links_followed
+from toast_onnx.matching.study import Study
+from toast_onnx.model import save_model
+from toast_onnx.planning.presets import read_ratios
+from toast_onnx.planning.ratios import Ratios
+from toast_onnx.pruning import prune
+from toast_onnx_cli.calibration_options import sample_progress
 from toast_onnx_cli.console import say_note
 from toast_onnx_cli.numbers import FiniteRange
 
+if TYPE_CHECKING:
+    from toast_onnx_calibration.calibrating import CalibrationOptions
+    from toast_onnx_calibration.goals import Goal, Judged
+
+#: Fewer samples than that are all measured on: too few to spare any.
+FEWEST = 64
 BUDGETS = ("macs", "params", "latency")
-#: Halvings of the range of multiply-accumulates in which the smallest model is looked for, and where it starts.
-STEPS, LEAST = 5, 0.25
 #: One of so many samples is held back to judge by: of a plan by its damage, of a result by its agreement.
 HELD_FOR_GOAL, HELD = 2, 8
 
@@ -52,25 +62,14 @@ def goal_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What a result should be.
-
-    Attributes:
-        kind: macs, params, latency, max_drop or max_error.
-        value: a fraction of the dense model's, points, or a relative error.
-    """
-
-    kind: str
-    value: float
-
-
 def gather_goal(given: Mapping[str, Any], ratios: str | None, data: str | None) -> Goal | None:
     """The goal on the command line; None where a ratios file says what goes.
 
     Raises:
         click.UsageError: neither, both, or something that a goal needs is missing.
     """
+    from toast_onnx_calibration.goals import Goal
+
     goals = [Goal(k, given[k]) for k in (*BUDGETS, "max_drop", "max_error") if given[k] is not None]
     if len(goals) + (ratios is not None) > 1:
         raise click.UsageError("say what goes once: --ratios, --macs, --params, --latency, --max-drop or --max-error")
@@ -114,108 +113,96 @@ def plan_words(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
 
 
 @dataclass(frozen=True)
-class Judged:
-    """How a model did on samples that were not used for planning.
+class Asked:
+    """What plans are judged on.
 
     Attributes:
-        loss: what the goal limits: points, or a relative error.
-        text: the same in words, with the interval.
-    """
-
-    loss: float
-    text: str
-
-
-def smallest_within(goal: Goal, plan: Callable[[float], None], judge: Callable[[], Judged]) -> tuple[float, Judged]:
-    """Find by bisection the least share of the multiply-accumulates at which a model is still good enough.
-
-    Args:
-        goal: the largest loss.
-        plan: makes the plan of a share the present one.
-        judge: prunes by the present plan and measures.
-
-    Returns:
-        The share, whose plan is the present one, and how its model did.
-
-    Raises:
-        ConfigError: not even the largest model that was tried is good enough.
-    """
-    low, high = LEAST, 1.0
-    best: tuple[float, Judged] | None = None
-    nearest: Judged | None = None
-    for _ in range(STEPS):
-        share = (low + high) / 2
-        try:
-            plan(share)
-        except BudgetError:
-            low = share
-            continue
-        found = judge()
-        say_note(f"{share:.3f} of the MACs: {found.text}")
-        if found.loss <= goal.value:
-            high, best = share, (share, found)
-        else:
-            low, nearest = share, found
-    if best is None:
-        seen = f"; the nearest one had {nearest.text}" if nearest is not None else ""
-        raise ConfigError(
-            f"no model below {high:.2f} of the MACs is within {goal.value:g}{seen}; allow more, or give more samples"
-        )
-    plan(best[0])
-    return best
-
-
-def interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` samples."""
-    from toast_onnx_calibration.accuracy import wilson
-
-    return wilson(round(share * count), count)
-
-
-def judge_model(
-    goal: Goal,
-    dense: Path,
-    candidate: Path,
-    data: str,
-    labels: str | None,
-    shapes: Mapping[str, tuple[int, ...]],
-    reading: Mapping[str, Any],
-) -> Judged:
-    """How far a model falls behind the dense one on samples that were held back.
-
-    Args:
-        goal: what is limited.
-        dense: the model it was made from.
-        candidate: the pruned one.
+        dense: the model.
         data: samples.
-        labels: for accuracy; None compares answers.
+        labels: as for `labels.open_labels`; None judges by agreement.
+        options: how samples are read, and how many of them are held back.
         shapes: concrete input shapes.
-        reading: how samples are read, with `hold`.
-
-    Raises:
-        ConfigError: the goal speaks of answers, and the outputs are no class scores.
+        target: as for `tied`.
+        split_shared: as for `prune`.
     """
-    from toast_onnx_calibration.comparing import compare
-    from toast_onnx_calibration.evaluating import evaluate
 
-    if labels is not None:
-        before, after = (evaluate(path, data, labels, **reading).accuracy for path in (dense, candidate))
-        assert before is not None
-        assert after is not None
-        low, high = interval(after.top1 / after.samples, after.samples)
-        was, now = before.top1 / before.samples, after.top1 / after.samples
-        text = (
-            f"accuracy {now:.1%} (95 %: {low:.1%} to {high:.1%}), dense {was:.1%}, on {after.samples} held-back samples"
+    dense: Study
+    data: str
+    labels: str | None
+    options: CalibrationOptions
+    shapes: Mapping[str, tuple[int, ...]]
+    target: str
+    split_shared: bool
+
+
+def tied(settings: Ratios, target: str) -> Ratios:
+    """Settings that keep one head size for a target whose fused kernels want it, unless they say otherwise."""
+    if target != "tensorrt" or settings.given("attention.tie"):
+        return settings
+    return settings.model_copy(update={"attention": settings.attention.model_copy(update={"tie": True})})
+
+
+def holdable(data: str | None, settings: Ratios, given: Mapping[str, Any], wished: int) -> int | None:
+    """The wished share of samples to hold back; None where there are too few to spare any."""
+    if data is None:
+        return None
+    from toast_onnx_calibration.sources import count_samples
+
+    count = count_samples(data)
+    drawn = min(count or 0, given["samples"] or settings.calibration.samples or count or 0)
+    return wished if drawn >= FEWEST else None
+
+
+def measure_all(dense: Study, data: str, folder: Path, options: CalibrationOptions) -> Path:
+    """Statistics of everything that a plan and its weights may need, measured once."""
+    from toast_onnx_calibration.calibrating import calibrate
+
+    path = folder / "statistics.npz"
+    with sample_progress("calibrating") as show:
+        calibrate(dense, data, path, None, options, show)
+    return path
+
+
+def write_plan(
+    goal: Goal,
+    asked: Asked,
+    out: Path,
+    folder: Path,
+    statistics: Path,
+    words: list[str],
+    skip_unprunable: bool,
+) -> Judged | None:
+    """Write the plan of a goal; how it was judged, where the goal is a loss."""
+    model = asked.dense.view.model.path
+    if goal.kind in BUDGETS:
+        plan_ratios(goal, model, asked.data, out, words)
+        return None
+    if asked.options.hold < 2:
+        raise ConfigError(
+            f"{asked.data}: --{goal.kind.replace('_', '-')} is judged on samples that are held back; give {FEWEST} or "
+            "more, in a folder or a .npz file"
         )
-        return Judged(100 * (was - now), text)
-    found = compare(dense, candidate, data, rounds=0, shapes=shapes, **reading)
-    scores = next((o for o in found.outputs.values() if "top1_agreement" in o), None)
-    if goal.kind == "max_error":
-        error = max(o["relative_error"] for o in found.outputs.values())
-        return Judged(error, f"relative error {error:.3g} on {found.samples} held-back samples")
-    if scores is None:
-        raise ConfigError(f"{dense}: no output holds class scores, so --max-drop says nothing; use --max-error")
-    same = scores["top1_agreement"]
-    low, high = interval(same, found.samples)
-    text = f"agreement {same:.1%} (95 %: {low:.1%} to {high:.1%}) on {found.samples} held-back samples"
-    return Judged(100 * (1 - same), text)
+    from toast_onnx_calibration.goals import Goal, Judged, judge_model, smallest_within
+    from toast_onnx_calibration.statistics import CalibratedStatistics
+
+    found, candidate = CalibratedStatistics(asked.dense, statistics), folder / "candidate.onnx"
+
+    def judge() -> Judged:
+        ratios = tied(read_ratios(str(out)), asked.target)
+        small = prune(
+            asked.dense,
+            ratios,
+            found,
+            check=False,
+            skip_unprunable=skip_unprunable,
+            seed=asked.options.seed,
+            split_shared=asked.split_shared,
+        )
+        save_model(small.model, candidate, check=False)
+        return judge_model(goal, model, candidate, asked.data, asked.labels, asked.shapes, asked.options)
+
+    def plan(share: float) -> None:
+        plan_ratios(Goal("macs", share), model, asked.data, out, words)
+
+    share, judged = smallest_within(goal, plan, judge, say_note)
+    return Judged(judged.loss, f"{share:.3f} of the MACs, {judged.text}")

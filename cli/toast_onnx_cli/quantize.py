@@ -73,7 +73,8 @@ def command(
     from toast_onnx_calibration.quantizing import QuantizeOptions, quantize, table_of_steps
 
     out = output or model.with_suffix(f".{to}.onnx")
-    check_destinations([*read_files(model), *([dense] if dense else []), data, preprocess], {"-o": out})
+    others = [] if dense is None else read_files(dense)
+    check_destinations([*read_files(model), *others, data, eval_data, labels, preprocess], {"-o": out})
     options = QuantizeOptions(
         to=to,
         method=method,

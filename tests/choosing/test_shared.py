@@ -17,7 +17,7 @@ from toast_onnx.importance.moments import Moments
 from toast_onnx.planning.macs import graph_params
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
-from toast_onnx_cli.prune import summary
+from toast_onnx_cli.prune_summary import summary
 
 CASES = Path(__file__).parent.parent / "cases" / "graphs"
 HALF: dict[str, Any] = {

@@ -21,13 +21,15 @@ from toast_onnx.external import set_links_followed
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.ratios import Ratios
+from toast_onnx_calibration.calibrating import CalibrationOptions
+from toast_onnx_calibration.goals import Goal, Judged, judge_model, smallest_within
 from toast_onnx_calibration.images import choose
 from toast_onnx_calibration.planning import Budget
 from toast_onnx_calibration.reachable import check_reachable
 from toast_onnx_calibration.token_planning import TOKENS
-from toast_onnx_cli.goals import Goal, Judged, judge_model, plan_ratios, smallest_within
+from toast_onnx_cli.goals import plan_ratios
 from toast_onnx_cli.main import main
-from toast_onnx_cli.prune import _agreement_lines
+from toast_onnx_cli.prune_summary import _agreement_lines
 
 TEST = DIGITS.with_name("digits_test.npz")
 
@@ -110,7 +112,7 @@ def test_a_loss_that_nothing_is_within_is_said_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("labels", [None, str(TEST)])
 def test_a_model_is_judged_with_its_interval(labels: str | None) -> None:
-    reading = {"preprocess": "none", "samples": 160, "seed": 0, "hold": 2, "threads": 1}
+    reading = CalibrationOptions(preprocess="none", samples=160, hold=2, threads=1)
     found = judge_model(Goal("max_drop", 1.0), DIGITS, DIGITS, str(TEST), labels, {}, reading)
     assert found.loss == 0
     assert "80 held-back samples" in found.text

@@ -11,7 +11,6 @@ import pytest
 
 from tests.matching.tiny import TOKENS, WIDTH, Bend, Graph, block
 from tests.pruning import UNEVEN, look, prune_file, run, worst
-from toast_onnx_cli.prune import summary
 
 
 def _add_zero(graph: Graph, name: str) -> str:
@@ -95,21 +94,3 @@ def test_blocks_inside_a_condition_are_named(tmp_path: Path) -> None:
     (entry,) = look(tmp_path / "model.onnx").match.declined.items()
     assert entry[0] == "'wrap' (If)"
     assert entry[1].startswith("its body holds 8 matrix products and 1 attentions or softmaxes")
-
-
-@pytest.mark.parametrize(("bytes_after", "said"), [(900, False), (1100, True)])
-def test_a_file_that_grew_says_so_first(bytes_after: int, said: bool) -> None:
-    document = {
-        "dense": {"macs": 1, "params": 1, "bytes": 1000, "files": []},
-        "pruned": {"macs": 1, "params": 1, "bytes": bytes_after},
-        "twin": None,
-        "statistics": {"source": "weights"},
-        "tokens": None,
-        "blocks": [],
-        "no_norm_in_front": [],
-        "agreement": None,
-        "read": [],
-        "options": {"expects": None},
-    }
-    first = summary(document, Path("o.onnx"), Path("o.json")).splitlines()[0]
-    assert first.startswith("LARGER than the original: ") is said

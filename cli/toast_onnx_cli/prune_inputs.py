@@ -1,0 +1,151 @@
+"""What `prune` reads besides the model: statistics, and samples to correct weights and to prove on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from toast_onnx.choosing.synthetic import SyntheticStatistics
+from toast_onnx.errors import ConfigError
+from toast_onnx.finetune.local import LocalResult
+from toast_onnx.matching.study import Study
+from toast_onnx.planning.ratios import Ratios
+from toast_onnx.pruning import Refine
+from toast_onnx.solving.weights import BlockWeights
+from toast_onnx_cli.calibration_options import sample_progress
+from toast_onnx_cli.console import Advance, say_notes
+
+if TYPE_CHECKING:
+    from toast_onnx_calibration.calibrating import CalibrationOptions
+    from toast_onnx_calibration.sequential import SequentialStatistics
+    from toast_onnx_calibration.statistics import CalibratedStatistics
+
+
+def samples_to_refine(ratios: Ratios, data: str | None, statistics: Path | None) -> str | None:
+    """Where the samples are that blocks are corrected on, one after the other; None without such correction.
+
+    `compensation: local` needs samples, also beside a statistics file; `ridge` uses them where they are at hand anyway.
+
+    Args:
+        ratios: the ratios file; its `calibration: data:` counts where `data` is None.
+        data: what was given on the command line.
+        statistics: file of earlier measurements.
+
+    Raises:
+        ConfigError: there are no samples.
+        BackendError: PyTorch is not installed.
+    """
+    if ratios.compensation.kind == "ridge":
+        return data or (ratios.calibration.data if statistics is None else None)
+    if ratios.compensation.kind != "local":
+        return None
+    samples = data or ratios.calibration.data
+    if samples is None:
+        raise ConfigError(
+            "compensation: local trains blocks on calibration samples: give them with --data, or choose kind: ridge"
+        )
+    from toast_onnx.finetune.local import require_torch
+
+    require_torch()
+    return samples
+
+
+def refinement(
+    dense: Study, ratios: Ratios, samples: str | None, options: CalibrationOptions, advance: Advance
+) -> Refine | None:
+    """What corrects the new weights on samples, None where there are none.
+
+    Args:
+        dense: the model.
+        ratios: the ratios file.
+        samples: as `samples_to_refine` found them.
+        options: how to read and run them.
+        advance: called after every block.
+    """
+    if samples is None:
+        return None
+    from toast_onnx.finetune.local import LocalSettings
+    from toast_onnx_calibration.local import refine_locally
+
+    trains = ratios.compensation.kind == "local"
+    chosen = LocalSettings(class_weight=options.class_weight, seed=options.seed)
+    chosen = chosen if trains else replace(chosen, steps=0)
+    note = "training" if trains else "matching means"
+
+    def refine(new: Mapping[int, BlockWeights]) -> tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]:
+        return refine_locally(dense, new, samples, options, chosen, lambda block: advance(1, f"{note} {block}"))
+
+    return refine
+
+
+def proof_samples(
+    dense: Study, ratios: Ratios, data: str | None, statistics: Path | None, options: CalibrationOptions
+) -> Sequence[Mapping[str, np.ndarray]]:
+    """Samples that the proof runs on besides what it makes up; none without data.
+
+    Args:
+        dense: the model.
+        ratios: the ratios file; its `calibration: data:` counts where neither of the next two is given.
+        data: where samples are.
+        statistics: file of earlier measurements.
+        options: how to read them.
+    """
+    data = data or (ratios.calibration.data if statistics is None else None)
+    if data is None:
+        return ()
+    from toast_onnx_calibration.calibrating import first_samples
+
+    return first_samples(dense, data, options)
+
+
+@contextmanager
+def find_statistics(
+    dense: Study, ratios: Ratios, data: str | None, statistics: Path | None, options: CalibrationOptions
+) -> Iterator[SyntheticStatistics | CalibratedStatistics | SequentialStatistics]:
+    """Statistics for a run: of a file, measured now (for sequential ones, block by block), or made up without data.
+
+    Args:
+        dense: the model.
+        ratios: what will be asked for; its `calibration: data:` counts where neither of the next two is given.
+        data: where to measure.
+        statistics: file of earlier measurements.
+        options: how to measure.
+
+    Raises:
+        ConfigError: the ratios do not fit the model.
+        DataError: the data or the file do not fit the model.
+    """
+    data = data or (ratios.calibration.data if statistics is None else None)
+    if data is None and statistics is None:
+        yield SyntheticStatistics(dense, options.seed)
+        return
+    from toast_onnx_calibration.calibrating import calibrate
+    from toast_onnx_calibration.needs import needed
+    from toast_onnx_calibration.sequential import SequentialStatistics
+    from toast_onnx_calibration.statistics import CalibratedStatistics
+
+    if statistics is not None:
+        yield CalibratedStatistics(dense, statistics)
+        return
+    assert data is not None
+    wanted = needed(dense, ratios)
+    if not wanted:  # nothing is removed, or by weights alone
+        yield SyntheticStatistics(dense, options.seed)
+        return
+    with tempfile.TemporaryDirectory(prefix="toast-statistics-") as folder:
+        if ratios.compensation.statistics == "sequential":
+            behind = SequentialStatistics(dense, data, wanted, options, Path(folder))
+            yield behind
+            say_notes(behind.notes)
+            return
+        path = Path(folder) / "statistics.npz"
+        with sample_progress("calibrating") as show:
+            header = calibrate(dense, data, path, wanted, options, show)
+        say_notes(header.notes)
+        yield CalibratedStatistics(dense, path)
