@@ -13,7 +13,6 @@ from toast_onnx.planning.widths import (
     paper_kept_channels,
     paper_kept_head_dims,
     tied_head_dims,
-    tied_head_sizes,
 )
 
 WIDTHS = st.integers(1, 8192)
@@ -115,8 +114,7 @@ def test_the_next_head_size_of_a_fused_kernel(size: int, fused: int | None) -> N
 def test_tied_widths_are_the_least_that_fuse_and_hold_both_wishes(dense: int, data: st.DataObject) -> None:
     wishes = data.draw(st.tuples(st.integers(1, dense), st.integers(1, dense)))
     qk, vo = tied_head_dims((dense, dense), wishes)
-    sizes = tied_head_sizes(dense)
-    assert sizes == tuple(sorted({s for s in range(1, dense) if s % 8 == 0 and 16 <= s <= 256} | {dense}))
+    sizes = {s for s in range(1, dense) if s % 8 == 0 and 16 <= s <= 256} | {dense}
     if max(wishes) > 256:
         assert (qk, vo) == wishes  # no kernel is as wide
     else:

@@ -81,16 +81,6 @@ def tied_head_dims(original: tuple[int, int], kept: tuple[int, int]) -> tuple[in
     return (tied, tied) if tied <= original[0] else original
 
 
-def tied_head_sizes(original: int) -> tuple[int, ...]:
-    """Returns the widths, ascending and with the dense one last, that Q, K, V and Proj can keep together.
-
-    Args:
-        original: Dense dimensions of a head.
-    """
-    step, least, most = FUSED_HEAD_DIMS
-    return (*range(least, min(original, most + 1), step), original)
-
-
 def paper_kept_channels(channels: int, ratio: Decimal) -> int:
     """Returns the FFN channels the paper's channel selection keeps: `int(C x (1 - ratio))` in double precision.
 
