@@ -131,7 +131,7 @@ def planner(
         if done % 12 == 0:
             print(f"planning: {done}/{total} {what}", file=sys.stderr)
 
-    measure(trials, solver, grid, found, results, note)
+    measure(lambda t: trials.damage(solver.weights({t.block: dict(t.kept)})), grid, found, results, note)
     return solver, predicted_choices(look, settings, statistics, found, PARTS)
 
 

@@ -1,4 +1,4 @@
-"""Measuring a latency table: variants of the model with one part at another width, timed against the dense model.
+"""Measuring a latency table: variants with one part at another width, or with tokens merged, timed against dense.
 
 Latency does not depend on the values of weights, so variants keep whatever channels rank first by magnitude; no data
 are read.
@@ -12,20 +12,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+
+import numpy as np
 
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import BackendError, MatchError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, file_hash, save_model
-from toast_onnx.planning.cost_table import CostTable, PartTimes, alike, table_widths
+from toast_onnx.planning.cost_table import CostTable, MergedTime, PartTimes, alike, table_widths
+from toast_onnx.planning.merged_macs import MergedMacs
 from toast_onnx.planning.planned import planned_ratios
-from toast_onnx.planning.ratios import parse_ratios
-from toast_onnx.planning.schema import Align
+from toast_onnx.planning.ratios import Ratios, parse_ratios
+from toast_onnx.planning.schema import Align, plain
 from toast_onnx.planning.search import Kept
-from toast_onnx.planning.width_costs import Part, dense_widths, prunable_widths, width_cost, width_step
+from toast_onnx.planning.surface import MOST, within
+from toast_onnx.planning.width_costs import TOKENS, Part, dense_widths, prunable_widths, width_cost, width_step
 from toast_onnx.pruning import prune
+from toast_onnx.tokens.points import study_tokens
+from toast_onnx.tokens.schedule import exact_shares
 
 #: Variants timed in turns with the dense model; all their sessions are open together.
 GROUP = 4
@@ -37,6 +42,8 @@ PLAIN = {
     "align": 1,
     "compensation": {"kind": "none"},
 }
+#: Merged models that are timed: how far on the way from most merging to none, in multiply-accumulates.
+MERGED_WAYS = (0.75, 0.5, 0.25, 0.05)
 Timer = Callable[[Sequence[Path]], list[float]]
 """Latencies in milliseconds of some models, measured in turns; the first is the dense one."""
 Progress = Callable[[int, int, str], None]
@@ -136,17 +143,17 @@ def trtexec_runtime(
 def measure_costs(
     study: Study,
     runtime: Runtime,
-    parts: Sequence[Part] = ("heads", "qk", "vo", "fc2"),
+    parts: Sequence[str] = (TOKENS, "heads", "qk", "vo", "fc2"),
     align: Align | None = None,
     most: int = 24,
     progress: Progress | None = None,
 ) -> CostTable:
-    """Time the model at every width of every part, blocks of the same shape changed together.
+    """Time the model at every width of every part, blocks of the same shape changed together, and with tokens merged.
 
     Args:
         study: the dense model.
         runtime: what to measure with.
-        parts: what a plan may prune.
+        parts: what a plan may prune: tokens, heads, qk, vo, fc1, fc2.
         align: the multiples that widths are.
         most: widths a part at most; more are thinned out evenly.
         progress: called after every group of variants.
@@ -157,51 +164,112 @@ def measure_costs(
     steps = align or Align()
     blocks = study.match.blocks
     groups = alike(blocks, {b.index: width_cost(study.view, study.counted, b, "macs") for b in blocks})
-    wanted: list[tuple[tuple[int, ...], Part, int]] = []
+    wanted: list[_Width | _Merged] = []
     for members in groups:
         for part, dense in prunable_widths(blocks[members[0]]).items():
             if part in parts:
                 step = width_step(blocks[members[0]], part, steps)
-                wanted += [(members, part, kept) for kept in table_widths(dense, step, most)]
+                wanted += [_Width(members, part, kept) for kept in table_widths(dense, step, most)]
+    if TOKENS in parts:
+        wanted += _merged_variants(study)
     if not wanted:
         raise MatchError(no_smaller_width(blocks, parts, steps) or "a table needs at least one width a part")
-    times: dict[tuple[tuple[int, ...], Part], dict[int, float]] = {}
+    times: dict[_Width | _Merged, float] = {}
     baselines: list[float] = []
-    done = 0
     with tempfile.TemporaryDirectory(prefix="toast-costs-") as name:
         for batch in _groups(wanted):
             paths = [study.view.model.path]
-            for members, part, kept in batch:
+            for each in batch:
                 path = Path(name) / f"{len(paths)}.onnx"
-                save_model(variant(study, {index: {part: kept} for index in members}), path, check=False)
+                save_model(each.model(study), path, check=False)
                 paths.append(path)
             base, *others = runtime.timer(paths)
             baselines.append(base)
-            for (members, part, kept), milliseconds in zip(batch, others, strict=True):
-                # As a share of the dense model in the same rounds: the machine's speed drifts between groups.
-                times.setdefault((members, part), {})[kept] = milliseconds / base
-            done += len(batch)
+            # As a share of the dense model in the same rounds: the machine's speed drifts between groups.
+            times |= {each: milliseconds / base for each, milliseconds in zip(batch, others, strict=True)}
             if progress is not None:
-                progress(done, len(wanted), f"{batch[-1][1]} {batch[-1][2]}")
+                progress(len(times), len(wanted), batch[-1].label)
     typical = median(baselines)
     path = study.view.model.path
-    entries = tuple(
-        PartTimes(
-            blocks=members,
-            part=part,
-            dense=prunable_widths(blocks[members[0]])[part],
-            milliseconds={kept: share * typical for kept, share in sorted(shares.items())},
-        )
-        for (members, part), shares in times.items()
-    )
     return CostTable(
         model=path.name,
         model_sha256=file_hash(path),
         runtime=runtime.description,
         batch=runtime.batch,
         dense_milliseconds=typical,
-        parts=entries,
+        parts=_part_times(blocks, {w: share * typical for w, share in times.items() if isinstance(w, _Width)}),
+        merged=tuple(
+            MergedTime(removed=dict(w.removed), macs_share=w.macs_share, milliseconds=share * typical)
+            for w, share in times.items()
+            if isinstance(w, _Merged)
+        ),
     )
+
+
+@dataclass(frozen=True)
+class _Width:
+    """One part of a group of blocks at one kept count."""
+
+    blocks: tuple[int, ...]
+    part: Part
+    kept: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.part} {self.kept}"
+
+    def model(self, study: Study) -> Model:
+        return variant(study, {index: {self.part: self.kept} for index in self.blocks})
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """Tokens merged behind some blocks."""
+
+    removed: tuple[tuple[int, int], ...]
+    macs_share: float
+
+    @property
+    def label(self) -> str:
+        return f"tokens, {self.macs_share:.2f} of the MACs"
+
+    def model(self, study: Study) -> Model:
+        return variant(study, {}, dict(self.removed))
+
+
+def _part_times(blocks: Sequence[Block], times: Mapping[_Width, float]) -> tuple[PartTimes, ...]:
+    """Milliseconds by group of blocks, part and width."""
+    found: dict[tuple[tuple[int, ...], Part], dict[int, float]] = {}
+    for width, milliseconds in times.items():
+        found.setdefault((width.blocks, width.part), {})[width.kept] = milliseconds
+    return tuple(
+        PartTimes(
+            blocks=members,
+            part=part,
+            dense=prunable_widths(blocks[members[0]])[part],
+            milliseconds=dict(sorted(known.items())),
+        )
+        for (members, part), known in found.items()
+    )
+
+
+def _merged_variants(study: Study) -> list[_Merged]:
+    """Models with an equal share of the tokens gone at every merge, from little to much."""
+    tokens = study_tokens(study)
+    if not tokens.mergeable:
+        return []
+    macs = MergedMacs(study, tokens, "auto")
+    if not macs.blocks:
+        return []
+    least = macs.smooth(np.full(len(macs.blocks), MOST)) / macs.dense
+    found: dict[float, _Merged] = {}
+    for way in MERGED_WAYS:
+        aim = least + way * (1 - least)
+        shares = within(np.full(len(macs.blocks), 0.05), lambda x: macs.smooth(x) / macs.dense, aim)
+        if shares is not None and (removed := macs.whole(shares)):
+            share = macs.total(removed) / macs.dense
+            found[share] = _Merged(tuple(sorted(removed.items())), share)
+    return list(found.values()) if len(found) > 1 else []
 
 
 def no_smaller_width(blocks: Sequence[Block], parts: Sequence[str], align: Align) -> str | None:
@@ -226,13 +294,24 @@ def no_smaller_width(blocks: Sequence[Block], parts: Sequence[str], align: Align
     return f"the alignment leaves no width below the dense ones ({found}); lower it"
 
 
-def variant(study: Study, kept: Kept) -> Model:
-    """The model at some kept counts, with weights that are good for timing only."""
+def variant(
+    study: Study, kept: Kept, removed: Mapping[int, int] | None = None, settings: Ratios | None = None
+) -> Model:
+    """The model at some kept counts, with weights that are good for timing only.
+
+    Args:
+        study: the dense model.
+        kept: block number -> part -> kept count.
+        removed: block number -> tokens merged away behind its attention.
+        settings: whose way of merging tokens is taken; None for the default.
+    """
     dense = [dense_widths(block) for block in study.match.blocks]
-    ratios = planned_ratios(parse_ratios(PLAIN), kept, dense)
+    merge = exact_shares(study_tokens(study), removed) if removed else ()
+    tokens = {} if settings is None else {"tokens": plain(settings.tokens, given_only=True)}
+    ratios = planned_ratios(parse_ratios(PLAIN | tokens), kept, dense, merge)
     return prune(study, ratios, SyntheticStatistics(study), check=False).model
 
 
-def _groups(wanted: Sequence[Any]) -> Iterator[list[Any]]:
+def _groups(wanted: Sequence[_Width | _Merged]) -> Iterator[list[_Width | _Merged]]:
     for start in range(0, len(wanted), GROUP):
         yield list(wanted[start : start + GROUP])

@@ -15,7 +15,7 @@ from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.needs import needed
 from toast_onnx_calibration.planning import POINTS, Budget, check_settings
 from toast_onnx_calibration.plans import Plan, make_plan
-from toast_onnx_calibration.sensitivity_trials import Sensitivity, identity_of, measure, resume, trial_grid
+from toast_onnx_calibration.sensitivity_trials import Sensitivity, measure, resume, trial_grid
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.work import open_work
 
@@ -109,7 +109,7 @@ def sensitivity(
     data: str | Path,
     *,
     settings: Ratios | None = None,
-    parts: Sequence[str] = ("qk", "vo", "fc1", "fc2"),
+    parts: Sequence[str] = ("tokens", "qk", "vo", "fc1", "fc2"),
     ratios: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     blocks: Sequence[int] | None = None,
     preprocess: str | None = None,
@@ -117,7 +117,7 @@ def sensitivity(
     seed: int = 0,
     **options: Any,
 ) -> Sensitivity:
-    """Prune one part of one block at a time and measure what it does to the output.
+    """Prune one part of one block at a time, or merge tokens behind it, and measure what it does to the output.
 
     Args:
         model: what `toast_onnx.load` gave.
@@ -144,6 +144,4 @@ def sensitivity(
     chosen = CalibrationOptions(preprocess=preprocess, samples=samples, seed=seed, **options)
     with open_work(model, data, settings, single, chosen) as work:
         metric = "kl" if work.trials.classes else "relative_error"
-        assert work.narrowing is not None
-        fresh = resume(None, identity_of(model, work.trials, settings, work.narrowing.statistics), metric, None)
-        return measure(work.trials, work.narrowing.solver, grid, fresh)
+        return measure(work.damage, grid, resume(None, work.identity(), metric, None))

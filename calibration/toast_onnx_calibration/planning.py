@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -46,6 +46,7 @@ from toast_onnx_calibration.costs import Runtime, no_smaller_width, variant
 from toast_onnx_calibration.needs import Wanted, everything
 from toast_onnx_calibration.sensitivity_trials import Sensitivity
 
+P = TypeVar("P")
 BudgetKind = Literal["macs", "params", "latency"]
 #: Fractions removed at which every part of every block is measured.
 POINTS = (0.25, 0.6)
@@ -204,13 +205,22 @@ def counted_groups(
     return group_choices(choices, costs, dense), float(total)
 
 
-def latency_groups(choices: Sequence[PartChoice], table: CostTable) -> tuple[list[Group], float]:
-    """Groups for a budget of milliseconds (what an option saves is a negative cost), and the dense model's total."""
-    groups = []
+def latency_groups(
+    choices: Sequence[PartChoice], table: CostTable, tokens: Mapping[int, float] | None = None
+) -> tuple[list[Group], float]:
+    """Groups for a budget of milliseconds (what an option saves is a negative cost), and the dense model's total.
+
+    Args:
+        choices: what the parts may keep.
+        table: measured costs.
+        tokens: block number -> share of its work that is left where tokens are merged; a width saves as much less.
+    """
+    groups, left = [], tokens or {}
     for members in joined(choices):
         block, parts = members[0].block, tuple(m.part for m in members)
         widths, damages = combinations(members)
-        costs = [-table.saved_together(block, dict(zip(parts, map(int, row), strict=True))) for row in widths]
+        part_of = left.get(block, 1.0)
+        costs = [-part_of * table.saved_together(block, dict(zip(parts, map(int, row), strict=True))) for row in widths]
         groups.append(Group(block, parts, widths, np.array(costs), damages))
     return groups, table.dense_milliseconds
 
@@ -246,13 +256,35 @@ def plan_latency(
         ConfigError: the budget cannot be reached.
     """
     groups, total = latency_groups(choices, table)
-    found = search(groups, budget.share, total, "latency")
+
+    def plan_at(aim: float) -> Found:
+        return search(groups, aim, total, "latency")
+
     if runtime is None:
-        return found, None
-    best: tuple[tuple[bool, float], Found, LatencyCheck] | None = None
-    aim = budget.share
+        return plan_at(budget.share), None
+    return meet_latency(plan_at, lambda found, rounds: time_plan(study, found.kept, runtime, rounds), budget)
+
+
+def meet_latency(
+    plan_at: Callable[[float], P], clock: Callable[[P, int], LatencyCheck], budget: Budget
+) -> tuple[P, LatencyCheck]:
+    """Plan, time the plan, and aim lower or higher until the measured latency is what was asked for.
+
+    Args:
+        plan_at: the plan for a share of the latency as the table sees it.
+        clock: measures a plan; told how many were measured before.
+        budget: the latency that may be left.
+
+    Returns:
+        The nearest plan of all rounds, one that meets the budget before any that does not.
+
+    Raises:
+        ConfigError: the budget cannot be reached.
+    """
+    found, aim = plan_at(budget.share), budget.share
+    best: tuple[tuple[bool, float], P, LatencyCheck] | None = None
     for number in range(ROUNDS):
-        check = time_plan(study, found.kept, runtime, number)
+        check = clock(found, number)
         miss = abs(check.share / budget.share - 1)
         rank = (not check.meets(budget), miss)
         if best is None or rank < best[0]:
@@ -263,18 +295,34 @@ def plan_latency(
         gained = max(1 - check.share, 1e-3) / max(1 - aim, 1e-3)
         aim = 1 - (1 - budget.share) / gained
         try:
-            found = search(groups, aim, total, "latency")
+            found = plan_at(aim)
         except ConfigError:
             break
     assert best is not None
     return best[1], best[2]
 
 
-def time_plan(study: Study, kept: Kept, runtime: Runtime, rounds: int = 0) -> LatencyCheck:
-    """Latency of the model at some kept counts as a share of the dense model's, measured now."""
+def time_plan(
+    study: Study,
+    kept: Kept,
+    runtime: Runtime,
+    rounds: int = 0,
+    removed: Mapping[int, int] | None = None,
+    settings: Ratios | None = None,
+) -> LatencyCheck:
+    """Latency of the model at some kept counts as a share of the dense model's, measured now.
+
+    Args:
+        study: the dense model.
+        kept: block number -> part -> kept count.
+        runtime: what to measure with.
+        rounds: how often the plan was corrected before.
+        removed: block number -> tokens merged away behind its attention.
+        settings: whose way of merging tokens is taken; None for the default.
+    """
     with TemporaryDirectory(prefix="toast-plan-") as name:
         path = Path(name) / "planned.onnx"
-        save_model(variant(study, kept), path, check=False)
+        save_model(variant(study, kept, removed, settings), path, check=False)
         dense, planned = runtime.timer([study.view.model.path, path])
     return LatencyCheck(planned / dense, dense, rounds)
 

@@ -16,20 +16,33 @@ from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import Ratios, dump_ratios
 from toast_onnx.planning.search import Found, PartChoice
-from toast_onnx.planning.width_costs import Part, dense_widths
+from toast_onnx.planning.width_costs import TOKENS, Part, dense_widths
 from toast_onnx.pruning import merge_tokens
 from toast_onnx.report.tables import Side, Table, format_count
 from toast_onnx.rewriting.rewrite import rewritten
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx.tokens.schedule import exact_shares
 from toast_onnx_calibration.costs import Runtime
-from toast_onnx_calibration.planning import Budget, plan_counted, plan_latency, predicted_choices, shares
-from toast_onnx_calibration.sensitivity_trials import Progress, identity_of, measure, missing, resume, trial_grid
+from toast_onnx_calibration.planning import (
+    Budget,
+    LatencyCheck,
+    meet_latency,
+    plan_counted,
+    plan_latency,
+    predicted_choices,
+    shares,
+    time_plan,
+)
+from toast_onnx_calibration.sensitivity_trials import Progress, measure, missing, resume, trial_grid
 from toast_onnx_calibration.token_planning import (
     FINALISTS,
-    TOKENS,
+    CountedPrices,
+    Prices,
     Schedule,
+    TimedPrices,
+    Together,
     TokenTrials,
+    check_merging,
     explore,
     open_token_trials,
     plan_together,
@@ -107,7 +120,8 @@ def make_plan(
         dense: the model.
         settings: selection, scores, compensation and alignment.
         budget: what may be left.
-        parts: heads, qk, vo, fc1, fc2, and tokens, which take part in a budget of multiply-accumulates.
+        parts: heads, qk, vo, fc1, fc2, and tokens, which take part in a budget of multiply-accumulates, and in one of
+            latency where the table has times for them; merging removes no parameters.
         points: ratios that are measured.
         results: file of sensitivity results to start from and to add to; None keeps none.
         table: latencies; needed for a budget of latency.
@@ -124,15 +138,17 @@ def make_plan(
     choices: list[PartChoice] = []
     if narrow:
         choices = _choices(dense, settings, narrow, points, results, table, work, metric, measuring)
-    tokens = open_token_trials(dense, settings, work.trials) if TOKENS in parts and budget.kind == "macs" else None
+    line = table.merged_line() if table is not None else None
+    wanted = TOKENS in parts and (budget.kind == "macs" or line is not None)
+    tokens = open_token_trials(dense, settings, work.trials) if wanted else None
     if not choices and tokens is None:
         raise ConfigError(_nothing(dense, parts, budget))
     schedule, timed = None, None
     if tokens is not None:
-        aim = max(budget.share, reachable(tokens)) if choices else budget.share
-        with measuring(trials_needed(tokens)) as progress:
-            surface = explore(tokens, aim, progress)
-        finalists = plan_together(dense, choices, budget.share, tokens, surface)[:FINALISTS]
+        prices: Prices = CountedPrices(dense, tokens.macs)
+        if table is not None and line is not None:
+            prices = TimedPrices(dense, tokens.macs, table, line)
+        finalists, timed = _together(dense, settings, choices, budget, tokens, prices, runtime, measuring)
         judged = [_measured(dense, settings, widths, f.widths, f.schedule, tokens, work) for f in finalists]
         best = min(range(len(finalists)), key=lambda k: judged[k].damage[metric])
         plan, schedule, predicted = finalists[best].widths, finalists[best].schedule, finalists[best].damage
@@ -176,6 +192,36 @@ def make_plan(
     return Plan(ratios, document)
 
 
+def _together(
+    dense: Study,
+    settings: Ratios,
+    choices: list[PartChoice],
+    budget: Budget,
+    tokens: TokenTrials,
+    prices: Prices,
+    runtime: Runtime | None,
+    measuring: Callable[[int], AbstractContextManager[Progress | None]],
+) -> tuple[list[Together], LatencyCheck | None]:
+    """Plans of tokens and widths to judge; where latency can be measured here, the one that meets it."""
+    if not choices:
+        check_merging(tokens, budget.share, prices)
+    aim = max(prices.macs(budget.share), reachable(tokens)) if choices else prices.macs(budget.share)
+    with measuring(trials_needed(tokens)) as progress:
+        surface = explore(tokens, aim, progress)
+    if budget.kind != "latency" or runtime is None:
+        return plan_together(choices, budget.share, tokens, surface, prices)[:FINALISTS], None
+
+    def plan_at(share: float) -> Together:
+        return plan_together(choices, share, tokens, surface, prices)[0]
+
+    def clock(found: Together, rounds: int) -> LatencyCheck:
+        removed = found.schedule.removed if found.schedule else {}
+        return time_plan(dense, found.widths.kept, runtime, rounds, removed, settings)
+
+    plan, timed = meet_latency(plan_at, clock, budget)
+    return [plan], timed
+
+
 @dataclass(frozen=True)
 class _Measured:
     """A plan tried whole.
@@ -204,12 +250,11 @@ def _choices(
 ) -> list[PartChoice]:
     """What every part may keep, with damages, after measuring what is missing."""
     assert work.narrowing is not None
-    solver, statistics = work.narrowing.solver, work.narrowing.statistics
-    found = resume(results, identity_of(dense, work.trials, settings, statistics), metric, work.trials.dense_top1())
+    found = resume(results, work.identity(), metric, work.trials.dense_top1())
     grid = trial_grid(dense, settings, parts, points)
     with measuring(len(missing(grid, found))) as progress:
-        measure(work.trials, solver, grid, found, results, progress)
-    return predicted_choices(dense, settings, statistics, found, parts, table)  # type: ignore[arg-type]
+        measure(work.damage, grid, found, results, progress)
+    return predicted_choices(dense, settings, work.narrowing.statistics, found, parts, table)  # type: ignore[arg-type]
 
 
 def _measured(
@@ -253,8 +298,10 @@ def _tokens(tokens: TokenTrials, schedule: Schedule) -> dict[str, Any]:
 
 def _nothing(dense: Study, parts: tuple[str, ...], budget: Budget) -> str:
     """Why a plan has nothing to choose."""
-    if parts == (TOKENS,) and budget.kind != "macs":
-        return f"merging tokens is planned for --macs only, not for --{budget.kind}; give widths in --parts"
+    if parts == (TOKENS,) and budget.kind == "params":
+        return "merging tokens removes no parameters; plan it with --macs or --latency, or give widths in --parts"
+    if parts == (TOKENS,) and budget.kind == "latency" and study_tokens(dense).mergeable:
+        return "the cost table has no times with merged tokens, or merging is not faster here; give widths in --parts"
     reasons = dict.fromkeys(p.reason for p in study_tokens(dense).points if p.reason)
     return f"tokens cannot be merged in this model: {next(iter(reasons), 'it has no blocks')}; give widths in --parts"
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.planning.search import PartChoice, aligned_widths
-from toast_onnx.planning.width_costs import prunable_widths, width_step
+from toast_onnx.planning.width_costs import TOKENS, prunable_widths, width_step
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx_calibration.planning import Budget, plan_counted
-from toast_onnx_calibration.token_planning import TOKENS
 
 
 def check_reachable(study: Study, settings: Ratios, budget: Budget, parts: Sequence[str]) -> None:

@@ -1,13 +1,15 @@
 """What breaks first: damage at the output when one part of one block is pruned, for every block, part and ratio.
 
+Tokens merged behind the attention of one block count as a part of that block.
+
 Results go to a file after every trial. A run that finds its own unfinished file goes on where that one stopped.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,21 +22,25 @@ from toast_onnx.files import write_bytes
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
-from toast_onnx.model import file_hash
+from toast_onnx.model import Model, file_hash
 from toast_onnx.planning.planned import selection_only
 from toast_onnx.planning.ratios import Ratios, resolve
 from toast_onnx.planning.search import Kept
 from toast_onnx.planning.strict_json import read_json
-from toast_onnx.planning.width_costs import Part, prunable_widths, width_step
+from toast_onnx.planning.width_costs import TOKENS, Part, prunable_widths, width_step
 from toast_onnx.planning.widths import kept_count
 from toast_onnx.report.tables import Side, Table
 from toast_onnx.solving.weights import BlockWeights
+from toast_onnx.tokens.nodes import Merge
+from toast_onnx.tokens.points import TokenStudy, study_tokens
+from toast_onnx.tokens.rewrite import write_merging
 from toast_onnx_calibration.sensitivity_stream import Trials
 from toast_onnx_calibration.statistics import CalibratedStatistics
 
 FORMAT = "toast-onnx/sensitivity/1"
-#: What a trial may prune: one part, or both sides of the feed-forward network.
-TRIAL_PARTS: dict[str, tuple[Part, ...]] = {
+#: What a trial may prune: tokens, one part, or both sides of the feed-forward network.
+TRIAL_PARTS: dict[str, tuple[str, ...]] = {
+    TOKENS: (TOKENS,),
     "heads": ("heads",),
     "qk": ("qk",),
     "vo": ("vo",),
@@ -149,24 +155,58 @@ def trial_grid(
         blocks: numbers of blocks; None takes all.
     """
     wanted = None if blocks is None else set(blocks)
+    tokens = study_tokens(study) if TOKENS in parts else None
     found: dict[Any, Trial] = {}
     for block in study.match.blocks:
         if wanted is not None and block.index not in wanted:
             continue
         widths = prunable_widths(block)
         for part in parts:
-            if not all(p in widths for p in TRIAL_PARTS[part]):
-                continue
             for ratio in sorted(ratios):
-                kept = {p: _kept(block, p, widths[p], ratio, settings) for p in TRIAL_PARTS[part]}
-                if any(kept[p] < widths[p] for p in kept):
-                    trial = Trial(block.index, part, ratio, {str(p): count for p, count in kept.items()})
+                if part == TOKENS:
+                    assert tokens is not None
+                    kept = _tokens_left(tokens, block.index, ratio)
+                else:
+                    kept = _widths_left(block, TRIAL_PARTS[part], widths, ratio, settings)
+                if kept:
+                    trial = Trial(block.index, part, ratio, kept)
                     found.setdefault(trial.key, trial)
     return list(found.values())
 
 
-def _kept(block: Block, part: Part, width: int, ratio: float, settings: Ratios) -> int:
-    return kept_count(width, Decimal(repr(ratio)), width_step(block, part, settings.align))
+def _widths_left(
+    block: Block, parts: Sequence[str], widths: Mapping[Part, int], ratio: float, settings: Ratios
+) -> dict[str, int]:
+    """Part -> kept count; empty where a part cannot be pruned, or nothing goes at this ratio."""
+    known = {p: width for p, width in widths.items() if p in parts}
+    kept = {p: kept_count(w, Decimal(repr(ratio)), width_step(block, p, settings.align)) for p, w in known.items()}
+    smaller = len(known) == len(parts) and any(kept[p] < known[p] for p in kept)
+    return {str(p): count for p, count in kept.items()} if smaller else {}
+
+
+def _tokens_left(tokens: TokenStudy, block: int, ratio: float) -> dict[str, int]:
+    """Tokens left behind a block where it alone merges, at most half of those that may; empty where it cannot."""
+    point = tokens.points[block]
+    if point.reason is not None:
+        return {}
+    sequence = tokens.sequences[point.sequence]
+    most = Merge(sequence.count, 0, sequence.front, sequence.back).sources
+    removed = min(round(ratio * sequence.count), most)
+    return {TOKENS: sequence.count - removed} if removed else {}
+
+
+def merged_alone(study: Study, settings: Ratios, block: int, left: int) -> Model:
+    """The model with tokens merged behind one block and nothing else changed.
+
+    Args:
+        study: the model.
+        settings: metric, and whether unread tokens are dropped.
+        block: number of the block.
+        left: tokens behind it.
+    """
+    tokens = study_tokens(study)
+    gone = tokens.sequences[tokens.points[block].sequence].count - left
+    return write_merging(study, tokens, {block: gone}, settings.tokens.metric, settings.tokens.unread)[0]
 
 
 class Solver:
@@ -190,10 +230,13 @@ class Solver:
         return found
 
 
-def identity_of(study: Study, trials: Trials, settings: Ratios, statistics: CalibratedStatistics) -> dict[str, Any]:
-    """What results belong to."""
+def identity_of(
+    study: Study, trials: Trials, settings: Ratios, statistics: CalibratedStatistics | None
+) -> dict[str, Any]:
+    """What results belong to; without statistics, where only tokens are merged."""
     path = study.view.model.path
-    measured = {k: v for k, v in statistics.to_document().items() if k not in ("source", "data", "notes")}
+    stated = {} if statistics is None else statistics.to_document()
+    measured = {k: v for k, v in stated.items() if k not in ("source", "data", "notes")}
     source = trials.samples.source
     document = selection_only(settings).to_document()
     return {
@@ -218,8 +261,7 @@ def missing(grid: Sequence[Trial], found: Sensitivity) -> list[Trial]:
 
 
 def measure(
-    trials: Trials,
-    solver: Solver,
+    damage: Callable[[Trial], dict[str, float]],
     grid: Sequence[Trial],
     found: Sensitivity,
     path: Path | None = None,
@@ -228,8 +270,7 @@ def measure(
     """Measure what is missing of a grid.
 
     Args:
-        trials: where weights are run.
-        solver: makes the weights.
+        damage: makes what a trial says and measures it.
         grid: what to measure.
         found: results so far; the new ones are added.
         path: file that is written after every trial; None writes none.
@@ -237,14 +278,11 @@ def measure(
     """
     left = missing(grid, found)
     for number, trial in enumerate(left, start=1):
-        new = solver.weights({trial.block: dict(trial.kept)})  # type: ignore[dict-item]
-        damage = trials.damage(new)
-        found.trials.append(Trial(trial.block, trial.part, trial.ratio, trial.kept, damage))
+        found.trials.append(replace(trial, damage=damage(trial)))
         if path is not None:
             write_results(found, path)
         if progress is not None:
-            name = trials.study.match.blocks[trial.block].name
-            progress(number, len(left), f"{name} {trial.part} {trial.ratio:g}")
+            progress(number, len(left), f"block {trial.block} {trial.part} {trial.ratio:g}")
     return found
 
 

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toast_onnx.errors import ConfigError
+from toast_onnx.errors import BudgetError, ConfigError
 from toast_onnx.matching.study import Study
+from toast_onnx.planning.cost_table import CostTable, MergedLine
 from toast_onnx.planning.merged_macs import MergedMacs
 from toast_onnx.planning.ratios import Ratios
-from toast_onnx.planning.search import Found, PartChoice, search
+from toast_onnx.planning.search import Found, Group, PartChoice, search
 from toast_onnx.planning.surface import MOST, Surface, fit_surface, least_damage, within
+from toast_onnx.planning.width_costs import dense_widths, width_cost, width_cost_at
 from toast_onnx.tokens.points import TokenStudy, study_tokens
 from toast_onnx.tokens.rewrite import write_merging
-from toast_onnx_calibration.planning import Budget, counted_groups, plan_counted
+from toast_onnx_calibration.planning import BudgetKind, counted_groups, latency_groups
 from toast_onnx_calibration.sensitivity_stream import Trials
 from toast_onnx_calibration.sensitivity_trials import Progress
 
 Array = NDArray[np.float64]
-#: What stands for merging among the parts of a plan.
-TOKENS = "tokens"
 #: Samples that schedules are judged on while they are looked for; the last ones are judged on all.
 SAMPLES = 64
 #: Schedules that are measured first: where merging starts, as a share of the blocks, and how much less the last merges
@@ -184,13 +185,17 @@ def _shape(towers: tuple[int, ...], start: float, decay: float) -> Array:
 
 def reachable(trials: TokenTrials) -> float:
     """The share of the multiply-accumulates that a plan lets merging alone come down to; widths do the rest."""
-    least = trials.macs.smooth(np.full(len(trials.macs.blocks), MOST)) / trials.macs.dense
+    least = _least(trials.macs)
     return least + ROOM * (1 - least)
 
 
 def _unreachable(macs: MergedMacs, share: float) -> str:
-    least = macs.smooth(np.full(len(macs.blocks), MOST)) / macs.dense
-    return f"merging tokens alone cannot reach {share:g} of the multiply-accumulates, only {least:.3f}"
+    return f"merging tokens alone cannot reach {share:g} of the multiply-accumulates, only {_least(macs):.3f}"
+
+
+def _least(macs: MergedMacs) -> float:
+    """The share of the multiply-accumulates that is left where everything merges that can."""
+    return macs.smooth(np.full(len(macs.blocks), MOST)) / macs.dense
 
 
 def schedule_at(trials: TokenTrials, surface: Surface, share: float) -> Schedule | None:
@@ -233,51 +238,145 @@ class Together:
         return self.widths.damage + (self.schedule.damage if self.schedule else 0.0)
 
 
+class Prices(Protocol):
+    """What a budget counts, where tokens and widths share it."""
+
+    @property
+    def kind(self) -> BudgetKind:
+        """Of the budget."""
+
+    def macs(self, share: float) -> float:
+        """Multiply-accumulates that merging alone may leave, of the dense model's, for a share of the budget's cost."""
+
+    def share(self, macs: float) -> float:
+        """What merging alone costs, of the dense model, at a share of its multiply-accumulates."""
+
+    def groups(self, choices: Sequence[PartChoice], schedule: Schedule | None) -> tuple[list[Group], float, float]:
+        """Groups for the search at a schedule's tokens, the cost at dense widths there, and the dense model's."""
+
+
+@dataclass(frozen=True)
+class CountedPrices:
+    """A budget of multiply-accumulates, counted.
+
+    Attributes:
+        study: the dense model.
+        merged: counts at any schedule.
+    """
+
+    study: Study
+    merged: MergedMacs
+    kind: BudgetKind = "macs"
+
+    def macs(self, share: float) -> float:
+        return share
+
+    def share(self, macs: float) -> float:
+        return macs
+
+    def groups(self, choices: Sequence[PartChoice], schedule: Schedule | None) -> tuple[list[Group], float, float]:
+        nodes = None if schedule is None else self.merged.nodes(schedule.removed)
+        groups, dense = counted_groups(self.study, choices, "macs", nodes)
+        return groups, dense if schedule is None else schedule.macs, dense
+
+
+@dataclass(frozen=True)
+class TimedPrices:
+    """A budget of latency, by a table: widths save as much less as a block has fewer tokens.
+
+    Attributes:
+        study: the dense model.
+        merged: counts at any schedule.
+        table: measured costs.
+        line: latency by multiply-accumulates of merged models.
+    """
+
+    study: Study
+    merged: MergedMacs
+    table: CostTable
+    line: MergedLine
+    kind: BudgetKind = "latency"
+
+    def macs(self, share: float) -> float:
+        return self.line.macs(share)
+
+    def share(self, macs: float) -> float:
+        return self.line.latency(macs)
+
+    def groups(self, choices: Sequence[PartChoice], schedule: Schedule | None) -> tuple[list[Group], float, float]:
+        if schedule is None:
+            groups, dense = latency_groups(choices, self.table)
+            return groups, dense, dense
+        groups, dense = latency_groups(choices, self.table, self._left(schedule))
+        return groups, self.share(schedule.macs / self.merged.dense) * dense, dense
+
+    def _left(self, schedule: Schedule) -> dict[int, float]:
+        """Block number -> multiply-accumulates of its prunable layers at a schedule, of those with every token."""
+        view, nodes, found = self.study.view, self.merged.nodes(schedule.removed), {}
+        for block in self.study.match.blocks:
+            widths = dense_widths(block)
+            before = width_cost(view, self.study.counted, block, "macs").at(widths)
+            found[block.index] = width_cost_at(view, nodes, block, "macs").at(widths) / before if before else 1.0
+        return found
+
+
+def check_merging(trials: TokenTrials, share: float, prices: Prices) -> None:
+    """Refuse a budget that merging alone cannot reach, before anything is measured.
+
+    Raises:
+        BudgetError: says what the least is.
+    """
+    least = prices.share(_least(trials.macs))
+    if share < least:
+        raise BudgetError(f"merging tokens alone cannot reach {share:g} of the {prices.kind}, only {least:.3f}")
+
+
 def plan_together(
-    study: Study, choices: Sequence[PartChoice], share: float, trials: TokenTrials, surface: Surface
+    choices: Sequence[PartChoice], share: float, trials: TokenTrials, surface: Surface, prices: Prices
 ) -> list[Together]:
-    """Plans within a budget of multiply-accumulates, the one of least predicted damage first.
+    """Plans within a budget, the one of least predicted damage first.
 
     Tokens and widths share the budget: for several shares that merging takes alone, the best schedule there is, and
     the best widths for what is left, at the numbers of tokens that schedule leaves.
 
     Args:
-        study: the dense model.
         choices: what the parts may keep; empty where widths stay.
-        share: of the dense model's multiply-accumulates.
+        share: of the dense model's cost.
         trials: what measured merging.
         surface: damage of merging.
+        prices: what costs what.
 
     Raises:
         ConfigError: the budget cannot be reached.
     """
-    macs, found, least = trials.macs, list[Together](), 1.0
-    aims = sorted({max(share + (1 - share) * way, reachable(trials)) for way in WAYS}) if choices else [share]
+    found, least = list[Together](), 1.0
+    furthest = prices.share(reachable(trials))
+    aims = sorted({max(share + (1 - share) * way, furthest) for way in WAYS}) if choices else [share]
     for aim in aims:
-        schedule = schedule_at(trials, surface, aim)
+        schedule = schedule_at(trials, surface, prices.macs(aim))
         if schedule is None:
             continue
+        groups, merged, dense = prices.groups(choices, schedule)
         if not choices:
-            found.append(Together(Found({}, schedule.macs, 0.0), schedule))
+            found.append(Together(Found({}, merged, 0.0), schedule))
             continue
-        groups, _ = counted_groups(study, choices, "macs", macs.nodes(schedule.removed))
-        cheapest = schedule.macs - sum(float(g.costs.max() - g.costs.min()) for g in groups)
-        least = min(least, cheapest / macs.dense)
-        if cheapest <= share * macs.dense:
-            widths = search(groups, share * macs.dense / schedule.macs, schedule.macs, "macs")
-            found.append(Together(widths, schedule))
+        cheapest = merged - sum(float(g.costs.max() - g.costs.min()) for g in groups)
+        least = min(least, cheapest / dense)
+        if cheapest <= share * dense:
+            found.append(Together(search(groups, share * dense / merged, merged, prices.kind), schedule))
     if choices:
+        groups, _, dense = prices.groups(choices, None)
         try:
-            found.append(Together(plan_counted(study, choices, Budget("macs", share)), None))
+            found.append(Together(search(groups, share, dense, prices.kind), None))
         except ConfigError:
             if not found and least >= 1:
                 raise
     if not found:
         raise ConfigError(
-            f"a macs budget of {share:g} cannot be reached: the cheapest widths and the most merging still take "
-            f"{least:.3f} of the dense model's; ask for at least {np.ceil(least * 1000) / 1000:.3f}, lower the "
+            f"a {prices.kind} budget of {share:g} cannot be reached: the cheapest widths and the most merging still "
+            f"take {least:.3f} of the dense model's; ask for at least {np.ceil(least * 1000) / 1000:.3f}, lower the "
             "alignment, or plan more parts"
             if choices
-            else _unreachable(macs, share)
+            else _unreachable(trials.macs, prices.macs(share))
         )
     return sorted(found, key=lambda t: t.damage)

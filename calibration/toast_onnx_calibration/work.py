@@ -8,19 +8,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Any, cast
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import Ratios
-from toast_onnx.planning.width_costs import Part
+from toast_onnx.planning.width_costs import TOKENS, Part
 from toast_onnx_calibration.calibrating import CalibrationOptions, Progress, calibrate
 from toast_onnx_calibration.labels import open_labels
 from toast_onnx_calibration.planning import statistics_for
 from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
-from toast_onnx_calibration.sensitivity_trials import Solver
+from toast_onnx_calibration.sensitivity_trials import Solver, Trial, identity_of, merged_alone
 from toast_onnx_calibration.statistics import CalibratedStatistics
-from toast_onnx_calibration.token_planning import TOKENS
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,27 @@ class Work:
     Attributes:
         trials: runs new weights.
         narrowing: what makes new weights; None where only tokens are merged.
+        settings: how parts would be pruned.
     """
 
     trials: Trials
     narrowing: Narrowing | None
+    settings: Ratios
+
+    def identity(self) -> dict[str, Any]:
+        """What results measured with this belong to."""
+        statistics = None if self.narrowing is None else self.narrowing.statistics
+        return identity_of(self.trials.study, self.trials, self.settings, statistics)
+
+    def damage(self, trial: Trial) -> dict[str, float]:
+        """Make what a trial says and measure it: one part of one block smaller, or tokens merged behind it."""
+        if trial.part == TOKENS:
+            return self.trials.damage_of(
+                merged_alone(self.trials.study, self.settings, trial.block, trial.kept[TOKENS])
+            )
+        assert self.narrowing is not None
+        kept = cast(dict[Part, int], trial.kept)
+        return self.trials.damage(self.narrowing.solver.weights({trial.block: kept}))
 
 
 @contextmanager
@@ -100,7 +116,7 @@ def open_work(
             note(text)
         trials = Trials(dense, samples, options, folder, output, known)
         if path is None or found is None:
-            yield Work(trials, None)
+            yield Work(trials, None, settings)
             return
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        yield Work(trials, Narrowing(Solver(dense, settings, found), found, digest))
+        yield Work(trials, Narrowing(Solver(dense, settings, found), found, digest), settings)

@@ -10,7 +10,7 @@ from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.cost_table import CostTable, write_table
 from toast_onnx.planning.schema import Align
-from toast_onnx.planning.width_costs import PARTS
+from toast_onnx.planning.width_costs import PARTS, TOKENS
 from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
@@ -27,7 +27,7 @@ from toast_onnx_cli.shapes import shape_option
 )  # fmt: skip
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Items in one call.")
 @click.option(
-    "--parts", callback=comma_list, default="heads,qk,vo,fc2", show_default=True, help="What a plan may shrink."
+    "--parts", callback=comma_list, default="tokens,heads,qk,vo,fc2", show_default=True, help="What a plan may shrink."
 )
 @click.option("--align-heads", type=click.IntRange(1), default=8, show_default=True, help="Step of head dimensions.")
 @click.option("--align-width", type=click.IntRange(1), default=8, show_default=True, help="Step of FFN widths.")
@@ -57,15 +57,15 @@ def command(
     shapes: dict[str, tuple[int, ...]],
     as_json: bool,
 ) -> None:
-    """Time MODEL with one part at another width, for every part and width, and write the latency table.
+    """Time MODEL with one part at another width, and with tokens merged, and write the latency table.
 
     `plan --latency --costs` reads it. Run this where the model will run; no data are needed. Blocks of the same shape
     change together.
     """
     from toast_onnx_calibration.costs import measure_costs, onnxruntime_runtime, trtexec_runtime
 
-    if not parts or any(p not in PARTS for p in parts):
-        raise click.UsageError(f"--parts takes some of {', '.join(PARTS)}")
+    if not parts or any(p not in (*PARTS, TOKENS) for p in parts):
+        raise click.UsageError(f"--parts takes some of {', '.join((TOKENS, *PARTS))}")
     out = output or model.with_name(f"{model.stem}.costs.json")
     check_destinations(read_files(model), {"-o": out})
     dense = study(load_model(model), shapes)
@@ -75,7 +75,7 @@ def command(
         with_ = onnxruntime_runtime(batch, threads, provider, rounds or 15, shapes)
     with progress("timing widths") as advance:
         align = Align(head_dim=align_heads, width=align_width)
-        table = measure_costs(dense, with_, parts, align, widths, counted(advance))  # type: ignore[arg-type]
+        table = measure_costs(dense, with_, parts, align, widths, counted(advance))
     write_table(table, out)
     if as_json:
         print_json(table.model_dump(mode="json"))
@@ -89,6 +89,11 @@ def _print(table: CostTable, out: Path) -> None:
         for p in table.parts
         for kept, ms in p.milliseconds.items()
     ]
+    for m in table.merged:
+        gone, ms = sum(m.removed.values()), m.milliseconds
+        rows.append(
+            [_range(tuple(m.removed)), "tokens", f"-{gone}", f"{ms:.3f}", f"{ms / table.dense_milliseconds:.3f}"]
+        )
     title = f"dense: {table.dense_milliseconds:.3f} ms, batch {table.batch}, {table.runtime.get('program')}"
     print_table(
         ["blocks", "part", "kept", "ms", "of dense"],

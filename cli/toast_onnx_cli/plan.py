@@ -14,7 +14,7 @@ from toast_onnx.files import files_read
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, load_model
 from toast_onnx.planning.cost_table import CostTable, read_table, write_table
-from toast_onnx.planning.width_costs import PARTS
+from toast_onnx.planning.width_costs import PARTS, TOKENS
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx_cli.console import print_json, progress, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
@@ -93,7 +93,6 @@ def command(
     from toast_onnx_calibration.planning import Budget
     from toast_onnx_calibration.plans import make_plan
     from toast_onnx_calibration.reachable import check_reachable
-    from toast_onnx_calibration.token_planning import TOKENS
 
     given_budgets = {"macs": macs, "params": params, "latency": latency}
     chosen = [Budget(kind, value) for kind, value in given_budgets.items() if value is not None]  # type: ignore[arg-type]
@@ -118,14 +117,10 @@ def command(
     )
     planning = gather_planning(given)
     dense = study(load_model(model), planning.shapes)
-    if latency is not None and TOKENS in parts:  # what merging gains in time is not in the tables
-        parts = tuple(p for p in parts if p != TOKENS)
-        if study_tokens(dense).mergeable:
-            say_note("with --latency only widths are planned; tokens, which could be merged here, with --macs")
     check_reachable(dense, planning.settings, chosen[0], parts)
     table, runtime = (None, None) if latency is None else _costs(dense, planning, parts, costs, no_timing)
     if table is not None:
-        parts = _timed(table, parts)
+        parts = _timed(dense, table, parts)
     with open_trials(dense, planning, parts) as work:
         plan = make_plan(dense, planning.settings, chosen[0], parts, points, results, table, runtime, work, _measuring)
     if plan.missed:
@@ -162,21 +157,23 @@ def _costs(
     runtime = onnxruntime_runtime(batch, running.threads, running.provider, shapes=planning.shapes)
     if table is None:
         with progress("timing widths") as advance:
-            table = measure_costs(dense, runtime, parts, planning.settings.align, progress=counted(advance))  # type: ignore[arg-type]
+            table = measure_costs(dense, runtime, parts, planning.settings.align, progress=counted(advance))
         if path is not None:
             write_table(table, path)
     return table, runtime
 
 
-def _timed(table: CostTable, parts: tuple[str, ...]) -> tuple[str, ...]:
+def _timed(study: Study, table: CostTable, parts: tuple[str, ...]) -> tuple[str, ...]:
     """The parts that a table has times for, or all where it has none; says what is left out."""
-    known = tuple(part for part in parts if any(each.part == part for each in table.parts))
-    if known and known != parts:
-        lacking = ", ".join(part for part in parts if part not in known)
-        click.echo(
-            f"Note: the cost table has no times for {lacking}, which stay as they are; `toast-onnx costs` measures "
-            "them into a new table",
-            err=True,
+    if TOKENS in parts and table.merged and table.merged_line() is None:
+        say_note("by the cost table merging tokens makes nothing faster here, so tokens stay")
+        parts = tuple(p for p in parts if p != TOKENS)
+    known = tuple(p for p in parts if any(t.part == p for t in table.parts) or (p == TOKENS and table.merged))
+    lacking = [p for p in parts if p not in known and (p != TOKENS or study_tokens(study).mergeable)]
+    if known and lacking:
+        say_note(
+            f"the cost table has no times for {', '.join(lacking)}, which stay as they are; `toast-onnx costs` "
+            "measures them into a new table"
         )
     return known or parts
 

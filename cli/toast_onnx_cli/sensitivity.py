@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -23,11 +23,8 @@ from toast_onnx_cli.planning_options import (
     planning_options,
 )
 
-if TYPE_CHECKING:
-    pass
-
 DEFAULT_RATIOS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
-ALL_PARTS = "qk,vo,fc1,fc2,fc1+fc2"
+ALL_PARTS = "tokens,qk,vo,fc1,fc2,fc1+fc2"
 
 
 @click.command("sensitivity")
@@ -51,7 +48,7 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Prune one part of one block of MODEL at a time and measure what it does to the output.
+    """Prune one part of one block of MODEL at a time, or merge tokens behind it, and measure what that does.
 
     The damage is the KL divergence from the dense model's class probabilities, or the relative error of an output that
     holds no class scores; no labels are needed. Results are written after every trial, and the same command goes on
@@ -59,7 +56,6 @@ def command(
     """
     from toast_onnx_calibration.sensitivity_trials import (
         TRIAL_PARTS,
-        identity_of,
         measure,
         missing,
         resume,
@@ -84,13 +80,11 @@ def command(
     single = tuple(dict.fromkeys(p for t in grid for p in t.kept))
     with open_trials(dense, planning, single) as work:
         metric = "kl" if work.trials.classes else "relative_error"
-        assert work.narrowing is not None
-        identity = identity_of(dense, work.trials, planning.settings, work.narrowing.statistics)
-        found = resume(out, identity, metric, work.trials.dense_top1())
+        found = resume(out, work.identity(), metric, work.trials.dense_top1())
         if found.trials:
             say_note(f"{out} holds {len(found.trials)} trials already; going on from there")
         with progress("measuring", len(missing(grid, found))) as advance:
-            measure(work.trials, work.narrowing.solver, grid, found, out, counted(advance))
+            measure(work.damage, grid, found, out, counted(advance))
     write_results(found, out)
     if plot is not None:
         from toast_onnx.report.sensitivity import plot_sensitivity

@@ -145,6 +145,10 @@ def test_the_grid_leaves_out_what_repeats(vit: Study) -> None:
     assert all(set(t.kept) == {"fc1", "fc2"} for t in grid if t.part == "fc1+fc2")
 
 
+def weighed(trials: Trials, solver: Solver) -> Callable[[Trial], dict[str, float]]:
+    return lambda t: trials.damage(solver.weights({t.block: dict(t.kept)}))  # type: ignore[dict-item]
+
+
 @pytest.fixture
 def interrupted(vit: Study, tmp_path: Path) -> tuple[Trials, Solver, list[Trial], Path]:
     """A run that was stopped after two of four trials."""
@@ -158,7 +162,7 @@ def interrupted(vit: Study, tmp_path: Path) -> tuple[Trials, Solver, list[Trial]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(trials, solver, grid, resume(path, {"model": {"sha256": "a"}}, "kl", None), path, stop)
+        measure(weighed(trials, solver), grid, resume(path, {"model": {"sha256": "a"}}, "kl", None), path, stop)
     return trials, solver, grid, path
 
 
@@ -167,7 +171,7 @@ def test_a_stopped_run_goes_on(interrupted: tuple[Trials, Solver, list[Trial], P
     assert len(read_results(path)["trials"]) == 2
     found = resume(path, {"model": {"sha256": "a"}}, "kl", None)
     seen: list[str] = []
-    measure(trials, solver, grid, found, path, lambda done, total, note: seen.append(f"{done}/{total}"))
+    measure(weighed(trials, solver), grid, found, path, lambda done, total, note: seen.append(f"{done}/{total}"))
     assert seen == ["1/2", "2/2"]
     assert [t["kept"] for t in read_results(path)["trials"]] == [t.kept for t in grid]
     assert found.measured(1, "vo") == {grid[3].kept["vo"]: found.trials[3].damage["kl"]}

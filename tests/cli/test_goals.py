@@ -21,12 +21,12 @@ from toast_onnx.external import set_links_followed
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.ratios import Ratios
+from toast_onnx.planning.width_costs import TOKENS
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.goals import Goal, Judged, judge_model, smallest_within
 from toast_onnx_calibration.images import choose
 from toast_onnx_calibration.planning import Budget
 from toast_onnx_calibration.reachable import check_reachable
-from toast_onnx_calibration.token_planning import TOKENS
 from toast_onnx_cli.goals import plan_ratios
 from toast_onnx_cli.main import main
 from toast_onnx_cli.prune_summary import _agreement_lines

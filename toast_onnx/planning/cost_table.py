@@ -2,7 +2,9 @@
 
 Every entry is the whole model's latency with one part of a group of equal blocks at one width and everything else
 dense. What a part of one block saves is the difference from the dense model, divided by the number of blocks; savings
-of different parts add up. The table is a JSON file, so that it can be measured where the model will run.
+of different parts add up. Where tokens can be merged, the model is timed with few and with many merged: latency is
+taken to grow evenly with the multiply-accumulates that are left, from what the merges themselves cost. The table is a
+JSON file, so that it can be measured where the model will run.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toast_onnx.errors import ConfigError
@@ -54,6 +57,35 @@ class PartTimes(_Strict):
         return self
 
 
+class MergedTime(_Strict):
+    """Latency with tokens merged, at dense widths.
+
+    Attributes:
+        removed: block number -> tokens merged away behind its attention.
+        macs_share: multiply-accumulates that are left, of the dense model's.
+        milliseconds: latency of the whole model.
+    """
+
+    removed: Annotated[dict[int, Annotated[int, Field(ge=1)]], Field(min_length=1)]
+    macs_share: Annotated[float, Field(gt=0, le=1)]
+    milliseconds: Positive
+
+
+class MergedLine(NamedTuple):
+    """Latency of a merged model, of the dense one's: `fixed + slope * share` at a share of the multiply-accumulates."""
+
+    fixed: float
+    slope: float
+
+    def latency(self, macs_share: float) -> float:
+        """Share of the dense model's latency."""
+        return self.fixed + self.slope * macs_share
+
+    def macs(self, latency_share: float) -> float:
+        """Share of the multiply-accumulates that takes a share of the latency; not above 0 where none does."""
+        return (latency_share - self.fixed) / self.slope
+
+
 class CostTable(_Strict):
     """Measured latencies of one model.
 
@@ -65,6 +97,7 @@ class CostTable(_Strict):
         batch: items in one call.
         dense_milliseconds: latency of the dense model.
         parts: latencies by part and width.
+        merged: latencies with tokens merged; none where they cannot be, or were not asked for.
     """
 
     format: str = FORMAT
@@ -74,6 +107,26 @@ class CostTable(_Strict):
     batch: Annotated[int, Field(ge=1)]
     dense_milliseconds: Positive
     parts: tuple[PartTimes, ...]
+    merged: tuple[MergedTime, ...] = ()
+
+    @model_validator(mode="after")
+    def _enough(self) -> CostTable:
+        if self.merged and len({m.macs_share for m in self.merged}) < 2:
+            raise ValueError("has times with merged tokens at one share of the multiply-accumulates; a line needs two")
+        return self
+
+    def merged_line(self) -> MergedLine | None:
+        """Latency by multiply-accumulates of merged models, by least squares.
+
+        Returns:
+            None where no merged model was timed, or where merging more is not faster here.
+        """
+        if not self.merged:
+            return None
+        shares = [m.macs_share for m in self.merged]
+        times = [m.milliseconds / self.dense_milliseconds for m in self.merged]
+        slope, fixed = (float(x) for x in np.polyfit(shares, times, 1))
+        return MergedLine(fixed, slope) if slope > 0 else None
 
     def widths(self, block: int, part: Part) -> tuple[int, ...]:
         """Kept counts that were measured for a part of a block, and its dense width; nothing where it was not."""

@@ -22,6 +22,8 @@ from toast_onnx.planning.schema import Align
 
 Part = Literal["heads", "qk", "vo", "fc1", "fc2"]
 PARTS: tuple[Part, ...] = ("heads", "qk", "vo", "fc1", "fc2")
+#: What stands for merging tokens beside them.
+TOKENS = "tokens"
 Resource = Literal["macs", "params"]
 
 

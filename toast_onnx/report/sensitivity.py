@@ -12,6 +12,7 @@ from toast_onnx.report.drawing import require_matplotlib
 
 #: Panels from left to right; the three of the feed-forward network are those of the paper's figure 5.
 PANELS = {
+    "tokens": "tokens",
     "fc1": "fc1 (inputs)",
     "fc2": "fc2 (hidden units)",
     "fc1+fc2": "fc1 and fc2",
