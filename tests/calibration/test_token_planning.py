@@ -63,19 +63,17 @@ def machine(vit: Study, fixed: float, slope: float) -> Runtime:
 
 
 def test_tokens_of_one_block_are_a_trial(vit: Study, data: Path) -> None:
-    grid = trial_grid(vit, SETTINGS, [TOKENS], [0.3, 0.5, 0.9])
+    grid = trial_grid(vit, SETTINGS, [TOKENS], [0.3, 0.9, 0.95])
     count = study_tokens(vit).sequences[0].count
     most = (count - 1 + 1) // 2  # all but the class token, every second one
     assert [(t.block, t.kept[TOKENS]) for t in grid] == [
-        (b, count - min(round(r * count), most)) for b in (0, 1) for r in (0.3, 0.5) if b == 0
+        (b, count - min(round(r * count), most)) for b in (0, 1) for r in (0.3, 0.9)
     ]
     with open_work(vit, data, SETTINGS, [TOKENS], OPTIONS) as work:
         found = work.damage(grid[0])
-    gone = Decimal(count - grid[0].kept[TOKENS]) / count
-    ratios = planned_ratios(SETTINGS, {}, [dense_widths(b) for b in vit.match.blocks], [gone, Decimal(0)])
-    save_model(prune(vit, ratios, SyntheticStatistics(vit)).model, data.with_name("merged.onnx"))
+    alone = merged(vit, count - grid[0].kept[TOKENS], data.with_name("merged.onnx"))
     feeds = {"input": np.load(data)}
-    a, b = (run(p, feeds)[0].astype(np.float64) for p in (vit.view.model.path, data.with_name("merged.onnx")))
+    a, b = (run(p, feeds)[0].astype(np.float64) for p in (vit.view.model.path, alone))
     p, q = log_softmax(a, axis=1), log_softmax(b, axis=1)
     assert found["kl"] == pytest.approx((np.exp(p) * (p - q)).sum(axis=1).mean(), rel=1e-2, abs=1e-9)
 
@@ -98,20 +96,30 @@ def test_a_machine_that_merging_makes_slower_has_no_line() -> None:
         CostTable(**common, merged=merged[:1])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("parts", [(TOKENS,), pytest.param((TOKENS, "fc2"), marks=pytest.mark.slow)])
+def merged(vit: Study, gone: int, path: Path) -> Path:
+    share = Decimal(gone) / study_tokens(vit).sequences[0].count
+    ratios = planned_ratios(SETTINGS, {}, [dense_widths(b) for b in vit.match.blocks], [share, Decimal(0)])
+    save_model(prune(vit, ratios, SyntheticStatistics(vit)).model, path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [(TOKENS,), (TOKENS, "fc2")])
 def test_a_latency_is_met_with_tokens(parts: tuple[str, ...], vit: Study, data: Path) -> None:
     """The table is of a machine where merging is nearly free; the one that is planned for gains less."""
-    align = Align(head_dim=16, width=64)
-    table = measure_costs(vit, machine(vit, 0.05, 0.95), parts, align)
+    table = measure_costs(vit, machine(vit, 0.05, 0.95), parts, Align(head_dim=16, width=64))
     here = machine(vit, 0.15, 0.85)
+    _, four, six = here.timer([vit.view.model.path, *(merged(vit, r, data.with_name(f"{r}.onnx")) for r in (4, 6))])
+    share = (four + six) / 20
     with open_work(vit, data, SETTINGS, parts, OPTIONS) as work:
-        plan = make_plan(vit, SETTINGS, Budget("latency", 0.8), parts, (0.5,), None, table, here, work)
+        plan = make_plan(vit, SETTINGS, Budget("latency", share), parts, (0.5,), None, table, here, work)
         with pytest.raises(BudgetError, match="latency, only 0"):
             make_plan(vit, SETTINGS, Budget("latency", 0.1), (TOKENS,), (0.5,), None, table, here, work)
         with pytest.raises(ConfigError, match="no parameters"):
             make_plan(vit, SETTINGS, Budget("params", 0.5), (TOKENS,), (0.5,), None, None, None, work)
-    assert plan.document["tokens"]["removed"]
-    assert plan.document["latency"]["measured_share"] == pytest.approx(0.8, rel=0.03)
     save_model(prune(vit, plan.ratios, SyntheticStatistics(vit)).model, data.with_name("planned.onnx"))
     _, milliseconds = here.timer([vit.view.model.path, data.with_name("planned.onnx")])
-    assert milliseconds == pytest.approx(8, rel=0.031)
+    assert plan.document["latency"]["measured_share"] == pytest.approx(milliseconds / 10)
+    assert milliseconds == pytest.approx(10 * share, rel=0.031)
+    if parts == (TOKENS,):
+        assert plan.document["tokens"]["removed"] in ({"0": 4}, {"0": 5}, {"0": 6})
