@@ -144,6 +144,7 @@ def test_a_plan_for_latency(files: Path) -> None:
     table["dense_milliseconds"] = 10.0
     for part in table["parts"]:
         part["milliseconds"] = {k: 10 - 5 * (1 - int(k) / part["dense"]) for k in part["milliseconds"]}
+    assert table.pop("merged")
     (files / "t.json").write_text(json.dumps(table))
     measured = ("--points", "0.5", "--sensitivity", "s.json")  # the second plan goes on from the first one's trials
     common = ("plan", "m.onnx", "--data", "x.npy", "--threads", "1", *measured, "--latency", "0.8")
@@ -156,7 +157,7 @@ def test_a_plan_for_latency(files: Path) -> None:
     (files / "old.json").write_text(json.dumps(table | {"parts": fewer}))
     without = run(*common, *widths, "--costs", "old.json", "--no-timing", "--json")
     assert set(next(iter(document(without)["kept"].values()))) >= {"qk", "vo", "fc2"}
-    assert "no times for heads" in without.stderr
+    assert "no times for tokens, heads" in without.stderr
     here = document(run(*common, *widths, "--costs", "t.json", "--json"))
     assert here["latency"]["measured_share"] > 0
     assert "still take" in error(run(*common[:-1], "0.05", *widths, "--costs", "t.json", "--no-timing"))

@@ -27,6 +27,8 @@ from toast_onnx.planning.width_costs import Part, dense_widths, prunable_widths
 
 FORMAT = "toast-onnx/costs/1"
 _HINT = "measure the table again with `toast-onnx costs`"
+#: Where less of the latency than this follows the multiply-accumulates of merged models, merging gains nothing.
+LEAST_SLOPE = 0.02
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -126,7 +128,7 @@ class CostTable(_Strict):
         shares = [m.macs_share for m in self.merged]
         times = [m.milliseconds / self.dense_milliseconds for m in self.merged]
         slope, fixed = (float(x) for x in np.polyfit(shares, times, 1))
-        return MergedLine(fixed, slope) if slope > 0 else None
+        return MergedLine(fixed, slope) if slope > LEAST_SLOPE else None
 
     def widths(self, block: int, part: Part) -> tuple[int, ...]:
         """Kept counts that were measured for a part of a block, and its dense width; nothing where it was not."""
