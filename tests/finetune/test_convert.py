@@ -54,6 +54,22 @@ def test_outputs_are_those_of_onnx_runtime_and_gradients_reach_every_weight(case
     assert [n for n in silent if not n.endswith(ZERO_GRADIENT)] == []
 
 
+@pytest.mark.parametrize("family", ["timm-vit", pytest.param("hf-dinov2", marks=pytest.mark.slow)])
+def test_merged_graphs_train_after_they_were_judged(family: str, exported: Exported, tmp_path: Path) -> None:
+    """As `finetune` does: the first pass is a judgement, with inference mode on."""
+    prune_file(exported(zoo.Case(family)), UNEVEN | {"tokens": {"merge": 0.1}}, tmp_path / "merged.onnx")
+    module = to_torch(load_model(tmp_path / "merged.onnx"))
+    feeds = zoo.inputs(tmp_path / "merged.onnx", 3)
+    given = [torch.from_numpy(feeds[name]) for name in module.input_names]
+    with torch.inference_mode():
+        first = module(*given, keep=module.output_names)
+    for name, want in zip(module.output_names, run(tmp_path / "merged.onnx", feeds), strict=True):
+        assert relative(first[name], want) <= 1e-4
+    again = module(*given, keep=module.output_names)
+    torch.stack([o.square().sum() for o in again.values()]).sum().backward()
+    assert [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+
 #: What simplifiers and optimizers make of an export; the transformer optimizer fuses attention in BERT alone.
 AFTER = [
     pytest.param(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -249,7 +250,9 @@ class GraphModule(nn.Module):
             plain = (
                 array.astype(np.int64) if array.dtype == object else np.ascontiguousarray(array).reshape(array.shape)
             )
-            remembered[key] = torch.from_numpy(plain.copy()).to(self._device(env))
+            # It is used again: made while inference mode is on, autograd would refuse it later.
+            with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
+                remembered[key] = torch.from_numpy(plain.copy()).to(self._device(env))
         moved: Tensor = remembered[key]
         return moved
 
