@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.files import files_read
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, load_model
 from toast_onnx.planning.cost_table import CostTable, read_table, write_table
@@ -132,7 +131,7 @@ def command(
         say_note(plan.missed)
     plan.save(out)
     if as_json:
-        print_json({"ratios_file": str(out), **plan.report(), "read": files_read()})
+        print_json({"ratios_file": str(out), **plan.report()})
     else:
         show_table(plan.table)
         click.echo(f"ratios: {out}")

@@ -23,7 +23,7 @@ from toast_onnx.engines.precision import PRECISIONS, convert_precision, stated_p
 from toast_onnx.engines.profiles import Shape, ShapeRange, build_profile, graph_inputs
 from toast_onnx.engines.record import read_record, record_path
 from toast_onnx.errors import ConfigError
-from toast_onnx.files import check_place, drafts, exchange, settle, write_beside, write_synced
+from toast_onnx.files import check_place, drafts, exchange, files_read, settle, write_beside, write_synced
 from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_draft
 
 
@@ -137,6 +137,7 @@ def build(model_path: Path, output: Path, request: BuildRequest, progress: Progr
         "device": gpu_name(),
         "attention": attention,
         "notes": [*notes, *settled.notes, *said],
+        "read": files_read(),
     }
     write_with_record(output, engine.plan, record)
     return record

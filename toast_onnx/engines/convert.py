@@ -11,6 +11,7 @@ from toast_onnx.engines.build import record_bytes, with_weights
 from toast_onnx.engines.precision import convert_precision
 from toast_onnx.engines.record import record_path
 from toast_onnx.errors import ConfigError
+from toast_onnx.files import files_read
 from toast_onnx.model import Model, file_hash, load_model, opset_of, staged_model, stored_bytes
 
 
@@ -53,6 +54,7 @@ def convert_file(model_path: Path, output: Path, *, precision: str, fp16_io: boo
             "fp16_io": fp16_io,
             "build_seconds": round(time.perf_counter() - started, 3),
             "notes": notes,
+            "read": files_read(),
         }
         staged.beside = record_bytes(record)
     return record
