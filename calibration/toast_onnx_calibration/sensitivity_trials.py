@@ -196,6 +196,7 @@ def identity_of(study: Study, trials: Trials, settings: Ratios, statistics: Cali
     measured = {k: v for k, v in statistics.to_document().items() if k not in ("source", "data", "notes")}
     source = trials.samples.source
     document = selection_only(settings).to_document()
+    document["attention"]["tie"] = False  # one part is tried at a time
     return {
         "model": {"file": path.name, "sha256": file_hash(path)},
         "data": {
