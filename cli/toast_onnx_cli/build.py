@@ -47,6 +47,9 @@ def size(text: str) -> int:
 )
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--data", metavar="DATA", help="With --precision fp16: samples on which to look for values above 65504.")
+@click.option("--preprocess", metavar="RECIPE", help="Of images: imagenet, clip, dinov2, mae, none, or a file.")
+@click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many of them to draw.")
 @click.option("--fp16-io", is_flag=True, help="float16 inputs and outputs too, with --precision fp16.")
 @click.option("--batch", help="MIN:OPT:MAX of an open first dimension, or one number; 1:8:32 where none is given.")
 @shapes_option("--min-shapes", help_text="Smallest shape of an input, as in input=1x3x224x224; may be repeated.")
@@ -88,6 +91,9 @@ def command(
     form: str,
     backend: str,
     precision: str,
+    data: str | None,
+    preprocess: str | None,
+    samples: int,
     fp16_io: bool,
     batch: str | None,
     min_shapes: dict[str, tuple[int, ...]],
@@ -125,7 +131,7 @@ def command(
     suffix = {"onnx": f".{precision}.onnx", "ep-context": ".context.onnx"}.get(form, f".{form}")
     target = output or model.with_suffix(suffix)
     outputs = {"--timing-cache": timing_cache, "-o": target, "--polygraphy": polygraphy}
-    check_destinations(read_files(model), outputs, ["--timing-cache"])
+    check_destinations([*read_files(model), data, preprocess], outputs, ["--timing-cache"])
     if polygraphy is not None and form != "engine":
         raise click.UsageError("--polygraphy goes with --format engine")
     if triton is not None:
@@ -136,10 +142,13 @@ def command(
             config = _add_to_repository(triton, model, model, record)
             print_json(record | {"triton": config}) if as_json else click.echo(f"Triton: {config}")
             return
+    if data is not None and (precision != "fp16" or form not in ("engine", "onnx")):
+        raise click.UsageError("--data goes with --precision fp16 and --format engine or onnx")
+    large = () if data is None else _too_large(model, data, preprocess, samples)
     if form == "ort":
         record = build_ort(model, target, precision=precision, fp16_io=fp16_io, level=ort_level)
     elif form == "onnx":
-        record = convert_file(model, target, precision=precision, fp16_io=fp16_io)
+        record = convert_file(model, target, precision=precision, fp16_io=fp16_io, large=large)
     elif form == "ep-context":
         record = build_ep_context(
             model,
@@ -161,6 +170,7 @@ def command(
             max_shapes=max_shapes,
             uneven_heads=uneven_heads,
             baseline=baseline,
+            large=large,
             options=engines.EngineOptions(
                 workspace=workspace,
                 optimization_level=optimization_level,
@@ -188,6 +198,22 @@ def command(
         print_json(record)
     else:
         print_table(["file", str(target)], _rows(record), align=["left", "left"])
+
+
+def _too_large(model: Path, data: str, preprocess: str | None, samples: int) -> tuple[str, ...]:
+    """Tensors that come near what float16 holds, named in a note."""
+    from toast_onnx.engines.precision import FLOAT16_MAX, HEADROOM
+    from toast_onnx_calibration.magnitudes import largest_magnitudes
+
+    found = largest_magnitudes(model, data, preprocess=preprocess, samples=samples, note=say_note)
+    large = sorted((n for n, size in found.items() if size > FLOAT16_MAX / HEADROOM), key=lambda n: -found[n])
+    if large:
+        named = ", ".join(f"{n} ({found[n]:.3g})" for n in large[:5]) + (", ..." if len(large) > 5 else "")
+        say_note(f"{len(large)} tensors come near float16's largest number, 65504, and stay in float32: {named}")
+    else:
+        name, size = max(found.items(), key=lambda item: item[1], default=("", 0.0))
+        say_note(f"nothing comes near float16's largest number, 65504: the largest magnitude is {size:.3g} ({name})")
+    return tuple(large)
 
 
 def _check_triton(folder: Path, target: Path, form: str, backend: str) -> None:
