@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.helper
+import onnx.numpy_helper
 import pytest
 
 from tests.matching.tiny import block
 from toast_onnx.errors import ModelError
+from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.wellformed import blame_model, why_not_loaded
 
@@ -84,3 +87,22 @@ def test_what_a_runtime_takes_has_no_reason(tmp_path: Path) -> None:
     graph, y = block()
     path = graph.save(tmp_path / "model.onnx", y)
     assert why_not_loaded(path) is None
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_empty_lists_of_axes_and_sizes_end_in_one_line(number: int, tmp_path: Path) -> None:
+    """Each Transpose and Reshape of the block in turn: an empty `perm`, a shape without sizes."""
+    graph, y = block()
+    path = graph.save(tmp_path / "model.onnx", y)
+    proto = onnx.load(path)
+    moves = [n for n in proto.graph.node if n.op_type in ("Transpose", "Reshape")]
+    assert len(moves) == 9
+    if moves[number].op_type == "Transpose":
+        del moves[number].attribute[0].ints[:]
+    else:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(0, np.int64), "nothing"))
+        moves[number].input[1] = "nothing"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError) as refused:
+        study(load_model(path))
+    assert "\n" not in str(refused.value)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from toast_onnx.errors import DataError
-from toast_onnx.files import regular_file
+from toast_onnx.files import check_text, regular_file
 from toast_onnx_calibration.recipes import Recipe, check_pixels
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -58,7 +58,7 @@ def find_images(root: str | Path) -> list[str]:
     Hidden files and folders are left out; linked folders are followed once.
 
     Raises:
-        DataError: Nothing there, not an image, or a folder without images.
+        DataError: Nothing there, not an image, a folder without images, or a name that is not text.
     """
     root = Path(root)
     if root.is_file():
@@ -71,6 +71,7 @@ def find_images(root: str | Path) -> list[str]:
     for path in _walk(root):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             names.append(path.relative_to(root).as_posix())
+            check_text(names[-1], DataError)
         else:
             others[path.suffix.lower() or "(no suffix)"] += 1
     if not names:

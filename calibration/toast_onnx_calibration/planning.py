@@ -14,6 +14,7 @@ from toast_onnx.choosing.losses import loss_curves
 from toast_onnx.errors import ConfigError
 from toast_onnx.importance.scores import ffn_score
 from toast_onnx.importance.statistics import Statistics
+from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
 from toast_onnx.planning.cost_table import CostTable
@@ -42,6 +43,7 @@ from toast_onnx.planning.width_costs import (
     width_cost_at,
     width_step,
 )
+from toast_onnx.planning.widths import fused_head_dim
 from toast_onnx_calibration.costs import Runtime, no_smaller_width, variant
 from toast_onnx_calibration.needs import Wanted, everything
 from toast_onnx_calibration.sensitivity_trials import Sensitivity
@@ -144,22 +146,36 @@ def predicted_choices(
         widths = prunable_widths(block)
         measured = {p: found.measured(block.index, p) for p in PARTS if p in parts and p in widths}
         present: list[Part] = [part for part, points in measured.items() if points]
+        tied: set[Part] = {"qk", "vo"} if _ties(settings, block) else set()
+        if not tied <= set(present):  # one of them stays dense, and so the other does
+            present = [part for part in present if part not in tied]
         curves = loss_curves(study, block, present, setting, settings.compensation.kind, statistics)
         for part in present:
             offered = aligned_widths(widths[part], width_step(block, part, settings.align))
             if table is not None:
                 offered = tuple(k for k in offered if k in table.widths(block.index, part))
+            if part in tied:
+                offered = tuple(k for k in offered if k in (widths[part], fused_head_dim(k)))
             if len(offered) > 1:
                 damage = damage_curve(curves[part], measured[part])
-                choices.append(PartChoice(block.index, part, offered, tuple(float(damage[k]) for k in offered)))
+                damages = tuple(float(damage[k]) for k in offered)
+                choices.append(PartChoice(block.index, part, offered, damages, part in tied))
     if not choices:
         raise ConfigError(_why_no_choice(study, settings, found, parts))
     return choices
 
 
+def _ties(settings: Ratios, block: Block) -> bool:
+    """Whether Q/K and V/Proj of a block keep the same width, as `widths.tied_head_dims` says it."""
+    a = block.attention
+    return settings.attention.tie and a is not None and a.qk_dim == a.vo_dim
+
+
 def _why_no_choice(study: Study, settings: Ratios, found: Sensitivity, parts: Sequence[Part]) -> str:
     """What left every part with its dense width alone: the graph, the alignment, the measured points or the table."""
     blocks = study.match.blocks
+    if settings.attention.tie and not {"fc1", "fc2", "heads"} & set(parts) and len({"qk", "vo"} & set(parts)) == 1:
+        return "no part can shrink: heads are tied, and qk and vo keep one width; plan both of them"
     if (reason := no_smaller_width(blocks, parts, settings.align)) is not None:
         return reason
     if not any(found.measured(block.index, part) for block in blocks for part in parts):

@@ -17,7 +17,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from toast_onnx_calibration.evaluating import classifier_output, classify
 from toast_onnx_calibration.feeds import batches
 from toast_onnx_calibration.labels import open_labels
 from toast_onnx_calibration.prepared import open_prepared
+from toast_onnx_calibration.quantized_layers import layer_damages
 from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source
 
@@ -67,6 +68,7 @@ class QuantizeOptions:
         seed: of that draw.
         batch: samples a run, where the model leaves it free.
         threads: of ONNX Runtime and of image decoding.
+        sensitivity: also measure what every layer costs alone.
     """
 
     to: str = "int8"
@@ -80,6 +82,7 @@ class QuantizeOptions:
     seed: int = 0
     batch: int = 16
     threads: int | None = None
+    sensitivity: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Quantized:
         equalized: how many norms were equalized.
         samples: how many samples the ranges follow from.
         notes: anything the user should know.
+        damages: layer -> relative error of the first output with it alone quantized, the largest first; empty where
+            that was not asked for.
     """
 
     layers: tuple[str, ...]
@@ -99,6 +104,7 @@ class Quantized:
     equalized: int
     samples: int
     notes: tuple[str, ...] = ()
+    damages: Mapping[str, float] = field(default_factory=dict)
 
 
 def quantize(model_path: Path, data: str | Path, out: Path, options: QuantizeOptions | None = None) -> Quantized:
@@ -141,9 +147,14 @@ def quantize(model_path: Path, data: str | Path, out: Path, options: QuantizeOpt
         written = Path(folder) / "quantized.onnx"
         _quantize_static(plain, written, _Reader(source, inputs, given.batch), layers, given)
         result = load_model(written)
+        damages = (
+            layer_damages(model, result, layers, source, inputs, given.batch, given.threads)
+            if given.sensitivity
+            else {}
+        )
         save_model(Model(with_weights(result), out), out)
     notes = [*told, *(source.report.notes() if source.report else ())]
-    return Quantized(tuple(layers), tuple(kept), equalized, sum(len(c.rows) for c in source), tuple(notes))
+    return Quantized(tuple(layers), tuple(kept), equalized, sum(len(c.rows) for c in source), tuple(notes), damages)
 
 
 def choose_layers(model: Model, options: QuantizeOptions) -> tuple[list[str], list[str]]:

@@ -239,6 +239,7 @@ def identity_of(
     measured = {k: v for k, v in stated.items() if k not in ("source", "data", "notes")}
     source = trials.samples.source
     document = selection_only(settings).to_document()
+    document["attention"]["tie"] = False  # one part is tried at a time
     return {
         "model": {"file": path.name, "sha256": file_hash(path)},
         "data": {

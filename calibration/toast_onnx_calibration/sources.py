@@ -207,7 +207,7 @@ def open_source(
         return CallableSource(str(spec), load_callable(str(spec)), samples, inputs, recipe)
     path = Path(spec)
     suffix = path.suffix.lower()
-    if path.is_file() and suffix in (".npy", ".npz"):
+    if _exists(path) and path.is_file() and suffix in (".npy", ".npz"):
         arrays = load_npy(path, inputs) if suffix == ".npy" else load_npz(path, inputs)
         total = _common_length(arrays, f"{path}:")
         allowed = [i for i in range(total) if only is None or str(i) in only]
@@ -238,7 +238,7 @@ def count_samples(spec: str | Path) -> int | None:
     if is_callable(spec):
         return None
     path = Path(spec)
-    if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
+    if _exists(path) and path.is_file() and path.suffix.lower() in (".npy", ".npz"):
         if path.suffix.lower() == ".npz":
             arrays = read_npz_arrays(path)
             return max((len(a) for a in arrays.values() if a.ndim), default=0)
@@ -250,7 +250,19 @@ def count_samples(spec: str | Path) -> int | None:
 
 def is_callable(spec: str | Path) -> bool:
     """Whether a data specification means `module:function`."""
-    return isinstance(spec, str) and names_code(spec) and not Path(spec).exists()
+    return isinstance(spec, str) and names_code(spec) and not _exists(Path(spec))
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a file or folder.
+
+    Raises:
+        DataError: nothing can have this name, or it may not be looked for.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; give another name") from error
 
 
 def load_callable(spec: str) -> Callable[..., Any]:

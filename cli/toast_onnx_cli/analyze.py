@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.files import files_read
 from toast_onnx.importance.redundancy import DEAD
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model
@@ -91,7 +90,7 @@ def command(
         plot_analysis(document, plot)
         click.echo(f"plot: {plot}", err=True)
     if as_json:
-        print_json(document | {"read": files_read()})
+        print_json(document)
         return
     rows = [_row(block, layer) for block in document["blocks"] for layer in ("fc1", "fc2")]
     align = ("right", "left", "left", *("right",) * 6)

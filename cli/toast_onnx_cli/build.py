@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from toast_onnx.errors import ConfigError
 from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
@@ -41,9 +42,14 @@ def size(text: str) -> int:
     type=click.Path(path_type=Path),
     help="File to write; MODEL's name with .engine, .ort or .fp16.onnx.",
 )
-@click.option("--format", "form", type=click.Choice(["engine", "ort", "onnx"]), default="engine", show_default=True)
+@click.option(
+    "--format", "form", type=click.Choice(["engine", "ort", "onnx", "ep-context"]), default="engine", show_default=True
+)
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--data", metavar="DATA", help="With --precision fp16: samples on which to look for values above 65504.")
+@click.option("--preprocess", metavar="RECIPE", help="Of images: imagenet, clip, dinov2, mae, none, or a file.")
+@click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many of them to draw.")
 @click.option("--fp16-io", is_flag=True, help="float16 inputs and outputs too, with --precision fp16.")
 @click.option("--batch", help="MIN:OPT:MAX of an open first dimension, or one number; 1:8:32 where none is given.")
 @shapes_option("--min-shapes", help_text="Smallest shape of an input, as in input=1x3x224x224; may be repeated.")
@@ -68,6 +74,13 @@ def size(text: str) -> int:
     type=click.Path(path_type=Path),
     help="The dense model's engine; warns where pruning unfused.",
 )
+@click.option("--triton", type=click.Path(path_type=Path), metavar="DIR", help="Add the result to a Triton repository.")
+@click.option(
+    "--polygraphy",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a script by which Polygraphy compares the engine with MODEL.",
+)
 @overwrite_option
 @click.option("--verbose", is_flag=True, help="Show all that TensorRT logs.")
 @links_option
@@ -78,6 +91,9 @@ def command(
     form: str,
     backend: str,
     precision: str,
+    data: str | None,
+    preprocess: str | None,
+    samples: int,
     fp16_io: bool,
     batch: str | None,
     min_shapes: dict[str, tuple[int, ...]],
@@ -92,6 +108,8 @@ def command(
     ort_level: str,
     uneven_heads: str,
     baseline: Path | None,
+    triton: Path | None,
+    polygraphy: Path | None,
     verbose: bool,
     as_json: bool,
 ) -> None:
@@ -99,21 +117,48 @@ def command(
 
     Precision is put into the graph's types, as TensorRT 11 wants it; normalisations and Softmax stay in float32. The
     tensorrt-rtx backend builds without a GPU. With --format ort the result is a model for ONNX Runtime instead, with
-    --format onnx the graph in 16 bits as an engine would be built from it.
+    --format ep-context such a model with the engine inside, with --format onnx the graph in 16 bits as an engine would
+    be built from it.
     """
     from toast_onnx import engines
+    from toast_onnx.engines.build import model_hash
     from toast_onnx.engines.convert import convert_file
+    from toast_onnx.engines.epcontext import build_ep_context
     from toast_onnx.engines.ortmodel import build_ort
 
     if verbose:
         logging.getLogger("toast_onnx.engines").setLevel(logging.DEBUG)
-    suffix = f".{precision}.onnx" if form == "onnx" else f".{form}"
+    suffix = {"onnx": f".{precision}.onnx", "ep-context": ".context.onnx"}.get(form, f".{form}")
     target = output or model.with_suffix(suffix)
-    check_destinations(read_files(model), {"--timing-cache": timing_cache, "-o": target}, ["--timing-cache"])
+    outputs = {"--timing-cache": timing_cache, "-o": target, "--polygraphy": polygraphy}
+    check_destinations([*read_files(model), data, preprocess], outputs, ["--timing-cache"])
+    if polygraphy is not None and form != "engine":
+        raise click.UsageError("--polygraphy goes with --format engine")
+    if triton is not None:
+        as_it_is = form == "onnx" and precision == "fp32"
+        _check_triton(triton, model if as_it_is else target, form, backend)
+        if as_it_is:
+            record: dict[str, Any] = {"model": str(model), "model_sha256": model_hash(model)}
+            config = _add_to_repository(triton, model, model, record)
+            print_json(record | {"triton": config}) if as_json else click.echo(f"Triton: {config}")
+            return
+    if data is not None and (precision != "fp16" or form not in ("engine", "onnx")):
+        raise click.UsageError("--data goes with --precision fp16 and --format engine or onnx")
+    large = () if data is None else _too_large(model, data, preprocess, samples)
     if form == "ort":
         record = build_ort(model, target, precision=precision, fp16_io=fp16_io, level=ort_level)
     elif form == "onnx":
-        record = convert_file(model, target, precision=precision, fp16_io=fp16_io)
+        record = convert_file(model, target, precision=precision, fp16_io=fp16_io, large=large)
+    elif form == "ep-context":
+        record = build_ep_context(
+            model,
+            target,
+            backend=backend,
+            precision=precision,
+            fp16_io=fp16_io,
+            batch=None if batch is None else engines.parse_batch(batch),
+            shapes=(min_shapes, opt_shapes, max_shapes),
+        )
     else:
         request = engines.BuildRequest(
             backend=backend,
@@ -125,6 +170,7 @@ def command(
             max_shapes=max_shapes,
             uneven_heads=uneven_heads,
             baseline=baseline,
+            large=large,
             options=engines.EngineOptions(
                 workspace=workspace,
                 optimization_level=optimization_level,
@@ -143,10 +189,69 @@ def command(
                 raise
     for note in record["notes"]:
         say_note(note)
+    if triton is not None:
+        say_note(f"for Triton: {_add_to_repository(triton, target, model, record)}")
+    if polygraphy is not None:
+        _write_script(polygraphy, target, model, record)
+        say_note(f"for Polygraphy: {polygraphy}")
     if as_json:
         print_json(record)
     else:
         print_table(["file", str(target)], _rows(record), align=["left", "left"])
+
+
+def _too_large(model: Path, data: str, preprocess: str | None, samples: int) -> tuple[str, ...]:
+    """Tensors that come near what float16 holds, named in a note."""
+    from toast_onnx.engines.precision import FLOAT16_MAX, HEADROOM
+    from toast_onnx_calibration.magnitudes import largest_magnitudes
+
+    found = largest_magnitudes(model, data, preprocess=preprocess, samples=samples, note=say_note)
+    large = sorted((n for n, size in found.items() if size > FLOAT16_MAX / HEADROOM), key=lambda n: -found[n])
+    if large:
+        named = ", ".join(f"{n} ({found[n]:.3g})" for n in large[:5]) + (", ..." if len(large) > 5 else "")
+        say_note(f"{len(large)} tensors come near float16's largest number, 65504, and stay in float32: {named}")
+    else:
+        name, size = max(found.items(), key=lambda item: item[1], default=("", 0.0))
+        say_note(f"nothing comes near float16's largest number, 65504: the largest magnitude is {size:.3g} ({name})")
+    return tuple(large)
+
+
+def _check_triton(folder: Path, target: Path, form: str, backend: str) -> None:
+    """Refuse, before anything is built, what Triton does not serve and what is in its repository already."""
+    from toast_onnx import engines
+    from toast_onnx.engines.triton import repository_files
+
+    if form not in ("engine", "onnx"):
+        raise click.UsageError("--triton goes with --format engine or onnx")
+    if form == "engine" and engines.choose(backend).name != "tensorrt":
+        raise ConfigError(
+            "Triton serves engines of tensorrt, not of tensorrt_rtx: use --backend tensorrt, or --format onnx"
+        )
+    config, model = repository_files(folder, target)
+    check_destinations([], {f"--triton {p.name}": p for p in (config, model) if p.parent.is_dir()})
+
+
+def _add_to_repository(folder: Path, target: Path, model: Path, record: dict[str, Any]) -> str:
+    """The configuration's file, written with its model."""
+    from toast_onnx.engines.profiles import ShapeRange
+    from toast_onnx.engines.triton import write_repository
+    from toast_onnx.model import load_model
+
+    served = target if target.suffix == ".onnx" else model
+    profile = {
+        name: ShapeRange(**{kind: tuple(size) for kind, size in shapes.items()})
+        for name, shapes in record.get("profile", {}).items()
+    }
+    return str(write_repository(folder, target, load_model(served).proto, profile))
+
+
+def _write_script(script: Path, engine: Path, model: Path, record: dict[str, Any]) -> None:
+    from toast_onnx.engines.polygraphy import comparison_script
+    from toast_onnx.files import write_bytes
+    from toast_onnx.model import load_model
+
+    text = comparison_script(script, engine, model, load_model(model).proto, record)
+    write_bytes(script, text.encode())
 
 
 class _Phases:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toast_onnx.files import files_read
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.presets import read_ratios
@@ -87,7 +86,7 @@ def _print(header: Header, out: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     if as_json:
-        print_json({"statistics": str(out), **asdict(header), "read": files_read()})
+        print_json({"statistics": str(out), **asdict(header)})
         return
     for note in header.notes:
         say_note(note)

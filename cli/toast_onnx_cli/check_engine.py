@@ -57,9 +57,11 @@ def command(
     """Compare ENGINE with MODEL, the ONNX file it was built from; exit status 1 where they differ.
 
     The engine runs on the GPU, the model on the CPU in ONNX Runtime. The tolerance follows the engine's precision:
-    0.001 of the output's scale for fp32, 0.01 for tf32, 0.02 for fp16, 0.1 for bf16.
+    0.001 of the output's scale for fp32, 0.01 for tf32, 0.02 for fp16, 0.1 for bf16. In Polygraphy's terms: an atol of
+    each output's own, that share of its largest magnitude, and an rtol of 0.
     """
     from toast_onnx.engines import choose, cuda
+    from toast_onnx.engines.build import model_hash
     from toast_onnx.engines.engine_check import TOLERANCES, EngineRunner, compare, require_gpu
     from toast_onnx_calibration.sessions import make_session
 
@@ -80,7 +82,7 @@ def command(
         feeds = _from_data(model, session, data, preprocess, samples, size, seed)
     result = compare(session, EngineRunner(chosen, engine, gpu), feeds, wanted)
     if as_json:
-        print_json({"engine": str(engine), "model": str(model), **result})
+        print_json({"engine": str(engine), "model": str(model), "model_sha256": model_hash(model), **result})
     else:
         _print(result)
     if not result["passed"]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toast_onnx.files import files_read
 from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.calibration_options import DATA_HELP, sample_progress
 from toast_onnx_cli.console import print_json, say_note, show_table
@@ -69,7 +68,7 @@ def command(
             note=say_note,
         )
     if as_json:
-        print_json(found.to_json() | {"read": files_read()})
+        print_json(found.to_json())
     else:
         _print(found)
 

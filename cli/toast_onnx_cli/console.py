@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import click
 
+from toast_onnx.files import files_read
 from toast_onnx.report.tables import Table
 from toast_onnx.report.tables import format_bytes as format_bytes
 from toast_onnx.report.tables import format_count as format_count
@@ -122,12 +123,13 @@ def say_notes(notes: Sequence[str]) -> None:
         say_note(note)
 
 
-def print_json(document: Any) -> None:
-    """Prints one JSON document to stdout, keys in the order given.
+def print_json(document: dict[str, Any]) -> None:
+    """Prints one JSON document to stdout, keys in the order given, and last which files were read for it (`read`).
 
     Raises:
         ValueError: A number in it is NaN or infinite, which JSON has no spelling for.
     """
+    document = document if "read" in document else {**document, "read": files_read()}
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toast_onnx.files import files_read
 from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.console import Advance, print_json, print_table, progress, say_note
 from toast_onnx_cli.links import links_option
@@ -87,7 +86,7 @@ def command(
             note=say_note,
         )
     if as_json:
-        print_json({"model": str(model), "model_sha256": model_hash(model), **result.to_json(), "read": files_read()})
+        print_json({"model": str(model), "model_sha256": model_hash(model), **result.to_json()})
     else:
         _print(result)
 

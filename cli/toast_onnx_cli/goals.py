@@ -21,6 +21,7 @@ from toast_onnx.pruning import prune
 from toast_onnx_cli.calibration_options import sample_progress
 from toast_onnx_cli.console import say_note
 from toast_onnx_cli.numbers import FiniteRange
+from toast_onnx_cli.planning_options import with_ties
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
@@ -122,7 +123,7 @@ class Asked:
         labels: as for `labels.open_labels`; None judges by agreement.
         options: how samples are read, and how many of them are held back.
         shapes: concrete input shapes.
-        target: as for `tied`.
+        target: as for `with_ties`.
         split_shared: as for `prune`.
     """
 
@@ -133,13 +134,6 @@ class Asked:
     shapes: Mapping[str, tuple[int, ...]]
     target: str
     split_shared: bool
-
-
-def tied(settings: Ratios, target: str) -> Ratios:
-    """Settings that keep one head size for a target whose fused kernels want it, unless they say otherwise."""
-    if target != "tensorrt" or settings.given("attention.tie"):
-        return settings
-    return settings.model_copy(update={"attention": settings.attention.model_copy(update={"tie": True})})
 
 
 def holdable(data: str | None, settings: Ratios, given: Mapping[str, Any], wished: int) -> int | None:
@@ -188,7 +182,7 @@ def write_plan(
     found, candidate = CalibratedStatistics(asked.dense, statistics), folder / "candidate.onnx"
 
     def judge() -> Judged:
-        ratios = tied(read_ratios(str(out)), asked.target)
+        ratios = with_ties(read_ratios(str(out)), asked.target)
         small = prune(
             asked.dense,
             ratios,

@@ -46,6 +46,9 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 EXIT_TERMINATED = 143
 
+#: Least address space, in bytes: libraries and their threads map some 300 MiB on a machine of few cores.
+ADDRESS_SPACE = 1 << 30
+
 #: Under which the click context keeps whether `--quiet` was given.
 QUIET = "toast_onnx_cli.quiet"
 
@@ -96,6 +99,7 @@ class LazyGroup(click.Group):
                 setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
         remember_files()
         try:
+            check_address_space()
             for word in sys.argv[1:]:
                 check_text(word, ConfigError)
             result = super().invoke(ctx)
@@ -120,6 +124,24 @@ class LazyGroup(click.Group):
         except MemoryError as error:
             logger.debug("the error came from here", exc_info=True)
             raise click.ClickException("memory ran out; free some, or raise the limit that is set") from error
+
+
+def check_address_space() -> None:
+    """Make sure that the libraries fit into the address space: without room they crash or wait for ever.
+
+    Raises:
+        ConfigError: a limit (`ulimit -v`) is below `ADDRESS_SPACE`.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE:
+        raise ConfigError(
+            f"the address space is limited to {limit >> 20} MiB and {ADDRESS_SPACE >> 20} MiB are the least: raise "
+            "ulimit -v, or limit the memory of a container instead"
+        )
 
 
 def _discard_output() -> None:

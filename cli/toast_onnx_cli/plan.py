@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.files import files_read
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, load_model
 from toast_onnx.planning.cost_table import CostTable, read_table, write_table
@@ -29,6 +29,7 @@ from toast_onnx_cli.planning_options import (
     open_trials,
     planning_inputs,
     planning_options,
+    with_ties,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,19 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
     show_default=True,
     help="Whether whole heads may go where qk or vo may shrink.",
 )
+@click.option(
+    "--target",
+    type=click.Choice(["any", "tensorrt"]),
+    default="any",
+    show_default=True,
+    help="tensorrt ties heads: what fused attention kernels take.",
+)
+@click.option(
+    "--tie-heads/--no-tie-heads",
+    "tie",
+    default=None,
+    help="Keep one width in Q/K and V/Proj, a multiple of 8 from 16; by default with --target tensorrt.",
+)
 @click.option("--points", callback=fractions, default="0.25,0.6", show_default=True, help="Ratios that are measured.")
 @click.option(
     "--sensitivity",
@@ -77,6 +91,8 @@ def command(
     latency: float | None,
     parts: tuple[str, ...],
     drop_heads: bool,
+    target: str,
+    tie: bool | None,
     points: tuple[float, ...],
     results: Path | None,
     costs: Path | None,
@@ -116,6 +132,7 @@ def command(
         ["--sensitivity", "--costs"],
     )
     planning = gather_planning(given)
+    planning = replace(planning, settings=with_ties(planning.settings, target, tie))
     dense = study(load_model(model), planning.shapes)
     check_reachable(dense, planning.settings, chosen[0], parts)
     table, runtime = (None, None) if latency is None else _costs(dense, planning, parts, costs, no_timing)
@@ -127,7 +144,7 @@ def command(
         say_note(plan.missed)
     plan.save(out)
     if as_json:
-        print_json({"ratios_file": str(out), **plan.report(), "read": files_read()})
+        print_json({"ratios_file": str(out), **plan.report()})
     else:
         show_table(plan.table)
         click.echo(f"ratios: {out}")

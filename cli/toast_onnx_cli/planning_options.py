@@ -153,6 +153,21 @@ def _prepare_settings(
     return settings.model_copy(update=changes)
 
 
+def with_ties(settings: Ratios, target: str, tie: bool | None = None) -> Ratios:
+    """Settings that keep one head size for a target whose fused kernels want it, unless they say otherwise.
+
+    Args:
+        settings: what the ratios file says.
+        target: `tensorrt` ties heads where neither the file nor `tie` says whether to.
+        tie: what the command line says.
+    """
+    if tie is None:
+        if target != "tensorrt" or settings.given("attention.tie"):
+            return settings
+        tie = True
+    return settings.model_copy(update={"attention": settings.attention.model_copy(update={"tie": tie})})
+
+
 @contextmanager
 def open_trials(dense: Study, planning: Planning, parts: tuple[str, ...]) -> Iterator[Work]:
     """As `toast_onnx_calibration.work.open_work`, with its progress and notes shown."""

@@ -39,10 +39,10 @@ from toast_onnx_cli.goals import (
     holdable,
     measure_all,
     plan_words,
-    tied,
     write_plan,
 )
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.planning_options import with_ties
 from toast_onnx_cli.prune_inputs import find_statistics, proof_samples, refinement, samples_to_refine
 from toast_onnx_cli.prune_summary import even_notes, head_notes, summary
 from toast_onnx_cli.shapes import shape_option
@@ -143,14 +143,14 @@ def command(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="toast-goal-")))
             reading = gather_options(settings, seed, given)
             asked = Asked(dense, data, given["labels"], reading, shapes, target, split_shared)
-            words = plan_words(given, shapes, seed)
+            words = [*plan_words(given, shapes, seed), "--target", target]
             measured = measure_all(dense, data, folder, reading)
             words += ["--statistics", str(measured)]
             words += ["--sensitivity", str(given["sensitivity"] or folder / "sensitivity.json")]
             words += ["--compensation", compensation] if compensation in ("none", "bias", "ridge") else []
             judged = write_plan(goal, asked, planned, folder, measured, words, skip_unprunable)
             settings = read_ratios(str(planned))
-        settings = tied(settings, target)
+        settings = with_ties(settings, target)
         if compensation is not None:
             kind = settings.compensation.model_copy(update={"kind": compensation})
             settings = settings.model_copy(update={"compensation": kind})

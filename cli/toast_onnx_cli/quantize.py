@@ -8,12 +8,16 @@ from typing import Any
 import click
 
 from toast_onnx.errors import ToastError
+from toast_onnx.report.measured import read_measured
 from toast_onnx_cli.calibration_options import DATA_HELP
 from toast_onnx_cli.console import print_json, print_table, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
+
+#: How many samples the ranges follow from where nothing says otherwise.
+SAMPLES = 64
 
 
 @click.command("quantize")
@@ -36,8 +40,13 @@ from toast_onnx_cli.pixels import max_pixels_option
     "--preprocess", metavar="RECIPE", help="imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."
 )
 @max_pixels_option
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Draw so many for the ranges.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    help="Draw so many for the ranges; 64, or what MODEL was pruned with where that is less.",
+)
+@click.option("--seed", type=click.IntRange(0), help="For that draw; what MODEL was pruned with, else 0.")
+@click.option("--sensitivity", is_flag=True, help="Also quantize one layer at a time, and list what each costs.")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
 @links_option
@@ -58,8 +67,9 @@ def command(
     eval_data: str | None,
     labels: str | None,
     preprocess: str | None,
-    samples: int,
-    seed: int,
+    samples: int | None,
+    seed: int | None,
+    sensitivity: bool,
     batch: int,
     threads: int | None,
     as_json: bool,
@@ -75,6 +85,7 @@ def command(
     out = output or model.with_suffix(f".{to}.onnx")
     others = [] if dense is None else read_files(dense)
     check_destinations([*read_files(model), *others, data, eval_data, labels, preprocess], {"-o": out})
+    pruned_with = read_measured(model)
     options = QuantizeOptions(
         to=to,
         method=method,
@@ -83,10 +94,11 @@ def command(
         keep=keep,
         ends=ends,
         preprocess=preprocess,
-        samples=samples,
-        seed=seed,
+        samples=samples or min(SAMPLES, pruned_with.samples or SAMPLES),
+        seed=pruned_with.seed if seed is None else seed,
         batch=batch,
         threads=threads,
+        sensitivity=sensitivity,
     )
     result = quantize(model, data, out, options)
     for note in result.notes:
@@ -107,8 +119,11 @@ def command(
         "kept": list(result.kept),
         "equalized": result.equalized,
         "samples": result.samples,
+        "seed": options.seed,
         "steps": rows,
     }
+    if sensitivity:
+        document["sensitivity"] = {"measure": "relative error", "layers": dict(result.damages)}
     if as_json:
         print_json(document)
         return
@@ -122,3 +137,9 @@ def command(
             for r in rows
         ]
         print_table(["step", "file", "agrees with first", "top-1"], cells, align=["left", "left", "right", "right"])
+    if sensitivity:
+        print_table(
+            ["layer", "alone in 8 bits: relative error of the output"],
+            [[name, f"{damage:.2e}"] for name, damage in result.damages.items()],
+        )
+        click.echo("--keep NAME leaves a layer as it is")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +136,21 @@ def test_tensorrt_builds_what_comes_out(to: str, exported: Exported, tmp_path: P
     assert row["agreement"] > 0.5
     request = BuildRequest("tensorrt-rtx", batch=(1, 2, 4), options=EngineOptions(compute_capabilities=(89,)))
     assert build(out, tmp_path / "q.engine", request)["engine_bytes"] > 1000
+
+
+def test_layers_are_tried_one_at_a_time(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each against a model in which every other layer was kept."""
+    model, data = prepared
+    options = replace(PLAIN, method="minmax", equalize=None, sensitivity=True)
+    result = quantize(model, data, tmp_path / "q.onnx", options)
+    assert sorted(result.damages) == sorted(result.layers)
+    assert list(result.damages.values()) == sorted(result.damages.values(), reverse=True)
+    x = {"input": np.load(data)}
+    dense = run(model, x)[0].astype(np.float64)
+    for layer in (result.layers[1], result.layers[-1]):
+        others = tuple(name for name in result.layers if name != layer)
+        alone = tmp_path / "alone.onnx"
+        quantize(model, data, alone, replace(options, sensitivity=False, keep=others))
+        error = np.linalg.norm(run(alone, x)[0] - dense) / np.linalg.norm(dense)
+        assert error > 0
+        assert result.damages[layer] == pytest.approx(error, rel=1e-3)

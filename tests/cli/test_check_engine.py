@@ -16,6 +16,7 @@ from tests.engines.test_engine_check import FakeCuda, fake_tensorrt
 from toast_onnx import engines
 from toast_onnx.engines import cuda, engine_check
 from toast_onnx.engines.build import record_path
+from toast_onnx.model import file_hash
 from toast_onnx_cli.check_engine import command
 from toast_onnx_cli.main import LazyGroup
 
@@ -54,6 +55,8 @@ def test_agreement_is_status_0(monkeypatch: pytest.MonkeyPatch) -> None:
     document = json.loads(result.stdout)
     assert document["passed"]
     assert document["tolerance"] == engine_check.TOLERANCES["fp16"]  # from the JSON beside the engine
+    assert document["model_sha256"] == file_hash(Path("m.onnx"))
+    assert [f["file"] for f in document["read"]] == ["m.engine.json", "m.engine"]
     assert document["items"] == 12  # whole batches of 4, the largest the engine takes
 
 

@@ -38,7 +38,7 @@ def test_format_bytes() -> None:
 def test_print_json_keeps_order_and_refuses_nan(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"b": 1, "a": ["é", None]})
     text = capsys.readouterr().out
-    assert list(json.loads(text)) == ["b", "a"]
+    assert list(json.loads(text)) == ["b", "a", "read"]
     with pytest.raises(ValueError, match="JSON"):
         print_json({"x": float("nan")})
 

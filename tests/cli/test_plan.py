@@ -74,6 +74,26 @@ def test_a_plan_is_what_prune_keeps(files: Path) -> None:
     assert share == pytest.approx(found["reached"]["macs"]["share"], abs=1e-9)
 
 
+@pytest.mark.slow
+def test_plans_for_fused_kernels_tie_heads(files: Path) -> None:
+    """One width a head in the plan itself, so that prune removes what was planned."""
+    common = ("m.onnx", "--data", "x.npy", "--threads", "1", "--align-width", "64", "--points", "0.5", "--macs", "0.75")
+    common = (*common, "--parts", "qk,vo,fc2", "--sensitivity", "s.json", "--json", "--overwrite")
+    tied = document(run("plan", *common, "--target", "tensorrt"))
+    assert load_ratios(files / "m.ratios.yaml").attention.tie
+    pairs = [(kept["qk"], kept["vo"]) for kept in tied["kept"].values()]
+    assert all(qk == vo and qk >= 16 and qk % 8 == 0 for qk, vo in pairs)
+    pruned = run("prune", "m.onnx", "--ratios", "m.ratios.yaml", "--data", "x.npy", "--threads", "1", "--json")
+    after = [block["after"] for block in document(pruned)["blocks"]]
+    assert [(sizes["qk_dim"], sizes["vo_dim"]) for sizes in after] == pairs
+    assert tied["reached"]["macs"]["share"] <= 0.75
+    free = document(run("plan", *common, "--target", "tensorrt", "--no-tie-heads"))
+    assert not load_ratios(files / "m.ratios.yaml").attention.tie
+    assert free["predicted"]["damage"] <= tied["predicted"]["damage"]
+    alone = [{"qk,vo,fc2": "qk", "0.75": "0.95"}.get(word, word) for word in common]
+    assert "plan both of them" in error(run("plan", *alone, "--tie-heads", "--no-heads"))
+
+
 def test_a_plan_drops_heads_where_nothing_else_may_shrink(files: Path) -> None:
     common = ("m.onnx", "--data", "x.npy", *QUICK, "--points", "0.5", "--macs", "0.85", "--json")
     found = document(run("plan", *common, "--parts", "heads"))

@@ -307,3 +307,14 @@ def test_a_quantized_model_is_what_ships(source: Path) -> None:
 def test_half_precision_and_quantization_exclude_each_other(source: Path) -> None:
     with pytest.raises(ConfigError, match="has precision: fp16 with quantize"):
         load_deployment(write(source, {**WHOLE, "quantize": {"data": "samples"}}))
+
+
+def test_other_programs_files_are_outputs_of_the_build(source: Path) -> None:
+    source.write_text("version: 1\nmodel: m.onnx\nbuild: {triton: serve, polygraphy: check.py}\n")
+    (step,) = plan_steps(load_deployment(source), source)
+    assert step.arguments[:2] == ("build", "m.onnx")
+    assert " ".join(step.arguments).count("--triton serve --polygraphy check.py") == 1
+    assert step.outputs[2:] == ("serve/m.fp32/config.pbtxt", "serve/m.fp32/1/model.plan", "check.py")
+    source.write_text("version: 1\nmodel: m.onnx\nbuild: {format: ort, triton: serve}\n")
+    with pytest.raises(ConfigError, match="they go with an engine"):
+        load_deployment(source)

@@ -144,6 +144,6 @@ def test_a_silent_fallback_is_found_out(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_tensorrt_providers_are_told_all_shapes_at_once() -> None:
     profile = {"x": ShapeRange((1, 3), (8, 3), (8, 3)), "m": ShapeRange((1,), (8,), (8,))}
-    assert providers._profile_settings("trt", profile)["trt_profile_min_shapes"] == "x:1x3,m:1"
-    assert providers._profile_settings("nv", profile)["nv_profile_max_shapes"] == "x:8x3,m:8"
-    assert providers._profile_settings(None, profile) == {}
+    assert providers.profile_settings("tensorrt", profile)["trt_profile_min_shapes"] == "x:1x3,m:1"
+    assert providers.profile_settings("tensorrt-rtx", profile)["nv_profile_max_shapes"] == "x:8x3,m:8"
+    assert providers.profile_settings("cpu", profile) == {}

@@ -168,3 +168,16 @@ def test_sorting_puts_every_node_after_what_it_reads(random: object, count: int)
     graph = helper.make_graph(chain, "g", [], [])
     sort_nodes(graph)
     assert [n.output[0] for n in graph.node] == [f"t{i + 1}" for i in range(count)]
+
+
+@pytest.mark.parametrize("size", [2e4, 1e6])
+def test_weights_that_would_be_clipped_stay_as_they_are(size: float) -> None:
+    """The converter clips weights at 10,000 without a word; a mask's minus infinity is meant to be."""
+    mask = np.where(np.arange(32) < 3, np.finfo(np.float32).min, 0).astype(np.float32)
+    weights = {"large": np.float32(size), "small": np.float32(1 / size), "mask": mask}
+    proto = graphs.model("b = Mul (x, large) s = Mul (b, small) m = Add (s, mask) y = Softmax (m)", weights)
+    x = np.random.default_rng(1).standard_normal((3, 4, 32)).astype(np.float32) / 64
+    converted, _ = convert_precision(proto, "fp16", large=["b"])
+    assert weight(converted, "large").data_type == TensorProto.FLOAT
+    assert weight(converted, "mask").data_type == TensorProto.FLOAT16
+    assert np.abs(run(converted, x) - run(proto, x)).max() < 1e-3

@@ -9,7 +9,7 @@ import pytest
 from tests.engines import graphs
 from toast_onnx.engines.sensitive import ops_without, spelled_out_norms
 
-EPS = {"eps": np.array(1e-6, np.float32), "two": np.array(2, np.float32)}
+EPS = {"eps": np.array(1e-6, np.float32), "two": np.array(2, np.float32), "one": np.array([1])}
 
 
 def found(nodes: str) -> set[str]:
@@ -38,6 +38,18 @@ def found(nodes: str) -> set[str]:
             "l = ReduceL2 <axes = [-1]> (x) c = Clip (l, eps) s = Shape (x) e = Expand (c, s) y = Div (x, e)",
             {"l", "c", "e", "y"},
             id="L2 norm of cosine attention",
+        ),
+        pytest.param(
+            "t = Transpose <perm = [0, 2, 1]> (x) p = Mul (t, t) v = ReduceMean <axes = [1], keepdims = 0> (p) "
+            "u = Unsqueeze (v, one) e = Add (u, eps) s = Sqrt (e) n = Div (t, s) y = Transpose <perm = [0, 2, 1]> (n)",
+            {"p", "v", "u", "e", "s", "n"},
+            id="permuted norm that drops its axis",
+        ),
+        pytest.param(
+            "f = Cast <to = 1> (x) p = Pow (f, two) v = ReduceMean (p) e = Add (v, eps) s = Sqrt (e) "
+            "c = Cast <to = 1> (s) r = Reciprocal (c) n = Mul (f, r) y = Cast <to = 1> (n)",
+            {"p", "v", "e", "s", "c", "r"},
+            id="RMS norm with casts",
         ),
     ],
 )

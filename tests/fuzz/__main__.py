@@ -57,6 +57,7 @@ def fuzz(seed: int, seconds: float, exports: Path) -> int:
                 result = "different"
             counts[name][result if result in KINDS else "tracebacks"] += 1
         seed += 1
+    worker.close()
     for name, count in counts.items():
         print(f"{name}: {count.total()} tried, " + ", ".join(f"{count[k]} {k}" for k in KINDS))
     total = sum(counts.values(), Counter[str]())

@@ -54,6 +54,11 @@ class Worker:
             return "dies", 0
         return result, memory
 
+    def close(self) -> None:
+        """Let the process end."""
+        self._connection.send(None)
+        self._process.join()
+
     def _worked(self) -> float:
         """Processor time of the process so far, in seconds; 0 where the system does not tell."""
         try:

@@ -87,6 +87,23 @@ def test_heads_are_searched_with_their_dimensions() -> None:
         assert (found.damage, found.cost) == pytest.approx(best)
 
 
+@pytest.mark.parametrize("with_heads", [False, True])
+def test_tied_parts_keep_the_same(with_heads: bool) -> None:
+    cost, dense = WidthCost(qk=10, vo=12, fc2=3, pair=1, heads=4), {0: {"heads": 4, "qk": 16, "vo": 16}}
+    damages = ((0.3, 0.1, 0.0), (1.0, 0.7, 0.0))
+    parts = ("qk", "vo")
+    offered = [PartChoice(0, p, (4, 8, 16), d, True) for p, d in zip(parts, damages, strict=True)]  # type: ignore[arg-type]
+    if with_heads:
+        offered.append(PartChoice(0, "heads", (2, 4), (0.2, 0.0)))
+    (group,) = group_choices(offered, {0: cost}, dense)  # type: ignore[arg-type]
+    found = {tuple(map(int, row)): float(d) for row, d in zip(group.widths, group.damages, strict=True)}
+    expected = {}
+    for kept, *pair in zip((4, 8, 16), *damages, strict=True):
+        for heads, harm in ((2, 0.2), (4, 0.0)) if with_heads else ((4, 0.0),):
+            expected[(kept, kept, heads)[: len(offered)]] = sum(pair) * heads / 4 + harm
+    assert found == pytest.approx(expected)
+
+
 def test_nothing_to_choose() -> None:
     with pytest.raises(ConfigError, match="no part"):
         search([], 0.5, 1.0, "macs")

@@ -114,6 +114,25 @@ def test_the_report_names_every_file_that_was_read(tmp_path: Path) -> None:
         assert f"{name} {digest[:12]}" in result.stdout
 
 
+def test_every_command_that_prints_json_names_what_it_read(tmp_path: Path) -> None:
+    graph, y = block()
+    path, data = graph.save(tmp_path / "model.onnx", y), tmp_path / "x.npy"
+    np.save(data, np.random.default_rng(0).standard_normal((64, TOKENS, WIDTH)).astype(np.float32))
+    trials = ["--parts", "fc2", "--ratios", "0.5", "--samples", "8"]
+    for words, read in (
+        (["inspect", path], []),
+        (["sensitivity", path, "--data", data, *trials], ["x.npy"]),
+        (["costs", path, "--parts", "fc2", "--rounds", "1", "--widths", "2"], []),
+        (["bench", path, "--rounds", "1"], []),
+        (["build", path, "--format", "onnx", "--precision", "fp16"], []),
+    ):
+        result = CliRunner().invoke(main, [*map(str, words), "--json"])
+        assert result.exit_code == 0, (words, result.output)
+        document = json.loads(result.stdout)
+        assert [f["file"] for f in document["read"]] == read, words
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in json.dumps(document), words
+
+
 def test_a_file_that_was_written_again_has_no_hash(tmp_path: Path) -> None:
     remember_files()
     (tmp_path / "a").write_bytes(b"1")

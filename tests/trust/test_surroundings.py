@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.matching.tiny import block
-from toast_onnx.errors import ConfigError, ModelError
+from toast_onnx.errors import ConfigError, DataError, ModelError
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.strict_yaml import write_text_atomically
+from toast_onnx_calibration.images import find_images
 
 
 @pytest.fixture
@@ -39,6 +42,16 @@ def test_stdout_that_was_closed(model: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no ulimit on Windows")
+def test_an_address_space_that_is_too_small(model: Path) -> None:
+    """Further on libraries would end in a crash, or wait for threads that never start."""
+    program = f"'{sys.executable}' -m toast_onnx_cli.main inspect '{model}'"
+    done = subprocess.run(["sh", "-c", f"ulimit -v 500000; {program}"], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: the address space is limited to 488 MiB and 1024 MiB are the least")
+
+
 def test_a_name_of_thousands_of_letters() -> None:
     done = shell(f"inspect {'a' * 4000}.onnx")
     assert done.returncode == 1
@@ -59,6 +72,27 @@ def test_names_that_are_not_text(model: Path) -> None:
         assert line == f"Error: the name {model.parent}/m\\xff.onnx is not text in UTF-8; choose another name"
     with pytest.raises(ModelError, match="not text in UTF-8"):
         save_model(load_model(named), named)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+@pytest.mark.parametrize("name", [b"b\xff.png", b"of\xff/b.png"])
+def test_images_whose_names_are_not_text(name: bytes, tmp_path: Path) -> None:
+    """They could stand in no fingerprint and in no report."""
+    odd = tmp_path / os.fsdecode(name)
+    odd.parent.mkdir(exist_ok=True)
+    for path in (tmp_path / "a.png", odd):
+        Image.new("RGB", (4, 4)).save(path)
+    shown = name.decode(errors="backslashreplace")
+    with pytest.raises(DataError, match=re.escape(f"the name {shown} is not text in UTF-8")):
+        find_images(tmp_path)
+
+
+def test_data_with_a_name_that_is_too_long(model: Path) -> None:
+    done = shell(f"calibrate '{model}' --data {'a' * 300}.png")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert line.endswith("File name too long; give another name")
 
 
 @pytest.mark.parametrize("length", [240, 246, 300])

@@ -129,6 +129,8 @@ class Build(StepSettings):
 
     Attributes:
         baseline: Build the dense model too, to compare with.
+        triton: Folder of a Triton model repository that gets the engine.
+        polygraphy: File of a script that compares the engine with its model by Polygraphy.
     """
 
     format: Literal["engine", "ort"] = "engine"
@@ -142,6 +144,8 @@ class Build(StepSettings):
     version_compatible: bool = False
     uneven_heads: Literal["auto", "pad", "write-out"] | None = None
     baseline: bool = True
+    triton: Text | None = None
+    polygraphy: Text | None = None
 
 
 class Compare(StepSettings):
@@ -228,6 +232,8 @@ class Deployment(Section):
             raise invalid("has bench.runtime: trtexec, which needs an engine; add `build: {}`, or use onnxruntime")
         if self.build is not None and self.build.format == "ort" and self.precision not in ("fp32", "fp16"):
             raise invalid(f"has precision: {self.precision} with build.format: ort, which takes fp32 or fp16")
+        if self.build is not None and not engine and (self.build.triton or self.build.polygraphy):
+            raise invalid("has triton or polygraphy with format: ort; they go with an engine", suffix="build")
         if self.quantize is not None and self.precision in ("fp16", "bf16"):
             raise invalid(f"has precision: {self.precision} with quantize, which works on float32; leave precision out")
         if self.prune is not None and self.prune.data is not None and self.prune.statistics is not None:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from toast_onnx.deploy.config import Deployment
+from toast_onnx.engines.triton import repository_files
 from toast_onnx.planning.ratios import load_ratios
 from toast_onnx.planning.settings import Section
 
@@ -216,15 +217,18 @@ def _build(config: Deployment, files: Files) -> list[Step]:
     beside = _wants_baseline(config) and engine
     # The dense one first: the pruned one's fused attentions are held against its own.
     known = ["--baseline", files.dense_engine] if beside else []
-    jobs: list[tuple[str, str, str, list[str]]] = [("build", files.ships, files.engine, known)]
+    also = _options(build, "triton", "polygraphy")
+    jobs: list[tuple[str, str, str, list[str]]] = [("build", files.ships, files.engine, [*known, *also])]
     if beside:
         jobs.insert(0, ("build-dense", files.baseline, files.dense_engine, []))
+    served = () if build.triton is None else repository_files(Path(build.triton), Path(files.engine))
+    made = {"build": (*map(str, served), *_some((build.polygraphy,)))}
     return [
         Step(
             name,
             ("build", model, *options, *more, "-o", target, "--overwrite", "--json"),
-            _some((model, f"{files.dense_engine}.json" if more else None)),
-            (target, f"{target}.json"),
+            _some((model, f"{files.dense_engine}.json" if "--baseline" in more else None)),
+            (target, f"{target}.json", *made.get(name, ())),
             packages=_TENSORRT if engine else _RUNTIME,
             needs="builder" if engine else None,
         )

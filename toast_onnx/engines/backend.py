@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from toast_onnx.engines.profiles import ShapeRange
 from toast_onnx.errors import BackendError, ConfigError
+from toast_onnx.files import regular_file
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,10 @@ def read_if_there(path: os.PathLike[str]) -> bytes:
     Raises:
         BackendError: it exists and cannot be read.
     """
+    if not os.path.lexists(path):
+        return b""
+    regular_file(path, BackendError, "name another file")
     try:
         return Path(path).read_bytes()
-    except FileNotFoundError:
-        return b""
     except OSError as e:
         raise BackendError(f"{path} cannot be read: {e.strerror or e}") from e

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from toast_onnx.engines.precision import PRECISIONS, convert_precision, stated_p
 from toast_onnx.engines.profiles import Shape, ShapeRange, build_profile, graph_inputs
 from toast_onnx.engines.record import read_record, record_path
 from toast_onnx.errors import ConfigError
-from toast_onnx.files import check_place, drafts, exchange, settle, write_beside, write_synced
+from toast_onnx.files import check_place, drafts, exchange, files_read, settle, write_beside, write_synced
 from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_draft
 
 
@@ -41,6 +41,7 @@ class BuildRequest:
         max_shapes: largest shape by input name.
         uneven_heads: what to do with attention whose Q/K and V have different widths: `auto`, `pad` or `write-out`.
         baseline: the dense model's engine, to hold the number of fused attentions against.
+        large: tensors that float16 cannot hold; the nodes around them stay in float32.
         options: everything else; its profile and tf32 are filled in from the fields above.
     """
 
@@ -53,6 +54,7 @@ class BuildRequest:
     max_shapes: dict[str, Shape] = field(default_factory=dict)
     uneven_heads: str = "auto"
     baseline: Path | None = None
+    large: Collection[str] = ()
     options: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -106,7 +108,9 @@ def build(model_path: Path, output: Path, request: BuildRequest, progress: Progr
         spelled = settled.model
         if spelled is not model:
             spelled = load_model(write_draft(spelled, Path(folder), model.path.name))
-        source, said = precise_file(spelled, request.precision, Path(folder), fp16_io=request.fp16_io)
+        source, said = precise_file(
+            spelled, request.precision, Path(folder), fp16_io=request.fp16_io, large=request.large
+        )
         started = time.perf_counter()
         engine = build_engine(backend, source, options, progress)
         seconds = time.perf_counter() - started
@@ -126,6 +130,7 @@ def build(model_path: Path, output: Path, request: BuildRequest, progress: Progr
         "precision": request.precision,
         "converted": request.precision in ("fp16", "bf16") and not said,
         "fp16_io": request.fp16_io,
+        "kept_fp32": sorted(request.large),
         "profile": {name: shapes.as_dict() for name, shapes in profile.items()},
         "fixed_shapes": _fixed_shapes(model.proto),
         "compute_capabilities": list(options.compute_capabilities),
@@ -137,6 +142,7 @@ def build(model_path: Path, output: Path, request: BuildRequest, progress: Progr
         "device": gpu_name(),
         "attention": attention,
         "notes": [*notes, *settled.notes, *said],
+        "read": files_read(),
     }
     write_with_record(output, engine.plan, record)
     return record
@@ -185,7 +191,9 @@ def record_bytes(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, indent=2) + "\n").encode()
 
 
-def precise_file(model: Model, precision: str, folder: Path, *, fp16_io: bool = False) -> tuple[Path, list[str]]:
+def precise_file(
+    model: Model, precision: str, folder: Path, *, fp16_io: bool = False, large: Collection[str] = ()
+) -> tuple[Path, list[str]]:
     """The file a build should read: the model itself, or a 16-bit copy of it in `folder`.
 
     Returns:
@@ -200,7 +208,7 @@ def precise_file(model: Model, precision: str, folder: Path, *, fp16_io: bool = 
     if as_it_is or precision in ("fp32", "tf32"):
         _, notes = convert_precision(model.proto, precision, fp16_io=fp16_io)
         return model.path, notes
-    converted, notes = convert_precision(with_weights(model), precision, fp16_io=fp16_io)
+    converted, notes = convert_precision(with_weights(model), precision, fp16_io=fp16_io, large=large)
     return write_draft(Model(converted, folder / model.path.name), folder, f"{precision}.onnx"), notes
 
 

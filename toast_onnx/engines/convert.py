@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from toast_onnx.engines.build import record_bytes, with_weights
 from toast_onnx.engines.precision import convert_precision
 from toast_onnx.engines.record import record_path
 from toast_onnx.errors import ConfigError
+from toast_onnx.files import files_read
 from toast_onnx.model import Model, file_hash, load_model, opset_of, staged_model, stored_bytes
 
 
-def convert_file(model_path: Path, output: Path, *, precision: str, fp16_io: bool = False) -> dict[str, Any]:
+def convert_file(
+    model_path: Path, output: Path, *, precision: str, fp16_io: bool = False, large: Collection[str] = ()
+) -> dict[str, Any]:
     """Write the model with a precision in its graph's types, and a JSON beside it.
 
     Args:
@@ -22,6 +26,7 @@ def convert_file(model_path: Path, output: Path, *, precision: str, fp16_io: boo
         output: the ONNX file to write; `build` takes it with the same precision and leaves its types alone.
         precision: `fp16` or `bf16`.
         fp16_io: float16 inputs and outputs too (with `fp16`).
+        large: tensors that float16 cannot hold; the nodes around them stay in float32.
 
     Returns:
         What the JSON holds, as for `build`.
@@ -37,7 +42,7 @@ def convert_file(model_path: Path, output: Path, *, precision: str, fp16_io: boo
         raise ConfigError(f"{output} is the model itself; choose another name with -o")
     model = load_model(model_path)
     started = time.perf_counter()
-    converted, notes = convert_precision(with_weights(model), precision, fp16_io=fp16_io)
+    converted, notes = convert_precision(with_weights(model), precision, fp16_io=fp16_io, large=large)
     with staged_model(Model(converted, output), output, record_path(output)) as staged:
         record = {
             "engine": output.name,
@@ -51,8 +56,10 @@ def convert_file(model_path: Path, output: Path, *, precision: str, fp16_io: boo
             "precision": precision,
             "converted": not notes,
             "fp16_io": fp16_io,
+            "kept_fp32": sorted(large),
             "build_seconds": round(time.perf_counter() - started, 3),
             "notes": notes,
+            "read": files_read(),
         }
         staged.beside = record_bytes(record)
     return record

@@ -13,6 +13,7 @@ from toast_onnx.engines.backend import Backend, load
 from toast_onnx.engines.cuda import Driver, driver
 from toast_onnx.engines.engine import tensorrt_logger
 from toast_onnx.errors import BackendError, ConfigError
+from toast_onnx.files import regular_file
 
 #: Largest difference accepted, over the largest magnitude of the reference output. DeiT-T's float16 copy differs by up
 #: to 0.005 on the CPU; bfloat16 has three bits less, so eight times that; TF32 rounds factors as float16 does.
@@ -124,6 +125,7 @@ class EngineRunner:
         self._gpu.use()
         self._trt: Any = load(backend)
         self._runtime = self._trt.Runtime(tensorrt_logger(self._trt))
+        regular_file(engine, BackendError, "give the path of an engine")
         try:
             data = engine.read_bytes()
         except OSError as e:

@@ -10,6 +10,7 @@ from typing import Any
 import toast_onnx
 from toast_onnx.engines.build import precise_file, write_with_record
 from toast_onnx.errors import BackendError, ConfigError
+from toast_onnx.files import files_read
 from toast_onnx.model import file_hash, load_model, stored_bytes
 
 #: Optimizer levels. `all` lays tensors out for the machine that builds; the others give a portable file.
@@ -78,6 +79,7 @@ def build_ort(
         "level": level,
         "build_seconds": round(time.perf_counter() - started, 3),
         "notes": notes,
+        "read": files_read(),
     }
     write_with_record(output, written, record)
     return record

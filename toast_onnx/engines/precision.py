@@ -18,6 +18,7 @@ than this package runs on.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import onnx
 import onnx.external_data_helper
@@ -31,11 +32,13 @@ from toast_onnx.engines.casts import (
     sort_nodes,
     unique_value_info,
 )
-from toast_onnx.engines.sensitive import SENSITIVE_OPS, ops_without, spelled_out_norms
+from toast_onnx.engines.sensitive import SENSITIVE_OPS, clipped_weights, nodes_at, ops_without, spelled_out_norms
 from toast_onnx.errors import BackendError, ConfigError, ModelError
 
 #: Precisions a build can be asked for. `tf32` is float32 storage with 10-bit mantissas inside matrix products.
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+#: The largest number of float16, and how far the largest magnitude seen on samples has to stay below it.
+FLOAT16_MAX, HEADROOM = 65504.0, 2.0
 #: Metadata key that a converted model carries, with its precision as the value: nobody converts it twice.
 MARK = "toast_onnx.precision"
 #: Weights above this many elements never decide a shape, so shape inference need not see their values.
@@ -78,7 +81,7 @@ def _check_in_memory(proto: onnx.ModelProto) -> None:
 
 
 def convert_precision(
-    proto: onnx.ModelProto, precision: str, *, fp16_io: bool = False
+    proto: onnx.ModelProto, precision: str, *, fp16_io: bool = False, large: Collection[str] = ()
 ) -> tuple[onnx.ModelProto, list[str]]:
     """Put a precision into a graph's types.
 
@@ -87,6 +90,7 @@ def convert_precision(
             `toast_onnx.engines.build.with_weights` reads them.
         precision: one of `PRECISIONS`; `fp32` and `tf32` return the model as it is.
         fp16_io: make float inputs and outputs float16 too (for `fp16` only).
+        large: tensors that float16 cannot hold; the nodes that make or read them stay in float32 (for `fp16` only).
 
     Returns:
         The converted model, marked as such, and sentences about what was not done as asked. A model that was
@@ -117,7 +121,7 @@ def convert_precision(
     floats = [t for t in draft.graph.initializer if t.data_type == TensorProto.FLOAT]
     exact = {t.name: numpy_helper.to_array(t) for t in floats} if precision == "bf16" else {}
     known = {name for n in draft.graph.node for name in n.output}
-    converted = _to_float16(draft, "tensor(float16)" if precision == "fp16" else "tensor(bfloat16)", fp16_io)
+    converted = _to_float16(draft, "tensor(float16)" if precision == "fp16" else "tensor(bfloat16)", fp16_io, large)
     join_casts(converted.graph, known)
     if precision == "bf16":
         retype_bfloat16(converted.graph, exact)
@@ -128,14 +132,16 @@ def convert_precision(
     return converted, []
 
 
-def _to_float16(draft: onnx.ModelProto, type_name: str, fp16_io: bool) -> onnx.ModelProto:
+def _to_float16(draft: onnx.ModelProto, type_name: str, fp16_io: bool, large: Collection[str] = ()) -> onnx.ModelProto:
     """Run the converter with everything sensitive, and everything the wanted type does not exist for, left out."""
     from onnxruntime.transformers import float16
 
     blocked_ops = set(float16.DEFAULT_OP_BLOCK_LIST) | SENSITIVE_OPS | ops_without(draft, type_name)
-    blocked_nodes = spelled_out_norms(draft.graph)
+    half = type_name == "tensor(float16)"  # bfloat16 holds what float32 does, and its weights are not the converter's
+    kept = {*large, *clipped_weights(draft.graph)} if half else set()
+    blocked_nodes = spelled_out_norms(draft.graph) | nodes_at(draft.graph, kept)
     try:
-        _infer_types(draft)
+        infer_types(draft)
         converted: onnx.ModelProto = float16.convert_float_to_float16(
             draft,
             keep_io_types=not fp16_io,
@@ -148,7 +154,7 @@ def _to_float16(draft: onnx.ModelProto, type_name: str, fp16_io: bool) -> onnx.M
     return converted
 
 
-def _infer_types(proto: onnx.ModelProto) -> None:
+def infer_types(proto: onnx.ModelProto) -> None:
     """Add value_info for every tensor, without serialising large weights: inference takes 2 GB of bytes at most."""
     shell = onnx.ModelProto()
     shell.CopyFrom(proto)

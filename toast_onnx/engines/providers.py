@@ -29,16 +29,16 @@ def open_session(
         BackendError: the provider is not installed or does not work here.
         ModelError: the model does not load.
     """
-    prefix = known_provider(provider).shape_prefix
     from toast_onnx.ort import session_options
 
     options = session_options()
     options.intra_op_num_threads = threads or 0
-    return open_on(str(path), provider, options, _profile_settings(prefix, profile or {}))
+    return open_on(str(path), provider, options, profile_settings(provider, profile or {}))
 
 
-def _profile_settings(prefix: str | None, profile: Mapping[str, ShapeRange]) -> dict[str, str]:
+def profile_settings(provider: str, profile: Mapping[str, ShapeRange]) -> dict[str, str]:
     """Explicit shape ranges in the TensorRT providers' spelling: `x:1x3x224x224,y:1x10`."""
+    prefix = known_provider(provider).shape_prefix
     if prefix is None or not profile:
         return {}
     return {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
+import numpy as np
 import onnx
-from onnx import NodeProto
+from onnx import NodeProto, numpy_helper
 
 #: Operators whose sums, squares or exponentials leave float16's range or lose its 11 bits.
 SENSITIVE_OPS = frozenset(
@@ -26,8 +27,13 @@ SENSITIVE_OPS = frozenset(
     }
 )
 _REDUCTIONS = frozenset({"ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare"})
-#: What lies between a reduction and the division it is for.
-_STEPS = frozenset({"Add", "Clip", "Expand", "Max", "Pow", "Sqrt", "Sub"})
+#: What lies between a reduction and the division it is for; movement, where the reduced axis goes and comes back.
+_STEPS = frozenset({"Add", "Cast", "Clip", "Expand", "Identity", "Max", "Pow", "Reshape", "Sqrt", "Squeeze", "Sub"}) | {
+    "Transpose",
+    "Unsqueeze",
+}
+#: Where the converter clips weights, and from where on a number in a mask only means "very small".
+CLIPPED_AT, STANDS_FOR_INFINITY = 1e4, 1e30
 _ENDS = frozenset({"Div", "Reciprocal"})
 
 
@@ -51,6 +57,26 @@ def ops_without(proto: onnx.ModelProto, type_name: str) -> set[str]:
         if any("tensor(float)" in types and type_name not in types for types in taken):
             found.add(op_type)
     return found
+
+
+def clipped_weights(graph: onnx.GraphProto) -> set[str]:
+    """Names of float32 weights that ONNX Runtime's converter would clip, where that would change a result.
+
+    It clips at 10,000, for the sake of masks whose entries stand for minus infinity; those may be clipped.
+    """
+    found = set()
+    for tensor in graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            sizes = np.abs(numpy_helper.to_array(tensor))
+            if ((sizes > CLIPPED_AT) & (sizes < STANDS_FOR_INFINITY)).any():
+                found.add(tensor.name)
+    return found
+
+
+def nodes_at(graph: onnx.GraphProto, tensors: Collection[str]) -> set[str]:
+    """Names of the nodes that make or read one of some tensors."""
+    wanted = set(tensors)
+    return {node.name for node in graph.node if not wanted.isdisjoint((*node.input, *node.output))}
 
 
 def spelled_out_norms(graph: onnx.GraphProto) -> set[str]:

@@ -27,12 +27,14 @@ class PartChoice:
         part: heads, qk, vo, fc1 or fc2.
         widths: kept counts to choose from, the dense width among them.
         damages: predicted damage at the output for each of them.
+        tied: whether it keeps as many as the other tied part of its block.
     """
 
     block: int
     part: Part
     widths: tuple[int, ...]
     damages: tuple[float, ...]
+    tied: bool = False
 
     @property
     def dense(self) -> int:
@@ -80,17 +82,17 @@ def aligned_widths(dense: int, align: int) -> tuple[int, ...]:
 
 
 def joined(choices: Sequence[PartChoice]) -> list[list[PartChoice]]:
-    """Choices side by side that depend on each other: fc1 with fc2, and heads with the dimensions of heads."""
+    """Choices that depend on each other side by side: fc1 with fc2, heads with their dimensions, tied ones."""
     with_heads = {c.block for c in choices if c.part == "heads"}
     found: dict[tuple[int, str], list[PartChoice]] = {}
     for c in choices:
-        room = "ffn" if c.part in ("fc1", "fc2") else "attention" if c.block in with_heads else c.part
+        room = "ffn" if c.part in ("fc1", "fc2") else "attention" if c.tied or c.block in with_heads else c.part
         found.setdefault((c.block, room), []).append(c)
     return list(found.values())
 
 
 def combinations(members: Sequence[PartChoice]) -> tuple[NDArray[np.int64], Array]:
-    """All combinations of what joined parts may keep.
+    """All combinations of what joined parts may keep; tied ones keep the same.
 
     Fewer dimensions harm the heads that stay, so that their damage counts for those alone.
 
@@ -103,7 +105,9 @@ def combinations(members: Sequence[PartChoice]) -> tuple[NDArray[np.int64], Arra
         if member.part == "heads":
             others = np.arange(len(members)) != k
             damages[:, others] *= widths[:, k : k + 1] / member.dense
-    return widths, damages.sum(axis=1)
+    tied = [k for k, member in enumerate(members) if member.tied]
+    allowed = (widths[:, tied] == widths[:, tied[:1]]).all(axis=1) if tied else np.ones(len(widths), bool)
+    return widths[allowed], damages[allowed].sum(axis=1)
 
 
 def group_choices(
