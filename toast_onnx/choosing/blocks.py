@@ -189,7 +189,7 @@ class _Solver:
             wo, bo = heads.wo, heads.bo
         if kept is None:
             return v, ProjWeights(wo, bo)
-        if self.ratio.select == "subspace":
+        if self.ratio.select == "subspace" and attention.side is None:
             assert context is not None
             solved = solve_vo_subspace(v.weight, v.bias, wo, bo, context, kept, self.compensation, self.ridge, gamma)
         else:

@@ -164,7 +164,7 @@ def _vo(study: Study, a: Attention, settings: BlockRatios, kind: str, context: M
     wv, wo = _values_and_read_out(study, a)
     heads, d, _ = wo.shape
     s = context.covariance
-    if settings.select == "subspace":
+    if settings.select == "subspace" and a.side is None:
         own = np.stack([s[h * d : (h + 1) * d, h * d : (h + 1) * d] for h in range(heads)])
         values = np.linalg.svd(root(own) @ wo, compute_uv=False)  # (H, min(d, C_out))
         return tail_energies(np.pad(values, ((0, 0), (0, d - values.shape[1]))))

@@ -194,7 +194,8 @@ def founded(study: Study, block: Block, part: str) -> bool:
     """Whether synthetic tokens stand for real ones in a part of a block: all its layers read what a norm made.
 
     A sum in which a norm's output is an addend counts (positions that are added; norms behind the branches, as in Swin
-    V2), and so does what no input reaches (a learned query).
+    V2), and so does what no input reaches (a learned query). Values that are also convolved do not: what a convolution
+    makes follows from tokens beside each other, of which made-up ones know nothing.
 
     Args:
         study: the model.
@@ -206,6 +207,8 @@ def founded(study: Study, block: Block, part: str) -> bool:
         read = [] if block.ffn is None else list(block.ffn.entries)
     elif block.attention is not None:
         a = block.attention
+        if a.side is not None and part != "qk":
+            return False
         read = [b.linear for b in {"qk": (a.q, a.k), "vo": (a.v,)}.get(part, (a.q, a.k, a.v)) if b is not None]
     return all(_rests_on_norm(study, each) for each in read)
 

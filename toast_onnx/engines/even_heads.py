@@ -125,7 +125,7 @@ def _by_weights(found: Study) -> Model:
 def _padded(found: Study, attention: Attention, size: int) -> AttentionWeights | None:
     """The weights of an attention with both widths `size`; None where they cannot be reached."""
     q, k, v, proj = attention.q, attention.k, attention.v, attention.proj
-    if q is None or k is None or v is None or proj is None or attention.cosine or attention.regions:
+    if q is None or k is None or v is None or proj is None or attention.cosine or attention.regions or attention.side:
         return None
     if attention.core.kind not in ("matmul", "attention") or attention.qk_reason or attention.vo_reason:
         return None

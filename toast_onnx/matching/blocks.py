@@ -34,6 +34,29 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class ValueSide:
+    """What else reads the values: nodes that act on each channel alone, their result added to the weighted sum.
+
+    Attributes:
+        enter: positions of the data movement from V's layer to `start`.
+        start: what the first of the nodes reads, channels on axis 1.
+        nodes: positions of the nodes that act on each channel alone, in graph order.
+        end: what the last of them makes, channels on axis 1.
+        leave: positions of the data movement from `end` to the sum.
+        layout: where the channels of V's layer lie in `start`.
+        exit: where the channels of `end` lie in the output projection's input.
+    """
+
+    enter: tuple[int, ...]
+    start: str
+    nodes: tuple[int, ...]
+    end: str
+    leave: tuple[int, ...]
+    layout: Layout
+    exit: Layout
+
+
+@dataclass(frozen=True)
 class Attention:
     """A matched attention.
 
@@ -51,6 +74,7 @@ class Attention:
         units: (qk_dim,) which dimensions stay or go together where there are regions; None where there are none.
         heads_reason: why whole heads cannot be dropped, None when they can.
         head_region: what handles all heads between the layers; None where heads cannot be dropped.
+        side: what is made of the values beside the weighted sum and added to it; None where nothing is.
     """
 
     core: Core
@@ -68,6 +92,7 @@ class Attention:
     units: np.ndarray | None = None
     heads_reason: str | None = None
     head_region: HeadRegion | None = None
+    side: ValueSide | None = None
 
     @property
     def pairs(self) -> np.ndarray | None:

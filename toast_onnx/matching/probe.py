@@ -89,7 +89,7 @@ def _unchanged_by_sum(facts: Facts, node: onnx.NodeProto) -> str | None:
     return None
 
 
-def _passes(view: GraphView, facts: Facts, i: int) -> bool:
+def passes(view: GraphView, facts: Facts, i: int) -> bool:
     """Whether a node computes nothing: it moves its data, passes it on, multiplies it by one or adds zero."""
     scaled = scalar_factor(view, facts, i)
     return is_plain(view, i) or (scaled is not None and scaled[1] == 1.0)
@@ -213,9 +213,22 @@ def _hint(view: GraphView, i: int) -> str:
 
 
 def walk_forward(
-    view: GraphView, facts: Facts, linears_by_input: Mapping[str, list[Linear]], start: str, what: str
+    view: GraphView,
+    facts: Facts,
+    linears_by_input: Mapping[str, list[Linear]],
+    start: str,
+    what: str,
+    total: int | None = None,
 ) -> Walk:
     """Follow data movement from an attention core's output to the one linear layer that reads it.
+
+    Args:
+        view: the graph.
+        facts: its facts.
+        linears_by_input: linear layers by what they read.
+        start: the attention core's output.
+        what: its name in messages.
+        total: position of a sum on the way whose other addend is understood, None where there is none.
 
     Raises:
         Decline: something else reads it, or a node on the way computes something.
@@ -233,7 +246,7 @@ def walk_forward(
                 found[i] = readers[i]
             elif view.nodes[i].op_type in ("Shape", "Size"):
                 continue
-            elif _passes(view, facts, i):
+            elif i == total or passes(view, facts, i):
                 if i not in nodes:
                     nodes.add(i)
                     pending.extend(name for name in view.nodes[i].output if name)
@@ -280,6 +293,8 @@ def propagate(view: GraphView, facts: Facts, nodes: Iterable[int], seed: str) ->
         data = data_inputs(view, i)
         if (scaled := scalar_factor(view, facts, i)) is not None:
             data = [scaled[0]]
+        elif node.op_type == "Add":  # of two activations: the one that is followed
+            data = [name for name in node.input if name in labels]
         if not any(name in labels for name in data):
             continue
         if node.op_type not in MOVEMENT:

@@ -84,8 +84,9 @@ def _fused_attention(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | No
 
 
 def attention_macs(view: GraphView, facts: Facts, attention: Attention) -> int:
-    """Multiply-accumulates of an attention: its four projections and two products."""
+    """Multiply-accumulates of an attention: its four projections, two products, and what convolves the values."""
     nodes = set(attention.core.nodes) | {linear.node for linear in attention_linears(attention)}
+    nodes |= set() if attention.side is None else set(attention.side.nodes)
     return sum(node_macs(view, facts, i) for i in nodes)
 
 
