@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from toast_onnx.choosing.blocks import Widths
+from toast_onnx.choosing.groups import for_each_query
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.importance.moments import Moments, merge
 from toast_onnx.importance.scores import attention_score, ffn_score
@@ -61,7 +62,8 @@ class SyntheticStatistics:
         view, facts = self._study.view, self._study.facts
         branches = {"q": attention.q, "k": attention.k, "v": attention.v}
         present = {name: b for name, b in branches.items() if b is not None}
-        weights = {name: head_weights(view, facts, b) for name, b in present.items()}
+        shared = {"k": attention.qk_groups, "v": attention.vo_groups}
+        weights = {name: for_each_query(head_weights(view, facts, b), shared.get(name)) for name, b in present.items()}
         self._check(block, *(array for w in weights.values() for array in (w.weight, w.bias)))
         fallback = next(iter(weights.values()))
         q, k, v = (weights.get(name, fallback) for name in "qkv")

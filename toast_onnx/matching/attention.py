@@ -15,9 +15,10 @@ from toast_onnx.matching.droppable_heads import match_heads
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.flattening import before_flattening
 from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.groups import shared_heads
 from toast_onnx.matching.layout import Layout, check_spelling, invert_labels, read_layout
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.probe import Decline, Walk, check_readers, propagate, walk_back, walk_forward
+from toast_onnx.matching.probe import Decline, Walk, before_repeats, check_readers, propagate, walk_back, walk_forward
 from toast_onnx.matching.value_side import SidePath, find_side, match_side
 
 Outcome = tuple[Branch | None, str | None]
@@ -47,6 +48,8 @@ def match_attention(
         try:
             walks[name] = walk_back(view, facts, linears, tensor, name)
             _same_scale(view, facts, other, linears, tensor, name, walks[name])
+            if name != "Q":
+                walks[name] = before_repeats(view, facts, walks[name], name)
         except Decline as e:
             reasons[name] = str(e)
     path = find_side(view, facts, walks["V"].linear, core.context) if "V" in walks else None
@@ -95,18 +98,24 @@ def _with_layouts(
             qk_reason = None
         except Decline as e:
             qk_reason = f"{qk_reason}; {e}"
-    if q is not None and k is not None and q.layout.channels.shape != k.layout.channels.shape:
-        qk_reason = "Q and K have different numbers of heads or dimensions"
-    if v is not None and proj is not None and v.layout.channels.shape != proj.layout.channels.shape:
-        vo_reason = "V and the output projection have different numbers of heads or dimensions"
+    qk_groups = vo_groups = None
+    if q is not None and k is not None:
+        try:
+            k, qk_groups = shared_heads(view, facts, core, k, "K", q.layout, bool(regions))
+        except Decline as e:
+            qk_reason = str(e)
+    if v is not None and proj is not None:
+        try:
+            v, vo_groups = shared_heads(view, facts, core, v, "V", proj.layout, False)
+        except Decline as e:
+            vo_reason = str(e)
     side = None
     if path is not None:
         if v is None or proj is None or vo_reason is not None:
             raise Decline(vo_reason or "V and the output projection were not found")
         allowed = {i for w in walks.values() for i in w.nodes} | set(core.nodes) | beside
         side = match_side(view, facts, other, path, v, proj, allowed)
-    heads = _num_heads(core, q_shape, [b for b in (q, k, v, proj) if b is not None])
-    divide = heads if core.heads else 1
+    heads = _num_heads(core, q_shape, [b for b in (q, proj, k, v) if b is not None])
     found = Attention(
         core,
         q,
@@ -114,15 +123,19 @@ def _with_layouts(
         v,
         proj,
         heads,
-        q_shape[-1] // divide,
-        v_shape[-1] // divide,
+        q_shape[-1] // (core.heads or 1),
+        v_shape[-1] // (core.kv_heads or 1),
         qk_reason,
         vo_reason,
         () if qk_reason else divisions,
         () if qk_reason else regions,
         None if qk_reason else units,
         side=side,
+        qk_groups=qk_groups,
+        vo_groups=vo_groups,
     )
+    if found.grouped:
+        return replace(found, heads_reason="several heads of queries share keys or values")
     if side is not None:
         return replace(found, heads_reason="the values are also convolved beside the attention, all heads at once")
     try:
@@ -150,7 +163,7 @@ def _regions(
     ]
     layers = [b.linear.output for b in branches]
     found, units = match_dims(view, facts, core.nodes, operands, layers, q.layout.head_dim)
-    between = [r for r, b in zip(found, (q, k), strict=True) if b.walk.blocked is not None]
+    between = [r for r, b in zip(found, (q, k), strict=True) if b.walk.ends_early]
     return tuple(between), units
 
 
@@ -184,9 +197,9 @@ def _operand(
     if name in reasons:
         return None, reasons[name]
     walk = walks[name]
-    heads = core.heads
-    dim_axis = core.k_dim_axis if name == "K" and walk.blocked is None else -1
-    if walk.blocked is not None:
+    heads = core.heads if name == "Q" else core.kv_heads
+    dim_axis = core.k_dim_axis if name == "K" and not walk.ends_early else -1
+    if walk.ends_early:
         dim_axis = _dim_axis_at(view, facts, walk) if name == "V" else -1
         heads = _heads_at(facts, core, walk.target, name, dim_axis)
     try:
@@ -195,7 +208,7 @@ def _operand(
             check_spelling(layout, name)
         # A packed layer feeds Q, K and V: readers on the way of any of them are expected.
         shared = [w for w in walks.values() if w.linear.output == walk.linear.output]
-        ends = {w.target for w in shared if w.blocked is not None}
+        ends = {w.target for w in shared if w.ends_early}
         labelled = propagate(view, facts, walk.nodes, walk.linear.output)
         allowed = {i for w in shared for i in w.nodes} | set(core.nodes) | beside
         check_readers(view, [t for t in labelled if t not in ends], allowed, name)
@@ -221,11 +234,11 @@ def _before_outsiders(
 ) -> Walk:
     """End a walk where something besides the core and `beside` reads the operand: its partners can still be pruned."""
     walk = walks[name]
-    if walk.blocked is not None:
+    if walk.ends_early:
         return walk
     shared = [w for w in walks.values() if w.linear.output == walk.linear.output]
     allowed = {i for w in shared for i in w.nodes} | set(core.nodes) | beside
-    ends = {w.target for w in shared if w.blocked is not None}
+    ends = {w.target for w in shared if w.ends_early}
     own = _on_the_way(view, walk, set(propagate(view, facts, walk.nodes, walk.linear.output)))
     for tensor in sorted(own - ends, key=lambda t: view.producer[t]):
         outside = [
@@ -272,7 +285,7 @@ def _heads_at(facts: Facts, core: Core, tensor: str, name: str, axis: int) -> in
     """Number of heads when `tensor`, met before the core, holds heads and dimensions on one axis; else None."""
     operand = facts.shape(core.q if name == "Q" else core.k if name == "K" else core.v) or ()
     dim = operand[core.k_dim_axis] if name == "K" else operand[-1]
-    dim //= core.heads or 1
+    dim //= (core.heads if name == "Q" else core.kv_heads) or 1
     width = (facts.shape(tensor) or (0,))[axis]
     return width // dim if width > dim and width % dim == 0 else None
 

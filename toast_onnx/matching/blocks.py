@@ -22,10 +22,12 @@ class Branch:
         walk: the way between the linear layer and the core.
         layout: where the layer's channels lie in the core's operand. For the output projection the same description
             runs from the layer's *input* to the core's output.
+        repeats: what repeats the heads of keys or values for several queries each, on the way to the core.
     """
 
     walk: Walk
     layout: Layout
+    repeats: DimRegion | None = None
 
     @property
     def linear(self) -> Linear:
@@ -75,6 +77,8 @@ class Attention:
         heads_reason: why whole heads cannot be dropped, None when they can.
         head_region: what handles all heads between the layers; None where heads cannot be dropped.
         side: what is made of the values beside the weighted sum and added to it; None where nothing is.
+        qk_groups: (num_heads,) head of the keys that each head of the queries meets; None where each has its own.
+        vo_groups: (num_heads,) head of the values that each head weighs; None where each has its own.
     """
 
     core: Core
@@ -93,6 +97,13 @@ class Attention:
     heads_reason: str | None = None
     head_region: HeadRegion | None = None
     side: ValueSide | None = None
+    qk_groups: np.ndarray | None = None
+    vo_groups: np.ndarray | None = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several queries share keys or values."""
+        return self.qk_groups is not None or self.vo_groups is not None
 
     @property
     def pairs(self) -> np.ndarray | None:

@@ -38,7 +38,8 @@ class Walk:
         target: the operand's tensor name.
         nodes: positions of the nodes on the way, in graph order.
         scale: product of the constant factors on the way.
-        blocked: what computes between `target` and the core, None when `target` is the core's operand itself.
+        blocked: what computes between `target` and the core, None where nothing does.
+        repeats: whether heads are repeated between `target` and the core, for several queries each.
     """
 
     linear: Linear
@@ -46,6 +47,12 @@ class Walk:
     nodes: tuple[int, ...]
     scale: float
     blocked: str | None = None
+    repeats: bool = False
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether `target` is not the core's operand itself."""
+        return self.blocked is not None or self.repeats
 
 
 def data_inputs(view: GraphView, i: int) -> list[str]:
@@ -162,16 +169,48 @@ def _total_scale(view: GraphView, facts: Facts, nodes: Iterable[int], what: str)
     return float(np.prod(factors)) if factors else 1.0
 
 
+def before_repeats(view: GraphView, facts: Facts, walk: Walk, what: str) -> Walk:
+    """End a walk in front of what repeats heads for several queries each; the same walk where nothing does.
+
+    Raises:
+        Decline: something is repeated, but there is no tensor before that which all of it comes from.
+    """
+    if walk.blocked is not None:
+        return walk
+    labels = propagate(view, facts, walk.nodes, walk.linear.output)
+    if walk.target not in labels or not _repeated(labels[walk.target]):
+        return walk
+    single = frozenset(name for name, array in labels.items() if not _repeated(array))
+    target, before = _last_common(view, facts, walk.linear, walk.target, set(walk.nodes), what, single)
+    return Walk(walk.linear, target, tuple(sorted(before)), 1.0, repeats=True)
+
+
+def _repeated(labels: np.ndarray) -> bool:
+    """Whether a label occurs more than once; 0 is none."""
+    return bool(np.bincount(labels.reshape(-1))[1:].max(initial=0) > 1)
+
+
 def _last_common(
-    view: GraphView, facts: Facts, linear: Linear, target: str, nodes: set[int], what: str
+    view: GraphView,
+    facts: Facts,
+    linear: Linear,
+    target: str,
+    nodes: set[int],
+    what: str,
+    among: frozenset[str] | None = None,
 ) -> tuple[str, set[int]]:
-    """The last moved-only tensor that every way from the layer to the target passes, and the nodes before it."""
+    """The last moved-only tensor that every way from the layer to the target passes, and the nodes before it.
+
+    Only tensors `among` those given count, where some are.
+    """
     moved = {linear.output: set[int]()}
     for i in sorted(nodes):
         if is_plain(view, i) and all(name in moved for name in data_inputs(view, i)):
             before = set().union(*(moved[name] for name in data_inputs(view, i)), {i})
             moved.update({name: before for name in view.nodes[i].output if name})
     for tensor in sorted(moved, key=lambda name: -view.producer[name]):
+        if among is not None and tensor not in among:
+            continue
         if tensor != linear.output and _moves_last_axis(view, view.producer[tensor]):
             continue  # such as in front of a pooling over channels-first images: dimensions are read on the last axis
         if not _reaches(view, facts, target, linear.output, nodes, around=tensor):

@@ -151,7 +151,7 @@ def _pad_attention(
             _pad_heads(view, facts, branch, part, padded)
     if attention.proj is not None and new.proj is not None and new.v is not None:
         p = _start(view, facts, attention.proj.linear, padded)
-        rows = new.v.channels(attention.proj.layout.channels)
+        rows = new.v.channels(attention.proj.layout.channels, attention.vo_groups)
         p.weight[:] = 0
         p.weight[rows] = new.proj.weight
         p.bias[:] = new.proj.bias

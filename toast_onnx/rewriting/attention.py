@@ -93,6 +93,8 @@ def rewrite_attention(
             _divide_unexpanded(edit, view, expand, division)
         for region in attention.regions:
             _shrink_region(edit, view, facts, other, region, attention, new.q)
+        _shrink_repeats(edit, view, facts, other, attention.k, new.k)
+    _shrink_repeats(edit, view, facts, other, attention.v, new.v)
     if new.proj is not None:
         if attention.side is not None:
             _shrink_side(edit, view, facts, other, attention.side, new.v, attention.vo_dim)
@@ -262,6 +264,20 @@ def _shrink_region(
         node.input[table.operand] = shrunk_operand(edit, facts, table.node, node.input[table.operand], table.axis, kept)
         edit.remove([table.node])
         edit.insert(table.node, node)
+    for tensor in region.unit_of:
+        edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
+
+
+def _shrink_repeats(
+    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, branch: Branch | None, new: HeadWeights | None
+) -> None:
+    """Cut what repeats heads to the new number of dimensions: they stay in order, whichever they are."""
+    if branch is None or branch.repeats is None or new is None:
+        return
+    region = branch.repeats
+    keep = {tensor: unit < new.kept for tensor, unit in region.unit_of.items()}
+    for i in region.nodes:
+        shrink_node(edit, view, facts, other, region.axes, keep, i)
     for tensor in region.unit_of:
         edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
 

@@ -36,9 +36,13 @@ class HeadWeights:
             return self
         return replace(self, weight=self.weight[:, heads], bias=self.bias[heads], slots=self.slots[heads], heads=heads)
 
-    def channels(self, every: np.ndarray) -> np.ndarray:
-        """(num_heads, kept) channels of the old layer, of all (old heads, old dimensions), that these take."""
-        return np.take_along_axis(every if self.heads is None else every[self.heads], self.slots, axis=1)
+    def channels(self, every: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+        """(num_heads, kept) channels of the old layer, of all (old heads, old dimensions), that these take.
+
+        With `groups` (heads,) channels of a layer with more heads, each of which has one of these.
+        """
+        slots = self.slots if groups is None else self.slots[groups]
+        return np.take_along_axis(every if self.heads is None else every[self.heads], slots, axis=1)
 
 
 @dataclass(frozen=True)
