@@ -15,6 +15,8 @@ _BETWEEN = frozenset(
     | {"Squeeze", "Expand", "IsNaN", "Dropout", "IsInf", "Or", "Not", "And"}
     | {"QuantizeLinear", "DequantizeLinear"}  # found, so that it can be declined with the reason
 )
+#: Operators that hold a whole attention.
+FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 #: Operators that move probabilities or mix those of different heads.
 _MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv", "Einsum"}
 
@@ -140,6 +142,11 @@ def _meets(view: GraphView, facts: Facts, i: int) -> bool:
     """Whether two activations meet in a node in any product: matrix product or contraction."""
     einsum = view.nodes[i].op_type == "Einsum" and sum(not facts.is_constant(n) for n in view.nodes[i].input) > 1
     return einsum or _is_product(view, facts, i)
+
+
+def is_meeting(view: GraphView, facts: Facts, i: int) -> bool:
+    """Whether two activations meet in a node: in a product, or inside a fused attention."""
+    return _meets(view, facts, i) or view.nodes[i].op_type in FUSED
 
 
 def _einsum_before(view: GraphView, facts: Facts, tensor: str) -> int | None:

@@ -272,10 +272,23 @@ def _returns_to_residual(view: GraphView, facts: Facts, source: str, output: str
             if i in seen or not _keeps_stream(node.op_type) or (others and node.op_type not in _JOINS):
                 continue
             seen.add(i)
-            if node.op_type in _SUMS and any(_is_ancestor(view, t, source) for t in others):
+            addends = [a for t in others for a in _addends(view, t, view.producer.get(source, -1))]
+            if node.op_type in _SUMS and any(_is_ancestor(view, a, source) for a in addends):
                 return True
             pending.extend(node.output)
     return False
+
+
+def _addends(view: GraphView, tensor: str, floor: int) -> list[str]:
+    """A tensor, and what it is a sum of behind a position: a parallel branch may have joined the stream before."""
+    found, pending = list[str](), [tensor]
+    while pending:
+        name = pending.pop()
+        found.append(name)
+        i = view.producer.get(name, -1)
+        if i > floor and view.nodes[i].op_type == "Add":
+            pending.extend(view.nodes[i].input)
+    return found
 
 
 def _keeps_stream(op_type: str) -> bool:
