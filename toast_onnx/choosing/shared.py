@@ -78,7 +78,7 @@ def find_sharing(study: Study) -> Sharing:
 
 def agreed_widths(
     study: Study, widths: Sequence[Widths], sharing: Sharing, skip_unprunable: bool
-) -> tuple[Widths, ...]:
+) -> tuple[tuple[Widths, ...], tuple[str, ...]]:
     """Kept counts on which all places that share weights agree; a part that one of them must keep stays in all.
 
     Args:
@@ -87,11 +87,14 @@ def agreed_widths(
         sharing: who shares.
         skip_unprunable: leave parts alone that cannot be pruned.
 
+    Returns:
+        The counts, and what to say of parts that stay although some of the places would lose them.
+
     Raises:
         ConfigError: the ratios differ among places that share weights.
         MatchError: places that share weights cannot have one choice.
     """
-    found = list(widths)
+    found, notes = list(widths), list[str]()
     for (index, kind), reason in sharing.reasons.items():
         for part in ATTENTION if kind == "attention" else FFN:
             if getattr(found[index], part) is None:
@@ -112,8 +115,13 @@ def agreed_widths(
                         "give every place a copy of its own with --split-shared"
                     )
                 if len(counts) > 1:
+                    keepers = [index for index in members if getattr(found[index], part) is None]
+                    notes.append(
+                        f"{part} of blocks {_listed(members)} stays whole: they share its weights, and "
+                        f"{'blocks' if len(keepers) > 1 else 'block'} {_listed(keepers)} must keep them"
+                    )
                     found = [replace(w, **{part: None}) if k in members else w for k, w in enumerate(found)]
-    return tuple(found)
+    return tuple(found), tuple(notes)
 
 
 def sharing_notes(sharing: Sharing) -> tuple[str, ...]:

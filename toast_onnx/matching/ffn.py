@@ -69,9 +69,11 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
         raise Decline(
             f"the layers before {where} are joined by {activation}, but their output joins no residual stream"
         )
-    if any(e.quantized for e in (*entries, fc2)) or any(view.nodes[i].op_type in QUANTIZED for i in nodes):
-        quantized = "the network is quantized; prune first, then quantize"
-        return Ffn(entries, fc2, nodes, (), {}, {}, activation, quantized, quantized)
+    stored = next((e.small for e in (*entries, fc2) if e.small is not None), None)
+    if stored is not None or any(view.nodes[i].op_type in QUANTIZED for i in nodes):
+        why = "the network is quantized; prune first, then quantize"
+        why = why if stored is None else f"the network's weights are {stored}"
+        return Ffn(entries, fc2, nodes, (), {}, {}, activation, why, why)
     fc1_reason = None if entries[0].channel_axis == -1 else "fc1 is a convolution: its inputs are not selected"
     if region.norm is not None:
         reason = None if fc2.channel_axis == -1 else f"the hidden width is normalised across channels by {region.norm}"

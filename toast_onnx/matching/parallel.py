@@ -70,7 +70,7 @@ def part_layers(view: GraphView, facts: Facts) -> Model:
     linears = find_linears(view, facts)
     readers = {linear.node for linear in linears.values()}
     for linear in linears.values():
-        if linear.channel_axis != -1 or linear.quantized or not _alone(view, linear):
+        if linear.channel_axis != -1 or linear.small is not None or not _alone(view, linear):
             continue
         found = _entrance(view, facts, linear, readers) or _exit(view, facts, linear)
         if found is not None and not {*found.arrays, *_made(found)} & {*view.producer, *view.initializers} - _old(

@@ -142,8 +142,8 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
     if len(found) > 1:
         raise Decline(f"{what} comes from {len(found)} linear layers")
     (linear,) = found.values()
-    if linear.quantized:
-        raise Decline(f"the weights of {what} are quantized; prune first, then quantize")
+    if linear.small is not None:
+        raise Decline(f"the weights of {what} are {linear.small}")
     if not opaque:
         return Walk(linear, target, tuple(sorted(nodes)), _total_scale(view, facts, nodes, what))
     first = min(opaque)
@@ -294,8 +294,8 @@ def walk_forward(
     if len(found) != 1:
         raise Decline(f"{what} goes to {len(found)} linear layers")
     (linear,) = found.values()
-    if linear.quantized:
-        raise Decline(f"the weights behind {what} are quantized; prune first, then quantize")
+    if linear.small is not None:
+        raise Decline(f"the weights behind {what} are {linear.small}")
     return Walk(linear, linear.input, tuple(sorted(nodes)), 1.0)
 
 
