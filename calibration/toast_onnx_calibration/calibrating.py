@@ -296,7 +296,7 @@ def _session(
     taken: Mapping[str, onnx.ValueInfoProto],
 ) -> ort.InferenceSession:
     """A session of a measuring graph, which is emptied: the session has all of it."""
-    measuring = Model(graph.proto, study.view.model.path)
+    measuring = Model(graph.proto, study.view.model.path, dict(study.view.model.arrays))
     if behind:  # what measures lies behind the model's nodes, which keep their positions
         measuring = padded_twin(GraphView(measuring), study.facts, study.match.blocks, behind)
     else:
