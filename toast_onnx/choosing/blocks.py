@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from toast_onnx.choosing.groups import apart, kept_values, members, pooled, stacked
+from toast_onnx.choosing.head_norms import centred, energy_kept
 from toast_onnx.choosing.kept_heads import KeptHeads, keep_heads, ranked_heads
 from toast_onnx.errors import DataError, MatchError, ModelError
 from toast_onnx.importance.ffn import scaled_rows
@@ -180,6 +181,8 @@ class _Solver:
         found: AttentionStatistics | None,
         stay: np.ndarray | None,
     ) -> tuple[HeadWeights, HeadWeights]:
+        if attention.norms:
+            old_q, old_k = (centred(p, norm) for p, norm in zip((old_q, old_k), attention.norms, strict=True))
         arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
         if self.ratio.select == "subspace" and not attention.regions:
             assert found is not None
@@ -191,7 +194,16 @@ class _Solver:
         # Folding into the keys alone would change their lengths, or mix what is turned by different angles.
         fold: Solved = self.compensation if attention.folds else "none"
         queries = math.inf if found is None else found.tokens
-        return _qk_weights(solve_qk_index(*arrays, s_qq, indices, fold, self.ridge, queries), stay)
+        new_q, new_k = _qk_weights(solve_qk_index(*arrays, s_qq, indices, fold, self.ridge, queries), stay)
+        if attention.norms:
+            s_q, s_k = (None, None) if found is None else (found.s_qq, found.s_kk)
+            norm_q, norm_k = attention.norms
+            shares = (
+                energy_kept(old_q, norm_q, s_q, indices[0], offset=True),
+                energy_kept(old_k, norm_k, s_k, indices[0], offset=False),
+            )
+            new_q, new_k = replace(new_q, energy=shares[0]), replace(new_k, energy=shares[1])
+        return new_q, new_k
 
     def _grouped_queries_and_keys(
         self,

@@ -15,6 +15,7 @@ import onnx
 
 from toast_onnx.choosing.blocks import Widths
 from toast_onnx.choosing.groups import for_each_query
+from toast_onnx.choosing.head_norms import behind_norm
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.importance.moments import Moments, merge
 from toast_onnx.importance.scores import attention_score, ffn_score
@@ -76,7 +77,11 @@ class SyntheticStatistics:
         if attention.cosine and attention.k is not None:
             # Cosine attention does not forgive a shift of all keys: their lengths change with it.
             s_kk = self._moments(block, attention.k).through(k.weight, k.bias).second
-        return AttentionStatistics(found.get("q", any_).s_qq, s_kk, found.get("v", any_).context)
+        s_qq = found.get("q", any_).s_qq
+        if attention.norms:
+            s_qq = behind_norm(s_qq, attention.norms[0], offset=True)
+            s_kk = behind_norm(s_kk, attention.norms[1], offset=False)
+        return AttentionStatistics(s_qq, s_kk, found.get("v", any_).context)
 
     def inputs(self, block: int) -> Moments:
         """Moments of the normalised input of a block's feed-forward network."""

@@ -16,6 +16,7 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.flattening import before_flattening
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.groups import shared_heads
+from toast_onnx.matching.head_norms import HeadNorm, match_norm
 from toast_onnx.matching.layout import Layout, check_spelling, invert_labels, read_layout
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.probe import Decline, Walk, before_repeats, check_readers, propagate, walk_back, walk_forward
@@ -91,13 +92,19 @@ def _with_layouts(
     if divisions and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
         qk_reason = None
     regions: tuple[DimRegion, ...] = ()
+    norms: tuple[HeadNorm, ...] = ()
     units = None
     if qk_reason is not None and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
+        branches = [b for b in (q, k, v) if b is not None]
         try:
-            regions, units = _regions(view, facts, core, [b for b in (q, k, v) if b is not None])
+            regions, units = _regions(view, facts, core, branches)
             qk_reason = None
         except Decline as e:
-            qk_reason = f"{qk_reason}; {e}"
+            try:
+                norms, regions, units = _behind_norms(view, facts, core, branches)
+                qk_reason = None
+            except Decline:
+                qk_reason = f"{qk_reason}; {e}"
     qk_groups = vo_groups = None
     if q is not None and k is not None:
         try:
@@ -131,6 +138,7 @@ def _with_layouts(
         () if qk_reason else regions,
         None if qk_reason else units,
         side=side,
+        norms=() if qk_reason else norms,
         qk_groups=qk_groups,
         vo_groups=vo_groups,
     )
@@ -157,14 +165,29 @@ def _regions(
 ) -> tuple[tuple[DimRegion, ...], np.ndarray]:
     """What lies between queries and keys and the scores, where it acts on dimensions singly or in pairs."""
     q, k = branches[:2]
-    operands = [
-        Operand("Q", q.walk.target, core.q, -1),
-        Operand("K", k.walk.target, core.k, core.k_dim_axis),
-    ]
-    layers = [b.linear.output for b in branches]
-    found, units = match_dims(view, facts, core.nodes, operands, layers, q.layout.head_dim)
+    found, units = _regions_from(view, facts, core, branches, q.walk.target, k.walk.target)
     between = [r for r, b in zip(found, (q, k), strict=True) if b.walk.ends_early]
     return tuple(between), units
+
+
+def _regions_from(
+    view: GraphView, facts: Facts, core: Core, branches: Sequence[Branch], q: str, k: str
+) -> tuple[tuple[DimRegion, ...], np.ndarray]:
+    """What lies between two tensors, of queries and of keys, and the scores."""
+    operands = [Operand("Q", q, core.q, -1), Operand("K", k, core.k, core.k_dim_axis)]
+    layers = [b.linear.output for b in branches]
+    return match_dims(view, facts, core.nodes, operands, layers, branches[0].layout.head_dim)
+
+
+def _behind_norms(
+    view: GraphView, facts: Facts, core: Core, branches: Sequence[Branch]
+) -> tuple[tuple[HeadNorm, ...], tuple[DimRegion, ...], np.ndarray]:
+    """Norms of queries and keys, and what lies between them and the scores."""
+    norms = tuple(match_norm(view, facts, core.nodes, b.walk.target) for b in branches[:2])
+    if any(norm.gain.size != branches[0].layout.head_dim for norm in norms):
+        raise Decline("the norm runs over more than the dimensions of a head")
+    found, units = _regions_from(view, facts, core, branches, norms[0].end, norms[1].end)
+    return norms, tuple(replace(region, plain=False) for region in found), units
 
 
 def _length_divisions(

@@ -8,6 +8,7 @@ import numpy as np
 
 from toast_onnx.matching.cores import Core
 from toast_onnx.matching.dims import DimRegion
+from toast_onnx.matching.head_norms import HeadNorm
 from toast_onnx.matching.head_region import HeadRegion
 from toast_onnx.matching.layout import Layout
 from toast_onnx.matching.linear import Linear
@@ -77,6 +78,8 @@ class Attention:
         heads_reason: why whole heads cannot be dropped, None when they can.
         head_region: what handles all heads between the layers; None where heads cannot be dropped.
         side: what is made of the values beside the weighted sum and added to it; None where nothing is.
+        norms: of queries and of keys over the dimensions of each head (q/k norm); empty where there are none. What
+            lies between them and the scores are then the regions.
         qk_groups: (num_heads,) head of the keys that each head of the queries meets; None where each has its own.
         vo_groups: (num_heads,) head of the values that each head weighs; None where each has its own.
     """
@@ -97,6 +100,7 @@ class Attention:
     heads_reason: str | None = None
     head_region: HeadRegion | None = None
     side: ValueSide | None = None
+    norms: tuple[HeadNorm, ...] = ()
     qk_groups: np.ndarray | None = None
     vo_groups: np.ndarray | None = None
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.helper
+import onnx.numpy_helper
 
 from toast_onnx.matching.cores import is_meeting
 from toast_onnx.matching.facts import Facts
@@ -152,7 +153,8 @@ def _split(view: GraphView, parted: _Parted, packed: str, run: Sequence[_Slice],
     if view.model.opset < 13:
         parted.nodes.append(onnx.helper.make_node("Split", [packed], names, f"{packed}/Split", axis=axis, split=sizes))
         return
-    parted.arrays[f"{packed}/sizes"] = np.asarray(sizes, np.int64)
+    value = onnx.numpy_helper.from_array(np.asarray(sizes, np.int64))
+    parted.add("Constant", [], [f"{packed}/sizes"], packed, value=value)
     parted.add("Split", [packed, f"{packed}/sizes"], names, packed, axis=axis)
 
 

@@ -24,6 +24,7 @@ from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.layout import axis_origins
 from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.matching.probe import propagate
+from toast_onnx.rewriting.head_norms import write_norm
 from toast_onnx.rewriting.shapes import own_origins
 from toast_onnx.rewriting.shrinking import shrink_node, shrunk_operand
 from toast_onnx.rewriting.spelling import collect, spread
@@ -91,6 +92,9 @@ def rewrite_attention(
         _freeze_fused_scale(edit, view, attention)
         for expand, division in attention.divisions:
             _divide_unexpanded(edit, view, expand, division)
+        assert new.k is not None
+        for norm, part, letter in zip(attention.norms, (new.q, new.k), "qk", strict=False):
+            write_norm(edit, norm, part, f"{name}/{letter}/norm")
         for region in attention.regions:
             _shrink_region(edit, view, facts, other, region, attention, new.q)
         _shrink_repeats(edit, view, facts, other, attention.k, new.k)

@@ -17,6 +17,7 @@ class HeadWeights:
         slots: (num_heads, kept) old dimension of the head that each new one takes the place of in the padded twin.
         is_basis: whether the new dimensions are mixtures of old ones, the slots then being the first `kept`.
         heads: (num_heads,) old heads that these are, ascending; None where all stay.
+        energy: share of the sum of squares that these dimensions hold, where a norm over them follows.
     """
 
     weight: np.ndarray
@@ -24,6 +25,7 @@ class HeadWeights:
     slots: np.ndarray
     is_basis: bool = False
     heads: np.ndarray | None = None
+    energy: float = 1.0
 
     @property
     def kept(self) -> int:
