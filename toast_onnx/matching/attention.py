@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx
 
 from toast_onnx.matching.blocks import Attention, Branch
 from toast_onnx.matching.cores import Core
@@ -103,8 +104,9 @@ def _with_layouts(
             try:
                 norms, regions, units = _behind_norms(view, facts, core, branches)
                 qk_reason = None
-            except Decline:
-                qk_reason = f"{qk_reason}; {e}"
+            except Decline as why:
+                half = facts.elem_type(branches[0].walk.target) != onnx.TensorProto.FLOAT
+                qk_reason = f"{qk_reason}; {why if half else e}"
     qk_groups = vo_groups = None
     if q is not None and k is not None:
         try:
