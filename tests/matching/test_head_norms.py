@@ -13,6 +13,7 @@ from torch import nn
 from tests.matching.small_exports import EXPORTERS, export, feeds, randomised
 from tests.pruning import look, prune_file, run, worst
 from toast_onnx.choosing.head_norms import behind_norm
+from toast_onnx.choosing.shared import find_sharing
 from toast_onnx.matching.blocks import Attention
 from toast_onnx.matching.head_norms import HeadNorm
 from toast_onnx.model import save_model
@@ -148,6 +149,27 @@ def test_lengths_that_are_made_up_for_lose_less(kind: str, tmp_path: Path) -> No
         save_model(prune(dense, ratios, statistics).model, tmp_path / "plain.onnx")
     plain = worst(run(tmp_path / "plain.onnx", given), run(path, given))
     assert scaled < 0.95 * plain
+
+
+class Shared(nn.Module):
+    """One attention applied twice, the norms of each use its own, or shared, too."""
+
+    def __init__(self, *, own: bool) -> None:
+        super().__init__()
+        self.first, self.second = randomised(Normed("rms")), Normed("rms")
+        self.second.norm, self.second.qkv, self.second.o = self.first.norm, self.first.qkv, self.first.o
+        if not own:
+            self.second.gains = self.first.gains
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_shared_layers_behind_different_norms_have_no_common_choice(tmp_path: Path) -> None:
+    found = find_sharing(look(export(Shared(own=True), torch.randn(1, TOKENS, WIDTH), tmp_path / "own.onnx")))
+    assert "norms differ" in found.reasons[0, "attention"]
+    found = find_sharing(look(export(Shared(own=False), torch.randn(1, TOKENS, WIDTH), tmp_path / "same.onnx")))
+    assert found.attention == {0: (0, 1), 1: (0, 1)}
 
 
 def test_moments_behind_a_norm() -> None:

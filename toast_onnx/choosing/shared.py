@@ -16,7 +16,7 @@ from toast_onnx.errors import ConfigError, MatchError
 from toast_onnx.importance.moments import Moments, merge
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.importance.synthetic import AttentionStatistics
-from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.blocks import Attention, Block
 from toast_onnx.matching.linear import Linear, find_linears
 from toast_onnx.matching.study import Study
 
@@ -68,7 +68,7 @@ def find_sharing(study: Study) -> Sharing:
             elif any(_reused(roles[index], names) for index in members):
                 reason = "one weight has two parts in it"
             elif len(members) > 1 and not _alike(study, members, kind):
-                reason = f"its weights are shared by blocks {_listed(members)}, whose biases or heads differ"
+                reason = f"its weights are shared by blocks {_listed(members)}, whose biases, heads or norms differ"
             if reason is not None:
                 reasons.update({(index, kind): reason for index in members})
             elif len(members) > 1:
@@ -224,12 +224,22 @@ def _alike(study: Study, members: Sequence[int], kind: str) -> bool:
             branches = [(getattr(first.attention, n), getattr(other.attention, n)) for n in names]
             if any((one is None) != (two is None) for one, two in branches):
                 return False
-            if first.attention.cosine != other.attention.cosine:
+            if first.attention.cosine != other.attention.cosine or not _normed_alike(first.attention, other.attention):
                 return False
             pairs = [(one.layout.channels, two.layout.channels) for one, two in branches if one is not None]
         if not all(np.array_equal(one, two) for one, two in pairs):
             return False
     return True
+
+
+def _normed_alike(one: Attention, two: Attention) -> bool:
+    """Whether norms of queries and keys leave the same choice: the mean taken off or not, gains and biases."""
+    if len(one.norms) != len(two.norms):
+        return False
+    pairs = zip(one.norms, two.norms, strict=True)
+    return all(
+        a.centred == b.centred and np.array_equal(a.gain, b.gain) and np.array_equal(a.bias, b.bias) for a, b in pairs
+    )
 
 
 def _listed(members: Sequence[int]) -> str:

@@ -78,8 +78,8 @@ class Attention:
         heads_reason: why whole heads cannot be dropped, None when they can.
         head_region: what handles all heads between the layers; None where heads cannot be dropped.
         side: what is made of the values beside the weighted sum and added to it; None where nothing is.
-        norms: of queries and of keys over the dimensions of each head (q/k norm); empty where there are none. What
-            lies between them and the scores are then the regions.
+        norms: of queries and of keys over the dimensions of each head (q/k norm); empty where there are none. The
+            regions then lie between them and the scores.
         qk_groups: (num_heads,) head of the keys that each head of the queries meets; None where each has its own.
         vo_groups: (num_heads,) head of the values that each head weighs; None where each has its own.
     """
