@@ -133,22 +133,23 @@ def test_dead_dimensions_and_units_of_both_branches_go(taken: str, behind: str, 
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "length"])
-def test_values_and_network_of_blocks_with_normed_queries_are_pruned(norm: str, tmp_path: Path) -> None:
+def test_all_parts_of_blocks_with_normed_queries_are_pruned(norm: str, tmp_path: Path) -> None:
     path = export(randomised(Parallel("split", "two", norm)), torch.randn(1, TOKENS, WIDTH), tmp_path / "dense.onnx")
     block = only_block(path)
     assert block.attention is not None
     assert block.ffn is not None
-    assert (block.attention.vo_reason, block.ffn.fc2_reason) == (None, None)
+    assert (block.attention.qk_reason, block.attention.vo_reason, block.ffn.fc2_reason) == (None, None, None)
     _, pruned = prune_file(path, UNEVEN, tmp_path / "pruned.onnx", skip_unprunable=True)
     assert pruned.twin is not None
     assert pruned.twin.worst < 1e-5
     after = only_block(tmp_path / "pruned.onnx")
     assert after.attention is not None
     assert after.ffn is not None
-    assert (after.attention.vo_dim, after.ffn.width) == (DIM * 3 // 4, HIDDEN // 2)
+    widths = (after.attention.qk_dim, after.attention.vo_dim, after.ffn.width)
+    assert widths == (DIM // 2, DIM * 3 // 4, HIDDEN // 2)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_block_of_timm(qk_norm: bool, tmp_path: Path) -> None:
     declare_torchvision_operators()
     from timm.models.vision_transformer import ParallelScalingBlock
@@ -160,7 +161,7 @@ def test_the_block_of_timm(qk_norm: bool, tmp_path: Path) -> None:
     block = only_block(path)
     assert block.attention is not None
     assert block.ffn is not None
-    assert (block.attention.qk_reason is None, block.attention.vo_reason) == (not qk_norm, None)
+    assert (block.attention.qk_reason, block.attention.vo_reason) == (None, None)
     assert block.ffn.fc2_reason is None
     assert pruned.twin is not None
     assert pruned.twin.worst < 1e-5
