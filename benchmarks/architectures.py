@@ -34,7 +34,7 @@ from tests.zoo.building import randomise  # noqa: E402
 from tests.zoo.libraries import declare_torchvision_operators  # noqa: E402
 from toast_onnx.choosing.synthetic import SyntheticStatistics  # noqa: E402
 from toast_onnx.errors import ToastError  # noqa: E402
-from toast_onnx.model import write_bytes  # noqa: E402
+from toast_onnx.files import write_bytes  # noqa: E402
 from toast_onnx.planning.ratios import parse_ratios  # noqa: E402
 from toast_onnx.pruning import prune  # noqa: E402
 

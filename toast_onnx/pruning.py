@@ -150,7 +150,7 @@ def prune(
     widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
     widths, unfounded = (widths, ()) if force_synthetic else founded_widths(study, widths, settings, ratios, statistics)
     sharing = Sharing({}, {}, {}) if split_shared else find_sharing(study)
-    widths = agreed_widths(study, widths, sharing, skip_unprunable)
+    widths, kept_whole = agreed_widths(study, widths, sharing, skip_unprunable)
     if sharing and isinstance(statistics, Sequential):
         raise ConfigError(
             "compensation.statistics: sequential measures block by block, and blocks of this model share weights; use "
@@ -231,7 +231,7 @@ def prune(
         normalized=normalized,
         merges=merges,
         merging=merging,
-        notes=(*notes, *sharing_notes(sharing)),
+        notes=(*notes, *sharing_notes(sharing), *kept_whole),
         errors=errors,
         unfounded=unfounded,
     )

@@ -218,7 +218,10 @@ def write_group(
         branches = {} if attention is None else {"qq": attention.q, "kk": attention.k}
         for part, branch in branches.items():
             if attention is not None and branch is not None and f"{part}.gram" in mine:
-                gram = per_head(mine[f"{part}.gram"], attention.num_heads)
+                once = part == "kk" and attention.qk_groups is not None and attention.core.kind != "matmul"
+                gram = per_head(mine[f"{part}.gram"], branch.layout.num_heads if once else attention.num_heads)
+                if once:  # a fused node reads keys once for all queries that meet them
+                    gram = gram[attention.qk_groups]
                 # Of the layer's own output, whatever share of the scale the exporter put behind it.
                 writer.array(f"{index}.{part}.gram", gram / (1.0 if attention.cosine else branch.walk.scale**2))
                 writer.array(f"{index}.{part}.count", mine[f"{part}.count"].reshape(()))
@@ -293,7 +296,7 @@ def _session(
     taken: Mapping[str, onnx.ValueInfoProto],
 ) -> ort.InferenceSession:
     """A session of a measuring graph, which is emptied: the session has all of it."""
-    measuring = Model(graph.proto, study.view.model.path)
+    measuring = Model(graph.proto, study.view.model.path, dict(study.view.model.arrays))
     if behind:  # what measures lies behind the model's nodes, which keep their positions
         measuring = padded_twin(GraphView(measuring), study.facts, study.match.blocks, behind)
     else:

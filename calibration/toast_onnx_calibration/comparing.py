@@ -336,7 +336,7 @@ def _session(found: Study, names: Sequence[str], provider: str, threads: int | N
     model = found.view.model
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    return model_session(Model(expose(proto, names), model.path), provider, threads=threads)
+    return model_session(Model(expose(proto, names), model.path, dict(model.arrays)), provider, threads=threads)
 
 
 def _check_alike(sessions: Sequence[ort.InferenceSession], pruned: Path) -> None:

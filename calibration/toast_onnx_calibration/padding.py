@@ -13,7 +13,9 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.upstream import upstream
 
-_LAYERS = frozenset({"MatMul", "Gemm", "Conv", "Einsum", "Softmax", "Attention", "MultiHeadAttention"})
+_LAYERS = frozenset(
+    {"MatMul", "Gemm", "Conv", "Einsum", "Softmax", "Attention", "MultiHeadAttention", "GroupQueryAttention"}
+)
 
 Kind = Literal["visible", "hidden", "additive", "keys"]
 

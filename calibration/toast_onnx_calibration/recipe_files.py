@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from toast_onnx.errors import ConfigError
 from toast_onnx.planning.strict_json import parse_json, read_json
 from toast_onnx.planning.strict_yaml import read_document
-from toast_onnx_calibration.recipes import NAMED, Dim, Recipe, adapt, misfit, parse_recipe, show
+from toast_onnx_calibration.recipes import NAMED, Dim, Recipe, adapt, misfit, parse_recipe, show, takes_images
 
 _MAX_BYTES = 1 << 22
 #: Key of a model's metadata under which its recipe is kept.
@@ -68,7 +68,7 @@ def recipe_for(
         ConfigError: An unknown name, or a file that is no recipe or asks for what no recipe can do.
     """
     choice = _choose(Path(model_path) if model_path is not None else None, option, metadata or {})
-    if input_shape is None or len(input_shape) != 4:
+    if input_shape is None or not takes_images(input_shape):
         return choice
     return replace(choice, recipe=adapt(choice.recipe, input_shape), written=choice.recipe)
 

@@ -229,6 +229,11 @@ def adapt(recipe: Recipe, shape: Sequence[Dim]) -> Recipe:
     return parse_recipe(recipe.model_dump(exclude_unset=True) | changes, "the adapted recipe") if changes else recipe
 
 
+def takes_images(shape: Sequence[Dim]) -> bool:
+    """Whether a shape (B, C, H, W) or (B, H, W, C) may be one of images, not of feature maps."""
+    return len(shape) == 4 and any(extent in (1, 3) or not isinstance(extent, int) for extent in (shape[1], shape[3]))
+
+
 def misfit(recipe: Recipe, shape: Sequence[Dim]) -> str | None:
     """Why a recipe is for other images than a model takes; None where it may be right.
 

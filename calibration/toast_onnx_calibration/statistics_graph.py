@@ -284,11 +284,15 @@ class _Build:
         all tokens count equally. Cosine attention shares no shift between its keys, so they are not centred.
         """
         w, (operand, dim) = self.writer, self._operands(attention)[1]
+        if attention.qk_groups is not None and attention.core.kind == "matmul":
+            assert attention.q is not None
+            k = attention.q  # repeated for each of them, keys lie in the product as queries do
         x = as_float(w, self.study, operand)
         rank = len(self.study.facts.shape(operand) or ())
         axis = rank - (2 if dim == -1 else 1)  # of the tokens
         weights = self._operand_padding(operand, padding, axis - rank)
-        count = self._positions(x, rank, attention, weights)
+        heads = k.layout.num_heads if attention.grouped else None
+        count = self._positions(x, rank, attention, weights, heads)
         if attention.cosine:
             gram = self._product(x if weights is None else w.emit("Mul", [x, weights]), dim, k)
         else:
@@ -376,14 +380,14 @@ class _Build:
             gram = w.reshape(gram, [-1, heads, int(np.prod([f.size for f in after], dtype=np.int64)), d, d])
         return w.reduce("ReduceSum", gram, [0, 2])
 
-    def _positions(self, x: str, rank: int, attention: Attention, weights: str | None) -> str:
-        """Number of tokens in an operand, over all items and windows, (1,)."""
+    def _positions(self, x: str, rank: int, attention: Attention, weights: str | None, heads: int | None = None) -> str:
+        """Number of tokens in an operand of so many heads, the attention's own by default, over all items, (1,)."""
         w = self.writer
         if weights is not None:  # (batch, 1, tokens, 1), or 1 for the batch
             each = w.reduce("ReduceSum", weights, list(range(1, rank)))  # (batch or 1,)
             items = w.emit("Shape", [x])
             return w.reshape(w.reduce("ReduceSum", w.emit("Expand", [each, w.gather(items, [0], 0)]), [0]), [1])
-        width = attention.num_heads * attention.qk_dim
+        width = (heads or attention.num_heads) * attention.qk_dim
         size = w.emit("Cast", [w.emit("Size", [x])], to=onnx.TensorProto.FLOAT)
         return w.reshape(w.emit("Div", [size, w.constant(width, np.float32)]), [1])
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.calibration.tiny import noise
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx_calibration.images import decode
-from toast_onnx_calibration.recipe_files import from_hugging_face, from_timm
+from toast_onnx_calibration.recipe_files import from_hugging_face, from_timm, recipe_for
 from toast_onnx_calibration.recipes import NAMED, Recipe, adapt, cover, parse_recipe, shorter_side
 
 # Both sides normalise the same 8-bit pixels in float32, in a different order of operations: a few units in the last
@@ -284,3 +284,10 @@ def test_inputs_that_are_no_images_are_refused() -> None:
         adapt(NAMED["imagenet"], (1, 4, 32, 32))
     with pytest.raises(ConfigError, match="says layout nhwc"):
         adapt(Recipe(layout="nhwc"), (1, 3, 32, 32))
+
+
+def test_feature_maps_take_no_recipe() -> None:
+    """Four axes alone make no image: tensors of 64 channels come as they are."""
+    assert recipe_for(None, None, (1, 64, 8, 8)).recipe == recipe_for(None, None).recipe
+    with pytest.raises(DataError, match="1 or 3 channels"):
+        adapt(NAMED["imagenet"], (1, 64, 8, 8))

@@ -122,6 +122,7 @@ def test_ratios_that_differ_are_refused(tmp_path: Path) -> None:
 def test_a_part_that_stays_in_one_place_stays_in_all(tmp_path: Path) -> None:
     _, pruned = prune_file(_networks(tmp_path / "model.onnx"), HALF | {"ffn": {"fc2": [0.5, 0]}})
     assert not pruned.weights
+    assert "fc2 of blocks 0, 1 stays whole: they share its weights, and block 1 must keep them" in pruned.notes
 
 
 def test_slices_of_one_tensor_are_several_weights(tmp_path: Path) -> None:

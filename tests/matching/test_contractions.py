@@ -17,6 +17,10 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.input_shapes import input_shapes
 from toast_onnx.model import load_model, save_model
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
+from toast_onnx_calibration.comparing import compare
+from toast_onnx_calibration.needs import everything
+from toast_onnx_calibration.statistics import CalibratedStatistics
 
 CASES = Path(__file__).parents[1] / "cases" / "graphs"
 DEAD = (1, 2)  # dimensions of every head that carry nothing
@@ -119,6 +123,17 @@ def test_spelled_graphs_compute_the_same(name: str, tmp_path: Path) -> None:
     save_model(look(CASES / name).view.model, tmp_path / "spelled.onnx")
     feeds = {"x": np.random.default_rng(0).standard_normal((3, 17, 64)).astype(np.float32)}
     assert worst(run(tmp_path / "spelled.onnx", feeds), run(CASES / name, feeds)) < 1e-5
+
+
+def test_spelled_graphs_are_measured(tmp_path: Path) -> None:
+    """What is spelled anew lies in memory alone: sessions that measure and compare need it, too."""
+    path = attention(tmp_path / "model.onnx", "keras")
+    dense = look(path)
+    np.savez(tmp_path / "x.npz", **FEEDS)
+    calibrate(dense, tmp_path / "x.npz", tmp_path / "s.npz", everything(dense), CalibrationOptions(threads=1))
+    assert CalibratedStatistics(dense, tmp_path / "s.npz").attention(0).s_qq.shape == (HEADS, DIM, DIM)
+    found = compare(path, path, tmp_path / "x.npz", threads=1, rounds=0)
+    assert found.outputs == {"z": {"cosine": 1.0, "relative_error": 0.0}}
 
 
 @pytest.mark.parametrize(

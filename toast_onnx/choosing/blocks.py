@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from toast_onnx.choosing.groups import apart, kept_values, members, pooled, stacked
+from toast_onnx.choosing.head_norms import centred, energy_kept
 from toast_onnx.choosing.kept_heads import KeptHeads, keep_heads, ranked_heads
 from toast_onnx.errors import DataError, MatchError, ModelError
 from toast_onnx.importance.ffn import scaled_rows
@@ -76,7 +78,8 @@ def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunabl
     a, f = block.attention, block.ffn
     qk = None if a is None else kept("qk", "head_dim", a.qk_dim, a.qk_reason)
     vo = None if a is None else kept("vo", "head_dim", a.vo_dim, a.vo_reason)
-    if ratios.attention.tie and a is not None and (qk, vo) != (None, None):
+    one = a is not None and a.core.one_width
+    if (ratios.attention.tie or one) and a is not None and (qk, vo) != (None, None):
         tied = tied_head_dims((a.qk_dim, a.vo_dim), (qk or a.qk_dim, vo or a.vo_dim))
         qk, vo = (None if n == dense else n for n, dense in zip(tied, (a.qk_dim, a.vo_dim), strict=True))
     return Widths(
@@ -162,10 +165,25 @@ class _Solver:
         stay = None if heads is None else heads.heads
         view, facts = self.study.view, self.study.facts
         old_q, old_k = (head_weights(view, facts, b).only(stay) for b in (attention.q, attention.k))
-        arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
-        self._check(*arrays)
+        self._check(old_q.weight, old_q.bias, old_k.weight, old_k.bias)
         if kept is None:
             return old_q, old_k
+        if attention.qk_groups is not None:
+            return self._grouped_queries_and_keys(attention, attention.qk_groups, kept, old_q, old_k, found)
+        return self._reduced_queries_and_keys(attention, kept, old_q, old_k, found, stay)
+
+    def _reduced_queries_and_keys(
+        self,
+        attention: Attention,
+        kept: int,
+        old_q: HeadWeights,
+        old_k: HeadWeights,
+        found: AttentionStatistics | None,
+        stay: np.ndarray | None,
+    ) -> tuple[HeadWeights, HeadWeights]:
+        if attention.norms:
+            old_q, old_k = (centred(p, norm) for p, norm in zip((old_q, old_k), attention.norms, strict=True))
+        arrays = (old_q.weight, old_q.bias, old_k.weight, old_k.bias)
         if self.ratio.select == "subspace" and not attention.regions:
             assert found is not None
             solve = solve_qk_cosine if attention.cosine else solve_qk_subspace
@@ -176,7 +194,34 @@ class _Solver:
         # Folding into the keys alone would change their lengths, or mix what is turned by different angles.
         fold: Solved = self.compensation if attention.folds else "none"
         queries = math.inf if found is None else found.tokens
-        return _qk_weights(solve_qk_index(*arrays, s_qq, indices, fold, self.ridge, queries), stay)
+        new_q, new_k = _qk_weights(solve_qk_index(*arrays, s_qq, indices, fold, self.ridge, queries), stay)
+        if attention.norms:
+            s_q, s_k = (None, None) if found is None else (found.s_qq, found.s_kk)
+            norm_q, norm_k = attention.norms
+            shares = (
+                energy_kept(old_q, norm_q, s_q, indices[0], offset=True),
+                energy_kept(old_k, norm_k, s_k, indices[0], offset=False),
+            )
+            new_q, new_k = replace(new_q, energy=shares[0]), replace(new_k, energy=shares[1])
+        return new_q, new_k
+
+    def _grouped_queries_and_keys(
+        self,
+        attention: Attention,
+        groups: np.ndarray,
+        kept: int,
+        q: HeadWeights,
+        k: HeadWeights,
+        found: AttentionStatistics | None,
+    ) -> tuple[HeadWeights, HeadWeights]:
+        """One choice for the keys of a head and all queries that meet them."""
+        rows = stacked(np.concatenate([q.weight, q.bias[None]]), groups)  # (n * (C + 1), G, d), biases as rows
+        stack = replace(q, weight=rows, bias=np.zeros_like(k.bias), slots=k.slots)
+        together = None if found is None else pooled(found, groups)
+        alone = replace(attention, qk_groups=None)
+        new_q, new_k = self._reduced_queries_and_keys(alone, kept, stack, k, together, None)
+        whole = apart(new_q.weight, groups)
+        return replace(new_q, weight=whole[:-1], bias=whole[-1], slots=new_q.slots[groups]), new_k
 
     def _values(
         self, attention: Attention, kept: int | None, heads: KeptHeads | None, found: AttentionStatistics | None
@@ -189,13 +234,21 @@ class _Solver:
             wo, bo = heads.wo, heads.bo
         if kept is None:
             return v, ProjWeights(wo, bo)
-        if self.ratio.select == "subspace":
+        groups = attention.vo_groups
+        wv, bv = (v.weight, v.bias) if groups is None else (v.weight[:, groups], v.bias[groups])
+        if self.ratio.select == "subspace" and attention.side is None:
             assert context is not None
-            solved = solve_vo_subspace(v.weight, v.bias, wo, bo, context, kept, self.compensation, self.ridge, gamma)
+            solved = solve_vo_subspace(
+                wv, bv, wo, bo, context, kept, self.compensation, self.ridge, gamma, groups=groups
+            )
         else:
-            indices = self._vo_indices(v, wo, found, kept, gamma)
-            solved = solve_vo_index(v.weight, v.bias, wo, bo, indices, context, self.compensation, self.ridge)
-        return _vo_weights(solved, stay)
+            indices = self._vo_indices(v, wo, found, kept, gamma, groups)
+            solved = solve_vo_index(wv, bv, wo, bo, indices, context, self.compensation, self.ridge)
+        new_v, new_proj = _vo_weights(solved, stay)
+        if groups is not None:
+            first = members(groups)[:, 0]
+            new_v = replace(new_v, weight=new_v.weight[:, first], bias=new_v.bias[first], slots=new_v.slots[first])
+        return new_v, new_proj
 
     def _read_out(self, attention: Attention) -> tuple[HeadWeights, np.ndarray, np.ndarray, np.ndarray | None]:
         """Values of all heads, the output projection (H, d, C_out) with its bias (C_out,), and layer scale (C_out,)."""
@@ -223,11 +276,20 @@ class _Solver:
         return score.qk.keep(subject, kept)
 
     def _vo_indices(
-        self, v: HeadWeights, wo: np.ndarray, found: Any, kept: int, gamma: np.ndarray | None
+        self,
+        v: HeadWeights,
+        wo: np.ndarray,
+        found: Any,
+        kept: int,
+        gamma: np.ndarray | None,
+        groups: np.ndarray | None,
     ) -> np.ndarray:
-        context = None if found is None else found.context
-        subject = Values(v.weight, scaled_rows(wo, gamma), context, self.ratio.coupling)
-        return attention_score(self.ratio.score).vo.keep(subject, kept)
+        """Dimensions (H, kept) of every head that stay."""
+        context, score = None if found is None else found.context, attention_score(self.ratio.score)
+        rows = scaled_rows(wo, gamma)
+        if groups is not None:
+            return np.asarray(kept_values(score, v.weight, rows, context, self.ratio.coupling, groups, kept)[groups])
+        return score.vo.keep(Values(v.weight, rows, context, self.ratio.coupling), kept)
 
     def ffn(self, ffn: Ffn, fc1: int | None, fc2: int | None) -> FfnWeights:
         view, facts = self.study.view, self.study.facts

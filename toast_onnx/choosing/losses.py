@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.choosing.blocks import Widths
+from toast_onnx.choosing.groups import members, pooled, read_together, stacked, value_ranks
 from toast_onnx.choosing.kept_heads import ranked_heads
 from toast_onnx.importance.ffn import scaled_rows
 from toast_onnx.importance.loss_curves import by_head, readout_losses, tail_energies
@@ -133,6 +134,9 @@ def _share(lost: float, whole: float) -> float:
 
 
 def _qk(study: Study, a: Attention, settings: BlockRatios, kind: str, measured: AttentionStatistics) -> Array:
+    groups = a.qk_groups
+    if groups is not None:
+        measured = pooled(measured, groups)
     s_qq, s_kk = measured.s_qq, measured.s_kk
     subspace = settings.select == "subspace" and not a.regions
     if subspace and a.cosine:
@@ -145,6 +149,7 @@ def _qk(study: Study, a: Attention, settings: BlockRatios, kind: str, measured: 
     assert a.k is not None
     fold = "ridge" if a.folds and kind == "ridge" else "none"
     q, k = (head_weights(study.view, study.facts, b).weight for b in (a.q, a.k))
+    q = q if groups is None else stacked(q, groups)
     score, subject = attention_score(settings.score), QueriesKeys(q, k, s_qq, s_kk, settings.coupling)
     scores = _shared(score.shared(subject), a.pairs) if a.regions else score.qk.ranks(subject)
     orders = [_ranked(s) for s in scores]
@@ -163,12 +168,18 @@ def _heads(study: Study, a: Attention, settings: BlockRatios, kind: str, context
 def _vo(study: Study, a: Attention, settings: BlockRatios, kind: str, context: Moments) -> Array:
     wv, wo = _values_and_read_out(study, a)
     heads, d, _ = wo.shape
-    s = context.covariance
-    if settings.select == "subspace":
+    s, groups = context.covariance, a.vo_groups
+    if settings.select == "subspace" and a.side is None:
         own = np.stack([s[h * d : (h + 1) * d, h * d : (h + 1) * d] for h in range(heads)])
-        values = np.linalg.svd(root(own) @ wo, compute_uv=False)  # (H, min(d, C_out))
+        if groups is not None:
+            own, wo = own[members(groups)].mean(axis=1), read_together(wo, groups)
+        values = np.linalg.svd(root(own) @ wo, compute_uv=False)  # (H or G, min(d, C_out))
         return tail_energies(np.pad(values, ((0, 0), (0, d - values.shape[1]))))
-    scores = attention_score(settings.score).vo.ranks(Values(wv, wo, context, settings.coupling))
+    score = attention_score(settings.score)
+    if groups is None:
+        scores = score.vo.ranks(Values(wv, wo, context, settings.coupling))
+    else:
+        scores = value_ranks(score, wv, wo, context, settings.coupling, groups)[groups]
     losses = readout_losses(_spread(context, kind), wo.reshape(heads * d, -1), by_head(scores), kind)
     return losses[::heads]
 

@@ -16,7 +16,7 @@ from toast_onnx.errors import ConfigError, MatchError
 from toast_onnx.importance.moments import Moments, merge
 from toast_onnx.importance.statistics import Statistics
 from toast_onnx.importance.synthetic import AttentionStatistics
-from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.blocks import Attention, Block
 from toast_onnx.matching.linear import Linear, find_linears
 from toast_onnx.matching.study import Study
 
@@ -68,7 +68,7 @@ def find_sharing(study: Study) -> Sharing:
             elif any(_reused(roles[index], names) for index in members):
                 reason = "one weight has two parts in it"
             elif len(members) > 1 and not _alike(study, members, kind):
-                reason = f"its weights are shared by blocks {_listed(members)}, whose biases or heads differ"
+                reason = f"its weights are shared by blocks {_listed(members)}, whose biases, heads or norms differ"
             if reason is not None:
                 reasons.update({(index, kind): reason for index in members})
             elif len(members) > 1:
@@ -78,7 +78,7 @@ def find_sharing(study: Study) -> Sharing:
 
 def agreed_widths(
     study: Study, widths: Sequence[Widths], sharing: Sharing, skip_unprunable: bool
-) -> tuple[Widths, ...]:
+) -> tuple[tuple[Widths, ...], tuple[str, ...]]:
     """Kept counts on which all places that share weights agree; a part that one of them must keep stays in all.
 
     Args:
@@ -87,11 +87,14 @@ def agreed_widths(
         sharing: who shares.
         skip_unprunable: leave parts alone that cannot be pruned.
 
+    Returns:
+        The counts, and what to say of parts that stay although some of the places would lose them.
+
     Raises:
         ConfigError: the ratios differ among places that share weights.
         MatchError: places that share weights cannot have one choice.
     """
-    found = list(widths)
+    found, notes = list(widths), list[str]()
     for (index, kind), reason in sharing.reasons.items():
         for part in ATTENTION if kind == "attention" else FFN:
             if getattr(found[index], part) is None:
@@ -112,8 +115,13 @@ def agreed_widths(
                         "give every place a copy of its own with --split-shared"
                     )
                 if len(counts) > 1:
+                    keepers = [index for index in members if getattr(found[index], part) is None]
+                    notes.append(
+                        f"{part} of blocks {_listed(members)} stays whole: they share its weights, and "
+                        f"{'blocks' if len(keepers) > 1 else 'block'} {_listed(keepers)} must keep them"
+                    )
                     found = [replace(w, **{part: None}) if k in members else w for k, w in enumerate(found)]
-    return tuple(found)
+    return tuple(found), tuple(notes)
 
 
 def sharing_notes(sharing: Sharing) -> tuple[str, ...]:
@@ -216,12 +224,22 @@ def _alike(study: Study, members: Sequence[int], kind: str) -> bool:
             branches = [(getattr(first.attention, n), getattr(other.attention, n)) for n in names]
             if any((one is None) != (two is None) for one, two in branches):
                 return False
-            if first.attention.cosine != other.attention.cosine:
+            if first.attention.cosine != other.attention.cosine or not _normed_alike(first.attention, other.attention):
                 return False
             pairs = [(one.layout.channels, two.layout.channels) for one, two in branches if one is not None]
         if not all(np.array_equal(one, two) for one, two in pairs):
             return False
     return True
+
+
+def _normed_alike(one: Attention, two: Attention) -> bool:
+    """Whether norms of queries and keys leave the same choice: the mean taken off or not, gains and biases."""
+    if len(one.norms) != len(two.norms):
+        return False
+    pairs = zip(one.norms, two.norms, strict=True)
+    return all(
+        a.centred == b.centred and np.array_equal(a.gain, b.gain) and np.array_equal(a.bias, b.bias) for a, b in pairs
+    )
 
 
 def _listed(members: Sequence[int]) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 
 from toast_onnx.choosing.blocks import Widths
+from toast_onnx.choosing.groups import for_each_query
+from toast_onnx.choosing.head_norms import behind_norm
 from toast_onnx.errors import ConfigError, MatchError, ModelError
 from toast_onnx.importance.moments import Moments, merge
 from toast_onnx.importance.scores import attention_score, ffn_score
@@ -61,7 +63,8 @@ class SyntheticStatistics:
         view, facts = self._study.view, self._study.facts
         branches = {"q": attention.q, "k": attention.k, "v": attention.v}
         present = {name: b for name, b in branches.items() if b is not None}
-        weights = {name: head_weights(view, facts, b) for name, b in present.items()}
+        shared = {"k": attention.qk_groups, "v": attention.vo_groups}
+        weights = {name: for_each_query(head_weights(view, facts, b), shared.get(name)) for name, b in present.items()}
         self._check(block, *(array for w in weights.values() for array in (w.weight, w.bias)))
         fallback = next(iter(weights.values()))
         q, k, v = (weights.get(name, fallback) for name in "qkv")
@@ -74,7 +77,11 @@ class SyntheticStatistics:
         if attention.cosine and attention.k is not None:
             # Cosine attention does not forgive a shift of all keys: their lengths change with it.
             s_kk = self._moments(block, attention.k).through(k.weight, k.bias).second
-        return AttentionStatistics(found.get("q", any_).s_qq, s_kk, found.get("v", any_).context)
+        s_qq = found.get("q", any_).s_qq
+        if attention.norms:
+            s_qq = behind_norm(s_qq, attention.norms[0], offset=True)
+            s_kk = behind_norm(s_kk, attention.norms[1], offset=False)
+        return AttentionStatistics(s_qq, s_kk, found.get("v", any_).context)
 
     def inputs(self, block: int) -> Moments:
         """Moments of the normalised input of a block's feed-forward network."""
@@ -194,7 +201,8 @@ def founded(study: Study, block: Block, part: str) -> bool:
     """Whether synthetic tokens stand for real ones in a part of a block: all its layers read what a norm made.
 
     A sum in which a norm's output is an addend counts (positions that are added; norms behind the branches, as in Swin
-    V2), and so does what no input reaches (a learned query).
+    V2), and so does what no input reaches (a learned query). Values that are also convolved do not: what a convolution
+    makes follows from tokens beside each other, of which made-up ones know nothing.
 
     Args:
         study: the model.
@@ -206,6 +214,8 @@ def founded(study: Study, block: Block, part: str) -> bool:
         read = [] if block.ffn is None else list(block.ffn.entries)
     elif block.attention is not None:
         a = block.attention
+        if a.side is not None and part != "qk":
+            return False
         read = [b.linear for b in {"qk": (a.q, a.k), "vo": (a.v,)}.get(part, (a.q, a.k, a.v)) if b is not None]
     return all(_rests_on_norm(study, each) for each in read)
 

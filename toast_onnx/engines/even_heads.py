@@ -125,7 +125,9 @@ def _by_weights(found: Study) -> Model:
 def _padded(found: Study, attention: Attention, size: int) -> AttentionWeights | None:
     """The weights of an attention with both widths `size`; None where they cannot be reached."""
     q, k, v, proj = attention.q, attention.k, attention.v, attention.proj
-    if q is None or k is None or v is None or proj is None or attention.cosine or attention.regions:
+    if q is None or k is None or v is None or proj is None or attention.cosine or attention.regions or attention.side:
+        return None
+    if attention.grouped:
         return None
     if attention.core.kind not in ("matmul", "attention") or attention.qk_reason or attention.vo_reason:
         return None
@@ -199,7 +201,7 @@ def _cut(size: int) -> dict[str, int]:
 def _widths(view: GraphView, facts: Facts, core: Core) -> tuple[int, int] | None:
     """(d_qk, d_vo) of a core whose operands hold one head's dimensions on an axis of their own; None of others."""
     q, v = facts.shape(core.q), facts.shape(core.v)
-    if core.kind == "mha" or core.heads is not None or q is None or v is None:
+    if core.kind in ("mha", "gqa") or core.heads is not None or q is None or v is None:
         return None
     if core.kind == "matmul" and any(view.nodes[i].op_type != "MatMul" for i in (core.qk, core.av)):
         return None

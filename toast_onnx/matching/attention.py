@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx
 
 from toast_onnx.matching.blocks import Attention, Branch
 from toast_onnx.matching.cores import Core
@@ -15,9 +16,12 @@ from toast_onnx.matching.droppable_heads import match_heads
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.flattening import before_flattening
 from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.groups import shared_heads
+from toast_onnx.matching.head_norms import HeadNorm, match_norm
 from toast_onnx.matching.layout import Layout, check_spelling, invert_labels, read_layout
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.probe import Decline, Walk, check_readers, propagate, walk_back, walk_forward
+from toast_onnx.matching.probe import Decline, Walk, before_repeats, check_readers, propagate, walk_back, walk_forward
+from toast_onnx.matching.value_side import SidePath, find_side, match_side
 
 Outcome = tuple[Branch | None, str | None]
 
@@ -46,32 +50,81 @@ def match_attention(
         try:
             walks[name] = walk_back(view, facts, linears, tensor, name)
             _same_scale(view, facts, other, linears, tensor, name, walks[name])
+            if name != "Q":
+                walks[name] = before_repeats(view, facts, walks[name], name)
         except Decline as e:
             reasons[name] = str(e)
+    path = find_side(view, facts, walks["V"].linear, core.context) if "V" in walks else None
+    if path is not None:
+        try:
+            return _with_layouts(view, facts, other, linears, core, walks, reasons, path)
+        except Decline as e:
+            found = _with_layouts(view, facts, other, linears, core, walks, reasons, None)
+            return replace(found, vo_reason=f"{found.vo_reason}; {e}" if found.vo_reason else str(e))
+    return _with_layouts(view, facts, other, linears, core, walks, reasons, None)
+
+
+def _with_layouts(
+    view: GraphView,
+    facts: Facts,
+    other: Facts,
+    linears: Mapping[str, Linear],
+    core: Core,
+    found_walks: Mapping[str, Walk],
+    reasons: Mapping[str, str],
+    path: SidePath | None,
+) -> Attention:
+    """The attention behind the ways that were found.
+
+    Raises:
+        Decline: what is made of the values beside the weighted sum is not understood; without `path` never.
+    """
+    q_shape, v_shape = facts.shape(core.q) or (), facts.shape(core.v) or ()
+    walks = dict(found_walks)
+    beside = frozenset[int]() if path is None else path.readers
     for name in walks:
-        walks[name] = _before_outsiders(view, facts, core, walks, name)
-    outcomes = {name: _operand(view, facts, other, core, name, walks, reasons) for name in ("Q", "K", "V")}
+        walks[name] = _before_outsiders(view, facts, core, walks, name, beside)
+    outcomes = {name: _operand(view, facts, other, core, name, walks, reasons, beside) for name in ("Q", "K", "V")}
     _complete_layers(outcomes)
-    proj, proj_reason = _projection(view, facts, other, core, linears)
+    proj, proj_reason = _projection(view, facts, other, core, linears, None if path is None else path.total)
     (q, q_reason), (k, k_reason), (v, v_reason) = (outcomes[n] for n in "QKV")
     qk_reason, vo_reason = q_reason or k_reason, v_reason or proj_reason
     divisions = _length_divisions(view, facts, core, q, k)
     if divisions and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
         qk_reason = None
     regions: tuple[DimRegion, ...] = ()
+    norms: tuple[HeadNorm, ...] = ()
     units = None
     if qk_reason is not None and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
+        branches = [b for b in (q, k, v) if b is not None]
         try:
-            regions, units = _regions(view, facts, core, [b for b in (q, k, v) if b is not None])
+            regions, units = _regions(view, facts, core, branches)
             qk_reason = None
         except Decline as e:
-            qk_reason = f"{qk_reason}; {e}"
-    if q is not None and k is not None and q.layout.channels.shape != k.layout.channels.shape:
-        qk_reason = "Q and K have different numbers of heads or dimensions"
-    if v is not None and proj is not None and v.layout.channels.shape != proj.layout.channels.shape:
-        vo_reason = "V and the output projection have different numbers of heads or dimensions"
-    heads = _num_heads(core, q_shape, [b for b in (q, k, v, proj) if b is not None])
-    divide = heads if core.heads else 1
+            try:
+                norms, regions, units = _behind_norms(view, facts, core, branches)
+                qk_reason = None
+            except Decline as why:
+                half = facts.elem_type(branches[0].walk.target) != onnx.TensorProto.FLOAT
+                qk_reason = f"{qk_reason}; {why if half else e}"
+    qk_groups = vo_groups = None
+    if q is not None and k is not None:
+        try:
+            k, qk_groups = shared_heads(view, facts, core, k, "K", q.layout, bool(regions))
+        except Decline as e:
+            qk_reason = str(e)
+    if v is not None and proj is not None:
+        try:
+            v, vo_groups = shared_heads(view, facts, core, v, "V", proj.layout, False)
+        except Decline as e:
+            vo_reason = str(e)
+    side = None
+    if path is not None:
+        if v is None or proj is None or vo_reason is not None:
+            raise Decline(vo_reason or "V and the output projection were not found")
+        allowed = {i for w in walks.values() for i in w.nodes} | set(core.nodes) | beside
+        side = match_side(view, facts, other, path, v, proj, allowed)
+    heads = _num_heads(core, q_shape, [b for b in (q, proj, k, v) if b is not None])
     found = Attention(
         core,
         q,
@@ -79,14 +132,22 @@ def match_attention(
         v,
         proj,
         heads,
-        q_shape[-1] // divide,
-        v_shape[-1] // divide,
+        q_shape[-1] // (core.heads or 1),
+        v_shape[-1] // (core.kv_heads or 1),
         qk_reason,
         vo_reason,
         () if qk_reason else divisions,
         () if qk_reason else regions,
         None if qk_reason else units,
+        side=side,
+        norms=() if qk_reason else norms,
+        qk_groups=qk_groups,
+        vo_groups=vo_groups,
     )
+    if found.grouped:
+        return replace(found, heads_reason="several heads of queries share keys or values")
+    if side is not None:
+        return replace(found, heads_reason="the values are also convolved beside the attention, all heads at once")
     try:
         return replace(found, head_region=match_heads(view, facts, other, found))
     except Decline as e:
@@ -106,14 +167,29 @@ def _regions(
 ) -> tuple[tuple[DimRegion, ...], np.ndarray]:
     """What lies between queries and keys and the scores, where it acts on dimensions singly or in pairs."""
     q, k = branches[:2]
-    operands = [
-        Operand("Q", q.walk.target, core.q, -1),
-        Operand("K", k.walk.target, core.k, core.k_dim_axis),
-    ]
-    layers = [b.linear.output for b in branches]
-    found, units = match_dims(view, facts, core.nodes, operands, layers, q.layout.head_dim)
-    between = [r for r, b in zip(found, (q, k), strict=True) if b.walk.blocked is not None]
+    found, units = _regions_from(view, facts, core, branches, q.walk.target, k.walk.target)
+    between = [r for r, b in zip(found, (q, k), strict=True) if b.walk.ends_early]
     return tuple(between), units
+
+
+def _regions_from(
+    view: GraphView, facts: Facts, core: Core, branches: Sequence[Branch], q: str, k: str
+) -> tuple[tuple[DimRegion, ...], np.ndarray]:
+    """What lies between two tensors, of queries and of keys, and the scores."""
+    operands = [Operand("Q", q, core.q, -1), Operand("K", k, core.k, core.k_dim_axis)]
+    layers = [b.linear.output for b in branches]
+    return match_dims(view, facts, core.nodes, operands, layers, branches[0].layout.head_dim)
+
+
+def _behind_norms(
+    view: GraphView, facts: Facts, core: Core, branches: Sequence[Branch]
+) -> tuple[tuple[HeadNorm, ...], tuple[DimRegion, ...], np.ndarray]:
+    """Norms of queries and keys, and what lies between them and the scores."""
+    norms = tuple(match_norm(view, facts, core.nodes, b.walk.target) for b in branches[:2])
+    if any(norm.gain.size != branches[0].layout.head_dim for norm in norms):
+        raise Decline("the norm runs over more than the dimensions of a head")
+    found, units = _regions_from(view, facts, core, branches, norms[0].end, norms[1].end)
+    return norms, tuple(replace(region, plain=False) for region in found), units
 
 
 def _length_divisions(
@@ -141,23 +217,25 @@ def _operand(
     name: str,
     walks: Mapping[str, Walk],
     reasons: Mapping[str, str],
+    beside: frozenset[int],
 ) -> Outcome:
     if name in reasons:
         return None, reasons[name]
     walk = walks[name]
-    heads = core.heads
-    dim_axis = core.k_dim_axis if name == "K" and walk.blocked is None else -1
-    if walk.blocked is not None:
-        heads = _heads_at(facts, core, walk.target, name)
+    heads = core.heads if name == "Q" else core.kv_heads
+    dim_axis = core.k_dim_axis if name == "K" and not walk.ends_early else -1
+    if walk.ends_early:
+        dim_axis = _dim_axis_at(view, facts, walk) if name == "V" else -1
+        heads = _heads_at(facts, core, walk.target, name, dim_axis)
     try:
         layout = _layout(view, facts, other, walk, walk.linear.output, walk.target, dim_axis, heads, name)
         if before_flattening(view, facts, walk.linear, layout) is None:
             check_spelling(layout, name)
         # A packed layer feeds Q, K and V: readers on the way of any of them are expected.
         shared = [w for w in walks.values() if w.linear.output == walk.linear.output]
-        ends = {w.target for w in shared if w.blocked is not None}
+        ends = {w.target for w in shared if w.ends_early}
         labelled = propagate(view, facts, walk.nodes, walk.linear.output)
-        allowed = {i for w in shared for i in w.nodes} | set(core.nodes)
+        allowed = {i for w in shared for i in w.nodes} | set(core.nodes) | beside
         check_readers(view, [t for t in labelled if t not in ends], allowed, name)
     except Decline as e:
         return None, walk.blocked or str(e)
@@ -176,14 +254,16 @@ def _complete_layers(outcomes: dict[str, Outcome]) -> None:
             outcomes[name] = (branch, f"{name}: {reason}")
 
 
-def _before_outsiders(view: GraphView, facts: Facts, core: Core, walks: Mapping[str, Walk], name: str) -> Walk:
-    """End a walk where something besides the core reads the operand, so that its partners can still be pruned."""
+def _before_outsiders(
+    view: GraphView, facts: Facts, core: Core, walks: Mapping[str, Walk], name: str, beside: frozenset[int]
+) -> Walk:
+    """End a walk where something besides the core and `beside` reads the operand: its partners can still be pruned."""
     walk = walks[name]
-    if walk.blocked is not None:
+    if walk.ends_early:
         return walk
     shared = [w for w in walks.values() if w.linear.output == walk.linear.output]
-    allowed = {i for w in shared for i in w.nodes} | set(core.nodes)
-    ends = {w.target for w in shared if w.blocked is not None}
+    allowed = {i for w in shared for i in w.nodes} | set(core.nodes) | beside
+    ends = {w.target for w in shared if w.ends_early}
     own = _on_the_way(view, walk, set(propagate(view, facts, walk.nodes, walk.linear.output)))
     for tensor in sorted(own - ends, key=lambda t: view.producer[t]):
         outside = [
@@ -213,12 +293,25 @@ def _on_the_way(view: GraphView, walk: Walk, labelled: set[str]) -> set[str]:
     return found
 
 
-def _heads_at(facts: Facts, core: Core, tensor: str, name: str) -> int | None:
+def _dim_axis_at(view: GraphView, facts: Facts, walk: Walk) -> int:
+    """Axis (negative) along which channels, and nothing else, change at the end of a walk: the last such one."""
+    labels = propagate(view, facts, walk.nodes, walk.linear.output).get(walk.target)
+    shape = facts.shape(walk.linear.output)
+    if labels is None or shape is None:
+        return -1
+    step = int(np.prod(shape[walk.linear.channel_axis % len(shape) + 1 :]))  # of the labels, between channels
+    for axis in range(-1, -labels.ndim - 1, -1):
+        if labels.shape[axis] > 1 and (np.diff(labels, axis=axis) == step).all():
+            return axis
+    return -1
+
+
+def _heads_at(facts: Facts, core: Core, tensor: str, name: str, axis: int) -> int | None:
     """Number of heads when `tensor`, met before the core, holds heads and dimensions on one axis; else None."""
     operand = facts.shape(core.q if name == "Q" else core.k if name == "K" else core.v) or ()
     dim = operand[core.k_dim_axis] if name == "K" else operand[-1]
-    dim //= core.heads or 1
-    width = (facts.shape(tensor) or (0,))[-1]
+    dim //= (core.heads if name == "Q" else core.kv_heads) or 1
+    width = (facts.shape(tensor) or (0,))[axis]
     return width // dim if width > dim and width % dim == 0 else None
 
 
@@ -241,13 +334,15 @@ def _layout(
     return read_layout(labels[target], shape, other_shape, other_target, axis, dim_axis, what, heads)
 
 
-def _projection(view: GraphView, facts: Facts, other: Facts, core: Core, linears: Mapping[str, Linear]) -> Outcome:
+def _projection(
+    view: GraphView, facts: Facts, other: Facts, core: Core, linears: Mapping[str, Linear], total: int | None
+) -> Outcome:
     what = "the attention's output"
     by_input: dict[str, list[Linear]] = {}
     for linear in linears.values():
         by_input.setdefault(linear.input, []).append(linear)
     try:
-        walk = walk_forward(view, facts, by_input, core.context, what)
+        walk = walk_forward(view, facts, by_input, core.context, what, total)
         labels = propagate(view, facts, walk.nodes, core.context)
         context, arrived = facts.shape(core.context), facts.shape(walk.target)
         other_context, other_arrived = other.shape(core.context), other.shape(walk.target)

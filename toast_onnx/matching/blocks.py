@@ -8,6 +8,7 @@ import numpy as np
 
 from toast_onnx.matching.cores import Core
 from toast_onnx.matching.dims import DimRegion
+from toast_onnx.matching.head_norms import HeadNorm
 from toast_onnx.matching.head_region import HeadRegion
 from toast_onnx.matching.layout import Layout
 from toast_onnx.matching.linear import Linear
@@ -22,15 +23,40 @@ class Branch:
         walk: the way between the linear layer and the core.
         layout: where the layer's channels lie in the core's operand. For the output projection the same description
             runs from the layer's *input* to the core's output.
+        repeats: what repeats the heads of keys or values for several queries each, on the way to the core.
     """
 
     walk: Walk
     layout: Layout
+    repeats: DimRegion | None = None
 
     @property
     def linear(self) -> Linear:
         """The linear layer."""
         return self.walk.linear
+
+
+@dataclass(frozen=True)
+class ValueSide:
+    """What else reads the values: nodes that act on each channel alone, their result added to the weighted sum.
+
+    Attributes:
+        enter: positions of the data movement from V's layer to `start`.
+        start: what the first of the nodes reads, channels on axis 1.
+        nodes: positions of the nodes that act on each channel alone, in graph order.
+        end: what the last of them makes, channels on axis 1.
+        leave: positions of the data movement from `end` to the sum.
+        layout: where the channels of V's layer lie in `start`.
+        exit: where the channels of `end` lie in the output projection's input.
+    """
+
+    enter: tuple[int, ...]
+    start: str
+    nodes: tuple[int, ...]
+    end: str
+    leave: tuple[int, ...]
+    layout: Layout
+    exit: Layout
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,11 @@ class Attention:
         units: (qk_dim,) which dimensions stay or go together where there are regions; None where there are none.
         heads_reason: why whole heads cannot be dropped, None when they can.
         head_region: what handles all heads between the layers; None where heads cannot be dropped.
+        side: what is made of the values beside the weighted sum and added to it; None where nothing is.
+        norms: of queries and of keys over the dimensions of each head (q/k norm); empty where there are none. The
+            regions then lie between them and the scores.
+        qk_groups: (num_heads,) head of the keys that each head of the queries meets; None where each has its own.
+        vo_groups: (num_heads,) head of the values that each head weighs; None where each has its own.
     """
 
     core: Core
@@ -68,6 +99,15 @@ class Attention:
     units: np.ndarray | None = None
     heads_reason: str | None = None
     head_region: HeadRegion | None = None
+    side: ValueSide | None = None
+    norms: tuple[HeadNorm, ...] = ()
+    qk_groups: np.ndarray | None = None
+    vo_groups: np.ndarray | None = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several queries share keys or values."""
+        return self.qk_groups is not None or self.vo_groups is not None
 
     @property
     def pairs(self) -> np.ndarray | None:

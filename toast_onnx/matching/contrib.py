@@ -48,6 +48,9 @@ def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape]
         if value is not None:
             hidden = value[-1] if len(value) == 3 else value[1] * value[-1]
         return [(*first[:2], hidden)] + [None] * (count - 1)
+    if node.op_type == "GroupQueryAttention" and len(inputs) > 2 and inputs[1] is not None and inputs[2] is not None:
+        group = int(attribute(node, "num_heads", 1)) // int(attribute(node, "kv_num_heads", 1))  # type: ignore[call-overload]
+        return [(*first[:2], inputs[2][-1] * group)] + [None] * (count - 1)
     if node.op_type == "FusedGemm" and inputs[1] is not None:
         return [(first[0], inputs[1][0 if attribute(node, "transB", 0) else 1])]
     return None

@@ -15,6 +15,8 @@ _BETWEEN = frozenset(
     | {"Squeeze", "Expand", "IsNaN", "Dropout", "IsInf", "Or", "Not", "And"}
     | {"QuantizeLinear", "DequantizeLinear"}  # found, so that it can be declined with the reason
 )
+#: Operators that hold a whole attention.
+FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 #: Operators that move probabilities or mix those of different heads.
 _MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv", "Einsum"}
 
@@ -24,13 +26,15 @@ class Core:
     """Scores, softmax and weighted sum of one attention.
 
     Attributes:
-        kind: `matmul` (separate nodes), `attention` (ONNX opset 23) or `mha` (com.microsoft MultiHeadAttention).
+        kind: `matmul` (separate nodes), `attention` (ONNX opset 23), `mha` (com.microsoft MultiHeadAttention) or `gqa`
+            (com.microsoft GroupQueryAttention).
         qk: position of the score product (the fused node itself when fused).
         softmax: position of the Softmax (the fused node itself when fused).
         av: position of the weighted sum (the fused node itself when fused).
         q: tensor of the queries; k, v: keys and values; context: the weighted sum.
         k_dim_axis: axis of the head's dimensions in `k` (-1, or -2 where the keys come transposed).
         heads: number of heads where q, k, v hold heads and dimensions on one axis, else None.
+        kv_heads: the same of keys and values, which several queries may share.
     """
 
     kind: str
@@ -43,6 +47,12 @@ class Core:
     context: str
     k_dim_axis: int = -1
     heads: int | None = None
+    kv_heads: int | None = None
+
+    @property
+    def one_width(self) -> bool:
+        """Whether queries, keys and values must have equally many dimensions, a multiple of 8 of them."""
+        return self.kind == "gqa"
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -72,7 +82,9 @@ def _finder(domain: str, op_type: str) -> Callable[[GraphView, Facts, int], Core
     if domain in ("", "ai.onnx"):
         return {"Softmax": _softmax_core, "Attention": _fused_core}.get(op_type)
     if domain == "com.microsoft":
-        return {"MultiHeadAttention": _mha_core, "Attention": _packed_core}.get(op_type)
+        return {"MultiHeadAttention": _mha_core, "Attention": _packed_core, "GroupQueryAttention": _gqa_core}.get(
+            op_type
+        )
     return None
 
 
@@ -130,6 +142,11 @@ def _meets(view: GraphView, facts: Facts, i: int) -> bool:
     """Whether two activations meet in a node in any product: matrix product or contraction."""
     einsum = view.nodes[i].op_type == "Einsum" and sum(not facts.is_constant(n) for n in view.nodes[i].input) > 1
     return einsum or _is_product(view, facts, i)
+
+
+def is_meeting(view: GraphView, facts: Facts, i: int) -> bool:
+    """Whether two activations meet in a node: in a product, or inside a fused attention."""
+    return _meets(view, facts, i) or view.nodes[i].op_type in FUSED
 
 
 def _einsum_before(view: GraphView, facts: Facts, tensor: str) -> int | None:
@@ -234,19 +251,15 @@ def _fused_core(view: GraphView, facts: Facts, i: int) -> Core:
     node = view.nodes[i]
     if any(name for name in node.input[4:]):
         raise Decline("this Attention node carries a key/value cache")
-    q = facts.shape(node.input[0])
-    heads = None
-    if q is None:
+    shape = facts.shape(node.input[0])
+    heads = kv_heads = None
+    if shape is None:
         raise Decline("the shape of this Attention node's queries cannot be inferred")
-    if len(q) == 3:
+    if len(shape) == 3:
         heads = int(attribute(node, "q_num_heads", 0))  # type: ignore[call-overload]
-        if heads != attribute(node, "kv_num_heads", 0):
-            raise Decline("queries and keys have different numbers of heads (grouped-query attention)")
-    elif q[1] != (facts.shape(node.input[1]) or q)[1]:
-        raise Decline("queries and keys have different numbers of heads (grouped-query attention)")
-    return Core(
-        "attention", i, i, i, q=node.input[0], k=node.input[1], v=node.input[2], context=node.output[0], heads=heads
-    )
+        kv_heads = int(attribute(node, "kv_num_heads", 0))  # type: ignore[call-overload]
+    q, k, v = node.input[:3]
+    return Core("attention", i, i, i, q, k, v, node.output[0], heads=heads, kv_heads=kv_heads)
 
 
 def _mha_core(view: GraphView, facts: Facts, i: int) -> Core:
@@ -259,7 +272,22 @@ def _mha_core(view: GraphView, facts: Facts, i: int) -> Core:
         raise Decline("this MultiHeadAttention node carries a key/value cache")
     if len(node.input) > 3 and node.input[3]:
         raise Decline("this MultiHeadAttention node adds a bias to Q, K and V that is not constant")
-    return Core("mha", i, i, i, q=node.input[0], k=node.input[1], v=node.input[2], context=node.output[0], heads=heads)
+    q, k, v = node.input[:3]
+    return Core("mha", i, i, i, q, k, v, node.output[0], heads=heads, kv_heads=heads)
+
+
+def _gqa_core(view: GraphView, facts: Facts, i: int) -> Core:
+    node = view.nodes[i]
+    ranks = [len(facts.shape(name) or ()) for name in node.input[:3]]
+    if ranks != [3, 3, 3]:
+        raise Decline("this GroupQueryAttention node takes packed operands")
+    if any(node.input[3:5]) or any(name in view.consumers or name in view.outputs for name in node.output[1:]):
+        raise Decline("this GroupQueryAttention node carries a key/value cache")
+    if attribute(node, "do_rotary", 0):
+        raise Decline("this GroupQueryAttention node holds a rotary embedding; export it as separate nodes")
+    q, k, v = node.input[:3]
+    heads, kv_heads = (int(attribute(node, name, 0)) for name in ("num_heads", "kv_num_heads"))  # type: ignore[call-overload]
+    return Core("gqa", i, i, i, q, k, v, node.output[0], heads=heads, kv_heads=kv_heads)
 
 
 def _packed_core(view: GraphView, facts: Facts, i: int) -> Core:

@@ -17,7 +17,10 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.probe import PASSING, Decline, scalar_factor
 
-_MOVING = frozenset({"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Concat", "Flatten"})
+_MOVING = frozenset(
+    {"Reshape", "Transpose", "Split", "Slice", "Gather", "GatherND", "Squeeze", "Unsqueeze", "Concat", "Flatten"}
+    | {"Expand", "Tile"}
+)
 _LINEAR = frozenset({"Mul", "Div", "Add", "Sub", "Neg"})
 #: Pool tokens, each dimension for itself (the queries of Hiera and SAM 2).
 _POOLING = frozenset({"ReduceMax", "MaxPool"})
@@ -116,6 +119,41 @@ def match_dims(
     return tuple(regions), units
 
 
+def match_repeats(view: GraphView, facts: Facts, core: Sequence[int], operand: Operand, dim: int) -> DimRegion:
+    """What repeats the heads of keys or values for several queries each: movement, and one common factor.
+
+    Args:
+        view: the graph.
+        facts: its facts.
+        core: positions of the core's nodes.
+        operand: keys or values.
+        dim: dimensions of a head.
+
+    Raises:
+        Decline: something else happens on the way, or the dimensions do not stay in order.
+    """
+    nodes, tables = _follow(view, facts, core, operand)
+    if tables or not all(view.nodes[i].op_type in _MOVING | PASSING or scalar_factor(view, facts, i) for i in nodes):
+        raise Decline(f"{operand.what} is computed on where its heads are repeated")
+    axes, unit_of = _axes(_label(view, facts, nodes, operand, dim), np.arange(dim), operand)
+    if any(not np.array_equal(units, np.arange(units.size) % dim) for units in unit_of.values()):
+        raise Decline(f"the dimensions of {operand.what} are reordered where its heads are repeated")
+    return DimRegion(operand.start, nodes, (), axes, unit_of, True, False)
+
+
+def arriving(view: GraphView, facts: Facts, core: Sequence[int], operand: Operand, numbers: np.ndarray) -> np.ndarray:
+    """The numbers given to the elements of an operand's start, as they arrive at the core.
+
+    Raises:
+        Decline: what arrives at one place is made of different numbers.
+    """
+    nodes, _ = _follow(view, facts, core, operand)
+    arrays = _carry(view, facts, nodes, {operand.start: [numbers]})[operand.end]
+    if any((array != arrays[0]).any() for array in arrays):
+        raise Decline(f"heads of {operand.what} are mixed on the way to the core")
+    return arrays[0]
+
+
 def _follow(
     view: GraphView, facts: Facts, core: Sequence[int], operand: Operand
 ) -> tuple[tuple[int, ...], tuple[Table, ...]]:
@@ -198,7 +236,13 @@ def _label(
     axis = operand.dim_axis if operand.start == operand.end else -1
     numbers = np.moveaxis(np.empty(shape, np.int32), axis, -1)
     numbers[:] = np.arange(shape[axis], dtype=np.int32) % dim + 1
-    labels = {operand.start: [np.moveaxis(numbers, -1, axis)]}
+    return _carry(view, facts, nodes, {operand.start: [np.moveaxis(numbers, -1, axis)]})
+
+
+def _carry(
+    view: GraphView, facts: Facts, nodes: Sequence[int], labels: dict[str, list[np.ndarray]]
+) -> dict[str, list[np.ndarray]]:
+    """The labels of a tensor and of all that the nodes make of it (in place)."""
     for i in nodes:
         node = view.nodes[i]
         if node.op_type == "Concat":

@@ -69,9 +69,11 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
         raise Decline(
             f"the layers before {where} are joined by {activation}, but their output joins no residual stream"
         )
-    if any(e.quantized for e in (*entries, fc2)) or any(view.nodes[i].op_type in QUANTIZED for i in nodes):
-        quantized = "the network is quantized; prune first, then quantize"
-        return Ffn(entries, fc2, nodes, (), {}, {}, activation, quantized, quantized)
+    stored = next((e.small for e in (*entries, fc2) if e.small is not None), None)
+    if stored is not None or any(view.nodes[i].op_type in QUANTIZED for i in nodes):
+        why = "the network is quantized; prune first, then quantize"
+        why = why if stored is None else f"the network's weights are {stored}"
+        return Ffn(entries, fc2, nodes, (), {}, {}, activation, why, why)
     fc1_reason = None if entries[0].channel_axis == -1 else "fc1 is a convolution: its inputs are not selected"
     if region.norm is not None:
         reason = None if fc2.channel_axis == -1 else f"the hidden width is normalised across channels by {region.norm}"
@@ -272,10 +274,23 @@ def _returns_to_residual(view: GraphView, facts: Facts, source: str, output: str
             if i in seen or not _keeps_stream(node.op_type) or (others and node.op_type not in _JOINS):
                 continue
             seen.add(i)
-            if node.op_type in _SUMS and any(_is_ancestor(view, t, source) for t in others):
+            addends = [a for t in others for a in _addends(view, t, view.producer.get(source, -1))]
+            if node.op_type in _SUMS and any(_is_ancestor(view, a, source) for a in addends):
                 return True
             pending.extend(node.output)
     return False
+
+
+def _addends(view: GraphView, tensor: str, floor: int) -> list[str]:
+    """A tensor, and what it is a sum of behind a position: a parallel branch may have joined the stream before."""
+    found, pending = list[str](), [tensor]
+    while pending:
+        name = pending.pop()
+        found.append(name)
+        i = view.producer.get(name, -1)
+        if i > floor and view.nodes[i].op_type == "Add":
+            pending.extend(view.nodes[i].input)
+    return found
 
 
 def _keeps_stream(op_type: str) -> bool:

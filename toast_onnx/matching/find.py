@@ -12,7 +12,7 @@ import onnx
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.attention import match_attention
 from toast_onnx.matching.blocks import Attention, Block, Ffn, Match
-from toast_onnx.matching.cores import find_cores
+from toast_onnx.matching.cores import FUSED, find_cores
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.ffn import match_ffn
 from toast_onnx.matching.graph import QUANTIZED, GraphView
@@ -22,7 +22,7 @@ from toast_onnx.matching.probe import Decline
 #: Metadata key under which PyTorch's exporter stores the module path of a node.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 #: Operators that a transformer block's layers are made of.
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum", "FusedMatMul", "Attention", "MultiHeadAttention")
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum", "FusedMatMul", *FUSED)
 
 
 def find_blocks(view: GraphView, facts: Facts, other: Facts) -> Match:
@@ -66,7 +66,7 @@ def _hidden_in_bodies(view: GraphView) -> dict[str, str]:
         ops = Counter(op for a in node.attribute for body in (a.g, *a.graphs) for op in _operators(body))
         products = sum(ops[op] for op in _PRODUCTS)
         if products:
-            softmaxes = ops["Softmax"] + ops["Attention"] + ops["MultiHeadAttention"]
+            softmaxes = sum(ops[op] for op in ("Softmax", *FUSED))
             hidden[view.label(i)] = (
                 f"its body holds {products} matrix products and {softmaxes} attentions or softmaxes, and bodies of "
                 f"{node.op_type} are not looked into; export the model without the condition or loop"

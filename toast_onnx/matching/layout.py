@@ -230,14 +230,14 @@ def _channel_table(channel: np.ndarray, axes: list[list[Factor]], what: str) -> 
     """(num_heads, head_dim) channel numbers, read where all positions are zero."""
     index: list[int | slice] = []
     order = []
-    for factors in axes:
+    for axis, factors in enumerate(axes):
         inner = [f.source for f in factors]
         if inner == [DIM]:
             index.append(slice(None))
             order.append(DIM)
         elif HEAD in inner and DIM in inner:
             size = next(f.size for f in factors if f.source == HEAD)
-            return np.array(channel[(0,) * (channel.ndim - 1)].reshape(size, -1))
+            return np.array(np.moveaxis(channel, axis, -1)[(0,) * (channel.ndim - 1)].reshape(size, -1))
         elif HEAD in inner:
             at = inner.index(HEAD)
             step = int(np.prod([f.size for f in factors[at + 1 :]], dtype=np.int64))

@@ -25,7 +25,7 @@ class Linear:
         in_features: number of input channels.
         out_features: number of output channels.
         channel_axis: axis of the channels in x and y: -1, or 1 for a convolution.
-        quantized: whether the weight is stored in fewer bits than it computes with.
+        small: how the weight is stored in fewer bits than it computes with, and what to do; None where it is not.
     """
 
     node: int
@@ -37,7 +37,7 @@ class Linear:
     in_features: int
     out_features: int
     channel_axis: int
-    quantized: bool
+    small: str | None
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ def _linear_at(view: GraphView, facts: Facts, i: int) -> Linear | None:
         if found is not None:
             add, b = found
             output = view.nodes[add].output[0]
-    return Linear(i, add, x, output, w, b, fan_in, fan_out, axis, _is_quantized(view, facts, w))
+    return Linear(i, add, x, output, w, b, fan_in, fan_out, axis, _stored_small(view, facts, w))
 
 
 def _bias_add(view: GraphView, facts: Facts, tensor: str, width: int) -> tuple[int, str] | None:
@@ -132,14 +132,19 @@ def _is_pointwise(node: object) -> bool:
     return all(s == 1 for s in strides) and all(p == 0 for p in pads)  # type: ignore[attr-defined]
 
 
-def _is_quantized(view: GraphView, facts: Facts, weight: str) -> bool:
-    """Whether a weight is stored in fewer bits than it computes with: dequantized, or cast up on the way."""
+def _stored_small(view: GraphView, facts: Facts, weight: str) -> str | None:
+    """How a weight is stored in fewer bits than it computes with: dequantized, or cast up on the way."""
     name, computed = weight, _bits(facts, weight)
     while (node := view.producer_of(name)) is not None and node.input:
         if node.op_type == "DequantizeLinear":
-            return True
+            return "quantized; prune first, then quantize"
         name = max(node.input, key=lambda each: int(np.prod(facts.shape(each) or (0,))) if each else -1)
-    return _bits(facts, name) < computed
+    if _bits(facts, name) >= computed:
+        return None
+    kind = onnx.helper.tensor_dtype_to_np_dtype(facts.elem_type(name))
+    if kind.kind in "iu":
+        return f"stored as {kind.name}; prune first, then quantize"
+    return f"stored as {kind.name} and cast up; prune the float{computed} model, then store it smaller"
 
 
 def _bits(facts: Facts, name: str) -> int:

@@ -38,7 +38,8 @@ class Walk:
         target: the operand's tensor name.
         nodes: positions of the nodes on the way, in graph order.
         scale: product of the constant factors on the way.
-        blocked: what computes between `target` and the core, None when `target` is the core's operand itself.
+        blocked: what computes between `target` and the core, None where nothing does.
+        repeats: whether heads are repeated between `target` and the core, for several queries each.
     """
 
     linear: Linear
@@ -46,6 +47,12 @@ class Walk:
     nodes: tuple[int, ...]
     scale: float
     blocked: str | None = None
+    repeats: bool = False
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether `target` is not the core's operand itself."""
+        return self.blocked is not None or self.repeats
 
 
 def data_inputs(view: GraphView, i: int) -> list[str]:
@@ -89,7 +96,7 @@ def _unchanged_by_sum(facts: Facts, node: onnx.NodeProto) -> str | None:
     return None
 
 
-def _passes(view: GraphView, facts: Facts, i: int) -> bool:
+def passes(view: GraphView, facts: Facts, i: int) -> bool:
     """Whether a node computes nothing: it moves its data, passes it on, multiplies it by one or adds zero."""
     scaled = scalar_factor(view, facts, i)
     return is_plain(view, i) or (scaled is not None and scaled[1] == 1.0)
@@ -135,8 +142,8 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
     if len(found) > 1:
         raise Decline(f"{what} comes from {len(found)} linear layers")
     (linear,) = found.values()
-    if linear.quantized:
-        raise Decline(f"the weights of {what} are quantized; prune first, then quantize")
+    if linear.small is not None:
+        raise Decline(f"the weights of {what} are {linear.small}")
     if not opaque:
         return Walk(linear, target, tuple(sorted(nodes)), _total_scale(view, facts, nodes, what))
     first = min(opaque)
@@ -162,16 +169,48 @@ def _total_scale(view: GraphView, facts: Facts, nodes: Iterable[int], what: str)
     return float(np.prod(factors)) if factors else 1.0
 
 
+def before_repeats(view: GraphView, facts: Facts, walk: Walk, what: str) -> Walk:
+    """End a walk in front of what repeats heads for several queries each; the same walk where nothing does.
+
+    Raises:
+        Decline: something is repeated, but there is no tensor before that which all of it comes from.
+    """
+    if walk.blocked is not None:
+        return walk
+    labels = propagate(view, facts, walk.nodes, walk.linear.output)
+    if walk.target not in labels or not _repeated(labels[walk.target]):
+        return walk
+    single = frozenset(name for name, array in labels.items() if not _repeated(array))
+    target, before = _last_common(view, facts, walk.linear, walk.target, set(walk.nodes), what, single)
+    return Walk(walk.linear, target, tuple(sorted(before)), 1.0, repeats=True)
+
+
+def _repeated(labels: np.ndarray) -> bool:
+    """Whether a label occurs more than once; 0 is none."""
+    return bool(np.bincount(labels.reshape(-1))[1:].max(initial=0) > 1)
+
+
 def _last_common(
-    view: GraphView, facts: Facts, linear: Linear, target: str, nodes: set[int], what: str
+    view: GraphView,
+    facts: Facts,
+    linear: Linear,
+    target: str,
+    nodes: set[int],
+    what: str,
+    among: frozenset[str] | None = None,
 ) -> tuple[str, set[int]]:
-    """The last moved-only tensor that every way from the layer to the target passes, and the nodes before it."""
+    """The last moved-only tensor that every way from the layer to the target passes, and the nodes before it.
+
+    Only tensors `among` those given count, where some are.
+    """
     moved = {linear.output: set[int]()}
     for i in sorted(nodes):
         if is_plain(view, i) and all(name in moved for name in data_inputs(view, i)):
             before = set().union(*(moved[name] for name in data_inputs(view, i)), {i})
             moved.update({name: before for name in view.nodes[i].output if name})
     for tensor in sorted(moved, key=lambda name: -view.producer[name]):
+        if among is not None and tensor not in among:
+            continue
         if tensor != linear.output and _moves_last_axis(view, view.producer[tensor]):
             continue  # such as in front of a pooling over channels-first images: dimensions are read on the last axis
         if not _reaches(view, facts, target, linear.output, nodes, around=tensor):
@@ -213,9 +252,22 @@ def _hint(view: GraphView, i: int) -> str:
 
 
 def walk_forward(
-    view: GraphView, facts: Facts, linears_by_input: Mapping[str, list[Linear]], start: str, what: str
+    view: GraphView,
+    facts: Facts,
+    linears_by_input: Mapping[str, list[Linear]],
+    start: str,
+    what: str,
+    total: int | None = None,
 ) -> Walk:
     """Follow data movement from an attention core's output to the one linear layer that reads it.
+
+    Args:
+        view: the graph.
+        facts: its facts.
+        linears_by_input: linear layers by what they read.
+        start: the attention core's output.
+        what: its name in messages.
+        total: position of a sum on the way whose other addend is understood, None where there is none.
 
     Raises:
         Decline: something else reads it, or a node on the way computes something.
@@ -233,7 +285,7 @@ def walk_forward(
                 found[i] = readers[i]
             elif view.nodes[i].op_type in ("Shape", "Size"):
                 continue
-            elif _passes(view, facts, i):
+            elif i == total or passes(view, facts, i):
                 if i not in nodes:
                     nodes.add(i)
                     pending.extend(name for name in view.nodes[i].output if name)
@@ -242,8 +294,8 @@ def walk_forward(
     if len(found) != 1:
         raise Decline(f"{what} goes to {len(found)} linear layers")
     (linear,) = found.values()
-    if linear.quantized:
-        raise Decline(f"the weights behind {what} are quantized; prune first, then quantize")
+    if linear.small is not None:
+        raise Decline(f"the weights behind {what} are {linear.small}")
     return Walk(linear, linear.input, tuple(sorted(nodes)), 1.0)
 
 
@@ -280,6 +332,8 @@ def propagate(view: GraphView, facts: Facts, nodes: Iterable[int], seed: str) ->
         data = data_inputs(view, i)
         if (scaled := scalar_factor(view, facts, i)) is not None:
             data = [scaled[0]]
+        elif node.op_type == "Add":  # of two activations: the one that is followed
+            data = [name for name in node.input if name in labels]
         if not any(name in labels for name in data):
             continue
         if node.op_type not in MOVEMENT:

@@ -14,6 +14,7 @@ from toast_onnx.matching.find import find_blocks
 from toast_onnx.matching.fused import SpelledOut, spell_out
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.input_shapes import Shapes, counted_shapes, input_shapes
+from toast_onnx.matching.parallel import part_layers
 from toast_onnx.matching.split_bias import join_split_biases
 from toast_onnx.model import Model
 from toast_onnx.wellformed import blame_model
@@ -69,6 +70,10 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     contracted = spell_contractions(view, counted)
     if contracted is not view.model:
         view = GraphView(contracted)
+        counted = Facts(view, shapes)
+    parted = part_layers(view, counted)
+    if parted is not view.model:
+        view = GraphView(parted)
         counted = Facts(view, shapes)
     turned = turn_products(view, counted)
     if turned is not view.model:

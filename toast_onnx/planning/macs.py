@@ -53,7 +53,7 @@ def macs_at(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None], out:
         return prod(shapes[0]) * prod(shapes[1][1:])
     if op == "Einsum":
         return _einsum(str(attribute(node, "equation", b""), "utf-8"), shapes)  # type: ignore[call-overload]
-    if op in ("Attention", "MultiHeadAttention"):
+    if op in ("Attention", "MultiHeadAttention", "GroupQueryAttention"):
         return _fused_attention(node, shapes, out)
     return 0
 
@@ -79,13 +79,14 @@ def _fused_attention(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | No
         return 0
     batch, queries, keys = q[0], q[-2], k[-2]
     qk = q[1] * q[3] if len(q) == 4 else q[-1]
-    vo = v[1] * v[3] if len(v) == 4 else v[-1]
+    vo = out[1] * out[3] if len(out) == 4 else out[-1]  # several heads may share values
     return batch * queries * keys * (qk + vo)
 
 
 def attention_macs(view: GraphView, facts: Facts, attention: Attention) -> int:
-    """Multiply-accumulates of an attention: its four projections and two products."""
+    """Multiply-accumulates of an attention: its four projections, two products, and what convolves the values."""
     nodes = set(attention.core.nodes) | {linear.node for linear in attention_linears(attention)}
+    nodes |= set() if attention.side is None else set(attention.side.nodes)
     return sum(node_macs(view, facts, i) for i in nodes)
 
 

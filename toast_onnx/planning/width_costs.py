@@ -144,6 +144,8 @@ def _attention(view: GraphView, macs: Counted, a: Attention, resource: Resource)
     if a.proj is not None:
         rows = np.unique(a.proj.layout.channels).size / a.vo_dim
         vo += rows * _by_input(macs, a.proj.linear, resource)
+    if a.side is not None:
+        vo += sum(macs(i) if resource == "macs" else _stored(view, i) for i in a.side.nodes) / a.vo_dim
     bias = 0.0
     if resource == "params" and a.head_region is not None:
         operands = {view.nodes[i].input[k] for i, k in a.head_region.operands}
@@ -156,6 +158,11 @@ def _attention(view: GraphView, macs: Counted, a: Attention, resource: Resource)
             qk += macs(a.core.qk) / a.qk_dim
             vo += macs(a.core.av) / a.vo_dim
     return WidthCost(qk=qk, vo=vo, bias=bias, heads=a.num_heads)
+
+
+def _stored(view: GraphView, i: int) -> float:
+    """Numbers in the initializers that a node reads."""
+    return float(sum(math.prod(view.initializers[n].dims) for n in view.nodes[i].input if n in view.initializers))
 
 
 def _ffn(macs: Counted, f: Ffn, resource: Resource) -> WidthCost:

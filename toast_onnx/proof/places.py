@@ -71,7 +71,7 @@ def places(twin: GraphView, block: Block, new: BlockWeights) -> dict[str, Place]
                 columns = heads.channels(branch.layout.channels)  # (heads, kept)
                 put(part, branch.linear.output, (np.s_[:, columns],) * 2, (columns,) * 2)
         if a.proj is not None and attention.proj is not None and attention.v is not None:
-            rows = attention.v.channels(a.proj.layout.channels)
+            rows = attention.v.channels(a.proj.layout.channels, a.vo_groups)
             put("proj", a.proj.linear.output, (rows, rows), (every, every))
     if block.ffn is not None and new.ffn is not None:
         shrinks = new.ffn.units is not None and not block.ffn.selects_at_exit

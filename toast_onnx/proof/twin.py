@@ -19,6 +19,7 @@ from toast_onnx.errors import TwinError
 from toast_onnx.matching.blocks import Attention, Block, Branch, Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.head_norms import HeadNorm
 from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.proof.decisions import Decision
@@ -83,6 +84,9 @@ def padded_twin(view: GraphView, facts: Facts, blocks: Sequence[Block], new: Map
         padded: dict[str, _Padded] = {}
         if change.attention is not None and block.attention is not None:
             _pad_attention(view, facts, block.attention, change.attention, padded)
+            for norm, part in zip(block.attention.norms, (change.attention.q, change.attention.k), strict=False):
+                if part is not None and part.kept < block.attention.qk_dim:
+                    _scale_norm(edit, norm, part, f"{block.name}/twin")
         if change.ffn is not None and block.ffn is not None:
             _pad_ffn(view, facts, block.ffn, change.ffn, padded)
         for p in padded.values():
@@ -127,6 +131,30 @@ def _rounded_alike(pruned: Model, twin: Model) -> Model:
     return Model(proto, pruned.path, arrays)
 
 
+def _scale_norm(edit: GraphEdit, norm: HeadNorm, part: HeadWeights, name: str) -> None:
+    """A norm whose sum of squares lacks what the removed dimensions held: x sqrt(d e) / sqrt(|x|^2 + d e eps)."""
+    at, whole = norm.nodes[-1], norm.gain.size * part.energy
+    edit.remove(norm.nodes)
+    stays = np.isin(np.arange(norm.gain.size), part.slots[0])
+    numbers = {
+        "eps": np.float32(whole * norm.eps),
+        "gain": np.float32(norm.gain * stays * np.sqrt(whole)),
+        "bias": np.float32(norm.bias * stays),
+    }
+    given = {key: edit.constant(f"{name}/{key}", np.asarray(value)) for key, value in numbers.items()}
+    tensor = edit.emit(at, "Mul", [norm.start] * 2, edit.fresh(f"{name}/squares"), f"{name}/squares")
+    if edit.opset >= 13:
+        inputs, attributes = [tensor, edit.constant(f"{name}/axes", np.asarray([-1], np.int64))], {}
+    else:
+        inputs, attributes = [tensor], {"axes": [-1]}
+    tensor = edit.emit(at, "ReduceSum", inputs, edit.fresh(f"{name}/sum"), f"{name}/sum", keepdims=1, **attributes)
+    tensor = edit.emit(at, "Add", [tensor, given["eps"]], edit.fresh(f"{name}/guarded"), f"{name}/guarded")
+    tensor = edit.emit(at, "Sqrt", [tensor], edit.fresh(f"{name}/length"), f"{name}/length")
+    tensor = edit.emit(at, "Div", [norm.start, tensor], edit.fresh(f"{name}/unit"), f"{name}/unit")
+    tensor = edit.emit(at, "Mul", [tensor, given["gain"]], edit.fresh(f"{name}/scaled"), f"{name}/scaled")
+    edit.emit(at, "Add", [tensor, given["bias"]], norm.end, f"{name}/norm")
+
+
 @dataclass
 class _Padded:
     linear: Linear
@@ -151,7 +179,7 @@ def _pad_attention(
             _pad_heads(view, facts, branch, part, padded)
     if attention.proj is not None and new.proj is not None and new.v is not None:
         p = _start(view, facts, attention.proj.linear, padded)
-        rows = new.v.channels(attention.proj.layout.channels)
+        rows = new.v.channels(attention.proj.layout.channels, attention.vo_groups)
         p.weight[:] = 0
         p.weight[rows] = new.proj.weight
         p.bias[:] = new.proj.bias

@@ -201,11 +201,23 @@ def _merging(pruned: Pruned) -> dict[str, Any] | None:
 def _notes(block: Block, weights: BlockWeights | None, select: str) -> list[str]:
     """Where a block was pruned in another form than was asked for."""
     attention, new = block.attention, None if weights is None else weights.attention
-    if attention is None or new is None or new.q is None or not attention.regions or select == "index":
+    if attention is None or new is None or select == "index":
         return []
+    notes: list[str] = []
+    if new.v is not None and attention.side is not None:
+        notes.append("vo: dimensions are kept by index, not a basis, because the values are also convolved one by one")
+    if new.q is None or not attention.regions:
+        return notes
+    if attention.norms:
+        what = "pairs of dimensions" if attention.pairs is not None else "dimensions"
+        return [
+            *notes,
+            f"qk: the same {what} are kept in every head, because a norm over each head acts on them; its length "
+            "follows from those that stay, which the predicted error leaves out",
+        ]
     why = "rotary embedding" if attention.pairs is not None else "a table along the dimensions"
     what = "pairs of dimensions" if attention.pairs is not None else "dimensions"
-    return [f"qk: the same {what} are kept in every head, not a basis, because {why} acts on them"]
+    return [*notes, f"qk: the same {what} are kept in every head, not a basis, because {why} acts on them"]
 
 
 def _sizes(found: Study, block: Block) -> dict[str, Any]:

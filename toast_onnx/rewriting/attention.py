@@ -16,7 +16,7 @@ import onnx.helper
 
 from toast_onnx.edit import GraphEdit, OldShape
 from toast_onnx.errors import MatchError
-from toast_onnx.matching.blocks import Attention, Branch
+from toast_onnx.matching.blocks import Attention, Branch, ValueSide
 from toast_onnx.matching.dims import DimRegion
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.flattening import before_flattening
@@ -24,6 +24,7 @@ from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.layout import axis_origins
 from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.matching.probe import propagate
+from toast_onnx.rewriting.head_norms import write_norm
 from toast_onnx.rewriting.shapes import own_origins
 from toast_onnx.rewriting.shrinking import shrink_node, shrunk_operand
 from toast_onnx.rewriting.spelling import collect, spread
@@ -32,11 +33,18 @@ from toast_onnx.solving.weights import AttentionWeights, HeadWeights
 
 @dataclass(frozen=True)
 class _Part:
-    """One operand to write: its branch and its (new or unchanged) weights."""
+    """One operand to write: its branch, its (new or unchanged) weights, and what else reads it."""
 
     name: str
     branch: Branch
     weights: HeadWeights
+    side: ValueSide | None = None
+
+    @property
+    def moving(self) -> tuple[int, ...]:
+        """Positions of the data movement from the layer to whatever reads its channels."""
+        beside = () if self.side is None else self.side.enter
+        return tuple(sorted({*self.branch.walk.nodes, *beside}))
 
 
 def head_weights(view: GraphView, facts: Facts, branch: Branch) -> HeadWeights:
@@ -78,15 +86,22 @@ def rewrite_attention(
         if branch is None or branch.linear.output not in changed:
             continue
         weight = given[what] or head_weights(view, facts, branch)
-        parts.append(_Part(what.lower(), branch, weight))
+        parts.append(_Part(what.lower(), branch, weight, attention.side if what == "V" else None))
     _write_heads(edit, view, facts, other, parts, name)
     if new.q is not None and new.q.kept != attention.qk_dim:
         _freeze_fused_scale(edit, view, attention)
         for expand, division in attention.divisions:
             _divide_unexpanded(edit, view, expand, division)
+        assert new.k is not None
+        for norm, part, letter in zip(attention.norms, (new.q, new.k), "qk", strict=False):
+            write_norm(edit, norm, part, f"{name}/{letter}/norm")
         for region in attention.regions:
             _shrink_region(edit, view, facts, other, region, attention, new.q)
+        _shrink_repeats(edit, view, facts, other, attention.k, new.k)
+    _shrink_repeats(edit, view, facts, other, attention.v, new.v)
     if new.proj is not None:
+        if attention.side is not None:
+            _shrink_side(edit, view, facts, other, attention.side, new.v, attention.vo_dim)
         _write_projection(edit, view, facts, other, attention, new, name)
 
 
@@ -105,17 +120,20 @@ def _write_heads(
         for linear in linears.values():
             edit.remove(linear.nodes)
         for part in group:
-            edit.remove(part.branch.walk.nodes)
+            edit.remove(part.moving)
         packed, outputs = _packed_linear(edit, at, view, facts, group, list(linears.values()), name)
         for part in group:
             linear = part.branch.linear
-            labels = propagate(view, facts, part.branch.walk.nodes, linear.output)
+            labels = propagate(view, facts, part.moving, linear.output)
             labels[view.nodes[linear.node].output[0]] = labels[linear.output]
             _note_changes(edit, other, labels, linear.output, packed, linear.channel_axis)
             if (whole := before_flattening(view, facts, linear, part.branch.layout)) is not None:
                 _note_by_extents(edit, facts, other, labels, whole)
         for part, output in zip(group, outputs, strict=True):
             _write_operand(edit, at, view, facts, part, output, f"{name}/{part.name}")
+            if part.side is not None:  # channels first, unlike the core's operand: never the same tensor as that
+                beside = spread(edit, at, output, part.side.layout, part.weights.kept, f"{name}/{part.name}/side")
+                edit.rename(at, beside, part.side.start)
 
 
 def _note_by_extents(edit: GraphEdit, facts: Facts, other: Facts, tensors: Iterable[str], whole: str) -> None:
@@ -254,6 +272,37 @@ def _shrink_region(
         edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
 
 
+def _shrink_repeats(
+    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, branch: Branch | None, new: HeadWeights | None
+) -> None:
+    """Cut what repeats heads to the new number of dimensions: they stay in order, whichever they are."""
+    if branch is None or branch.repeats is None or new is None:
+        return
+    region = branch.repeats
+    keep = {tensor: unit < new.kept for tensor, unit in region.unit_of.items()}
+    for i in region.nodes:
+        shrink_node(edit, view, facts, other, region.axes, keep, i)
+    for tensor in region.unit_of:
+        edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
+
+
+def _shrink_side(
+    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, side: ValueSide, v: HeadWeights | None, dim: int
+) -> None:
+    """Cut what acts on each channel of the values beside the attention."""
+    assert v is not None
+    if v.is_basis:
+        raise MatchError("values that are also convolved are pruned by index; a basis would mix their channels")
+    stays = np.zeros((v.slots.shape[0], dim), bool)
+    np.put_along_axis(stays, v.slots, True, axis=1)
+    made = [side.start, *(name for i in side.nodes for name in view.nodes[i].output)]
+    axes, keep = dict.fromkeys(made, 1), dict.fromkeys(made, stays.reshape(-1))
+    for i in side.nodes:
+        shrink_node(edit, view, facts, other, axes, keep, i)
+    for tensor in made:
+        edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
+
+
 def _freeze_fused_scale(edit: GraphEdit, view: GraphView, attention: Attention) -> None:
     """Fused attention defaults its scale to 1/sqrt(head_dim): write the original number down."""
     core = attention.core
@@ -285,6 +334,11 @@ def _write_projection(
     made, wanted = facts.elem_type(attention.core.context), facts.elem_type(linear.input)
     if made != wanted:
         tensor = edit.emit(at, "Cast", [tensor], edit.fresh(f"{name}/proj/cast"), f"{name}/proj/Cast", to=wanted)
+    if attention.side is not None:
+        side = attention.side
+        edit.remove(side.leave)
+        beside = spread(edit, at, side.end, side.exit, kept, f"{name}/proj/side")
+        tensor = edit.emit(at, "Add", [tensor, beside], edit.fresh(f"{name}/proj/sum"), f"{name}/proj/Add")
     has_bias = linear.bias is not None or bool(b.any())
     edit.linear(at, linear, tensor, w, b if has_bias else None, linear.output, f"{name}/proj")
     labels = propagate(view, facts, walk.nodes, attention.core.context)

@@ -57,6 +57,11 @@ def shrink_node(
         if node.op_type == "Reshape":
             if not _shrink_reshape(edit, facts, other, changed, axes[node.output[0]], keep, i, name):
                 return
+        elif node.op_type == "Expand":  # aligned on the right
+            size = facts.shape(node.input[1]) or (0,)
+            place = axes[node.output[0]] - _rank(facts, node.output[0]) + size[0]
+            if place < 0 or not _shrink_reshape(edit, facts, other, changed, place, keep, i, name):
+                return
         elif node.op_type == "Split":
             if along != axis:
                 return
@@ -67,7 +72,12 @@ def shrink_node(
             if along != axis:
                 return
             _shrink_gather(edit, facts, changed, keep[node.input[0]], name)
-        elif node.op_type in ("Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat"):
+        elif node.op_type == "GatherND":
+            batch = int(attribute(node, "batch_dims", 0))  # type: ignore[call-overload]
+            if axis < batch + (facts.shape(node.input[1]) or (0,))[-1]:
+                raise MatchError(f"{view.label(i)} picks channels one by one, which cannot be shrunk")
+            return
+        elif node.op_type in ("Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Tile"):
             return
         else:
             raise MatchError(f"{view.label(i)} moves channels in a way that cannot be shrunk")
@@ -123,11 +133,11 @@ def _shrink_reshape(
     at: int,
     name: str,
 ) -> bool:
-    """Write the new width into a Reshape's target; False when the target names no width."""
+    """Write the new width into the target of a Reshape or Expand; False when the target names no width."""
     target, elsewhere = facts.value(node.input[1]), other.value(node.input[1])
     if target is None or elsewhere is None:
         raise MatchError(f"the target shape of '{name}' depends on the input's contents")
-    if target[axis] <= 0:
+    if target[axis] <= 0 or (node.op_type == "Expand" and target[axis] == 1):
         return False
     width = int(keep[node.output[0]].sum())
     fixed = np.arange(target.size) == axis

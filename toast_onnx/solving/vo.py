@@ -51,6 +51,7 @@ def solve_vo_subspace(
     ridge: Ridge = "auto",
     gamma: ArrayLike | None = None,
     sweeps: int = 2,
+    groups: Indices | None = None,
 ) -> VOSolution:
     """A basis of rank `kept` for every head's values; `kept == d` returns the given weights untouched.
 
@@ -69,6 +70,8 @@ def solve_vo_subspace(
         ridge: strength as a fraction of the mean eigenvalue, or auto.
         gamma: layer scale (C_out,); weighs the outputs while the basis is chosen.
         sweeps: passes over the heads, with ridge.
+        groups: (H,) which heads share their values and so have one basis; it is then that of their mean covariance
+            and of all that reads them, and not chosen again. None where each has its own.
     """
     out = np.asarray(wo)
     heads, d, _ = out.shape
@@ -78,15 +81,20 @@ def solve_vo_subspace(
     s = context.covariance
     w = out.reshape(heads * d, -1).astype(np.float64)  # (H * d, C_out)
     seen = w if gamma is None else w * np.asarray(gamma, dtype=np.float64)
-    bases = [_leading_basis(s[_head(h, d), _head(h, d)], seen[_head(h, d)], kept) for h in range(heads)]
+    own = np.stack([s[_head(h, d), _head(h, d)] for h in range(heads)])  # (H, d, d)
+    numbers = np.arange(heads) if groups is None else groups
+    bases = []
+    for number in numbers:
+        sharing = np.flatnonzero(numbers == number)
+        readers = np.concatenate([seen[_head(int(h), d)] for h in sharing], axis=1)
+        bases.append(_leading_basis(own[sharing].mean(axis=0), readers, kept))
     if compensation == "ridge":
-        bases = _alternate(s, seen, bases, sweeps, ridge, context.tokens)
+        bases = _alternate(s, seen, bases, sweeps, ridge, context.tokens) if groups is None else bases
         mix = _block_diagonal(bases)  # (H * d, H * r)
         new = _readout(s, mix, w, ridge, context.tokens)
     else:
         mix = _block_diagonal(bases)
-        alone = _block_diagonal([s[_head(h, d), _head(h, d)] for h in range(heads)])
-        new = _readout(alone, mix, w, ridge, context.tokens)
+        new = _readout(_block_diagonal(list(own)), mix, w, ridge, context.tokens)
     shift = context.mean @ (w - mix @ new) if compensation != "none" else np.zeros(w.shape[1])
     return _solution(wv, bv, out, bo, np.stack(bases), new, shift, None)
 

@@ -17,6 +17,7 @@ class HeadWeights:
         slots: (num_heads, kept) old dimension of the head that each new one takes the place of in the padded twin.
         is_basis: whether the new dimensions are mixtures of old ones, the slots then being the first `kept`.
         heads: (num_heads,) old heads that these are, ascending; None where all stay.
+        energy: share of the sum of squares that these dimensions hold, where a norm over them follows.
     """
 
     weight: np.ndarray
@@ -24,6 +25,7 @@ class HeadWeights:
     slots: np.ndarray
     is_basis: bool = False
     heads: np.ndarray | None = None
+    energy: float = 1.0
 
     @property
     def kept(self) -> int:
@@ -36,9 +38,13 @@ class HeadWeights:
             return self
         return replace(self, weight=self.weight[:, heads], bias=self.bias[heads], slots=self.slots[heads], heads=heads)
 
-    def channels(self, every: np.ndarray) -> np.ndarray:
-        """(num_heads, kept) channels of the old layer, of all (old heads, old dimensions), that these take."""
-        return np.take_along_axis(every if self.heads is None else every[self.heads], self.slots, axis=1)
+    def channels(self, every: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+        """(num_heads, kept) channels of the old layer, of all (old heads, old dimensions), that these take.
+
+        With `groups` (heads,) channels of a layer with more heads, each of which has one of these.
+        """
+        slots = self.slots if groups is None else self.slots[groups]
+        return np.take_along_axis(every if self.heads is None else every[self.heads], slots, axis=1)
 
 
 @dataclass(frozen=True)

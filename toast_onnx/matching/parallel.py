@@ -1,0 +1,243 @@
+"""Parallel blocks whose attention and network share one layer in front, or one behind: each gets a layer of its own.
+
+ViT-22B computes queries, keys, values and the hidden activation in one product, and so does timm's
+ParallelScalingBlock; others read both branches' ends, put side by side, in one product. x [A | B] = [x A | x B] and
+[a | b] [A; B] = a A + b B hold exactly, at the same cost, and every branch then looks as it does anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+
+from toast_onnx.matching.cores import is_meeting
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.linear import Linear, bias, find_linears, weights
+from toast_onnx.matching.probe import is_plain
+from toast_onnx.model import Model
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Consecutive channels of a packed layer under a name of their own, and whether an attention reads them."""
+
+    tensor: str
+    start: int
+    end: int
+    attends: bool
+
+
+@dataclass
+class _Parted:
+    """What stands in place of a packed layer."""
+
+    at: int
+    gone: tuple[int, ...]
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def layer(self, x: str, w: np.ndarray, b: np.ndarray | None, output: str) -> None:
+        """y = x W + b as MatMul and Add."""
+        product = output if b is None else f"{output}/product"
+        self.arrays[f"{output}/weight"] = np.ascontiguousarray(w)
+        self.add("MatMul", [x, f"{output}/weight"], [product], output)
+        if b is not None:
+            self.arrays[f"{output}/bias"] = np.ascontiguousarray(b)
+            self.add("Add", [product, f"{output}/bias"], [output], output)
+
+    def add(self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> None:
+        """Add a node."""
+        self.nodes.append(onnx.helper.make_node(op, inputs, outputs, name=f"{name}/{op}", **attributes))
+
+
+def part_layers(view: GraphView, facts: Facts) -> Model:
+    """Give the attention and the network of parallel blocks layers of their own.
+
+    Args:
+        view: the graph; it is not changed.
+        facts: its facts.
+
+    Returns:
+        A model that computes the same under the same names; the same model where there is nothing to part.
+    """
+    model, parted = view.model, list[_Parted]()
+    linears = find_linears(view, facts)
+    readers = {linear.node for linear in linears.values()}
+    for linear in linears.values():
+        if linear.channel_axis != -1 or linear.small is not None or not _alone(view, linear):
+            continue
+        found = _entrance(view, facts, linear, readers) or _exit(view, facts, linear)
+        if found is not None and not {*found.arrays, *_made(found)} & {*view.producer, *view.initializers} - _old(
+            view, found
+        ):
+            parted.append(found)
+    if not parted:
+        return model
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    gone, starts = {i for each in parted for i in each.gone}, {each.at: each for each in parted}
+    del proto.graph.node[:]
+    for i, node in enumerate(view.nodes):
+        if i in starts:
+            proto.graph.node.extend(starts[i].nodes)
+        if i not in gone:
+            proto.graph.node.append(node)
+    arrays = dict(model.arrays)
+    read = {name for node in proto.graph.node for name in node.input}
+    kept = [t for t in proto.graph.initializer if t.name in read or t.name not in view.consumers]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    for each in parted:
+        for name, value in each.arrays.items():
+            arrays[name] = value
+            kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+            proto.graph.initializer.append(onnx.TensorProto(name=name, data_type=kind, dims=value.shape))
+    names = {t.name for t in proto.graph.initializer}
+    return Model(proto, model.path, {name: value for name, value in arrays.items() if name in names})
+
+
+def _made(parted: _Parted) -> set[str]:
+    return {name for node in parted.nodes for name in node.output}
+
+
+def _old(view: GraphView, parted: _Parted) -> set[str]:
+    """Names that are free again once a packed layer is gone."""
+    return {name for i in parted.gone for name in view.nodes[i].output}
+
+
+def _alone(view: GraphView, linear: Linear) -> bool:
+    """Whether no other place reads the layer's weights."""
+    names = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+    return all(len(view.consumers.get(name, [])) == 1 for name in names)
+
+
+def _entrance(view: GraphView, facts: Facts, linear: Linear, readers: set[int]) -> _Parted | None:
+    """A layer that makes the operands of an attention and the hidden activation of a network."""
+    found = _slices(view, facts, linear)
+    if found is None:
+        return None
+    nodes, ranges = found
+    slices = [
+        _Slice(name, start, end, attends)
+        for name, start, end in ranges
+        if (attends := _reaches_attention(view, facts, name, readers)) is not None
+    ]
+    if len(slices) < len(ranges) or len({each.attends for each in slices}) < 2:
+        return None
+    w, b = weights(view, facts, linear), bias(view, facts, linear)
+    parted = _Parted(linear.node, (*linear.nodes, *nodes))
+    runs: list[list[_Slice]] = []
+    for each in slices:
+        if runs and runs[-1][0].attends == each.attends:
+            runs[-1].append(each)
+        else:
+            runs.append([each])
+    for run in runs:
+        start, end = run[0].start, run[-1].end
+        output = run[0].tensor if len(run) == 1 else f"{run[0].tensor}/packed"
+        parted.layer(linear.input, w[:, start:end], None if b is None else b[start:end], output)
+        if len(run) > 1:
+            _split(view, parted, output, run, len(facts.shape(linear.output) or ()) - 1)
+    return parted
+
+
+def _split(view: GraphView, parted: _Parted, packed: str, run: Sequence[_Slice], axis: int) -> None:
+    sizes, names = [each.end - each.start for each in run], [each.tensor for each in run]
+    if view.model.opset < 13:
+        parted.nodes.append(onnx.helper.make_node("Split", [packed], names, f"{packed}/Split", axis=axis, split=sizes))
+        return
+    value = onnx.numpy_helper.from_array(np.asarray(sizes, np.int64))
+    parted.add("Constant", [], [f"{packed}/sizes"], packed, value=value)
+    parted.add("Split", [packed, f"{packed}/sizes"], names, packed, axis=axis)
+
+
+def _slices(view: GraphView, facts: Facts, linear: Linear) -> tuple[list[int], list[tuple[str, int, int]]] | None:
+    """What takes a layer's channels apart, in order; None unless all are taken once and by nothing else."""
+    nodes, ranges = [], []
+    axis = len(facts.shape(linear.output) or ()) - 1
+    if linear.output in view.outputs:
+        return None
+    for i in view.consumers.get(linear.output, []):
+        node = view.nodes[i]
+        if node.op_type in ("Shape", "Size"):
+            return None
+        taken = _taken(facts, node, axis, linear.out_features)
+        if taken is None:
+            return None
+        nodes.append(i)
+        ranges += taken
+    ranges.sort(key=lambda each: each[1])
+    bounds = [0, *(end for _, _, end in ranges)]
+    if len(ranges) < 2 or [start for _, start, _ in ranges] != bounds[:-1] or bounds[-1] != linear.out_features:
+        return None
+    return nodes, ranges
+
+
+def _taken(facts: Facts, node: onnx.NodeProto, axis: int, width: int) -> list[tuple[str, int, int]] | None:
+    """(tensor, start, end) of channels that a Split or a Slice along one axis takes; None of anything else."""
+    if node.op_type == "Split" and int(attribute(node, "axis", 0)) in (axis, -1):  # type: ignore[call-overload]
+        extents = [(facts.shape(name) or (0,))[-1] for name in node.output]
+        ends = np.cumsum(extents).tolist()
+        return [(name, end - extent, end) for name, extent, end in zip(node.output, extents, ends, strict=True)]
+    if node.op_type == "Slice" and len(node.input) > 3:
+        values = [facts.value(name) if name else None for name in node.input[1:]]
+        if any(value is None or value.size != 1 for value in values[:3]):
+            return None
+        start, end, along = (int(value.reshape(())) for value in values[:3] if value is not None)
+        step = values[3] if len(values) > 3 else None
+        if along in (axis, -1) and (step is None or int(step.reshape(())) == 1):
+            start, end, _ = slice(start, end).indices(width)
+            return [(node.output[0], start, end)]
+    return None
+
+
+def _reaches_attention(view: GraphView, facts: Facts, tensor: str, readers: set[int]) -> bool | None:
+    """Whether a product of activations is met before the next layer; None where neither is."""
+    pending, seen = [tensor], {tensor}
+    layer = False
+    while pending:
+        for i in view.consumers.get(pending.pop(), []):
+            if is_meeting(view, facts, i):
+                return True
+            if i in readers:
+                layer = True
+                continue
+            fresh = [name for name in view.nodes[i].output if name and name not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return False if layer else None
+
+
+def _exit(view: GraphView, facts: Facts, linear: Linear) -> _Parted | None:
+    """A layer that reads the end of an attention beside the hidden activation of a network."""
+    node = view.producer_of(linear.input)
+    if node is None or node.op_type != "Concat" or len(view.consumers[linear.input]) != 1:
+        return None
+    rank = len(facts.shape(linear.input) or ())
+    extents = [(facts.shape(name) or (0,))[-1] for name in node.input]
+    if int(attribute(node, "axis", 0)) % rank != rank - 1 or sum(extents) != linear.in_features:  # type: ignore[call-overload]
+        return None
+    attends = [_from_attention(view, facts, name) for name in node.input]
+    if attends.count(True) != 1 or len(attends) != 2 or linear.input in view.outputs:
+        return None
+    w, b = weights(view, facts, linear), bias(view, facts, linear)
+    parted = _Parted(linear.node, (*linear.nodes, view.producer[linear.input]))
+    ends, names = np.cumsum(extents), [f"{linear.output}/{'attention' if a else 'network'}" for a in attends]
+    for name, x, end, extent, a in zip(names, node.input, ends, extents, attends, strict=True):
+        parted.layer(x, w[end - extent : end], None if a else b, name)
+    parted.add("Add", names, [linear.output], linear.output)
+    return parted
+
+
+def _from_attention(view: GraphView, facts: Facts, tensor: str) -> bool:
+    """Whether a tensor is a product of activations, moved at most."""
+    while (i := view.producer.get(tensor)) is not None and is_plain(view, i) and view.nodes[i].op_type != "Concat":
+        tensor = view.nodes[i].input[0]
+    return i is not None and is_meeting(view, facts, i)
