@@ -57,7 +57,8 @@ class LocalResult:
         before: squared error of the block's output on held-out samples with the closed-form weights, as a fraction of
             the output's energy; None where the block was not trained.
         after: the same with the weights that were kept.
-        kept: `trained`, `mean` (only the output's mean corrected) or `closed form`.
+        kept: `trained`, `refit` (the last layer fitted to what the output lacks), `mean` (only the output's mean
+            corrected) or `closed form`.
         note: why a block was not trained.
     """
 
