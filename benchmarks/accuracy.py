@@ -55,8 +55,8 @@ METHODS: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], str | N
     "ours (select: subspace)": (*OURS, {"kind": "ridge"}, None),
     "ours, sequential statistics": (*OURS, {"kind": "ridge", "statistics": "sequential"}, None),
     "ours, fisher": (OURS[0], {"score": "fisher"}, {"kind": "ridge"}, None),
-    "ours + means": (*OURS, {"kind": "ridge"}, "means"),
-    "ours, fisher + means": (OURS[0], {"score": "fisher"}, {"kind": "ridge"}, "means"),
+    "ours + refit": (*OURS, {"kind": "ridge"}, "means"),
+    "ours, fisher + refit": (OURS[0], {"score": "fisher"}, {"kind": "ridge"}, "means"),
     "ours + local": (*OURS, {"kind": "local"}, "local"),
 }
 Judge = Callable[[str, Path], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""What is left to correct behind the pruned blocks before: block after block, means matched, then weights trained.
+"""What is left to correct behind the pruned blocks before, block after block: means, last layers, then all weights.
 
 Activations come from ONNX Runtime; only training needs PyTorch (`toast_onnx.finetune.local`).
 """

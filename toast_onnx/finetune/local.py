@@ -32,7 +32,7 @@ class LocalSettings:
     """How a block is trained.
 
     Attributes:
-        steps: Adam steps; 0 only restores the mean of each block's output, and needs no PyTorch.
+        steps: Adam steps; 0 only corrects the mean and refits the last layer of each block, and needs no PyTorch.
         rate: peak learning rate, as a fraction of a tensor's root mean square; falls to 0 by a cosine.
         group: batches a step.
         held_out: fraction of the batches that only judge the result.
