@@ -38,7 +38,7 @@ from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
-from toast_onnx_calibration.needs import everything
+from toast_onnx_calibration.needs import GRADIENT, everything
 from toast_onnx_calibration.sequential import SequentialStatistics
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_cli.console import print_table
@@ -54,7 +54,9 @@ METHODS: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], str | N
     "ours, select: index": (INDEX | {"score": "second-order"}, {"score": "second-order"}, {"kind": "ridge"}, None),
     "ours (select: subspace)": (*OURS, {"kind": "ridge"}, None),
     "ours, sequential statistics": (*OURS, {"kind": "ridge", "statistics": "sequential"}, None),
-    "ours + means": (*OURS, {"kind": "ridge"}, "means"),
+    "ours, fisher": (OURS[0], {"score": "fisher"}, {"kind": "ridge"}, None),
+    "ours + refit": (*OURS, {"kind": "ridge"}, "means"),
+    "ours, fisher + refit": (OURS[0], {"score": "fisher"}, {"kind": "ridge"}, "means"),
     "ours + local": (*OURS, {"kind": "local"}, "local"),
 }
 Judge = Callable[[str, Path], dict[str, Any]]
@@ -119,7 +121,7 @@ class Measured:
         self.look, self.folder, self.images = look, folder, data / "data" / "calibration_256"
         self.options = CalibrationOptions(preprocess=str(recipe), samples=options.samples, threads=options.threads)
         started = time.perf_counter()
-        parts = everything(look, {"qk", "context", "hidden", "fc2"})
+        parts = everything(look, {"qk", "context", "hidden", "fc2", GRADIENT})
         calibrate(look, self.images, folder / "statistics.npz", parts, self.options)
         print(f"calibrated in {time.perf_counter() - started:.0f} s", file=sys.stderr)
         self.statistics = CalibratedStatistics(look, folder / "statistics.npz")

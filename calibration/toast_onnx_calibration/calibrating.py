@@ -21,7 +21,7 @@ from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.chain import Link, Spool, chain, cut
 from toast_onnx_calibration.feeds import Batch, batches
-from toast_onnx_calibration.needs import Wanted, everything, passes
+from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.sessions import ModelInput, graph_inputs, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source
@@ -99,7 +99,8 @@ def calibrate(
     options = options or CalibrationOptions()
     wanted = everything(study) if wanted is None else wanted
     # what lies behind new weights is measured at once: the twin wants the whole graph
-    groups = [wanted] if behind else passes(study, wanted, options.budget)
+    sums_wanted = {index: parts - {GRADIENT} for index, parts in wanted.items()}
+    groups = [sums_wanted] if behind else passes(study, sums_wanted, options.budget)
     settings = TokenSettings(options.tokens, options.class_weight, options.seed)
     notes: list[str] = []
     watched = [measuring_graph(study, group, settings).watched for group in groups] if len(groups) > 1 else [()]
@@ -107,6 +108,12 @@ def calibrate(
     weighted, source = False, None
     sizes: list[tuple[float, int]] = []
     with write_statistics(out) as writer, scratch_folder("toast-passes-") as folder:
+        if steered := [index for index, parts in sorted(wanted.items()) if GRADIENT in parts]:
+            from toast_onnx_calibration.gradients import measure_gradients  # it reads samples as this module does
+
+            # first, as it may lack PyTorch or meet an operator that this does not have
+            for name, value in measure_gradients(study, steered, data, options).items():
+                writer.array(name, value)
         spool = Spool(folder)
         for number, (group, link) in enumerate(zip(groups, links, strict=True)):
             graph = measuring_graph(study, group, settings)

@@ -1,4 +1,4 @@
-"""What is left to correct behind the pruned blocks before: block after block, means matched, then weights trained.
+"""What is left to correct behind the pruned blocks before, block after block: means, last layers, then all weights.
 
 Activations come from ONNX Runtime; only training needs PyTorch (`toast_onnx.finetune.local`).
 """
@@ -30,6 +30,7 @@ from toast_onnx.model import Model
 from toast_onnx.proof.places import Place, masks, places, take_out
 from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.means import match_mean
+from toast_onnx.solving.refit import Lack, refit
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.sessions import run
@@ -124,6 +125,9 @@ class _Work:
         weights = self._token_weights(facts.shape(span.end) or ())
         before, after = self._match_mean(block, parts, proto, inputs, targets, weights)
         kept = "mean" if after < before else "closed form"
+        better = self._refit(block, span, parts, proto, inputs, targets, weights, after)
+        if better < after:
+            after, kept = better, "refit"
         if self.settings.steps:
             piece = Model(proto, view.model.path)
             found, error = train_block(piece, masks(parts, arrays), inputs, targets, weights, self.settings)
@@ -168,6 +172,56 @@ class _Work:
             return before, after
         self._change(proto, {place.tensor: old})
         return before, before
+
+    def _refit(
+        self,
+        block: Block,
+        span: Span,
+        parts: Mapping[str, Place],
+        proto: onnx.ModelProto,
+        inputs: Array,
+        targets: Array,
+        weights: Array,
+        error: float,
+    ) -> float:
+        """Fit the block's last layer to what its output lacks; the error on held-out samples, as it was if not less."""
+        last, name = _last_layer(block), "fc2" if block.ffn is not None else "proj"
+        place, bias = parts.get(f"{name}.weight"), parts.get(f"{name}.bias")
+        if last is None or place is None or bias is None or last.channel_axis % targets[0].ndim != targets[0].ndim - 1:
+            return error
+        arrays = self.twin.view.model.arrays
+        gamma = layer_scale(self.study.view, self.study.facts, last.output, last.out_features)
+        scale = np.ones(last.out_features) if gamma is None else np.asarray(gamma, np.float64)
+        if not scale.all():
+            return error
+        reads = cut_piece(self.twin.view, self.twin.facts, span.start, last.input)
+        if self.twin.facts.shape(last.input)[:-1] != targets.shape[1:-1]:  # type: ignore[index]
+            return error  # windows, say: other tokens, or in another order
+        rows = np.asarray(place.index).reshape(-1)
+        counted = np.broadcast_to(weights, (*targets.shape[1:-1], 1)).reshape(-1)
+        _, judge = split(len(inputs), self.settings.held_out)
+        fitted = judged = None
+        both = zip(self.twin.outputs(proto, inputs), self.twin.outputs(reads, inputs, "reads"), targets, strict=True)
+        for k, (output, x, target) in enumerate(both):
+            y = (target.astype(np.float64) - output).reshape(-1, len(scale)) / scale
+            found = Lack.of(x.reshape(-1, x.shape[-1])[:, rows], y, counted)
+            if k in judge:
+                judged = found if judged is None else judged.merge(found)
+            else:
+                fitted = found if fitted is None else fitted.merge(found)
+        assert fitted is not None
+        assert judged is not None
+        weight, shift, _ = refit(fitted, judged)
+        old = {each.tensor: arrays[each.tensor] for each in (place, bias)}
+        shaped = weight.reshape(*np.shape(place.index), len(scale))
+        new = {place.tensor: place.added(old[place.tensor], shaped), bias.tensor: bias.added(old[bias.tensor], shift)}
+        self._change(proto, new)
+        outputs = self.twin.outputs(proto, inputs[judge[0] :])
+        after = float(np.mean([relative_error(o, targets[k], weights) for k, o in zip(judge, outputs, strict=True)]))
+        if after < error:
+            return after
+        self._change(proto, old)
+        return error
 
     def _change(self, proto: onnx.ModelProto, values: Mapping[str, Array]) -> None:
         """Give initializers new values, in the twin and in a piece of it."""
@@ -244,9 +298,9 @@ class _Stream:
         assert self.values is not None
         return self._store(to, self.outputs(piece, self.values))
 
-    def outputs(self, piece: onnx.ModelProto, inputs: Array) -> Iterator[Array]:
+    def outputs(self, piece: onnx.ModelProto, inputs: Array, draft_name: str = "piece") -> Iterator[Array]:
         """What a piece of the model gives for each batch of its input."""
-        draft = self.folder / f"{self.name}-piece.onnx"
+        draft = self.folder / f"{self.name}-{draft_name}.onnx"
         session = piece_session(piece, self.view.model.path, self.options, draft)
         start, end = piece.graph.input[0].name, piece.graph.output[0].name
         return (run(session, {start: np.asarray(x)}, [end])[end] for x in inputs)

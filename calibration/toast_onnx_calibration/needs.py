@@ -16,6 +16,9 @@ Wanted = dict[int, frozenset[str]]
 #: What `calibrate` collects without a ratios file: enough for every attention setting and for the hidden units.
 DEFAULT_PARTS = frozenset({"qk", "context", "hidden"})
 
+#: What gradients tell of a block: the Fisher information at fc2's output.
+GRADIENT = "gradient"
+
 #: Bytes for every element of a Gram matrix while a pass runs: float32 in the session, float64 in the sum.
 BYTES_PER_ELEMENT = 12
 
@@ -82,7 +85,7 @@ def _available(block: Block) -> frozenset[str]:
         parts |= {"qk"} if block.attention.qk_reason is None else set()
         parts |= {"context"} if block.attention.vo_reason is None else set()
     if block.ffn is not None:
-        parts |= {"hidden", "fc2"} if block.ffn.fc2_reason is None else set()
+        parts |= {"hidden", "fc2", GRADIENT} if block.ffn.fc2_reason is None else set()
         parts |= {"inputs", "fc1"} if block.ffn.fc1_reason is None else set()
     return frozenset(parts)
 
@@ -98,8 +101,9 @@ def _parts(ratio: BlockRatios, compensation: str) -> frozenset[str]:
     needs = ffn_score(ratio.ffn_score).needs
     for removed, moments, magnitude in ((ratio.fc1, "inputs", "fc1"), (ratio.fc2, "hidden", "fc2")):
         if removed:
-            parts |= {moments} if needs == "moments" or compensated else set()
+            parts |= {moments} if ffn_score(ratio.ffn_score).reads_moments or compensated else set()
             parts |= {magnitude} if needs == "tokens" else set()
+    parts |= {GRADIENT} if ratio.fc2 and needs == "gradients" else set()
     return frozenset(parts)
 
 

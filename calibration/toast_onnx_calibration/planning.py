@@ -45,7 +45,7 @@ from toast_onnx.planning.width_costs import (
 )
 from toast_onnx.planning.widths import fused_head_dim
 from toast_onnx_calibration.costs import Runtime, no_smaller_width, variant
-from toast_onnx_calibration.needs import Wanted, everything
+from toast_onnx_calibration.needs import GRADIENT, Wanted, everything
 from toast_onnx_calibration.sensitivity_trials import Sensitivity
 
 P = TypeVar("P")
@@ -98,6 +98,8 @@ def statistics_for(study: Study, settings: Ratios, parts: Sequence[Part]) -> Wan
     scores = [settings.ffn.score, *(o.ffn.score for o in settings.blocks if o.ffn.score is not None)]
     by_tokens = any(ffn_score(score).needs == "tokens" for score in scores)
     names |= {part for part in parts if part in ("fc1", "fc2") and by_tokens}
+    by_gradients = any(ffn_score(score).needs == "gradients" for score in scores)
+    names |= {GRADIENT} if "fc2" in parts and by_gradients else set()
     return everything(study, names)
 
 

@@ -16,6 +16,7 @@ from toast_onnx.importance.synthetic import AttentionStatistics
 from toast_onnx.matching.blocks import Attention, Block
 from toast_onnx.matching.study import Study
 from toast_onnx.model import file_hash
+from toast_onnx_calibration.needs import GRADIENT
 from toast_onnx_calibration.store import StatisticsFile, check_model, open_statistics
 
 Array = NDArray[np.float64]
@@ -89,6 +90,13 @@ class CalibratedStatistics:
         """Moments of fc1's input."""
         return self._moments(block, "inputs")
 
+    def metric(self, block: int) -> Array:
+        """Mean of g g^T of the gradients at fc2's output, (C_out, C_out)."""
+        if GRADIENT not in self._parts(block):
+            raise self._missing(block, "gradients")
+        gram: Array = self.file.array(f"{block}.{GRADIENT}.gram")[0] / self.file.count(f"{block}.{GRADIENT}")
+        return (gram + gram.T) / 2
+
     def activation_scores(self, block: int, part: str) -> Array:
         """Scores (channels,) of the paper's token channel selection for `part` fc1 or fc2."""
         if part not in self._parts(block):
@@ -150,4 +158,6 @@ def _extents(block: Block, part: str) -> tuple[int, ...] | None:
         return None if attention is None else (attention.num_heads * attention.vo_dim,)
     if ffn is None:
         return None
+    if part == GRADIENT:
+        return (1, ffn.fc2.out_features, ffn.fc2.out_features)
     return (ffn.in_features,) if part in ("inputs", "fc1") else (ffn.width,)

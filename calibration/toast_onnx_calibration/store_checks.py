@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Shape = tuple[int, ...]
 
-_NAME = re.compile(r"([0-9]{1,6}\.(qq|kk|context|hidden|inputs|fc1|fc2))\.([a-z]+)")
+_NAME = re.compile(r"([0-9]{1,6}\.(qq|kk|context|hidden|inputs|fc1|fc2|gradient))\.([a-z]+)")
 _MOMENTS = ("count", "mean", "covariance")
 _SCORES = ("magnitude", "images", "attention")
 _QUANTITIES = {
@@ -20,6 +20,7 @@ _QUANTITIES = {
     "context": _MOMENTS,
     "hidden": _MOMENTS,
     "inputs": _MOMENTS,
+    "gradient": ("gram", "count"),
     "fc1": _SCORES,
     "fc2": _SCORES,
 }

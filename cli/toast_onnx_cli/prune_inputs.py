@@ -76,7 +76,7 @@ def refinement(
     trains = ratios.compensation.kind == "local"
     chosen = LocalSettings(class_weight=options.class_weight, seed=options.seed)
     chosen = chosen if trains else replace(chosen, steps=0)
-    note = "training" if trains else "matching means"
+    note = "training" if trains else "refitting"
 
     def refine(new: Mapping[int, BlockWeights]) -> tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]:
         return refine_locally(dense, new, samples, options, chosen, lambda block: advance(1, f"{note} {block}"))

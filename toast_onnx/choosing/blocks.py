@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from toast_onnx.choosing.fc2_rows import fc2_rows
 from toast_onnx.choosing.groups import apart, kept_values, members, pooled, stacked
 from toast_onnx.choosing.head_norms import centred, energy_kept
 from toast_onnx.choosing.kept_heads import KeptHeads, keep_heads, ranked_heads
@@ -298,7 +299,6 @@ class _Solver:
         w2, b2 = weights(view, facts, ffn.fc2), self._bias(ffn.fc2)
         self._check(*entry_weights, *(self._bias(e) for e in ffn.entries), w2, b2)
         if fc2 is not None:
-            gamma = layer_scale(view, facts, ffn.fc2.output, ffn.fc2.out_features)
             # by unit: the parts of a gated form side by side; behind an inner norm fc2's rows alone count
             by_unit = tuple(
                 w[:, u[:, p]]
@@ -306,7 +306,8 @@ class _Solver:
                 for p in range(u.shape[1])
             )
             moments = self._moments(self.statistics.hidden)
-            units = self._keep(by_unit, scaled_rows(w2, gamma), moments, "fc2", fc2)
+            rows = fc2_rows(self.study, self.block.index, ffn, self.ratio.ffn_score, self.statistics)
+            units = self._keep(by_unit, rows, moments, "fc2", fc2)
             solved = solve_ffn(units, w2, b2, moments, self.compensation, self.ridge)
             exit_ = (solved.w2, solved.b2)
         if fc1 is not None:
@@ -318,7 +319,7 @@ class _Solver:
         return FfnWeights(inputs, entries, units, exit_)
 
     def _moments(self, ask: Callable[[int], Moments]) -> Moments | None:
-        read = ffn_score(self.ratio.ffn_score).needs == "moments" or compensation(self.compensation).needs_moments
+        read = ffn_score(self.ratio.ffn_score).reads_moments or compensation(self.compensation).needs_moments
         return ask(self.block.index) if read else None
 
     def _keep(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.choosing.blocks import Widths
+from toast_onnx.choosing.fc2_rows import fc2_rows
 from toast_onnx.choosing.groups import members, pooled, read_together, stacked, value_ranks
 from toast_onnx.choosing.kept_heads import ranked_heads
 from toast_onnx.importance.ffn import scaled_rows
@@ -103,11 +104,7 @@ def predicted_errors(
     found: dict[str, float] = {}
     for part, curve in loss_curves(study, block, parts, settings, compensation, statistics).items():
         found[part] = _share(curve[getattr(widths, part)], curve[0])
-    if (
-        block.ffn is not None
-        and new.ffn is not None
-        and (ffn_score(settings.ffn_score).needs == "moments" or compensated)
-    ):
+    if block.ffn is not None and new.ffn is not None and (ffn_score(settings.ffn_score).reads_moments or compensated):
         kind = compensation_named(compensation).solved
         if new.ffn.units is not None and new.ffn.fc2 is not None:
             w = weights(study.view, study.facts, block.ffn.fc2)
@@ -197,8 +194,7 @@ def _values_and_read_out(study: Study, a: Attention) -> tuple[Array, Array]:
 def _fc2(study: Study, block: Block, f: Ffn, settings: BlockRatios, kind: str, statistics: Statistics) -> Array:
     view, facts = study.view, study.facts
     moments = statistics.hidden(block.index)
-    gamma = layer_scale(view, facts, f.fc2.output, f.fc2.out_features)
-    rows = scaled_rows(weights(view, facts, f.fc2), gamma)
+    rows = fc2_rows(study, block.index, f, settings.ffn_score, statistics)
     writers = tuple(
         weights(view, facts, e)[:, u[:, p]]
         for e, u in zip(f.entries, f.units, strict=not f.selects_at_exit)

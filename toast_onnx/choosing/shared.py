@@ -14,7 +14,7 @@ import numpy as np
 from toast_onnx.choosing.blocks import Widths
 from toast_onnx.errors import ConfigError, MatchError
 from toast_onnx.importance.moments import Moments, merge
-from toast_onnx.importance.statistics import Statistics
+from toast_onnx.importance.statistics import Array, Statistics
 from toast_onnx.importance.synthetic import AttentionStatistics
 from toast_onnx.matching.blocks import Attention, Block
 from toast_onnx.matching.linear import Linear, find_linears
@@ -166,6 +166,11 @@ class Pooled:
     def inputs(self, block: int) -> Moments:
         """Those of all places."""
         return merge(self._statistics.inputs(index) for index in self._sharing.ffn.get(block, (block,)))
+
+    def metric(self, block: int) -> Array:
+        """The mean of all places."""
+        members = self._sharing.ffn.get(block, (block,))
+        return np.asarray(np.mean([self._statistics.metric(index) for index in members], axis=0))
 
     def activation_scores(self, block: int, part: str) -> object:
         """The mean of all places."""

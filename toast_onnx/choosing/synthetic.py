@@ -122,6 +122,10 @@ class SyntheticStatistics:
         self._check(block, moments.mean, moments.covariance)
         return moments
 
+    def metric(self, block: int) -> np.ndarray:
+        """Not to be had without samples."""
+        raise ConfigError(f"ffn score 'fisher' (block {block}) needs samples: give --data, or choose second-order")
+
     def activation_scores(self, block: int, part: str) -> object:
         """Not to be had without images."""
         raise ConfigError(
@@ -188,7 +192,7 @@ def founded_widths(
         read: tuple[str, ...] = ()
         if attention_score(setting.score).needs == "moments" or compensated:
             read += ("heads", "qk", "vo")
-        if setting.mode == "static" and (ffn_score(setting.ffn_score).needs == "moments" or compensated):
+        if setting.mode == "static" and (ffn_score(setting.ffn_score).reads_moments or compensated):
             read += ("fc1", "fc2")
         asked = [part for part in read if getattr(width, part) is not None]
         alone = dict.fromkeys((part for part in asked if not founded(study, block, part)), None)

@@ -32,7 +32,7 @@ class LocalSettings:
     """How a block is trained.
 
     Attributes:
-        steps: Adam steps; 0 only restores the mean of each block's output, and needs no PyTorch.
+        steps: Adam steps; 0 only corrects the mean and refits the last layer of each block, and needs no PyTorch.
         rate: peak learning rate, as a fraction of a tensor's root mean square; falls to 0 by a cosine.
         group: batches a step.
         held_out: fraction of the batches that only judge the result.
@@ -57,7 +57,8 @@ class LocalResult:
         before: squared error of the block's output on held-out samples with the closed-form weights, as a fraction of
             the output's energy; None where the block was not trained.
         after: the same with the weights that were kept.
-        kept: `trained`, `mean` (only the output's mean corrected) or `closed form`.
+        kept: `trained`, `refit` (the last layer fitted to what the output lacks), `mean` (only the output's mean
+            corrected) or `closed form`.
         note: why a block was not trained.
     """
 

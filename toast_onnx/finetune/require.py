@@ -7,8 +7,12 @@ from typing import Any
 from toast_onnx.errors import BackendError
 
 
-def require_torch() -> Any:
+def require_torch(what: str = "fine-tuning", instead: str = "") -> Any:
     """The torch package.
+
+    Args:
+        what: needs it.
+        instead: how to do without, continuing the sentence.
 
     Raises:
         BackendError: it is not installed, or its installation is broken.
@@ -16,5 +20,5 @@ def require_torch() -> Any:
     try:
         import torch
     except ImportError as e:
-        raise BackendError("fine-tuning needs PyTorch: pip install 'toast-onnx[torch]'") from e
+        raise BackendError(f"{what} needs PyTorch: pip install 'toast-onnx[torch]'{instead}") from e
     return torch

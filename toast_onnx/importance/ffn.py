@@ -10,10 +10,14 @@ from numpy.typing import ArrayLike, NDArray
 from toast_onnx.errors import ConfigError
 from toast_onnx.importance.attention import ROW_SCORES
 from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.regular import root
 from toast_onnx.importance.second_order import default_batch, keep_second_order
 from toast_onnx.importance.selection import Indices
 
 Array = NDArray[np.float64]
+
+#: Of the mean eigenvalue of the Fisher information, added to its diagonal; see docs/method.md.
+DAMPING = 0.1
 
 
 def hidden_weight_scores(
@@ -92,6 +96,20 @@ def scaled_rows(w2: ArrayLike, gamma: ArrayLike | None) -> Array:
     """fc2's weights (F, C_out) in float64 with the layer scale folded in."""
     out = np.asarray(w2, dtype=np.float64)
     return out if gamma is None else out * np.asarray(gamma, dtype=np.float64)
+
+
+def rows_in_metric(w2: ArrayLike, metric: Array) -> Array:
+    """fc2's weights (F, C_out), turned so that squared lengths are what an error costs in a metric.
+
+    Args:
+        w2: (F, C_out), without layer scale.
+        metric: (C_out, C_out) mean of g g^T, g being a gradient at fc2's output; its scale does not count. `DAMPING` of
+            its mean eigenvalue is added: what the model's answers do not see at first order they may see at second.
+    """
+    size = len(metric)
+    scale = float(np.trace(metric)) / size
+    even = metric / scale if scale > 0 else np.zeros_like(metric)
+    return np.asarray(np.asarray(w2, dtype=np.float64) @ root(even + DAMPING * np.eye(size)))
 
 
 def _magnitude(rows: Array, score: str) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from toast_onnx.importance.moments import Moments
-from toast_onnx.importance.statistics import Statistics
+from toast_onnx.importance.statistics import Array, Statistics
 from toast_onnx.importance.synthetic import AttentionStatistics
 
 
@@ -14,6 +14,7 @@ class Remembered:
         self._statistics = statistics
         self._attention: dict[int, AttentionStatistics] = {}
         self._moments: dict[tuple[str, int], Moments] = {}
+        self._metrics: dict[int, Array] = {}
 
     @property
     def source(self) -> str:
@@ -37,6 +38,12 @@ class Remembered:
         if ("inputs", block) not in self._moments:
             self._moments["inputs", block] = self._statistics.inputs(block)
         return self._moments["inputs", block]
+
+    def metric(self, block: int) -> Array:
+        """As the source says."""
+        if block not in self._metrics:
+            self._metrics[block] = self._statistics.metric(block)
+        return self._metrics[block]
 
     def activation_scores(self, block: int, part: str) -> object:
         """As the source says."""

@@ -35,8 +35,9 @@ from toast_onnx.importance.regular import root
 from toast_onnx.importance.selection import Indices, top_k, top_k_shared
 
 Array = NDArray[np.float64]
-#: What a score reads besides the weights: nothing, moments of the activations, or the paper's magnitudes of tokens.
-Needs = Literal["weights", "moments", "tokens"]
+#: What a score reads besides the weights: nothing, moments of the activations, the paper's magnitudes of tokens, or
+#: gradients of the model's answers beside the moments.
+Needs = Literal["weights", "moments", "tokens", "gradients"]
 S = TypeVar("S")
 
 
@@ -91,7 +92,8 @@ class Channels:
 
     Attributes:
         writers: (C, n) weights that make each channel, one array for each part of a gated form; none for fc1's inputs.
-        rows: (n, m) weights that read each channel, layer scale folded in.
+        rows: (n, m) weights that read each channel, layer scale folded in; in the metric of the model's answers where
+            the score reads gradients.
         moments: of the channels; None where no moments are read.
         tokens: gives the paper's scores (n,), measured along with the moments.
     """
@@ -168,6 +170,11 @@ class FfnScore:
     needs: Needs
     ranking: Ranking[Channels]
     meaning: str
+
+    @property
+    def reads_moments(self) -> bool:
+        """Whether it reads moments of the activations."""
+        return self.needs in ("moments", "gradients")
 
 
 def attention_score(name: str) -> AttentionScore:
@@ -258,14 +265,20 @@ ATTENTION_SCORES: dict[str, AttentionScore] = {
     "l2": _weight_score("l2", "sum of squares of a weight row"),
 }
 
+_ELIMINATION: Ranking[Channels] = Ranking(
+    lambda of: _places(elimination_order(of.measured().covariance, of.rows)),
+    lambda of, kept: select_ffn_second_order(of.measured(), of.rows, kept),
+)
+
 FFN_SCORES: dict[str, FfnScore] = {
     "second-order": FfnScore(
-        "moments",
-        Ranking(
-            lambda of: _places(elimination_order(of.measured().covariance, of.rows)),
-            lambda of, kept: select_ffn_second_order(of.measured(), of.rows, kept),
-        ),
-        "what removal costs once the others are refitted, one removal after the other",
+        "moments", _ELIMINATION, "what removal costs once the others are refitted, one removal after the other"
+    ),
+    "fisher": FfnScore(
+        "gradients",
+        _ELIMINATION,
+        "`second-order`, errors of fc2's output counted by what they change of the model's answers (Fisher "
+        "information, no labels); needs data and PyTorch",
     ),
     "variance": FfnScore(
         "moments",

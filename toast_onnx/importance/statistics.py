@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.synthetic import AttentionStatistics
+
+Array = NDArray[np.float64]
 
 
 class Statistics(Protocol):
@@ -33,6 +38,14 @@ class Statistics(Protocol):
 
     def inputs(self, block: int) -> Moments:
         """Moments of fc1's input (gain and bias of the norm included), n = in_features."""
+        ...
+
+    def metric(self, block: int) -> Array:
+        """What an error of fc2's output costs: mean of g g^T, (C_out, C_out), g being a gradient of the answers there.
+
+        Raises:
+            ConfigError: it needs samples, and there are none.
+        """
         ...
 
     def activation_scores(self, block: int, part: str) -> object:

@@ -34,6 +34,13 @@ class Place:
         """The part, copied."""
         return np.array(_matrix(arrays[self.tensor])[self.index])
 
+    def added(self, array: Array, change: Array) -> Array:
+        """A copy of the initializer's value with something added to the part."""
+        found = np.array(array)
+        part = _matrix(found)
+        part[self.index] = part[self.index] + change
+        return found
+
     def mark(self, mask: Array) -> None:
         """Set the free elements of a mask that has the initializer's shape."""
         _matrix(mask)[self.free] = True
