@@ -20,6 +20,12 @@ from toast_onnx.tokens.schedule import exact_shares, removed_counts
 
 Exported = Callable[[zoo.Case], Path]
 FAMILIES = ("timm-vit", "timm-deit-distilled", "timm-siglip", "hf-dinov2", "torchvision-vit")
+FAST = {("timm-siglip", False), ("hf-dinov2", False), ("timm-deit-distilled", True)}
+CASES = [
+    pytest.param(name, unread, marks=() if (name, unread) in FAST else pytest.mark.slow)
+    for name in FAMILIES
+    for unread in (True, False)
+]
 
 
 def written(dense: Study, removed: dict[int, int], metric: str, unread: bool) -> int:
@@ -28,8 +34,7 @@ def written(dense: Study, removed: dict[int, int], metric: str, unread: bool) ->
     return graph_macs(merged.view, merged.counted)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("unread", [True, False])
+@pytest.mark.parametrize(("name", "unread"), CASES)
 def test_counts_are_those_of_the_written_graph(name: str, unread: bool, exported: Exported) -> None:
     dense = look(exported(zoo.Case(name)))
     tokens = study_tokens(dense)

@@ -99,7 +99,12 @@ def report_fits(path: Path) -> bool | None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(True, True), (False, True), (True, False), (False, False)],
+    [
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        (False, False),
+    ],
 )
 def test_killed_at_every_operation(before: bool, after: bool, tmp_path: Path) -> None:
     """The old model and the new one with their weights inside or outside."""
