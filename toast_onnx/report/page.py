@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,20 @@ def render_page(sources: Sources, title: str | None = None) -> str:
     Raises:
         BackendError: matplotlib or Jinja is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as e:
-        raise BackendError("the page needs Jinja; install it with: pip install 'toast-onnx[report]'") from e
+    return render("page.html", page_context(sources, title))
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """One of our templates, filled in.
+
+    Args:
+        template: its file name.
+        context: texts and SVG.
+
+    Raises:
+        BackendError: Jinja is not installed.
+    """
+    jinja2 = require_jinja()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -47,8 +58,21 @@ def render_page(sources: Sources, title: str | None = None) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    text: str = environment.get_template("page.html").render(page_context(sources, title))
+    text: str = environment.get_template(template).render(context)
     return text
+
+
+def require_jinja() -> Any:
+    """The Jinja module.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as e:
+        raise BackendError("the page needs Jinja; install it with: pip install 'toast-onnx[report]'") from e
+    return jinja2
 
 
 def page_context(sources: Sources, title: str | None = None) -> dict[str, Any]:
@@ -86,7 +110,7 @@ def tiles(sources: Sources) -> list[dict[str, str]]:
         _tile("parameters", dense["params"], pruned["params"], _count),
         _tile("file", dense["bytes"], pruned["bytes"], lambda v: f"{_count(v)}B"),
     ]
-    accuracy = _top1(sources)
+    accuracy = top1_of(sources)
     if len(accuracy) == 2:
         before, after = accuracy
         tile = {
@@ -95,16 +119,19 @@ def tiles(sources: Sources) -> list[dict[str, str]]:
             "note": f"dense {before:.1%}, {100 * (after - before):+.1f} points",
         }
         found.append(tile | ({"loss": "yes"} if before - after > LOSS else {}))
-    for document in _comparisons(sources)[:1]:
+    for document in comparisons(sources)[:1]:
         for output, figures in list(document["outputs"].items())[:1]:
             if "top1_agreement" in figures:
                 note = f"of the dense model's answers ({output})"
                 tile = {"name": "same answers", "value": f"{figures['top1_agreement']:.1%}", "note": note}
                 found.append(tile | ({"loss": "yes"} if 1 - figures["top1_agreement"] > 2 * LOSS else {}))
-    return found + _speed(sources)
+    speed = speed_of(sources)
+    if speed is not None:
+        found.append({"name": "speed", "value": f"{speed.ratio:.2f} ×", "note": speed.note})
+    return found
 
 
-def _comparisons(sources: Sources) -> list[dict[str, Any]]:
+def comparisons(sources: Sources) -> list[dict[str, Any]]:
     """Comparisons of this run's two models, those of the pruned file itself before those of its converted copies."""
     dense, pruned = sources.dense, sources.pruned
     own = []
@@ -115,7 +142,20 @@ def _comparisons(sources: Sources) -> list[dict[str, Any]]:
     return [document for _, document in sorted(own, key=lambda pair: pair[0])]
 
 
-def _speed(sources: Sources) -> list[dict[str, str]]:
+@dataclass(frozen=True)
+class Speed:
+    """How fast the pruned model is.
+
+    Attributes:
+        ratio: the dense model's latency over the pruned one's.
+        note: which files were timed, and how.
+    """
+
+    ratio: float
+    note: str
+
+
+def speed_of(sources: Sources) -> Speed | None:
     """The pruned model's speed over the dense one's, from the first benchmark and batch that timed both."""
     for document in sources.of("bench"):
         for batch in dict.fromkeys(r["batch"] for r in document["results"]):
@@ -124,13 +164,11 @@ def _speed(sources: Sources) -> list[dict[str, str]]:
             if dense is None or pruned is None:
                 continue
             # Both speeds are relative to the benchmark's first model, whichever that is.
-            ratio = pruned["speedup"] / dense["speedup"]
             names = [Path(r["model"]).name for r in (dense, pruned)]
             plain = names == [sources.dense.file, sources.pruned.file]
             note = "of the dense model's" if plain else f"{names[1]} over {names[0]}"
-            note += f", batch {batch}, {pruned['median_ms']:.2f} ms"
-            return [{"name": "speed", "value": f"{ratio:.2f} ×", "note": note}]
-    return []
+            return Speed(pruned["speedup"] / dense["speedup"], f"{note}, batch {batch}, {pruned['median_ms']:.2f} ms")
+    return None
 
 
 def _timed(sources: Sources, rows: list[dict[str, Any]], side: str) -> dict[str, Any] | None:
@@ -164,7 +202,7 @@ def _block_row(block: dict[str, Any]) -> dict[str, Any]:
     return {"index": block["index"], "name": block["name"], "cells": cells}
 
 
-def _top1(sources: Sources) -> list[float]:
+def top1_of(sources: Sources) -> list[float]:
     """Top-1 of the dense model and of the pruned one (its converted copy where that was measured too)."""
     dense, pruned = sources.dense, sources.pruned
     found: dict[str, dict[bool, float]] = {"dense": {}, "pruned": {}}
@@ -216,7 +254,7 @@ def _show(figures: dict[str, Any], key: str, spec: str) -> str:
 
 def _drift(sources: Sources) -> str:
     """How far every block's branches are from the dense ones."""
-    own = _comparisons(sources)
+    own = comparisons(sources)
     if not own:
         return ""
     blocks = own[0]["blocks"]
