@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from toast_onnx.engines.ortbench import benchmark
 from toast_onnx.errors import DataError, ModelError
@@ -20,9 +21,11 @@ from toast_onnx.model import Model, file_hash, load_model, stored_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.report.tables import Table, format_bytes, format_count
 from toast_onnx.runtime import expose
-from toast_onnx_calibration.agreement import Agreement
-from toast_onnx_calibration.feeds import batch_size, batches
+from toast_onnx_calibration.agreement import Agreement, log_probabilities
+from toast_onnx_calibration.feeds import Batch, batch_size, batches
+from toast_onnx_calibration.pictures import small_picture
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
+from toast_onnx_calibration.recipes import Recipe
 from toast_onnx_calibration.sessions import ModelInput, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source
 
@@ -51,6 +54,8 @@ class Comparison:
         samples: number of samples.
         data: where they come from.
         notes: what the user should know.
+        disagreements: samples whose answers differ, those first of which the dense model is surest, as many as were
+            asked for: `sample`, `dense` and `pruned` class and confidence, and its `picture` or None.
     """
 
     models: dict[str, dict[str, Any]]
@@ -60,6 +65,7 @@ class Comparison:
     samples: int
     data: dict[str, Any]
     notes: tuple[str, ...]
+    disagreements: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """One document for machines."""
@@ -175,6 +181,8 @@ def compare_all(
     hold: int = 0,
     shapes: Mapping[str, Sequence[int]] | None = None,
     note: Note = silent,
+    shown: int = 0,
+    images: bool = True,
 ) -> list[Comparison]:
     """Run a model and what was made from it on the same samples: each sample is read, and run densely, once.
 
@@ -193,6 +201,8 @@ def compare_all(
         shapes: concrete shapes of inputs with symbolic axes.
         hold: from 2 on, only the samples that `calibrate` held back with the same draw.
         note: told what the user should know before the models run.
+        shown: samples whose answers differ to keep.
+        images: keep their pictures, too.
 
     Returns:
         A comparison for each of the pruned models.
@@ -223,7 +233,7 @@ def compare_all(
         note=note,
     )
     size = _held_batch(original, branches, batch)
-    count, fed = _measure(original, session, sides, inputs, source, size, progress)
+    count, fed = _measure(original, session, sides, inputs, source, size, progress, shown)
     told += source.report.notes() if source.report else ()
     del session
     times = []
@@ -256,6 +266,7 @@ def compare_all(
                 "preprocessing": source.recipe.model_dump(mode="json") if source.recipe else None,
             },
             notes=tuple(dict.fromkeys([*side.notes, *told, *_after(original, dense, side)])),
+            disagreements=tuple(d.to_document(source.recipe, images) for d in side.disagreements),
         )
         for k, side in enumerate(sides, start=1)
     ]
@@ -273,6 +284,7 @@ class _Side:
         notes: what the user should know of it.
         outputs: output name -> agreement.
         drift: branch output by the dense model's name -> agreement.
+        disagreements: samples whose answers differ, those first of which the dense model is surest.
     """
 
     path: Path
@@ -282,6 +294,49 @@ class _Side:
     notes: list[str]
     outputs: dict[str, Agreement]
     drift: dict[str, Agreement]
+    disagreements: list[_Disagreement] = field(default_factory=list)
+
+    def disagree(self, dense: NDArray[Any], pruned: NDArray[Any], batch: Batch, shown: int) -> None:
+        """Keep samples of a batch whose answers differ.
+
+        Args:
+            dense: (samples, classes) scores.
+            pruned: the same of the pruned model.
+            batch: the samples.
+            shown: how many to keep in all.
+        """
+        rows = np.flatnonzero(dense.argmax(axis=1) != pruned.argmax(axis=1))
+        a, b = (np.exp(log_probabilities(np.asarray(x, np.float64))) for x in (dense, pruned))
+        fed = next(iter(batch.feeds.values())) if len(batch.feeds) == 1 else None
+        self.disagreements += [
+            _Disagreement(
+                batch.rows[k],
+                (int(a[k].argmax()), float(a[k].max())),
+                (int(b[k].argmax()), float(b[k].max())),
+                None if fed is None else fed[k],
+            )
+            for k in rows
+        ]
+        self.disagreements = sorted(self.disagreements, key=lambda d: -d.dense[1])[:shown]
+
+
+@dataclass(frozen=True)
+class _Disagreement:
+    """A sample whose answers differ: its name, class and confidence of both models, and what was fed."""
+
+    sample: str
+    dense: tuple[int, float]
+    pruned: tuple[int, float]
+    fed: NDArray[Any] | None
+
+    def to_document(self, recipe: Recipe | None, images: bool) -> dict[str, Any]:
+        """Plain data, with a picture where one is wanted and the sample is an image."""
+        sides = {
+            name: {"class": found[0], "confidence": found[1]}
+            for name, found in (("dense", self.dense), ("pruned", self.pruned))
+        }
+        shown = small_picture(self.fed, recipe) if images and self.fed is not None else None
+        return {"sample": self.sample, **sides, "picture": shown}
 
 
 def _side(
@@ -361,10 +416,12 @@ def _measure(
     source: Source,
     size: int,
     progress: Progress | None,
+    shown: int,
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Run all models on every sample, into the agreements of `sides`; the number of samples, and the shapes fed."""
     names = list(sides[0].outputs)
     channels = {name: _channel_axis(dense, name) for side in sides for name, _ in side.watched}
+    scores = next((name for name, agreement in sides[0].outputs.items() if agreement.classes), None)
     done, shapes = 0, {}
     if progress is not None:
         progress(0, source.count)
@@ -380,6 +437,8 @@ def _measure(
                         f"{side.path}: compare one model"
                     )
                 agreement.add(each.trim(a[name]), each.trim(b[name]))
+            if shown and scores is not None:
+                side.disagree(each.trim(a[scores]), each.trim(b[scores]), each, shown)
             for x, y in side.watched:
                 if a[x].shape != b[y].shape:  # of merged tokens there are fewer
                     side.drift.pop(x, None)

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     help="tensorrt keeps every attention at one head size, for fused kernels.",
 )
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
+@click.option("--no-images", is_flag=True, help="Keep no pictures of samples whose answers changed.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
 @overwrite_option
@@ -92,6 +93,7 @@ def command(
     split_shared: bool,
     target: str,
     no_check: bool,
+    no_images: bool,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
     as_json: bool,
@@ -174,6 +176,7 @@ def command(
             target=target,
             check=not no_check,
             planned=goal is not None,
+            images=not no_images,
         )
         told = {
             "goal": None

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Samples that are run again, where none could be held back, to see what became of the answers.
 FEW = 32
+#: Samples whose answers changed that a report holds.
+SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Job:
         target: any or tensorrt.
         check: prove the result.
         planned: whether `statistics` were taken from `data` for a plan, so that both are there.
+        images: whether the report holds pictures of samples whose answers changed.
     """
 
     dense: Study
@@ -57,6 +60,7 @@ class Job:
     target: str = "any"
     check: bool = True
     planned: bool = False
+    images: bool = True
 
 
 def run_job(
@@ -152,6 +156,8 @@ def _agreement(job: Job, data: str, out: Path) -> dict[str, Any] | None:
                 hold=options.hold,
                 shapes=job.shapes,
                 progress=show,
+                shown=SHOWN,
+                images=job.images,
             )
     except ToastError as error:
         say_note(f"agreement was not measured: {error}")
@@ -162,4 +168,5 @@ def _agreement(job: Job, data: str, out: Path) -> dict[str, Any] | None:
         "outputs": found.outputs,
         "worst": found.worst,
         "blocks": found.blocks,
+        "disagreements": list(found.disagreements),
     }

@@ -28,6 +28,7 @@ from toast_onnx_cli.links import links_option
 )
 @collection_options
 @links_option
+@click.option("--no-images", is_flag=True, help="Show no pictures of samples whose answers changed.")
 @click.option("--title", help="Heading; the pruned file's name otherwise.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table of many runs as JSON.")
 def command(
@@ -36,6 +37,7 @@ def command(
     extra: tuple[Path, ...],
     sort: str | None,
     as_csv: bool,
+    no_images: bool,
     title: str | None,
     as_json: bool,
 ) -> None:
@@ -50,7 +52,7 @@ def command(
     if len(runs) == 1 and not (runs[0].is_dir() and not (runs[0] / "deploy.json").is_file()):
         if sort is not None or as_csv or as_json:
             raise click.UsageError("--sort, --csv and --json are about many runs: give a folder, or several reports")
-        _one(runs[0], output, extra, title)
+        _one(runs[0], output, extra, title, not no_images)
         return
     if extra:
         raise click.UsageError("--with goes with one run")
@@ -59,7 +61,7 @@ def command(
     _many(runs, output, sort, title, as_csv, as_json)
 
 
-def _one(run: Path, output: Path | None, extra: tuple[Path, ...], title: str | None) -> None:
+def _one(run: Path, output: Path | None, extra: tuple[Path, ...], title: str | None, images: bool) -> None:
     from toast_onnx.files import write_bytes
     from toast_onnx.report.page import render_page
     from toast_onnx.report.page_sources import find_sources
@@ -69,7 +71,7 @@ def _one(run: Path, output: Path | None, extra: tuple[Path, ...], title: str | N
     target = output or sources.path.with_suffix(".html")
     check_destinations([sources.path, run, *extra, *_files(sources)], {"-o": target}, ["-o"])
     with _as_documents(sources.path):
-        page = render_page(sources, title).encode()
+        page = render_page(sources, title, images).encode()
     write_bytes(target, page)
     click.echo(str(target))
 

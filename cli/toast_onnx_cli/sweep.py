@@ -57,6 +57,7 @@ def _shares(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     show_default=True,
     help="tensorrt keeps every attention at one head size, for fused kernels.",
 )
+@click.option("--no-images", is_flag=True, help="Keep no pictures of samples whose answers changed.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
 @collection_options
@@ -72,6 +73,7 @@ def command(
     compensation: str | None,
     split_shared: bool,
     target: str,
+    no_images: bool,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
     sort: str | None,
@@ -107,7 +109,7 @@ def command(
     reading = gather_options(settings, seed, given)
     _check_same(record, _asked(dense, data, settings, reading, shapes, target, split_shared))
     same = _prune_words(given | {"compensation": compensation, "seed": seed, "target": target, "data": data}, shapes)
-    same += ["--split-shared"] * split_shared
+    same += ["--split-shared"] * split_shared + ["--no-images"] * no_images
     problems: dict[Goal, str] = {}
     with blame_model(model), ExitStack() as stack:
         planner = None
@@ -128,7 +130,15 @@ def command(
                 ratios = out.with_name(f"{out.stem}.ratios.yaml")
                 save_plan(planner, goal, ratios)
                 job = Job(
-                    dense, data, statistics, reading, shapes, split_shared=split_shared, target=target, planned=True
+                    dense,
+                    data,
+                    statistics,
+                    reading,
+                    shapes,
+                    split_shared=split_shared,
+                    target=target,
+                    planned=True,
+                    images=not no_images,
                 )
                 told = {"goal": {goal.kind: goal.value, "judged": None}, "expects": None}
                 words = ["prune", str(model), f"--{goal.kind}", repr(goal.value), *same]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ from toast_onnx.report.page_sources import Sources
 
 #: A drop of accuracy that is shown in another colour, and half the share of changed answers that is.
 LOSS = 0.05
+#: Branch in a comparison, heading, and its parts in a report.
+_BRANCHES = (
+    ("attention", "attention", ("heads", "qk", "vo")),
+    ("ffn", "feed-forward network", ("fc1", "fc2")),
+)
 _TEMPLATES = Path(__file__).parent / "templates"
 _PARTS = {
     "heads": "whole heads",
@@ -27,17 +33,18 @@ _PARTS = {
 }
 
 
-def render_page(sources: Sources, title: str | None = None) -> str:
+def render_page(sources: Sources, title: str | None = None, images: bool = True) -> str:
     """The page as HTML text; it loads nothing from elsewhere, and the same sources give the same bytes.
 
     Args:
         sources: what to show.
         title: heading; the pruned file's name where None.
+        images: show pictures of samples.
 
     Raises:
         BackendError: matplotlib or Jinja is not installed.
     """
-    return render("page.html", page_context(sources, title))
+    return render("page.html", page_context(sources, title, images))
 
 
 def render(template: str, context: dict[str, Any]) -> str:
@@ -75,7 +82,7 @@ def require_jinja() -> Any:
     return jinja2
 
 
-def page_context(sources: Sources, title: str | None = None) -> dict[str, Any]:
+def page_context(sources: Sources, title: str | None = None, images: bool = True) -> dict[str, Any]:
     """What the template shows: texts and SVG, no figures left to compute."""
     run = sources.run
     blocks = [b for b in run["blocks"] if b["before"]]
@@ -86,6 +93,7 @@ def page_context(sources: Sources, title: str | None = None) -> dict[str, Any]:
         "widths": widths_chart(blocks),
         "costs": costs_chart(blocks) if blocks else "",
         "tokens": tokens_chart((run.get("tokens") or {}).get("merges", [])),
+        "token_text": _token_text((run.get("tokens") or {}).get("merges", [])),
         "twin": run.get("twin"),
         "finetune": run.get("finetune"),
         "block_rows": [_block_row(b) for b in run["blocks"]],
@@ -93,6 +101,7 @@ def page_context(sources: Sources, title: str | None = None) -> dict[str, Any]:
         "accuracy_rows": _accuracy_rows(sources),
         "compare_rows": _compare_rows(sources),
         "drift": _drift(sources),
+        "disagreements": _disagreements(sources, images),
         "sensitivity": _sensitivity(sources),
         "latency": _latency(sources),
         "engine_rows": _engine_rows(sources),
@@ -119,7 +128,8 @@ def tiles(sources: Sources) -> list[dict[str, str]]:
             "note": f"dense {before:.1%}, {100 * (after - before):+.1f} points",
         }
         found.append(tile | ({"loss": "yes"} if before - after > LOSS else {}))
-    for document in comparisons(sources)[:1]:
+    told = comparisons(sources)[:1] or [sources.run.get("agreement") or {"outputs": {}}]
+    for document in told:
         for output, figures in list(document["outputs"].items())[:1]:
             if "top1_agreement" in figures:
                 note = f"of the dense model's answers ({output})"
@@ -252,20 +262,69 @@ def _show(figures: dict[str, Any], key: str, spec: str) -> str:
     return format(figures[key], spec) if figures.get(key) is not None else "–"
 
 
-def _drift(sources: Sources) -> str:
-    """How far every block's branches are from the dense ones."""
-    own = comparisons(sources)
-    if not own:
-        return ""
-    blocks = own[0]["blocks"]
-    lines = [
-        Line(heading, [(b["index"], b[part]["relative_error"]) for b in blocks if part in b])
-        for part, heading in (("attention", "attention"), ("ffn", "feed-forward network"))
+def _disagreements(sources: Sources, images: bool) -> list[dict[str, Any]]:
+    """Samples whose answers changed: name, both answers, and a picture where there is one."""
+
+    def answer(found: dict[str, Any]) -> str:
+        return f"{found['class']} ({found['confidence']:.0%})"
+
+    return [
+        {
+            "sample": each["sample"],
+            "dense": answer(each["dense"]),
+            "pruned": answer(each["pruned"]),
+            "picture": _own_picture(each.get("picture")) if images else None,
+        }
+        for each in (sources.run.get("agreement") or {}).get("disagreements", ())
     ]
-    return lines_chart(lines, x="block", y="relative error of the branch")
 
 
-def _sensitivity(sources: Sources) -> list[dict[str, str]]:
+def _own_picture(address: Any) -> str | None:
+    """A picture that stands in the report itself; a page loads nothing from elsewhere."""
+    return address if isinstance(address, str) and address.startswith("data:image/jpeg;base64,") else None
+
+
+def _token_text(merges: Sequence[dict[str, Any]]) -> str:
+    """The chart of tokens in words."""
+    merged = [m for m in merges if m["how"] == "merged"]
+    return "tokens left behind each block: " + ", ".join(f"{m['block']}: {m['after']}" for m in merged)
+
+
+def _drift(sources: Sources) -> dict[str, Any]:
+    """How far every block's branches are from the dense ones, beside what pruning each alone was expected to do."""
+    own = next(iter(comparisons(sources)), None) or sources.run.get("agreement") or {}
+    blocks = own.get("blocks", ())
+    measured, predicted = [], []
+    for part, heading, keys in _BRANCHES:
+        measured.append(Line(heading, [(b["index"], b[part]["relative_error"]) for b in blocks if part in b]))
+        told = [
+            (b["index"], [e for k, e in b.get("predicted_errors", {}).items() if k in keys])
+            for b in sources.run["blocks"]
+        ]
+        predicted.append(Line(f"{heading}, predicted", [(k, max(e)) for k, e in told if e], dashed=True))
+    lines = [*measured, *predicted] if any(line.points for line in measured) else []
+    return _chart(lines, "block", "relative error of the branch")
+
+
+def _chart(lines: Sequence[Line], x: str, y: str, log: bool = False) -> dict[str, Any]:
+    """Lines as a chart with its text for those who do not see it; as a table where no line has two points."""
+    drawn = [line for line in lines if line.points]
+    alone = all(len(line.points) == 1 for line in drawn)
+    values = [value for line in drawn for _, value in line.points]
+    return {
+        "svg": "" if alone else lines_chart(drawn, x=x, y=y, log=log),
+        "alternative": f"{y} by {x}, from {min(values):.2g} to {max(values):.2g}: "
+        + ", ".join(line.name for line in drawn)
+        if values
+        else "",
+        "columns": ["", x, y],
+        "rows": [[line.name, f"{at:g}", f"{value:.3g}"] for line in drawn for at, value in line.points]
+        if alone
+        else [],
+    }
+
+
+def _sensitivity(sources: Sources) -> list[dict[str, Any]]:
     """A chart a part: damage over the ratio removed, a line a block."""
     charts = []
     for document in sources.of("sensitivity"):
@@ -279,8 +338,8 @@ def _sensitivity(sources: Sources) -> list[dict[str, str]]:
             ]
             spread = all(t["damage"][metric] > 0 for t in own)  # damage grows by orders of magnitude
             label = {"kl": "KL from the dense output"}.get(metric, metric.replace("_", " "))
-            svg = lines_chart(lines, x=f"removed of the {_PARTS.get(part, part)}", y=label, log=spread)
-            charts.append({"heading": _PARTS.get(part, part), "svg": svg})
+            chart = _chart(lines, f"removed of the {_PARTS.get(part, part)}", label, spread)
+            charts.append({"heading": _PARTS.get(part, part)} | chart)
     return charts
 
 
@@ -353,9 +412,16 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
         ("counted at", _joined(f"{name} {'x'.join(map(str, shape))}" for name, shape in run.get("inputs", {}).items())),
         ("statistics", str(statistics.get("source", "–"))),
         ("settings", _settings(run.get("options", {}).get("ratios", {}))),
+        ("command", _command(run)),
         ("versions", _joined(f"{name} {value}" for name, value in run.get("versions", {}).items())),
         ("made from", _joined([sources.path.name, *sources.names])),
     ]
+
+
+def _command(run: dict[str, Any]) -> str:
+    """The exact command, as a shell takes it."""
+    words = run.get("command") or []
+    return shlex.join(["toast-onnx", *map(str, words)]) if words else "–"
 
 
 def _joined(parts: Any) -> str:

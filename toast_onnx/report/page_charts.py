@@ -82,10 +82,11 @@ def tokens_chart(merges: Sequence[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: a name, and its points (x, y)."""
+    """One line of a chart: a name, its points (x, y), and whether it is dashed, as what was only predicted is."""
 
     name: str
     points: Sequence[tuple[float, float]]
+    dashed: bool = False
 
 
 def lines_chart(lines: Sequence[Line], *, x: str, y: str, log: bool = False) -> str:
@@ -104,10 +105,12 @@ def lines_chart(lines: Sequence[Line], *, x: str, y: str, log: bool = False) -> 
     if not drawn:
         return ""
     figure, (axes,) = _panels(1, columns=1)
-    colours = (PRUNED, SECOND) if len(drawn) <= 2 else _gradient(len(drawn))
+    solid = sum(not line.dashed for line in drawn)
+    colours = [*(PRUNED, SECOND)[:solid], PRUNED, SECOND] if solid <= 2 else _gradient(len(drawn))
     for line, colour in zip(drawn, colours, strict=False):
         xs, ys = zip(*line.points, strict=True)
-        axes.plot(xs, ys, marker="o", markersize=3.5, linewidth=1.4, color=colour, label=line.name)
+        style = {"linestyle": "--"} if line.dashed else {"marker": "o", "markersize": 3.5}
+        axes.plot(xs, ys, linewidth=1.4, color=colour, label=line.name, **style)
     axes.set_xlabel(x, fontsize=9, color=INK)
     axes.set_ylabel(y, fontsize=9, color=INK)
     if log:
