@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from toast_onnx.engines.ortbench import benchmark
 from toast_onnx.errors import DataError, ModelError
@@ -20,9 +21,11 @@ from toast_onnx.model import Model, file_hash, load_model, stored_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.report.tables import Table, format_bytes, format_count
 from toast_onnx.runtime import expose
-from toast_onnx_calibration.agreement import Agreement
-from toast_onnx_calibration.feeds import batch_size, batches
+from toast_onnx_calibration.agreement import Agreement, log_probabilities
+from toast_onnx_calibration.feeds import Batch, batch_size, batches
+from toast_onnx_calibration.pictures import small_picture
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
+from toast_onnx_calibration.recipes import Recipe
 from toast_onnx_calibration.sessions import ModelInput, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source
 
@@ -51,6 +54,8 @@ class Comparison:
         samples: number of samples.
         data: where they come from.
         notes: what the user should know.
+        disagreements: samples whose answers differ, those first of which the dense model is surest, as many as were
+            asked for: `sample`, `dense` and `pruned` class and confidence, and its `picture` or None.
     """
 
     models: dict[str, dict[str, Any]]
@@ -60,6 +65,7 @@ class Comparison:
     samples: int
     data: dict[str, Any]
     notes: tuple[str, ...]
+    disagreements: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """One document for machines."""
@@ -144,9 +150,24 @@ class Comparison:
         return "".join(table.html() for table in self.tables)
 
 
-def compare(
+def compare(dense: str | Path, pruned: str | Path, data: str | Path, **reading: Any) -> Comparison:
+    """Run two models on the same samples.
+
+    Args:
+        dense: the original model.
+        pruned: the model to hold against it.
+        data: as for `sources.open_source`.
+        reading: as for `compare_all`.
+
+    Raises:
+        ToastError: its children say what is wrong.
+    """
+    return compare_all(dense, [pruned], data, **reading)[0]
+
+
+def compare_all(
     dense: str | Path,
-    pruned: str | Path,
+    pruned: Sequence[str | Path],
     data: str | Path,
     *,
     preprocess: str | None = None,
@@ -160,12 +181,14 @@ def compare(
     hold: int = 0,
     shapes: Mapping[str, Sequence[int]] | None = None,
     note: Note = silent,
-) -> Comparison:
-    """Run two models on the same samples.
+    shown: int = 0,
+    images: bool = True,
+) -> list[Comparison]:
+    """Run a model and what was made from it on the same samples: each sample is read, and run densely, once.
 
     Args:
         dense: the original model.
-        pruned: the model to hold against it.
+        pruned: the models to hold against it, one at least; all are kept in memory.
         data: as for `sources.open_source`.
         preprocess: as for `recipe_files.recipe_for`.
         samples: how many to draw by `seed`; None takes all.
@@ -173,28 +196,35 @@ def compare(
         provider: a key of `toast_onnx.providers.PROVIDERS`.
         batch: samples a run, and the batch that latency is measured at, where the models leave it free.
         threads: of ONNX Runtime and of image decoding.
-        rounds: timed rounds; 0 measures no latency.
+        rounds: timed rounds, in which all models take turns; 0 measures no latency.
         progress: called after every batch.
         shapes: concrete shapes of inputs with symbolic axes.
         hold: from 2 on, only the samples that `calibrate` held back with the same draw.
         note: told what the user should know before the models run.
+        shown: samples whose answers differ to keep.
+        images: keep their pictures, too.
+
+    Returns:
+        A comparison for each of the pruned models.
 
     Raises:
         ToastError: its children say what is wrong.
     """
-    dense, pruned = Path(dense), Path(pruned)
-    pair = (study(load_model(dense), shapes), study(load_model(pruned), shapes))
-    watched, notes = watch(*pair)
-    sessions = [_session(s, [names[k] for names in watched], provider, threads) for k, s in enumerate(pair)]
-    inputs = model_inputs(sessions[0])
-    _check_alike(sessions, pruned)
-    kept = [s.get_modelmeta().custom_metadata_map for s in sessions]
+    dense, small = Path(dense), [Path(p) for p in pruned]
+    original = study(load_model(dense), shapes)
+    sides = [_side(original, path, shapes, provider, threads) for path in small]
+    branches = list(dict.fromkeys(name for side in sides for name, _ in side.watched))
+    session = _session(original, branches, provider, threads)
+    inputs = model_inputs(session)
+    for side in sides:
+        _check_alike(session, side)
+    kept = [s.get_modelmeta().custom_metadata_map for s in (sides[0].session, session)]
     source, told = open_prepared(
         dense,
         data,
         inputs,
         preprocess,
-        metadata=kept[1] | kept[0],
+        metadata=kept[0] | kept[1],
         samples=samples,
         seed=seed,
         threads=threads,
@@ -202,20 +232,14 @@ def compare(
         held=hold > 1,
         note=note,
     )
-    notes += told
-    size = _held_batch(pair[0], [names[0] for names in watched], batch)
-    found, drift, count, fed = _measure(pair[0], sessions, watched, inputs, source, size, progress)
-    notes += source.report.notes() if source.report else ()
-    if lost := len(watched) - len(drift):
-        notes.append(f"tokens are merged in front of {lost} of {len(watched)} branches: their drift is left out")
-    costs = [graph_macs(each.view, each.counted) for each in pair]
-    if costs[0] < costs[1]:
-        notes.append(f"{dense} is the smaller one: the dense model comes first, so give them the other way round")
-    del sessions
-    latency = None
+    size = _held_batch(original, branches, batch)
+    count, fed = _measure(original, session, sides, inputs, source, size, progress, shown)
+    told += source.report.notes() if source.report else ()
+    del session
+    times = []
     if rounds:
         times = benchmark(
-            [dense, pruned],
+            [dense, *small],
             [batch_size(inputs, batch)],
             provider=provider,
             threads=threads,
@@ -223,24 +247,123 @@ def compare(
             warmup=2,
             shapes=fed,
         )
-        latency = [t.summary() for t in times]
-    return Comparison(
-        models={"dense": _figures(pair[0], dense), "pruned": _figures(pair[1], pruned)},
-        outputs={name: a.to_json() for name, a in found.items()},
-        blocks=[
-            {"index": b.index, "name": b.name}
-            | {part: drift[name].to_json() for part, name in branch_outputs(b).items() if name in drift}
-            for b in pair[0].match.blocks
-        ],
-        latency=latency,
-        samples=count,
-        data={
-            "source": source.description,
-            "fingerprint": source.fingerprint,
-            "preprocessing": source.recipe.model_dump(mode="json") if source.recipe else None,
-        },
-        notes=tuple(dict.fromkeys(notes)),
+    latency = [t.summary() for t in times]
+    figures = _figures(original, dense)
+    return [
+        Comparison(
+            models={"dense": figures, "pruned": _figures(side.study, side.path)},
+            outputs={name: a.to_json() for name, a in side.outputs.items()},
+            blocks=[
+                {"index": b.index, "name": b.name}
+                | {part: side.drift[name].to_json() for part, name in branch_outputs(b).items() if name in side.drift}
+                for b in original.match.blocks
+            ],
+            latency=[latency[0], latency[k]] if latency else None,
+            samples=count,
+            data={
+                "source": source.description,
+                "fingerprint": source.fingerprint,
+                "preprocessing": source.recipe.model_dump(mode="json") if source.recipe else None,
+            },
+            notes=tuple(dict.fromkeys([*side.notes, *told, *_after(original, dense, side)])),
+            disagreements=tuple(d.to_document(source.recipe, images) for d in side.disagreements),
+        )
+        for k, side in enumerate(sides, start=1)
+    ]
+
+
+@dataclass
+class _Side:
+    """A pruned model while it is held against the dense one.
+
+    Attributes:
+        path: its file.
+        study: what it is.
+        session: runs it, with its branch outputs exposed.
+        watched: pairs of branch outputs, the dense model's first.
+        notes: what the user should know of it.
+        outputs: output name -> agreement.
+        drift: branch output by the dense model's name -> agreement.
+        disagreements: samples whose answers differ, those first of which the dense model is surest.
+    """
+
+    path: Path
+    study: Study
+    session: ort.InferenceSession
+    watched: list[tuple[str, str]]
+    notes: list[str]
+    outputs: dict[str, Agreement]
+    drift: dict[str, Agreement]
+    disagreements: list[_Disagreement] = field(default_factory=list)
+
+    def disagree(self, dense: NDArray[Any], pruned: NDArray[Any], batch: Batch, shown: int) -> None:
+        """Keep samples of a batch whose answers differ.
+
+        Args:
+            dense: (samples, classes) scores.
+            pruned: the same of the pruned model.
+            batch: the samples.
+            shown: how many to keep in all.
+        """
+        rows = np.flatnonzero(dense.argmax(axis=1) != pruned.argmax(axis=1))
+        a, b = (np.exp(log_probabilities(np.asarray(x, np.float64))) for x in (dense, pruned))
+        fed = next(iter(batch.feeds.values())) if len(batch.feeds) == 1 else None
+        self.disagreements += [
+            _Disagreement(
+                batch.rows[k],
+                (int(a[k].argmax()), float(a[k].max())),
+                (int(b[k].argmax()), float(b[k].max())),
+                None if fed is None else fed[k],
+            )
+            for k in rows
+        ]
+        self.disagreements = sorted(self.disagreements, key=lambda d: -d.dense[1])[:shown]
+
+
+@dataclass(frozen=True)
+class _Disagreement:
+    """A sample whose answers differ: its name, class and confidence of both models, and what was fed."""
+
+    sample: str
+    dense: tuple[int, float]
+    pruned: tuple[int, float]
+    fed: NDArray[Any] | None
+
+    def to_document(self, recipe: Recipe | None, images: bool) -> dict[str, Any]:
+        """Plain data, with a picture where one is wanted and the sample is an image."""
+        sides = {
+            name: {"class": found[0], "confidence": found[1]}
+            for name, found in (("dense", self.dense), ("pruned", self.pruned))
+        }
+        shown = small_picture(self.fed, recipe) if images and self.fed is not None else None
+        return {"sample": self.sample, **sides, "picture": shown}
+
+
+def _side(
+    dense: Study, path: Path, shapes: Mapping[str, Sequence[int]] | None, provider: str, threads: int | None
+) -> _Side:
+    found = study(load_model(path), shapes)
+    watched, notes = watch(dense, found)
+    names = [o.name for o in dense.view.model.proto.graph.output]
+    return _Side(
+        path,
+        found,
+        _session(found, [theirs for _, theirs in watched], provider, threads),
+        watched,
+        notes,
+        {name: Agreement(is_classifier(dense, name)) for name in names},
+        {name: Agreement() for name, _ in watched},
     )
+
+
+def _after(dense: Study, path: Path, side: _Side) -> list[str]:
+    """What the run showed of a pruned model."""
+    notes = []
+    if lost := len(side.watched) - len(side.drift):
+        notes.append(f"tokens are merged in front of {lost} of {len(side.watched)} branches: their drift is left out")
+    if graph_macs(dense.view, dense.counted) < graph_macs(side.study.view, side.study.counted):
+        notes.append(f"{path} is the smaller one: the dense model comes first, so give them the other way round")
+    return notes
 
 
 def branch_outputs(block: Block) -> dict[str, str]:
@@ -287,38 +410,44 @@ def is_classifier(study: Study, output: str) -> bool:
 
 def _measure(
     dense: Study,
-    sessions: Sequence[ort.InferenceSession],
-    watched: Sequence[tuple[str, str]],
+    session: ort.InferenceSession,
+    sides: Sequence[_Side],
     inputs: list[ModelInput],
     source: Source,
     size: int,
     progress: Progress | None,
-) -> tuple[dict[str, Agreement], dict[str, Agreement], int, dict[str, tuple[int, ...]]]:
-    """Agreement of outputs and of branch outputs (by the dense model's names), samples, and the input shapes fed."""
-    outputs = [o.name for o in dense.view.model.proto.graph.output]
-    found = {name: Agreement(is_classifier(dense, name)) for name in outputs}
-    drift = {name: Agreement() for name, _ in watched}
-    channels = {name: _channel_axis(dense, name) for name, _ in watched}
+    shown: int,
+) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Run all models on every sample, into the agreements of `sides`; the number of samples, and the shapes fed."""
+    names = list(sides[0].outputs)
+    channels = {name: _channel_axis(dense, name) for side in sides for name, _ in side.watched}
+    scores = next((name for name, agreement in sides[0].outputs.items() if agreement.classes), None)
     done, shapes = 0, {}
     if progress is not None:
         progress(0, source.count)
     for each in batches(source, inputs, size):
         shapes = {name: tuple(array.shape) for name, array in each.feeds.items()}
-        a = run(sessions[0], each.feeds, outputs + [x for x, _ in watched])
-        b = run(sessions[1], each.feeds, outputs + [y for _, y in watched])
-        for name, agreement in found.items():
-            if a[name].shape != b[name].shape:
-                raise DataError(f"the output '{name}' has shape {a[name].shape} and {b[name].shape} in the two models")
-            agreement.add(each.trim(a[name]), each.trim(b[name]))
-        for x, y in watched:
-            if a[x].shape != b[y].shape:  # of merged tokens there are fewer
-                drift.pop(x, None)
-            elif x in drift:
-                drift[x].add(*(np.moveaxis(each.trim(t), channels[x], -1) for t in (a[x], b[y])))
+        a = run(session, each.feeds, [*names, *channels])
+        for side in sides:
+            b = run(side.session, each.feeds, names + [y for _, y in side.watched])
+            for name, agreement in side.outputs.items():
+                if a[name].shape != b[name].shape:
+                    raise DataError(
+                        f"the output '{name}' has shape {a[name].shape} in the dense model and {b[name].shape} in "
+                        f"{side.path}: compare one model"
+                    )
+                agreement.add(each.trim(a[name]), each.trim(b[name]))
+            if shown and scores is not None:
+                side.disagree(each.trim(a[scores]), each.trim(b[scores]), each, shown)
+            for x, y in side.watched:
+                if a[x].shape != b[y].shape:  # of merged tokens there are fewer
+                    side.drift.pop(x, None)
+                elif x in side.drift:
+                    side.drift[x].add(*(np.moveaxis(each.trim(t), channels[x], -1) for t in (a[x], b[y])))
         done += each.valid
         if progress is not None:
             progress(done, source.count)
-    return found, drift, done, shapes
+    return done, shapes
 
 
 def _channel_axis(dense: Study, tensor: str) -> int:
@@ -339,15 +468,14 @@ def _session(found: Study, names: Sequence[str], provider: str, threads: int | N
     return model_session(Model(expose(proto, names), model.path, dict(model.arrays)), provider, threads=threads)
 
 
-def _check_alike(sessions: Sequence[ort.InferenceSession], pruned: Path) -> None:
-    dense, other = ({i.name: (i.type, len(i.shape)) for i in s.get_inputs()} for s in sessions)
+def _check_alike(session: ort.InferenceSession, side: _Side) -> None:
+    dense, other = ({i.name: (i.type, len(i.shape)) for i in s.get_inputs()} for s in (session, side.session))
     if dense != other:
         raise ModelError(
-            f"{pruned} takes {', '.join(other)}, but the dense model {', '.join(dense)}: compare one model"
+            f"{side.path} takes {', '.join(other)}, but the dense model {', '.join(dense)}: compare one model"
         )
-    missing = {o.name for o in sessions[0].get_outputs()} - {o.name for o in sessions[1].get_outputs()}
-    if missing:
-        raise ModelError(f"{pruned} lacks the output '{min(missing)}' of the dense model: compare one model")
+    if missing := set(side.outputs) - {o.name for o in side.session.get_outputs()}:
+        raise ModelError(f"{side.path} lacks the output '{min(missing)}' of the dense model: compare one model")
 
 
 def _held_batch(dense: Study, names: Sequence[str], batch: int) -> int:

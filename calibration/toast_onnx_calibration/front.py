@@ -14,7 +14,7 @@ from toast_onnx_calibration import calibrating
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.needs import needed
 from toast_onnx_calibration.planning import POINTS, Budget, check_settings
-from toast_onnx_calibration.plans import Plan, make_plan
+from toast_onnx_calibration.plans import Plan, Planner
 from toast_onnx_calibration.sensitivity_trials import Sensitivity, measure, resume, trial_grid
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.work import open_work
@@ -101,7 +101,7 @@ def plan(
     check_settings(settings)
     chosen = CalibrationOptions(preprocess=preprocess, samples=samples, seed=seed, **options)
     with open_work(model, data, settings, parts, chosen) as work:
-        return make_plan(model, settings, budgets[0], tuple(parts), tuple(points), None, None, None, work)
+        return Planner(model, settings, tuple(parts), tuple(points), None, None, None, work).plan(budgets[0])
 
 
 def sensitivity(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,24 +103,13 @@ class Plan:
         return self.table.html()
 
 
-def make_plan(
-    dense: Study,
-    settings: Ratios,
-    budget: Budget,
-    parts: tuple[str, ...],
-    points: tuple[float, ...],
-    results: Path | None,
-    table: CostTable | None,
-    runtime: Runtime | None,
-    work: Work,
-    measuring: Callable[[int], AbstractContextManager[Progress | None]] = lambda _: nullcontext(),
-) -> Plan:
-    """Measure what is missing and search.
+@dataclass(frozen=True)
+class Planner:
+    """Plans for any number of budgets from the same measurements; what it says of one does not depend on the others.
 
-    Args:
+    Attributes:
         dense: the model.
         settings: selection, scores, compensation and alignment.
-        budget: what may be left.
         parts: heads, qk, vo, fc1, fc2, and tokens, which take part in a budget of multiply-accumulates, and in one of
             latency where the table has times for them; merging removes no parameters.
         points: ratios that are measured.
@@ -128,68 +118,110 @@ def make_plan(
         runtime: what the table was measured with; None where that is elsewhere.
         work: what damages are measured with.
         measuring: opens, for a number of trials, what is called after each.
-
-    Raises:
-        ConfigError: the budget cannot be reached.
     """
-    metric = "kl" if work.trials.classes else "relative_error"
-    widths = [dense_widths(b) for b in dense.match.blocks]
-    narrow = tuple(p for p in parts if p != TOKENS)
-    choices: list[PartChoice] = []
-    if narrow:
-        choices = _choices(dense, settings, narrow, points, results, table, work, metric, measuring)
-    line = table.merged_line() if table is not None else None
-    wanted = TOKENS in parts and (budget.kind == "macs" or line is not None)
-    tokens = open_token_trials(dense, settings, work.trials) if wanted else None
-    if not choices and tokens is None:
-        raise ConfigError(_nothing(dense, parts, budget))
-    schedule, timed = None, None
-    if tokens is not None:
-        prices: Prices = CountedPrices(dense, tokens.macs)
-        if table is not None and line is not None:
-            prices = TimedPrices(dense, tokens.macs, table, line)
-        finalists, timed = _together(dense, settings, choices, budget, tokens, prices, runtime, measuring)
-        judged = [_measured(dense, settings, widths, f.widths, f.schedule, tokens, work) for f in finalists]
-        best = min(range(len(finalists)), key=lambda k: judged[k].damage[metric])
-        plan, schedule, predicted = finalists[best].widths, finalists[best].schedule, finalists[best].damage
-        found = judged[best]
-    else:
-        if budget.kind == "latency":
-            assert table is not None
-            plan, timed = plan_latency(dense, choices, table, budget, runtime)
+
+    dense: Study
+    settings: Ratios
+    parts: tuple[str, ...]
+    points: tuple[float, ...]
+    results: Path | None
+    table: CostTable | None
+    runtime: Runtime | None
+    work: Work
+    measuring: Callable[[int], AbstractContextManager[Progress | None]] = lambda _: nullcontext()
+
+    @cached_property
+    def choices(self) -> list[PartChoice]:
+        """What every part may keep, with damages, after measuring what is missing; empty without widths."""
+        narrow = tuple(p for p in self.parts if p != TOKENS)
+        if not narrow:
+            return []
+        return _choices(
+            self.dense,
+            self.settings,
+            narrow,
+            self.points,
+            self.results,
+            self.table,
+            self.work,
+            self.metric,
+            self.measuring,
+        )
+
+    @cached_property
+    def tokens(self) -> TokenTrials | None:
+        """What measures merging; None where it is not asked for or not possible."""
+        return open_token_trials(self.dense, self.settings, self.work.trials) if TOKENS in self.parts else None
+
+    @property
+    def metric(self) -> str:
+        """The damage that adds up."""
+        return "kl" if self.work.trials.classes else "relative_error"
+
+    def plan(self, budget: Budget) -> Plan:
+        """Measure what is missing and search.
+
+        Args:
+            budget: what may be left.
+
+        Raises:
+            ConfigError: the budget cannot be reached.
+        """
+        dense, settings, work, table, choices = self.dense, self.settings, self.work, self.table, self.choices
+        metric = self.metric
+        widths = [dense_widths(b) for b in dense.match.blocks]
+        line = table.merged_line() if table is not None else None
+        tokens = self.tokens if budget.kind == "macs" or line is not None else None
+        if not choices and tokens is None:
+            raise ConfigError(_nothing(dense, self.parts, budget))
+        schedule, timed = None, None
+        if tokens is not None:
+            tokens = tokens.afresh()
+            prices: Prices = CountedPrices(dense, tokens.macs)
+            if table is not None and line is not None:
+                prices = TimedPrices(dense, tokens.macs, table, line)
+            finalists, timed = _together(dense, settings, choices, budget, tokens, prices, self.runtime, self.measuring)
+            judged = [_measured(dense, settings, widths, f.widths, f.schedule, tokens, work) for f in finalists]
+            best = min(range(len(finalists)), key=lambda k: judged[k].damage[metric])
+            plan, schedule, predicted = finalists[best].widths, finalists[best].schedule, finalists[best].damage
+            found = judged[best]
         else:
-            plan = plan_counted(dense, choices, budget)
-        predicted = plan.damage
-        found = _measured(dense, settings, widths, plan, None, None, work)
-    ratios, measured = found.ratios, found.damage
-    reached = shares(dense, plan.kept) | found.shares
-    totals = {"macs": graph_macs(dense.view, dense.counted), "params": graph_params(dense.view)}
-    document: dict[str, Any] = {
-        "model": dense.view.model.path.name,
-        "model_sha256": file_hash(dense.view.model.path),
-        "budget": {"kind": budget.kind, "share": budget.share},
-        "reached": {
-            kind: {"share": part, "dense": totals[kind], "planned": round(part * totals[kind])}
-            for kind, part in reached.items()
-        },
-        "predicted": {"metric": _metric(metric), "damage": predicted},
-        "measured": measured,
-        "samples": len(work.trials.samples.rows),
-        "statistics_sha256": None if work.narrowing is None else work.narrowing.sha256,
-        "kept": {str(b): dict(kept) for b, kept in plan.kept.items()},
-        "tokens": None if schedule is None or tokens is None else _tokens(tokens, schedule),
-        "ratios": ratios.to_document(),
-    }
-    if table is not None:
-        document["latency"] = {
-            "predicted_share": plan.cost / table.dense_milliseconds,
-            "measured_share": None if timed is None else timed.share,
-            "met": None if timed is None else timed.meets(budget),
-            "dense_milliseconds": table.dense_milliseconds if timed is None else timed.dense_milliseconds,
-            "runtime": table.runtime,
-            "batch": table.batch,
+            if budget.kind == "latency":
+                assert table is not None
+                plan, timed = plan_latency(dense, choices, table, budget, self.runtime)
+            else:
+                plan = plan_counted(dense, choices, budget)
+            predicted = plan.damage
+            found = _measured(dense, settings, widths, plan, None, None, work)
+        ratios, measured = found.ratios, found.damage
+        reached = shares(dense, plan.kept) | found.shares
+        totals = {"macs": graph_macs(dense.view, dense.counted), "params": graph_params(dense.view)}
+        document: dict[str, Any] = {
+            "model": dense.view.model.path.name,
+            "model_sha256": file_hash(dense.view.model.path),
+            "budget": {"kind": budget.kind, "share": budget.share},
+            "reached": {
+                kind: {"share": part, "dense": totals[kind], "planned": round(part * totals[kind])}
+                for kind, part in reached.items()
+            },
+            "predicted": {"metric": _metric(metric), "damage": predicted},
+            "measured": measured,
+            "samples": len(work.trials.samples.rows),
+            "statistics_sha256": None if work.narrowing is None else work.narrowing.sha256,
+            "kept": {str(b): dict(kept) for b, kept in plan.kept.items()},
+            "tokens": None if schedule is None or tokens is None else _tokens(tokens, schedule),
+            "ratios": ratios.to_document(),
         }
-    return Plan(ratios, document)
+        if table is not None:
+            document["latency"] = {
+                "predicted_share": plan.cost / table.dense_milliseconds,
+                "measured_share": None if timed is None else timed.share,
+                "met": None if timed is None else timed.meets(budget),
+                "dense_milliseconds": table.dense_milliseconds if timed is None else timed.dense_milliseconds,
+                "runtime": table.runtime,
+                "batch": table.batch,
+            }
+        return Plan(ratios, document)
 
 
 def _together(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -62,7 +62,8 @@ class TokenTrials:
         settings: metric, and whether unread tokens are dropped.
         trials: what graphs are run on.
         macs: counts at any schedule.
-        measured: schedules and damages so far, on the first samples.
+        measured: schedules and damages that the surface goes through, on the first samples.
+        known: all that were ever run on them, for any budget.
     """
 
     study: Study
@@ -71,6 +72,11 @@ class TokenTrials:
     trials: Trials
     macs: MergedMacs
     measured: dict[tuple[tuple[int, int], ...], float] = field(default_factory=dict)
+    known: dict[tuple[tuple[int, int], ...], float] = field(default_factory=dict)
+
+    def afresh(self) -> TokenTrials:
+        """The same for another budget: with a surface of its own, but nothing is run twice."""
+        return replace(self, measured={})
 
     def damage(self, removed: Mapping[int, int], every: bool = False) -> float:
         """Damage that adds up, of merging alone.
@@ -82,9 +88,10 @@ class TokenTrials:
         if every:
             return self._run(removed, None)
         key = tuple(sorted((b, r) for b, r in removed.items() if r))
-        if key not in self.measured:
-            self.measured[key] = self._run(removed, max(1, SAMPLES // self.trials.samples.size)) if key else 0.0
-        return self.measured[key]
+        if key not in self.known:
+            self.known[key] = self._run(removed, max(1, SAMPLES // self.trials.samples.size)) if key else 0.0
+        self.measured[key] = self.known[key]
+        return self.known[key]
 
     def _run(self, removed: Mapping[int, int], batches: int | None) -> float:
         settings = self.settings.tokens

@@ -1,4 +1,4 @@
-"""`toast-onnx compare`: a pruned model held against its dense original on the same samples."""
+"""`toast-onnx compare`: pruned models held against their dense original on the same samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import click
 
 from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.calibration_options import DATA_HELP, sample_progress
+from toast_onnx_cli.collections import (
+    check_collection_page,
+    collection_options,
+    show_collection,
+    write_collection_page,
+)
 from toast_onnx_cli.console import print_json, say_note, show_table
+from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
 
 @click.command("compare")
 @click.argument("dense", type=click.Path(path_type=Path))
-@click.argument("pruned", type=click.Path(path_type=Path))
+@click.argument("pruned", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
 @click.option(
     "--preprocess", metavar="RECIPE", help="imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."
@@ -31,11 +38,14 @@ if TYPE_CHECKING:
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run, where it is free.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
 @click.option("--rounds", type=click.IntRange(0), default=20, show_default=True, help="Timed runs; 0 for no latency.")
+@collection_options
+@click.option("--html", type=click.Path(path_type=Path), help="Page with a chart of agreement against cost.")
 @links_option
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     dense: Path,
-    pruned: Path,
+    pruned: tuple[Path, ...],
     data: str,
     preprocess: str | None,
     samples: int | None,
@@ -44,16 +54,26 @@ def command(
     batch: int,
     threads: int | None,
     rounds: int,
+    sort: str | None,
+    as_csv: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Compare PRUNED with DENSE: agreement of every output, drift block by block, MACs, parameters, size, latency.
 
-    No labels are read: the dense model's answers are the reference. Latency is measured in turns in the same run.
+    No labels are read: the dense model's answers are the reference. Latency is measured in turns in the same run. Of
+    several pruned models there is one table, and each sample is read and run densely once.
     """
-    from toast_onnx_calibration.comparing import compare
+    from toast_onnx.report.collection import of_comparisons
+    from toast_onnx_calibration.comparing import compare_all
 
+    if as_csv and as_json:
+        raise click.UsageError("give either --csv or --json")
+    models = [file for path in (dense, *pruned) for file in read_files(path)]
+    check_destinations([*models, data, preprocess], {"--html": html})
+    check_collection_page(html)
     with sample_progress("comparing") as show:
-        found = compare(
+        found = compare_all(
             dense,
             pruned,
             data,
@@ -67,15 +87,25 @@ def command(
             progress=show,
             note=say_note,
         )
-    if as_json:
-        print_json(found.to_json())
+    together = of_comparisons([each.to_json() for each in found], pruned).ordered(sort)
+    if html is not None:
+        write_collection_page([together], f"{dense.name} and {len(pruned)} pruned", html)
+    if len(pruned) == 1 and as_json:
+        print_json(found[0].to_json())
+        return
+    more = {"comparisons": [each.to_json() for each in found]}
+    if not as_json:
+        for note in (note for each in found for note in each.notes):
+            say_note(note)
+    if len(pruned) == 1 and not as_csv:
+        _print(found[0])
     else:
-        _print(found)
+        show_collection([together], as_json, as_csv, more)
+    if html is not None and not (as_json or as_csv):
+        click.echo(f"page: {html}")
 
 
 def _print(found: Comparison) -> None:
-    for note in found.notes:
-        say_note(note)
     click.echo(found.verdict)
     for table in found.tables:
         show_table(table)

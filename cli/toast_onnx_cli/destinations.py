@@ -27,6 +27,12 @@ overwrite_option = click.option(
 )
 
 
+def is_overwriting() -> bool:
+    """Whether earlier results are to be replaced."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_OVERWRITE, False))
+
+
 def read_files(model: Path) -> list[Path]:
     """The files of a model, its external weights too; only the named file where it is no model."""
     try:
@@ -68,8 +74,7 @@ def check_destinations(
         other = written.setdefault(path.resolve(), option)
         if other != option:
             raise ModelError(f"{other} and {option} would both be {path}; choose another name with {option}")
-    context = click.get_current_context(silent=True)
-    if context is not None and context.meta.get(_OVERWRITE, False):
+    if is_overwriting():
         return
     for option, path in outputs.items():
         if path is not None and path.exists() and option not in added_to:

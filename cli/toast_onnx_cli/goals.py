@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.external import links_followed
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import prune
 from toast_onnx_cli.calibration_options import sample_progress
-from toast_onnx_cli.console import say_note
+from toast_onnx_cli.console import is_quiet, say_note
 from toast_onnx_cli.numbers import FiniteRange
+from toast_onnx_cli.planners import PARTS
 from toast_onnx_cli.planning_options import with_ties
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
     from toast_onnx_calibration.goals import Goal, Judged
+    from toast_onnx_calibration.planning import Budget
+    from toast_onnx_calibration.plans import Planner
 
 #: Fewer samples than that are all measured on: too few to spare any.
 FEWEST = 64
@@ -86,31 +86,45 @@ def gather_goal(given: Mapping[str, Any], ratios: str | None, data: str | None) 
     return goals[0] if goals else None
 
 
-def plan_ratios(budget: Goal, model: Path, data: str, out: Path, words: list[str]) -> None:
-    """Write a ratios file for a budget, as `toast-onnx plan` does with these words; its tables go to stderr.
+def save_plan(planner: Planner, budget: Goal, out: Path) -> None:
+    """Write the ratios file of a budget; the plan is shown on stderr.
 
     Raises:
-        ToastError: as `plan` does.
+        ConfigError: the budget cannot be reached.
     """
-    from toast_onnx_cli.plan import command as plan
+    plan = planner.plan(budget_of(budget))
+    if plan.missed:
+        say_note(plan.missed)
+    plan.save(out)
+    if not is_quiet():
+        click.echo(plan.table.text(), err=True)
 
-    given = [str(model), "--data", data, f"--{budget.kind}", repr(budget.value), "-o", str(out), "--overwrite", *words]
-    given += [] if links_followed() else ["--no-links"]
-    parent = click.get_current_context(silent=True)
-    with redirect_stdout(sys.stderr), plan.make_context("plan", given, parent=parent) as context:
-        plan.invoke(context)
+
+def budget_of(goal: Goal) -> Budget:
+    """A goal that is a budget, as plans know it."""
+    from toast_onnx_calibration.planning import Budget
+
+    return Budget(goal.kind, goal.value)  # type: ignore[arg-type]
 
 
-def plan_words(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], seed: int | None) -> list[str]:
-    """What `plan` is told of samples, as it was told to `prune`."""
-    options = ("preprocess", "samples", "tokens", "class_weight", "provider", "batch", "threads", "memory", "hold_back")
-    words = [] if seed is None else ["--seed", str(seed)]
-    for name in options:
-        if given[name] is not None:
-            words += [f"--{name.replace('_', '-')}", str(given[name])]
-    for name, sizes in shapes.items():
-        words += ["--shape", f"{name}={'x'.join(map(str, sizes))}"]
-    return words
+def refuse_unreachable(dense: Study, settings: Ratios, goal: Goal) -> None:
+    """Refuse a budget that no widths reach before anything is measured.
+
+    Raises:
+        BudgetError: it cannot be reached; says what can.
+    """
+    from toast_onnx_calibration.reachable import check_reachable
+
+    if goal.kind in BUDGETS:
+        check_reachable(dense, settings, budget_of(goal), PARTS)
+
+
+def planned_settings(settings: Ratios, compensation: str | None) -> Ratios:
+    """What plans are made for: the closed forms alone, because no plan can train."""
+    if compensation not in ("none", "bias", "ridge"):
+        return settings
+    changed = settings.compensation.model_copy(update={"kind": compensation})
+    return settings.model_copy(update={"compensation": changed})
 
 
 @dataclass(frozen=True)
@@ -147,35 +161,23 @@ def holdable(data: str | None, settings: Ratios, given: Mapping[str, Any], wishe
     return wished if drawn >= FEWEST else None
 
 
-def measure_all(dense: Study, data: str, folder: Path, options: CalibrationOptions) -> Path:
-    """Statistics of everything that a plan and its weights may need, measured once."""
+def measure_all(dense: Study, data: str, path: Path, options: CalibrationOptions) -> Path:
+    """Statistics of everything that plans and their weights may need, measured once into a file."""
     from toast_onnx_calibration.calibrating import calibrate
 
-    path = folder / "statistics.npz"
     with sample_progress("calibrating") as show:
         calibrate(dense, data, path, None, options, show)
     return path
 
 
 def write_plan(
-    goal: Goal,
-    asked: Asked,
-    out: Path,
-    folder: Path,
-    statistics: Path,
-    words: list[str],
-    skip_unprunable: bool,
+    goal: Goal, asked: Asked, out: Path, folder: Path, planner: Planner, statistics: Path, skip_unprunable: bool
 ) -> Judged | None:
     """Write the plan of a goal; how it was judged, where the goal is a loss."""
     model = asked.dense.view.model.path
     if goal.kind in BUDGETS:
-        plan_ratios(goal, model, asked.data, out, words)
+        save_plan(planner, goal, out)
         return None
-    if asked.options.hold < 2:
-        raise ConfigError(
-            f"{asked.data}: --{goal.kind.replace('_', '-')} is judged on samples that are held back; give {FEWEST} or "
-            "more, in a folder or a .npz file"
-        )
     from toast_onnx_calibration.goals import Goal, Judged, judge_model, smallest_within
     from toast_onnx_calibration.statistics import CalibratedStatistics
 
@@ -196,7 +198,21 @@ def write_plan(
         return judge_model(goal, model, candidate, asked.data, asked.labels, asked.shapes, asked.options)
 
     def plan(share: float) -> None:
-        plan_ratios(Goal("macs", share), model, asked.data, out, words)
+        refuse_unreachable(asked.dense, planner.settings, Goal("macs", share))
+        save_plan(planner, Goal("macs", share), out)
 
     share, judged = smallest_within(goal, plan, judge, say_note)
     return Judged(judged.loss, f"{share:.3f} of the MACs, {judged.text}")
+
+
+def check_judging(goal: Goal, data: str, options: CalibrationOptions) -> None:
+    """Refuse a goal that speaks of answers where no samples can be spared to judge by.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    if goal.kind not in BUDGETS and options.hold < 2:
+        raise ConfigError(
+            f"{data}: --{goal.kind.replace('_', '-')} is judged on samples that are held back; give {FEWEST} or "
+            "more, in a folder or a .npz file"
+        )

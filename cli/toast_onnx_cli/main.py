@@ -16,6 +16,7 @@ import click
 from toast_onnx import __version__
 from toast_onnx.errors import ConfigError, ToastError
 from toast_onnx.files import check_text, remember_files
+from toast_onnx_cli.words import WORDS
 
 # Name -> line in --help. `toast_onnx_cli/<name>.py` (a dash becomes an underscore) holds it as `command`; the help
 # stands here so that listing the commands imports none of them, and ONNX Runtime with them.
@@ -27,6 +28,7 @@ SUBCOMMANDS: dict[str, str] = {
     "plan": "Find the ratios that fit a budget and hurt the output least.",
     "costs": "Time a model at every width, for plans with a latency budget.",
     "prune": "Remove dimensions and channels from a model, as a ratios file says.",
+    "sweep": "Prune a model to several sizes, measured once, and show what each costs.",
     "quantize": "Put a model's linear layers into 8 bits, and show what that costs.",
     "compare": "Hold a pruned model against its dense original: agreement, drift, cost, latency.",
     "finetune": "Train a pruned model to imitate the dense one; same graph, better weights.",
@@ -57,6 +59,11 @@ logger = logging.getLogger(__name__)
 
 class LazyGroup(click.Group):
     """A group that imports a subcommand's module when it runs, and maps expected failures to exit statuses."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keeps the words as they were given, for reports that say how a run is repeated."""
+        ctx.meta[WORDS] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of `SUBCOMMANDS`, which is the order of a user's work."""

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from toast_onnx.errors import ConfigError
-from toast_onnx.matching.study import Study, study
-from toast_onnx.model import file_hash, load_model
-from toast_onnx.planning.cost_table import CostTable, read_table, write_table
+from toast_onnx.matching.study import study
+from toast_onnx.model import load_model
 from toast_onnx.planning.width_costs import PARTS, TOKENS
-from toast_onnx.tokens.points import study_tokens
-from toast_onnx_cli.console import print_json, progress, say_note, show_table
+from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.numbers import FiniteRange
+from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import (
-    Planning,
     comma_list,
-    counted,
     fractions,
     gather_planning,
-    open_trials,
     planning_inputs,
     planning_options,
     with_ties,
 )
-
-if TYPE_CHECKING:
-    from toast_onnx_calibration.costs import Runtime
 
 share = FiniteRange(0, 1, min_open=True, max_open=True)
 
@@ -107,7 +97,6 @@ def command(
     grows between and beyond them. The file written is for `prune --ratios`. No labels are needed.
     """
     from toast_onnx_calibration.planning import Budget
-    from toast_onnx_calibration.plans import make_plan
     from toast_onnx_calibration.reachable import check_reachable
 
     given_budgets = {"macs": macs, "params": params, "latency": latency}
@@ -135,11 +124,8 @@ def command(
     planning = replace(planning, settings=with_ties(planning.settings, target, tie))
     dense = study(load_model(model), planning.shapes)
     check_reachable(dense, planning.settings, chosen[0], parts)
-    table, runtime = (None, None) if latency is None else _costs(dense, planning, parts, costs, no_timing)
-    if table is not None:
-        parts = _timed(dense, table, parts)
-    with open_trials(dense, planning, parts) as work:
-        plan = make_plan(dense, planning.settings, chosen[0], parts, points, results, table, runtime, work, _measuring)
+    with open_planner(dense, planning, parts, points, results, chosen[0].kind, costs, no_timing) as planner:
+        plan = planner.plan(chosen[0])
     if plan.missed:
         say_note(plan.missed)
     plan.save(out)
@@ -148,54 +134,3 @@ def command(
     else:
         show_table(plan.table)
         click.echo(f"ratios: {out}")
-
-
-def _costs(
-    dense: Study, planning: Planning, parts: tuple[str, ...], path: Path | None, no_timing: bool
-) -> tuple[CostTable, Runtime | None]:
-    """The table, and what the planned model is timed with; a table that is not there yet is measured and written."""
-    from toast_onnx_calibration.costs import measure_costs, onnxruntime_runtime
-
-    table = None
-    if path is not None and path.exists():
-        table = read_table(path, dense, file_hash(dense.view.model.path))
-        if table.runtime.get("program") != "onnxruntime" and not no_timing:
-            raise ConfigError(
-                f"{path} was measured with {table.runtime.get('program')}; add --no-timing, because a planned model "
-                "can be timed with onnxruntime only"
-            )
-    elif no_timing:
-        raise ConfigError(f"{path} does not exist; `toast-onnx costs` writes a cost table")
-    if no_timing:
-        assert table is not None
-        return table, None
-    batch = table.batch if table is not None else 1
-    running = planning.calibration
-    runtime = onnxruntime_runtime(batch, running.threads, running.provider, shapes=planning.shapes)
-    if table is None:
-        with progress("timing widths") as advance:
-            table = measure_costs(dense, runtime, parts, planning.settings.align, progress=counted(advance))
-        if path is not None:
-            write_table(table, path)
-    return table, runtime
-
-
-def _timed(study: Study, table: CostTable, parts: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts that a table has times for, or all where it has none; says what is left out."""
-    if TOKENS in parts and table.merged and table.merged_line() is None:
-        say_note("by the cost table merging tokens makes nothing faster here, so tokens stay")
-        parts = tuple(p for p in parts if p != TOKENS)
-    known = tuple(p for p in parts if any(t.part == p for t in table.parts) or (p == TOKENS and table.merged))
-    lacking = [p for p in parts if p not in known and (p != TOKENS or study_tokens(study).mergeable)]
-    if known and lacking:
-        say_note(
-            f"the cost table has no times for {', '.join(lacking)}, which stay as they are; `toast-onnx costs` "
-            "measures them into a new table"
-        )
-    return known or parts
-
-
-@contextmanager
-def _measuring(trials: int) -> Iterator[Callable[[int, int, str], None]]:
-    with progress("measuring", trials) as advance:
-        yield counted(advance)

@@ -3,60 +3,51 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from toast_onnx.choosing.synthetic import SyntheticStatistics
-from toast_onnx.errors import ToastError
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.presets import PREFIX, find_preset, read_ratios
 from toast_onnx.planning.ratios import Ratios
-from toast_onnx.pruning import even_out, prune
-from toast_onnx.report.pruning import save_with_report
 from toast_onnx.solving.compensations import COMPENSATIONS
 from toast_onnx.wellformed import blame_model
-from toast_onnx_cli.calibration_options import (
-    DATA_HELP,
-    calibration_options,
-    check_sample_options,
-    gather_options,
-    sample_progress,
-)
-from toast_onnx_cli.console import print_json, progress, say_note, say_notes
+from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, check_sample_options, gather_options
+from toast_onnx_cli.console import print_json
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.goals import (
     BUDGETS,
     HELD,
     HELD_FOR_GOAL,
     Asked,
+    check_judging,
     gather_goal,
     goal_options,
     holdable,
     measure_all,
-    plan_words,
+    planned_settings,
+    refuse_unreachable,
     write_plan,
 )
 from toast_onnx_cli.links import links_option
-from toast_onnx_cli.planning_options import with_ties
-from toast_onnx_cli.prune_inputs import find_statistics, proof_samples, refinement, samples_to_refine
-from toast_onnx_cli.prune_summary import even_notes, head_notes, summary
+from toast_onnx_cli.planners import open_planner
+from toast_onnx_cli.planning_options import Planning, with_ties
+from toast_onnx_cli.prune_run import Job, run_job
+from toast_onnx_cli.prune_summary import summary
+from toast_onnx_cli.replay import replay
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.words import given_words
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.calibrating import CalibrationOptions
     from toast_onnx_calibration.goals import Judged
-
-#: Samples that are run again, where none could be held back, to see what became of the answers.
-FEW = 32
 
 
 @click.command("prune")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--replay", "repeated", type=click.Path(path_type=Path), metavar="JSON", help="Repeat a report's run.")
 @click.option("--ratios", metavar="FILE", help="Ratios file, or a preset such as paper:deit_small@2.7.")
 @goal_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Pruned model; default MODEL.pruned.onnx.")
@@ -82,12 +73,14 @@ FEW = 32
     help="tensorrt keeps every attention at one head size, for fused kernels.",
 )
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
+@click.option("--no-images", is_flag=True, help="Keep no pictures of samples whose answers changed.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
-    model: Path,
+    model: Path | None,
+    repeated: Path | None,
     ratios: str | None,
     output: Path | None,
     report: Path | None,
@@ -100,6 +93,7 @@ def command(
     split_shared: bool,
     target: str,
     no_check: bool,
+    no_images: bool,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
     as_json: bool,
@@ -112,7 +106,17 @@ def command(
 
     With --data (or `calibration: data:` in the ratios file) or --statistics, what is kept and the new weights follow
     from real activations; without, from the weights and made-up tokens. No labels are read.
+
+    --replay runs the command that a report holds once more, in the same folder, and makes sure that the same bytes come
+    out.
     """
+    if repeated is not None:
+        if model is not None or ratios is not None:
+            raise click.UsageError("--replay takes model and settings from the report; give -o at most")
+        replay(repeated, output, command)
+        return
+    if model is None:
+        raise click.MissingParameter(param_type="argument", param_hint="'MODEL'")
     if data is not None and statistics is not None:
         raise click.UsageError("give either --data or --statistics")
     goal = gather_goal(given, ratios, data)
@@ -142,104 +146,48 @@ def command(
             assert planned is not None
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="toast-goal-")))
             reading = gather_options(settings, seed, given)
+            planning = with_ties(planned_settings(settings, compensation), target)
+            check_judging(goal, data, reading)
+            refuse_unreachable(dense, planning, goal)
             asked = Asked(dense, data, given["labels"], reading, shapes, target, split_shared)
-            words = [*plan_words(given, shapes, seed), "--target", target]
-            measured = measure_all(dense, data, folder, reading)
-            words += ["--statistics", str(measured)]
-            words += ["--sensitivity", str(given["sensitivity"] or folder / "sensitivity.json")]
-            words += ["--compensation", compensation] if compensation in ("none", "bias", "ridge") else []
-            judged = write_plan(goal, asked, planned, folder, measured, words, skip_unprunable)
+            measured = measure_all(dense, data, folder / "statistics.npz", reading)
+            with open_planner(
+                dense,
+                Planning(data, planning, measured, None, None, shapes, reading),
+                results=given["sensitivity"] or folder / "sensitivity.json",
+                kind="latency" if goal.kind == "latency" else "macs",
+            ) as planner:
+                judged = write_plan(goal, asked, planned, folder, planner, measured, skip_unprunable)
             settings = read_ratios(str(planned))
-        settings = with_ties(settings, target)
         if compensation is not None:
             kind = settings.compensation.model_copy(update={"kind": compensation})
             settings = settings.model_copy(update={"compensation": kind})
         published = ratios is not None and ratios.startswith(PREFIX) and settings.compensation.kind == "none"
-        expects = find_preset(ratios).expects if published and ratios is not None else None
-        calibration = gather_options(settings, seed, given)
-        seed = calibration.seed
-        samples = samples_to_refine(settings, data, statistics)
-        sources = (data, statistics) if goal is None else (None, measured)
-        found = stack.enter_context(find_statistics(dense, settings, *sources, calibration))
-        steps = len(dense.match.blocks) * (1 if samples is None else 2) + 1
-        with progress("pruning", steps) as advance:
-            pruned = prune(
-                dense,
-                settings,
-                found,
-                check=not no_check,
-                skip_unprunable=skip_unprunable,
-                normalize=normalize,
-                seed=seed,
-                progress=lambda note: advance(1, note),
-                refine=refinement(dense, settings, samples, calibration, advance),
-                samples=proof_samples(dense, settings, data, statistics, calibration) if not no_check else (),
-                force_synthetic=force_synthetic,
-                split_shared=split_shared,
-            )
-        if target == "tensorrt":
-            pruned, evened = even_out(dense, pruned, check=not no_check, seed=seed)
-            say_notes(even_notes(evened))
-        if normalize:
-            say_note(f"{pruned.normalized} spelled-out norms became LayerNormalization")
-        say_notes([*dense.notes, *pruned.notes, *head_notes(dense, pruned)])
-        for result in pruned.local:
-            if result.note is not None and settings.compensation.kind == "local":
-                say_note(f"block {result.block} keeps its closed-form weights: {result.note}")
-        source = {"source": found.source} if isinstance(found, SyntheticStatistics) else found.to_document()
-    options = {
-        "ratios": settings.to_document(),
-        "goal": None if goal is None else {goal.kind: goal.value, "judged": None if judged is None else judged.text},
-        "expects": expects,
-        "seed": seed,
-        "check": not no_check,
-        "skip_unprunable": skip_unprunable,
-        "normalize": normalize,
-        "target": target,
-    }
-    recipe = source.get("preprocessing")
-    if isinstance(recipe, Mapping):
-        from toast_onnx_calibration.recipe_files import keep_recipe
-
-        keep_recipe(pruned.model.proto, recipe)
-
-    def answers(draft: Path) -> dict[str, Any]:
-        found = None if data is None else _agreement(model, draft, data, calibration, shapes)
-        return {"preprocessing": recipe, "agreement": found}
-
-    document = save_with_report(pruned, dense, source, options, out, report, check=not no_check, more=answers)
+        job = Job(
+            dense,
+            data,
+            statistics if goal is None else measured,
+            gather_options(settings, seed, given),
+            shapes,
+            skip_unprunable=skip_unprunable,
+            normalize=normalize,
+            force_synthetic=force_synthetic,
+            split_shared=split_shared,
+            target=target,
+            check=not no_check,
+            planned=goal is not None,
+            images=not no_images,
+        )
+        told = {
+            "goal": None
+            if goal is None
+            else {goal.kind: goal.value, "judged": None if judged is None else judged.text},
+            "expects": find_preset(ratios).expects if published and ratios is not None else None,
+        }
+        document = run_job(job, settings, out, report, told, given_words())
     if as_json:
         print_json(document)
     else:
         click.echo(summary(document, out, report))
         if planned is not None:
             click.echo(f"ratios: {planned}" + (f"; {judged.text}" if judged is not None else ""))
-
-
-def _agreement(
-    dense: Path, out: Path, data: str, options: CalibrationOptions, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any] | None:
-    """What became of the answers on samples that were held back; None, and a note, where that cannot be measured."""
-    from toast_onnx_calibration.comparing import compare
-
-    try:
-        with sample_progress("comparing") as show:
-            found = compare(
-                dense,
-                out,
-                data,
-                preprocess=options.preprocess,
-                samples=options.samples if options.hold else min(options.samples or FEW, FEW),
-                seed=options.seed,
-                provider=options.provider,
-                batch=options.batch,
-                threads=options.threads,
-                rounds=0,
-                hold=options.hold,
-                shapes=shapes,
-                progress=show,
-            )
-    except ToastError as error:
-        say_note(f"agreement was not measured: {error}")
-        return None
-    return {"samples": found.samples, "held_back": options.hold > 1, "outputs": found.outputs, "worst": found.worst}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from toast_onnx.tokens.points import study_tokens
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.costs import Runtime, measure_costs
 from toast_onnx_calibration.planning import Budget
-from toast_onnx_calibration.plans import make_plan
+from toast_onnx_calibration.plans import Planner
 from toast_onnx_calibration.sensitivity_trials import trial_grid
 from toast_onnx_calibration.work import open_work
 
@@ -112,11 +113,12 @@ def test_a_latency_is_met_with_tokens(parts: tuple[str, ...], vit: Study, data: 
     _, four, six = here.timer([vit.view.model.path, *(merged(vit, r, data.with_name(f"{r}.onnx")) for r in (4, 6))])
     share = (four + six) / 20
     with open_work(vit, data, SETTINGS, parts, OPTIONS) as work:
-        plan = make_plan(vit, SETTINGS, Budget("latency", share), parts, (0.5,), None, table, here, work)
+        planner = Planner(vit, SETTINGS, parts, (0.5,), None, table, here, work)
+        plan = planner.plan(Budget("latency", share))
         with pytest.raises(BudgetError, match="latency, only 0"):
-            make_plan(vit, SETTINGS, Budget("latency", 0.1), (TOKENS,), (0.5,), None, table, here, work)
+            replace(planner, parts=(TOKENS,)).plan(Budget("latency", 0.1))
         with pytest.raises(ConfigError, match="no parameters"):
-            make_plan(vit, SETTINGS, Budget("params", 0.5), (TOKENS,), (0.5,), None, None, None, work)
+            replace(planner, parts=(TOKENS,), table=None).plan(Budget("params", 0.5))
     save_model(prune(vit, plan.ratios, SyntheticStatistics(vit)).model, data.with_name("planned.onnx"))
     _, milliseconds = here.timer([vit.view.model.path, data.with_name("planned.onnx")])
     assert plan.document["latency"]["measured_share"] == pytest.approx(milliseconds / 10)

@@ -152,3 +152,25 @@ def test_batches_add_up() -> None:
         parts.add(a[start:end], b[start:end])
     assert parts.rows == whole.rows
     assert parts.to_json() == pytest.approx(whole.to_json())
+
+
+def test_several_models_are_held_against_one_as_each_alone(files: Path) -> None:
+    alone = [json.loads(run("m.onnx", name, "--rounds", "0", "--json").stdout) for name in ("p.onnx", "m.onnx")]
+    result = run("m.onnx", "p.onnx", "m.onnx", "--rounds", "0", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    for one, each in zip(alone, document["comparisons"], strict=True):
+        assert each == {key: value for key, value in one.items() if key != "read"}
+    assert [m["file"] for m in document["models"]] == ["p.onnx", "m.onnx"]
+
+
+def test_several_models_make_one_table_a_chart_and_csv(files: Path) -> None:
+    result = run("m.onnx", "p.onnx", "m.onnx", "--rounds", "1", "--html", "c.html", "--sort", "kl")
+    assert result.exit_code == 0, result.stderr
+    first, *rest = result.stdout.splitlines()
+    assert "is nearest to m.onnx" in first
+    assert "branch outputs" not in result.stdout
+    assert [line.split()[0] for line in rest if ".onnx" in line] == ["m.onnx", "m.onnx", "p.onnx"]
+    assert "same answers against MACs left" in (files / "c.html").read_text()
+    again = run("m.onnx", "p.onnx", "--rounds", "0", "--html", "c.html")
+    assert "c.html exists already; give --overwrite" in again.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextvars import copy_context
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,7 @@ from scipy.stats import binomtest
 
 from tests import zoo
 from tests.end_to_end.command import DIGITS
-from toast_onnx.errors import BudgetError, ConfigError, ModelError
-from toast_onnx.external import set_links_followed
+from toast_onnx.errors import BudgetError, ConfigError
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.ratios import Ratios
@@ -27,7 +25,6 @@ from toast_onnx_calibration.goals import Goal, Judged, judge_model, smallest_wit
 from toast_onnx_calibration.images import choose
 from toast_onnx_calibration.planning import Budget
 from toast_onnx_calibration.reachable import check_reachable
-from toast_onnx_cli.goals import plan_ratios
 from toast_onnx_cli.main import main
 from toast_onnx_cli.prune_summary import _agreement_lines
 
@@ -53,20 +50,6 @@ def test_a_budget_is_planned_and_its_file_repeats_the_run(
     assert [x["after"] for x in a["blocks"]] == [x["after"] for x in b["blocks"]]
     assert a["agreement"]["held_back"] is False  # eight samples are too few to spare any
     assert a["agreement"]["samples"] == 8
-
-
-def test_a_plan_inside_prune_follows_no_links_either(exported: Callable[[zoo.Case], Path], tmp_path: Path) -> None:
-    for folder in ("far", "near"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "far" / "m.onnx").write_bytes(exported(zoo.Case("timm-vit")).read_bytes())
-    (tmp_path / "near" / "m.onnx").symlink_to(tmp_path / "far" / "m.onnx")
-
-    def plan() -> None:
-        set_links_followed(False)
-        plan_ratios(Goal("macs", 0.7), tmp_path / "near" / "m.onnx", "x.npy", tmp_path / "r.yaml", [])
-
-    with pytest.raises(ModelError, match="--no-links"):
-        copy_context().run(plan)
 
 
 def test_only_a_budget_that_merging_cannot_help_is_refused_at_once(exported: Callable[[zoo.Case], Path]) -> None:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from tests.report.documents import DENSE, comparison, evaluation, pruning, put, timing
 from toast_onnx.errors import ConfigError
-from toast_onnx.report.page import render_page
+from toast_onnx.report.page import page_context, render_page
 from toast_onnx.report.page_sources import find_sources, kind_of
 from toast_onnx_cli.main import main
 
@@ -34,7 +34,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.loads += [v or "" for k, v in attrs if k in ("src", "srcset", "data", "href", "xlink:href")]
-        if tag not in ("meta", "br", "link", "path", "use", "rect", "line"):
+        if tag not in ("meta", "br", "img", "link", "path", "use", "rect", "line"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -237,3 +237,44 @@ def test_tokens_are_drawn_where_they_are_merged(tmp_path: Path) -> None:
     assert "tokens behind the attention of each block" in text
     put(tmp_path / "q.json", pruning())
     assert "in front of the merge" not in read(tmp_path / "q.json")[0]
+
+
+def test_samples_whose_answers_changed_are_shown_and_nothing_is_loaded(run: Path) -> None:
+    sides = {"dense": {"class": 3, "confidence": 0.91}, "pruned": {"class": 7, "confidence": 0.52}}
+    own, foreign = "data:image/jpeg;base64,AAAA", "https://example.org/x.png"
+    changed = [{"sample": f"{n}.jpg", "picture": p, **sides} for n, p in enumerate((own, foreign, None))]
+    put(run, pruning() | {"agreement": {"samples": 8, "outputs": {}, "disagreements": changed}})
+    text, reader = read(run)
+    assert text.count("3 (91%) → 7 (52%)") == 3
+    assert [address for address in reader.loads if not address.startswith("#")] == [own]
+    assert "<img" not in render_page(find_sources(run), images=False)
+
+
+def test_the_command_and_the_predicted_damage_are_told(run: Path) -> None:
+    blocks = [b | {"predicted_errors": {"qk": 0.1, "vo": 0.3, "fc2": 0.2}} for b in pruning()["blocks"]]
+    measured = comparison()["blocks"]
+    words = ["prune", "my model.onnx", "--macs", "0.6"]
+    agreement = {"samples": 8, "outputs": {"y": {"top1_agreement": 0.75}}, "blocks": measured}
+    put(run, pruning() | {"blocks": blocks, "command": words, "agreement": agreement})
+    text, _ = read(run)
+    assert "toast-onnx prune 'my model.onnx' --macs 0.6" in text
+    assert "same answers 75.0%" in text
+    told = page_context(find_sources(run))["drift"]
+    assert told["alternative"].startswith("relative error of the branch by block, from 0.1 to 0.3")
+    assert told["svg"].count("predicted</text>") == 2
+
+
+def test_a_curve_of_one_point_is_a_table(run: Path) -> None:
+    trials = [{"block": 0, "part": "fc2", "ratio": 0.5, "kept": {}, "damage": {"kl": 0.25}}]
+    model = {"file": "m.onnx", "sha256": DENSE}
+    found = {"format": "toast-onnx/sensitivity/1", "model": model, "metric": "kl", "trials": trials}
+    put(run.with_name("m.sensitivity.json"), found)
+    text, _ = read(run)
+    assert "block 0 0.5 0.25" in text
+    assert "removed of the hidden units" in text
+
+
+def test_every_chart_has_a_text(run: Path) -> None:
+    put(run.with_name("compare.json"), comparison())
+    html = render_page(find_sources(run))
+    assert len(re.findall(r'<figure role="img" aria-label="[^"]{20,}">', html)) == html.count("<figure") == 3

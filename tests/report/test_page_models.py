@@ -58,7 +58,7 @@ def test_agreement_of_another_pruned_model_of_the_same_dense_one_is_not_this_one
     assert find_sources(path).of("compare") == []
     assert "same answers" not in shown(path, other)
     named = page_context(find_sources(path, [other]))
-    assert (len(named["compare_rows"]), named["drift"]) == (1, "")  # shown as asked, not as this run's
+    assert (len(named["compare_rows"]), named["drift"]["svg"]) == (1, "")  # shown as asked, not as this run's
 
 
 def test_tile_and_drift_come_from_this_runs_comparison_whatever_else_is_shown(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from toast_onnx.report.page_sources import Sources
 
 #: A drop of accuracy that is shown in another colour, and half the share of changed answers that is.
 LOSS = 0.05
+#: Branch in a comparison, heading, and its parts in a report.
+_BRANCHES = (
+    ("attention", "attention", ("heads", "qk", "vo")),
+    ("ffn", "feed-forward network", ("fc1", "fc2")),
+)
 _TEMPLATES = Path(__file__).parent / "templates"
 _PARTS = {
     "heads": "whole heads",
@@ -26,20 +33,31 @@ _PARTS = {
 }
 
 
-def render_page(sources: Sources, title: str | None = None) -> str:
+def render_page(sources: Sources, title: str | None = None, images: bool = True) -> str:
     """The page as HTML text; it loads nothing from elsewhere, and the same sources give the same bytes.
 
     Args:
         sources: what to show.
         title: heading; the pruned file's name where None.
+        images: show pictures of samples.
 
     Raises:
         BackendError: matplotlib or Jinja is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as e:
-        raise BackendError("the page needs Jinja; install it with: pip install 'toast-onnx[report]'") from e
+    return render("page.html", page_context(sources, title, images))
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """One of our templates, filled in.
+
+    Args:
+        template: its file name.
+        context: texts and SVG.
+
+    Raises:
+        BackendError: Jinja is not installed.
+    """
+    jinja2 = require_jinja()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -47,11 +65,24 @@ def render_page(sources: Sources, title: str | None = None) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    text: str = environment.get_template("page.html").render(page_context(sources, title))
+    text: str = environment.get_template(template).render(context)
     return text
 
 
-def page_context(sources: Sources, title: str | None = None) -> dict[str, Any]:
+def require_jinja() -> Any:
+    """The Jinja module.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as e:
+        raise BackendError("the page needs Jinja; install it with: pip install 'toast-onnx[report]'") from e
+    return jinja2
+
+
+def page_context(sources: Sources, title: str | None = None, images: bool = True) -> dict[str, Any]:
     """What the template shows: texts and SVG, no figures left to compute."""
     run = sources.run
     blocks = [b for b in run["blocks"] if b["before"]]
@@ -62,6 +93,7 @@ def page_context(sources: Sources, title: str | None = None) -> dict[str, Any]:
         "widths": widths_chart(blocks),
         "costs": costs_chart(blocks) if blocks else "",
         "tokens": tokens_chart((run.get("tokens") or {}).get("merges", [])),
+        "token_text": _token_text((run.get("tokens") or {}).get("merges", [])),
         "twin": run.get("twin"),
         "finetune": run.get("finetune"),
         "block_rows": [_block_row(b) for b in run["blocks"]],
@@ -69,6 +101,7 @@ def page_context(sources: Sources, title: str | None = None) -> dict[str, Any]:
         "accuracy_rows": _accuracy_rows(sources),
         "compare_rows": _compare_rows(sources),
         "drift": _drift(sources),
+        "disagreements": _disagreements(sources, images),
         "sensitivity": _sensitivity(sources),
         "latency": _latency(sources),
         "engine_rows": _engine_rows(sources),
@@ -86,7 +119,7 @@ def tiles(sources: Sources) -> list[dict[str, str]]:
         _tile("parameters", dense["params"], pruned["params"], _count),
         _tile("file", dense["bytes"], pruned["bytes"], lambda v: f"{_count(v)}B"),
     ]
-    accuracy = _top1(sources)
+    accuracy = top1_of(sources)
     if len(accuracy) == 2:
         before, after = accuracy
         tile = {
@@ -95,16 +128,20 @@ def tiles(sources: Sources) -> list[dict[str, str]]:
             "note": f"dense {before:.1%}, {100 * (after - before):+.1f} points",
         }
         found.append(tile | ({"loss": "yes"} if before - after > LOSS else {}))
-    for document in _comparisons(sources)[:1]:
+    told = comparisons(sources)[:1] or [sources.run.get("agreement") or {"outputs": {}}]
+    for document in told:
         for output, figures in list(document["outputs"].items())[:1]:
             if "top1_agreement" in figures:
                 note = f"of the dense model's answers ({output})"
                 tile = {"name": "same answers", "value": f"{figures['top1_agreement']:.1%}", "note": note}
                 found.append(tile | ({"loss": "yes"} if 1 - figures["top1_agreement"] > 2 * LOSS else {}))
-    return found + _speed(sources)
+    speed = speed_of(sources)
+    if speed is not None:
+        found.append({"name": "speed", "value": f"{speed.ratio:.2f} ×", "note": speed.note})
+    return found
 
 
-def _comparisons(sources: Sources) -> list[dict[str, Any]]:
+def comparisons(sources: Sources) -> list[dict[str, Any]]:
     """Comparisons of this run's two models, those of the pruned file itself before those of its converted copies."""
     dense, pruned = sources.dense, sources.pruned
     own = []
@@ -115,7 +152,20 @@ def _comparisons(sources: Sources) -> list[dict[str, Any]]:
     return [document for _, document in sorted(own, key=lambda pair: pair[0])]
 
 
-def _speed(sources: Sources) -> list[dict[str, str]]:
+@dataclass(frozen=True)
+class Speed:
+    """How fast the pruned model is.
+
+    Attributes:
+        ratio: the dense model's latency over the pruned one's.
+        note: which files were timed, and how.
+    """
+
+    ratio: float
+    note: str
+
+
+def speed_of(sources: Sources) -> Speed | None:
     """The pruned model's speed over the dense one's, from the first benchmark and batch that timed both."""
     for document in sources.of("bench"):
         for batch in dict.fromkeys(r["batch"] for r in document["results"]):
@@ -124,13 +174,11 @@ def _speed(sources: Sources) -> list[dict[str, str]]:
             if dense is None or pruned is None:
                 continue
             # Both speeds are relative to the benchmark's first model, whichever that is.
-            ratio = pruned["speedup"] / dense["speedup"]
             names = [Path(r["model"]).name for r in (dense, pruned)]
             plain = names == [sources.dense.file, sources.pruned.file]
             note = "of the dense model's" if plain else f"{names[1]} over {names[0]}"
-            note += f", batch {batch}, {pruned['median_ms']:.2f} ms"
-            return [{"name": "speed", "value": f"{ratio:.2f} ×", "note": note}]
-    return []
+            return Speed(pruned["speedup"] / dense["speedup"], f"{note}, batch {batch}, {pruned['median_ms']:.2f} ms")
+    return None
 
 
 def _timed(sources: Sources, rows: list[dict[str, Any]], side: str) -> dict[str, Any] | None:
@@ -164,7 +212,7 @@ def _block_row(block: dict[str, Any]) -> dict[str, Any]:
     return {"index": block["index"], "name": block["name"], "cells": cells}
 
 
-def _top1(sources: Sources) -> list[float]:
+def top1_of(sources: Sources) -> list[float]:
     """Top-1 of the dense model and of the pruned one (its converted copy where that was measured too)."""
     dense, pruned = sources.dense, sources.pruned
     found: dict[str, dict[bool, float]] = {"dense": {}, "pruned": {}}
@@ -214,20 +262,69 @@ def _show(figures: dict[str, Any], key: str, spec: str) -> str:
     return format(figures[key], spec) if figures.get(key) is not None else "–"
 
 
-def _drift(sources: Sources) -> str:
-    """How far every block's branches are from the dense ones."""
-    own = _comparisons(sources)
-    if not own:
-        return ""
-    blocks = own[0]["blocks"]
-    lines = [
-        Line(heading, [(b["index"], b[part]["relative_error"]) for b in blocks if part in b])
-        for part, heading in (("attention", "attention"), ("ffn", "feed-forward network"))
+def _disagreements(sources: Sources, images: bool) -> list[dict[str, Any]]:
+    """Samples whose answers changed: name, both answers, and a picture where there is one."""
+
+    def answer(found: dict[str, Any]) -> str:
+        return f"{found['class']} ({found['confidence']:.0%})"
+
+    return [
+        {
+            "sample": each["sample"],
+            "dense": answer(each["dense"]),
+            "pruned": answer(each["pruned"]),
+            "picture": _own_picture(each.get("picture")) if images else None,
+        }
+        for each in (sources.run.get("agreement") or {}).get("disagreements", ())
     ]
-    return lines_chart(lines, x="block", y="relative error of the branch")
 
 
-def _sensitivity(sources: Sources) -> list[dict[str, str]]:
+def _own_picture(address: Any) -> str | None:
+    """A picture that stands in the report itself; a page loads nothing from elsewhere."""
+    return address if isinstance(address, str) and address.startswith("data:image/jpeg;base64,") else None
+
+
+def _token_text(merges: Sequence[dict[str, Any]]) -> str:
+    """The chart of tokens in words."""
+    merged = [m for m in merges if m["how"] == "merged"]
+    return "tokens left behind each block: " + ", ".join(f"{m['block']}: {m['after']}" for m in merged)
+
+
+def _drift(sources: Sources) -> dict[str, Any]:
+    """How far every block's branches are from the dense ones, beside what pruning each alone was expected to do."""
+    own = next(iter(comparisons(sources)), None) or sources.run.get("agreement") or {}
+    blocks = own.get("blocks", ())
+    measured, predicted = [], []
+    for part, heading, keys in _BRANCHES:
+        measured.append(Line(heading, [(b["index"], b[part]["relative_error"]) for b in blocks if part in b]))
+        told = [
+            (b["index"], [e for k, e in b.get("predicted_errors", {}).items() if k in keys])
+            for b in sources.run["blocks"]
+        ]
+        predicted.append(Line(f"{heading}, predicted", [(k, max(e)) for k, e in told if e], dashed=True))
+    lines = [*measured, *predicted] if any(line.points for line in measured) else []
+    return _chart(lines, "block", "relative error of the branch")
+
+
+def _chart(lines: Sequence[Line], x: str, y: str, log: bool = False) -> dict[str, Any]:
+    """Lines as a chart with its text for those who do not see it; as a table where no line has two points."""
+    drawn = [line for line in lines if line.points]
+    alone = all(len(line.points) == 1 for line in drawn)
+    values = [value for line in drawn for _, value in line.points]
+    return {
+        "svg": "" if alone else lines_chart(drawn, x=x, y=y, log=log),
+        "alternative": f"{y} by {x}, from {min(values):.2g} to {max(values):.2g}: "
+        + ", ".join(line.name for line in drawn)
+        if values
+        else "",
+        "columns": ["", x, y],
+        "rows": [[line.name, f"{at:g}", f"{value:.3g}"] for line in drawn for at, value in line.points]
+        if alone
+        else [],
+    }
+
+
+def _sensitivity(sources: Sources) -> list[dict[str, Any]]:
     """A chart a part: damage over the ratio removed, a line a block."""
     charts = []
     for document in sources.of("sensitivity"):
@@ -241,8 +338,8 @@ def _sensitivity(sources: Sources) -> list[dict[str, str]]:
             ]
             spread = all(t["damage"][metric] > 0 for t in own)  # damage grows by orders of magnitude
             label = {"kl": "KL from the dense output"}.get(metric, metric.replace("_", " "))
-            svg = lines_chart(lines, x=f"removed of the {_PARTS.get(part, part)}", y=label, log=spread)
-            charts.append({"heading": _PARTS.get(part, part), "svg": svg})
+            chart = _chart(lines, f"removed of the {_PARTS.get(part, part)}", label, spread)
+            charts.append({"heading": _PARTS.get(part, part)} | chart)
     return charts
 
 
@@ -315,9 +412,16 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
         ("counted at", _joined(f"{name} {'x'.join(map(str, shape))}" for name, shape in run.get("inputs", {}).items())),
         ("statistics", str(statistics.get("source", "–"))),
         ("settings", _settings(run.get("options", {}).get("ratios", {}))),
+        ("command", _command(run)),
         ("versions", _joined(f"{name} {value}" for name, value in run.get("versions", {}).items())),
         ("made from", _joined([sources.path.name, *sources.names])),
     ]
+
+
+def _command(run: dict[str, Any]) -> str:
+    """The exact command, as a shell takes it."""
+    words = run.get("command") or []
+    return shlex.join(["toast-onnx", *map(str, words)]) if words else "–"
 
 
 def _joined(parts: Any) -> str:

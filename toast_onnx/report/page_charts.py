@@ -82,10 +82,11 @@ def tokens_chart(merges: Sequence[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: a name, and its points (x, y)."""
+    """One line of a chart: a name, its points (x, y), and whether it is dashed, as what was only predicted is."""
 
     name: str
     points: Sequence[tuple[float, float]]
+    dashed: bool = False
 
 
 def lines_chart(lines: Sequence[Line], *, x: str, y: str, log: bool = False) -> str:
@@ -104,10 +105,12 @@ def lines_chart(lines: Sequence[Line], *, x: str, y: str, log: bool = False) -> 
     if not drawn:
         return ""
     figure, (axes,) = _panels(1, columns=1)
-    colours = (PRUNED, SECOND) if len(drawn) <= 2 else _gradient(len(drawn))
+    solid = sum(not line.dashed for line in drawn)
+    colours = [*(PRUNED, SECOND)[:solid], PRUNED, SECOND] if solid <= 2 else _gradient(len(drawn))
     for line, colour in zip(drawn, colours, strict=False):
         xs, ys = zip(*line.points, strict=True)
-        axes.plot(xs, ys, marker="o", markersize=3.5, linewidth=1.4, color=colour, label=line.name)
+        style = {"linestyle": "--"} if line.dashed else {"marker": "o", "markersize": 3.5}
+        axes.plot(xs, ys, linewidth=1.4, color=colour, label=line.name, **style)
     axes.set_xlabel(x, fontsize=9, color=INK)
     axes.set_ylabel(y, fontsize=9, color=INK)
     if log:
@@ -116,6 +119,67 @@ def lines_chart(lines: Sequence[Line], *, x: str, y: str, log: bool = False) -> 
     else:
         axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, frameon=False, ncols=1 + len(drawn) // 9, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+    return _svg(figure)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A model in a chart of cost and quality.
+
+    Attributes:
+        name: written beside it; empty for none.
+        cost: share of the dense model's.
+        quality: on the vertical axis.
+        beaten: whether another model is cheaper and better.
+    """
+
+    name: str
+    cost: float
+    quality: float
+    beaten: bool = False
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """A chart of cost and quality: its heading, its models, and the dense one where its quality is known."""
+
+    heading: str
+    dots: Sequence[Dot]
+    dense: Dot | None
+
+
+def pareto_chart(charts: Sequence[Pareto], quality: str, percent: bool) -> str:
+    """Quality over cost, one panel a cost; those that no other model beats are joined by a line.
+
+    Args:
+        charts: what to draw.
+        quality: label of the vertical axis.
+        percent: whether quality is a share.
+
+    Returns:
+        SVG; empty where there is nothing to draw.
+    """
+    drawn = [chart for chart in charts if chart.dots]
+    if not drawn:
+        return ""
+    figure, panels = _panels(len(drawn), columns=min(len(drawn), 2), height=3.4)
+    for axes, chart in zip(panels, drawn, strict=False):
+        front = sorted((d.cost, d.quality) for d in chart.dots if not d.beaten)
+        axes.plot(*zip(*front, strict=True), color=PRUNED, linewidth=1.2, zorder=2)
+        for dot in chart.dots:
+            colour = SECOND if dot.beaten else PRUNED
+            axes.plot([dot.cost], [dot.quality], "o", markersize=5, color=colour, zorder=3)
+            axes.annotate(dot.name, (dot.cost, dot.quality), (4, -9), textcoords="offset points", fontsize=8, color=INK)
+        if chart.dense is not None:
+            axes.plot([chart.dense.cost], [chart.dense.quality], "o", markersize=7, color=DENSE, zorder=3)
+            axes.annotate("dense", (chart.dense.cost, chart.dense.quality), (-4, -11), textcoords="offset points",
+                          fontsize=8, color=INK, ha="right")  # fmt: skip
+        axes.margins(x=0.12, y=0.16)
+        axes.set_title(chart.heading, loc="left", fontsize=10, color=INK)
+        axes.set_ylabel(quality, fontsize=9, color=INK)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        if percent:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g} %")
     return _svg(figure)
 
 
@@ -128,13 +192,13 @@ def _mega(value: float | None) -> float | None:
     return None if value is None else value / 1e6
 
 
-def _panels(count: int, columns: int) -> tuple[Any, list[Any]]:
+def _panels(count: int, columns: int, height: float = 2.5) -> tuple[Any, list[Any]]:
     """A figure with `count` empty panels in our style."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
     rows = -(-count // columns)
-    figure: Any = Figure(figsize=(9.6, 2.5 * rows), layout="constrained")
+    figure: Any = Figure(figsize=(9.6, height * rows), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[count:]:

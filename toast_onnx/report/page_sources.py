@@ -96,7 +96,7 @@ def find_sources(run: Path, extra: Sequence[Path] = ()) -> Sources:
     beside = _beside(path)
     if kind == "deploy":
         sources = _of_deployment(path, document)
-    elif kind in ("prune", "finetune") and "blocks" in document:
+    elif _is_run(document):
         sources = Sources(document, path)
         _add_deployment(sources, beside)
     else:
@@ -107,6 +107,31 @@ def find_sources(run: Path, extra: Sequence[Path] = ()) -> Sources:
     for file, found in named:  # what the user named is shown whatever it speaks of
         _keep(sources, file, found)
     return sources
+
+
+def find_runs(places: Sequence[Path]) -> list[Sources]:
+    """Runs in some folders and files, each with what lies beside it.
+
+    Args:
+        places: what `find_sources` takes, and folders with the reports of several runs.
+
+    Raises:
+        ConfigError: a file is missing or is no report, or a folder holds none.
+    """
+    reports: list[Path] = []
+    for place in places:
+        if not place.is_dir():
+            reports.append(_locate(place))
+            continue
+        own = sorted(p for p in place.glob("*.json") if (d := _try(p)) is not None and _is_run(d))
+        if not own:
+            raise ConfigError(f"{place} holds no report of a pruned model; give the folder that prune wrote into")
+        reports += own
+    return [find_sources(p) for p in dict.fromkeys(reports)]
+
+
+def _is_run(document: dict[str, Any]) -> bool:
+    return kind_of(document) in ("prune", "finetune") and "blocks" in document
 
 
 def _beside(path: Path) -> list[tuple[Path, dict[str, Any]]]:
