@@ -200,7 +200,7 @@ def test_a_group_of_low_rank_loses_nothing(select: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [*FORMS.values(), {"select": "index", "score": "gm"}], ids=[*FORMS, "gm"])
-@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("rank", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_fused_nodes_stay_fused(rank: int, form: dict[str, str], tmp_path: Path) -> None:
     path = fused(tmp_path / "dense.onnx", rank)
     dense = look(path)

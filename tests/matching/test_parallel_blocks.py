@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.matching.small_exports import EXPORTERS, export, feeds, randomised
+from tests.pace import mostly_slow
 from tests.pruning import UNEVEN, look, prune_file, run, worst
 from tests.zoo.libraries import declare_torchvision_operators
 from toast_onnx.matching.blocks import Block
@@ -88,8 +89,13 @@ def only_block(path: Path) -> Block:
     return block
 
 
-@pytest.mark.parametrize("behind", ["one", "turned", "two"])
-@pytest.mark.parametrize("taken", ["split", "slices", "between"])
+@pytest.mark.parametrize(
+    ("taken", "behind"),
+    mostly_slow(
+        list(product(["split", "slices", "between"], ["one", "turned", "two"])),
+        lambda v: v in (("split", "one"), ("slices", "turned"), ("between", "two")),
+    ),
+)
 def test_parted_layers_compute_the_same_and_cost_the_same(taken: str, behind: str, tmp_path: Path) -> None:
     module = randomised(Parallel(taken, behind))
     path = export(module, torch.randn(1, TOKENS, WIDTH), tmp_path / "dense.onnx")
@@ -149,7 +155,8 @@ def test_all_parts_of_blocks_with_normed_queries_are_pruned(norm: str, tmp_path:
     assert widths == (DIM // 2, DIM * 3 // 4, HIDDEN // 2)
 
 
-@pytest.mark.parametrize("qk_norm", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("qk_norm", [True, False])
 def test_the_block_of_timm(qk_norm: bool, tmp_path: Path) -> None:
     declare_torchvision_operators()
     from timm.models.vision_transformer import ParallelScalingBlock
