@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.chain import Link, Spool, chain, cut
 from toast_onnx_calibration.feeds import Batch, batches
+from toast_onnx_calibration.gradients import BATCH, SAMPLES, measure_gradients
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.sessions import ModelInput, graph_inputs, model_inputs, model_session, run
@@ -109,10 +110,9 @@ def calibrate(
     sizes: list[tuple[float, int]] = []
     with write_statistics(out) as writer, scratch_folder("toast-passes-") as folder:
         if steered := [index for index, parts in sorted(wanted.items()) if GRADIENT in parts]:
-            from toast_onnx_calibration.gradients import measure_gradients  # it reads samples as this module does
-
             # first, as it may lack PyTorch or meet an operator that this does not have
-            for name, value in measure_gradients(study, steered, data, options).items():
+            few = _few(study, data, options)
+            for name, value in measure_gradients(study, steered, few, options.class_weight, options.seed).items():
                 writer.array(name, value)
         spool = Spool(folder)
         for number, (group, link) in enumerate(zip(groups, links, strict=True)):
@@ -150,6 +150,14 @@ def calibrate(
         )
         writer.header(header)
     return header
+
+
+def _few(study: Study, data: str | Path, options: CalibrationOptions) -> Iterator[dict[str, NDArray[Any]]]:
+    """The samples that gradients are taken of."""
+    inputs = graph_inputs(study.source)
+    count = SAMPLES if options.samples is None else min(options.samples, SAMPLES)
+    source, _ = open_samples(study.source, data, inputs, replace(options, samples=count, note=silent))
+    return (batch.feeds for batch in batches(source, inputs, min(BATCH, options.batch)))
 
 
 @dataclass(frozen=True)

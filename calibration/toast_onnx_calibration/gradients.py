@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,8 @@ from numpy.typing import NDArray
 from toast_onnx.finetune.fisher import Probe, fisher
 from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.study import Study
-from toast_onnx_calibration.calibrating import CalibrationOptions, open_samples
 from toast_onnx_calibration.comparing import is_classifier
-from toast_onnx_calibration.feeds import batches
 from toast_onnx_calibration.needs import GRADIENT
-from toast_onnx_calibration.prepared import silent
-from toast_onnx_calibration.sessions import graph_inputs
 
 #: Samples that gradients are taken of, at most; they average over every token.
 SAMPLES = 64
@@ -26,30 +21,28 @@ BATCH = 8
 
 
 def measure_gradients(
-    study: Study, blocks: list[int], data: str | Path, options: CalibrationOptions
+    study: Study, blocks: list[int], feeds: Iterable[Mapping[str, NDArray[Any]]], class_weight: float, seed: int
 ) -> dict[str, NDArray[Any]]:
     """Entries of a statistics file: of every block the sum of g g^T at fc2's output, and how much was summed.
 
     Args:
         study: the dense model.
         blocks: numbers of blocks that have a feed-forward network.
-        data: as for `sources.open_source`.
-        options: which samples, how the class token counts, and the seed.
+        feeds: up to `SAMPLES` samples, `BATCH` at a time where the model leaves it free.
+        class_weight: of the class token, where the output is shown to read nothing else.
+        seed: of the classes that are drawn.
 
     Raises:
         ToastError: its children say what is wrong with the data or the model, or that PyTorch is missing.
     """
-    inputs = graph_inputs(study.source)
-    few = SAMPLES if options.samples is None else min(options.samples, SAMPLES)
-    source, _ = open_samples(study.source, data, inputs, replace(options, samples=few, note=silent))
-    probes = {index: _probe(study, index, options.class_weight) for index in blocks}
+    probes = {index: _probe(study, index, class_weight) for index in blocks}
     outputs = [output.name for output in study.view.model.proto.graph.output]
     sums, counts = fisher(
         study.view.model,
         list(probes.values()),
         [name for name in outputs if is_classifier(study, name)],
-        (batch.feeds for batch in batches(source, inputs, min(BATCH, options.batch))),
-        options.seed,
+        feeds,
+        seed,
     )
     found: dict[str, NDArray[Any]] = {}
     for index, probe in probes.items():
