@@ -30,6 +30,7 @@ def model(exported: Callable[[zoo.Case], Path], tmp_path: Path, monkeypatch: pyt
     return tmp_path
 
 
+@pytest.mark.slow
 def test_sizes_share_measurements_and_one_that_cannot_be_reached_stops_no_other(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
