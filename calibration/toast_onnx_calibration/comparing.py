@@ -47,7 +47,7 @@ class Comparison:
     """What `compare` found; every entry is plain data.
 
     Attributes:
-        models: file, hash, MACs, parameters and bytes of the dense and the pruned model.
+        models: file, hash, MACs, parameters, bytes and tokens behind every block of the dense and the pruned model.
         outputs: output name -> agreement.
         blocks: for every block its number, name and the agreement of its branch outputs.
         latency: medians of interleaved runs, None where it was not measured.
@@ -492,7 +492,15 @@ def _figures(found: Study, path: Path) -> dict[str, Any]:
         "macs": graph_macs(found.view, found.counted),
         "params": graph_params(found.view),
         "bytes": stored_bytes(path),
+        "tokens": [_tokens(found, block) for block in found.match.blocks],
     }
+
+
+def _tokens(found: Study, block: Block) -> int:
+    """Tokens of one item behind a block, or behind its attention where it has no network."""
+    branches = branch_outputs(block)
+    shape = found.counted.shape(branches.get("ffn") or branches.get("attention") or "") or ()
+    return int(np.prod(shape[1:-1], dtype=np.int64)) if len(shape) > 2 else 0
 
 
 def _costs(found: Comparison) -> list[list[str]]:
@@ -500,6 +508,10 @@ def _costs(found: Comparison) -> list[list[str]]:
     rows = []
     for label, key, show in (("MACs", "macs", format_count), ("parameters", "params", format_count)):
         rows.append([label, show(a[key]), show(b[key]), f"{b[key] / a[key]:.3f}"])
+    if a["tokens"] != b["tokens"] and len(a["tokens"]) == len(b["tokens"]) and all(a["tokens"]):
+        ends = [f"{m['tokens'][0]} .. {m['tokens'][-1]}" for m in (a, b)]
+        left = sum(b["tokens"]) / sum(a["tokens"])
+        rows.append(["tokens, first .. last block", *ends, f"{left:.3f} of all blocks'"])
     rows.append(["file", format_bytes(a["bytes"]), format_bytes(b["bytes"]), f"{b['bytes'] / a['bytes']:.3f}"])
     if found.latency is not None:
         first, second = found.latency

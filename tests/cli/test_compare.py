@@ -78,7 +78,7 @@ def test_tables(files: Path) -> None:
 
 def comparison(same: float | None, speedup: float = 1.5, spread: float = 0.02) -> Comparison:
     """A comparison with made-up figures."""
-    figures = {"macs": 100, "params": 100, "bytes": 100}
+    figures = {"macs": 100, "params": 100, "bytes": 100, "tokens": []}
     models = {"dense": figures | {"file": "d.onnx"}, "pruned": {**figures, "macs": 60, "bytes": 55, "file": "p.onnx"}}
     quartiles = [speedup - 0.1, speedup + 0.1]
     timing = {"batch": 1, "median_ms": 10.0, "spread": spread, "speedup": speedup, "speedup_quartiles": quartiles}
@@ -113,6 +113,15 @@ def test_a_busy_machine_is_told() -> None:
 
 def test_the_sentence_is_first(files: Path) -> None:
     assert run("m.onnx", "p.onnx", "--rounds", "0").stdout.startswith("p.onnx ")
+
+
+def test_tokens_behind_every_block_are_shown_where_some_were_merged(files: Path) -> None:
+    prune_file(files / "m.onnx", {"version": 1, "tokens": {"merge": 0.2}}, files / "merged.onnx")
+    result = run("m.onnx", "merged.onnx", "--rounds", "0")
+    assert "tokens, first .. last block" in result.stdout
+    assert "17 .. 17" in result.stdout
+    assert "14 .. 1" in result.stdout  # 0.2 of 17 went; behind the last attention the class token alone is read
+    assert "tokens, first" not in run("m.onnx", "p.onnx", "--rounds", "0").stdout
 
 
 def test_tokens_are_compared_without_classes(files: Path, exported: Exported) -> None:
