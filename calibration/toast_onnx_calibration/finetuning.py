@@ -257,6 +257,8 @@ def _write(
         facts["torch_export"] = job.torch_export.name
     with staged_model(trained, job.out, job.report) as staged:
         document = updated_report(job.pruned, staged.draft, outcome, facts)
+        before = document.get("read", [])  # by the prune whose report this goes on from
+        document["read"] = [*before, *(file for file in files_read() if file not in before)]
         staged.beside = json_bytes(document)
     if outcome.reason in ("finished", "stopped early") and job.checkpoint is not None:
         job.checkpoint.unlink(missing_ok=True)
