@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,14 @@ def prune(model: Path, out: Path, settings: dict[str, Any], *options: str) -> di
 def test_the_same_command_gives_the_same_bytes(model: Path, ratios: Path) -> None:
     """Data-free statistics, subspaces and the twin take part; model and report alike."""
     write_ratios(ratios, {"version": 1, "attention": {"qk": 0.5, "vo": 0.25}, "ffn": {"fc1": 0.25, "fc2": 0.5}})
-    folders = [model.parent / name for name in ("first", "second")]
-    for folder in folders:
+    folder, found = model.parent / "made", []
+    for _ in range(2):
         folder.mkdir()
         succeed("prune", model, "--ratios", ratios, "-o", folder / "new.onnx")
-    first, second = ({Path(p).name: digest for p, digest in contents(folder).items()} for folder in folders)
-    assert sorted(first) == ["new.json", "new.onnx"]
-    assert first == second
+        found.append({Path(p).name: digest for p, digest in contents(folder).items()})
+        shutil.rmtree(folder)
+    assert sorted(found[0]) == ["new.json", "new.onnx"]
+    assert found[0] == found[1]
 
 
 def test_another_seed_is_recorded_and_gives_other_statistics(model: Path) -> None:
