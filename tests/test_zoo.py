@@ -34,9 +34,12 @@ WIDER = [
     for c in zoo.cases(2)
     if c.exporter == "torchscript-17" and c.batch == ("static" if c.family == "hf-upernet" else "dynamic")
 ]
-# What dynamo makes of the wider families, with a fixed batch, which all of them take: opset 20, and 23 with its fused
-# attention.
-WIDER_DYNAMO = [c for c in zoo.cases(2) if c.exporter in ("dynamo-20", "dynamo-23") and c.batch == "static"]
+# Each family by each exporter once, with a fixed batch where that is what dynamo's wider families all take.
+SPREAD = [
+    *(c for c in CHOSEN if c.batch == "dynamic"),
+    *WIDER,
+    *(c for c in zoo.cases(2) if c.exporter == "dynamo-23" and c.batch == "static"),
+]
 CASES = [pytest.param(c, id=c.id, marks=() if c in FAST else pytest.mark.slow) for c in (*CHOSEN, *WIDER)]
 FAMILIES = mostly_slow(zoo.FAMILIES, {c.family for c in FAST}.__contains__)
 

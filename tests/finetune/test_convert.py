@@ -15,7 +15,7 @@ from tests import zoo
 from tests.finetune.graphs import FLOAT, graph_model, residual_mlp, run_onnx
 from tests.pace import mostly_slow
 from tests.pruning import UNEVEN, prune_file, run
-from tests.test_zoo import CHOSEN, FAST, WIDER, WIDER_DYNAMO
+from tests.test_zoo import FAST, SPREAD
 from toast_onnx.errors import ModelError
 from toast_onnx.finetune import to_onnx, to_torch
 from toast_onnx.finetune.naming import readable_names
@@ -28,7 +28,7 @@ ZERO_GRADIENT = "decoder.layers.0.self_attn.v_proj.weight"
 
 #: ONNX Runtime has no GridSample for the float64 grid in this file, so the library's own module says what is right.
 NO_KERNEL = zoo.Case("hf-mask2former", batch="static")
-EVERY = [*CHOSEN, *WIDER, *WIDER_DYNAMO, NO_KERNEL]
+EVERY = [*SPREAD, NO_KERNEL]
 CASES = mostly_slow(EVERY, FAST.__contains__, lambda c: c.id)
 
 

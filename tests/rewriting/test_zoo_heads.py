@@ -11,7 +11,7 @@ import pytest
 from tests import zoo
 from tests.pace import mostly_slow
 from tests.pruning import look, prune_file, run, worst
-from tests.test_zoo import CHOSEN, FAST, WIDER, WIDER_DYNAMO
+from tests.test_zoo import FAST, SPREAD
 
 Exported = Callable[[zoo.Case], Path]
 
@@ -41,9 +41,7 @@ DECLINED = {
     **{("timm-sam2", batch): {SINGLE: 1, POOLED: 3} for batch in ("static", "dynamic")},
 }
 QUICK = {c for c in FAST if c.family in ("timm-vit", "hf-vit", "timm-swin", "hf-dinov2")}
-CASES = [
-    pytest.param(c, id=c.id, marks=() if c in QUICK else pytest.mark.slow) for c in (*CHOSEN, *WIDER, *WIDER_DYNAMO)
-]
+CASES = [pytest.param(c, id=c.id, marks=() if c in QUICK else pytest.mark.slow) for c in SPREAD]
 
 
 @pytest.mark.parametrize("case", CASES)
