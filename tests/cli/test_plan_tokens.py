@@ -40,7 +40,7 @@ def document(result: Result) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("parts", ["tokens", "tokens,fc2"])
+@pytest.mark.parametrize("parts", ["tokens", pytest.param("tokens,fc2", marks=pytest.mark.slow)])
 def test_what_is_planned_is_what_is_merged(parts: str, files: Path) -> None:
     found = document(run("plan", "m.onnx", "--data", "x.npy", "--parts", parts, *WIDE, "--macs", "0.7", "--json"))
     pruned = document(run("prune", "m.onnx", "--ratios", "m.ratios.yaml", "--data", "x.npy", "--json"))

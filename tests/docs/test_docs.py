@@ -52,7 +52,7 @@ def pages_to_run() -> Iterator[ParameterSet]:
     """Pages with commands to run; the fast tests run the two that every user reads."""
     for page in PAGES:
         if any(block["kind"] not in DATA for block in blocks(page)):
-            marks = () if page.stem in ("quickstart", "python-api") else pytest.mark.slow
+            marks = () if page.stem == "quickstart" else pytest.mark.slow
             yield pytest.param(page, id=page.stem, marks=marks)
 
 

@@ -221,10 +221,9 @@ def _whole(out: Path, versions: list[bytes]) -> bool:
     return not out.exists() or _loaded(out) in versions
 
 
-@pytest.mark.parametrize(
-    "old", [pytest.param(False, id="fresh", marks=pytest.mark.slow), pytest.param(True, id="over-an-older-result")]
-)
-@pytest.mark.parametrize("kind", ["inline", pytest.param("external", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/trust/test_kills.py does it in every run, without the command around it
+@pytest.mark.parametrize("old", [pytest.param(False, id="fresh"), pytest.param(True, id="over-an-older-result")])
+@pytest.mark.parametrize("kind", ["inline", "external"])
 def test_killed_before_any_operation_on_disk(
     kind: str, old: bool, request: pytest.FixtureRequest, ratios: Path, tmp_path: Path
 ) -> None:

@@ -16,8 +16,14 @@ Exported = Callable[[zoo.Case], Path]
 CASES = ("timm-vit", "hf-dinov2", "timm-swin")
 
 
-@pytest.mark.parametrize("heads", [0, 0.4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        pytest.param(name, heads, marks=pytest.mark.slow if name == "timm-swin" and heads else ())
+        for name in CASES
+        for heads in (0, 0.4)
+    ],
+)
 def test_costs_are_those_of_the_pruned_graph(name: str, heads: float, exported: Exported, tmp_path: Path) -> None:
     settings = UNEVEN | {"attention": UNEVEN["attention"] | {"heads": heads}}
     dense, pruned = prune_file(exported(zoo.Case(name)), settings, tmp_path / "p.onnx", skip_unprunable=True)

@@ -66,10 +66,10 @@ AFTERMATHS = [
     pytest.param(zoo.Case(family, after=after), id=f"{family}-{after}", marks=() if fast else pytest.mark.slow)
     for family, after, fast in (
         ("timm-vit", "ort-fused", True),
-        ("timm-vit", "ort-fused-mha", False),
+        ("timm-vit", "ort-fused-mha", True),
         ("hf-bert-eager", "ort-fused", True),
         ("hf-swin", "ort-fused", False),
-        ("hf-swin", "ort-fused-mha", True),
+        ("hf-swin", "ort-fused-mha", False),
         ("timm-swinv2", "fp16", False),
         ("timm-vit", "fp16", False),
     )
