@@ -224,6 +224,7 @@ def test_without_torch(vit: Study, samples: Path, monkeypatch: pytest.MonkeyPatc
         trained(vit, samples)
 
 
+@pytest.mark.slow
 def test_the_command(vit: Study, samples: Path, tmp_path: Path) -> None:
     ratios = tmp_path / "ratios.yaml"
     ratios.write_text("version: 1\nffn: {fc2: 0.5}\nalign: 1\ncompensation: {kind: local}\n")

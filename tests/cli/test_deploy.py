@@ -133,6 +133,7 @@ def test_a_step_that_fails_says_which_and_why(tmp_path: Path) -> None:
     assert steps(config)["prune"]["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is not on Windows")
 def test_a_run_killed_while_it_builds_goes_on_with_the_build(tmp_path: Path) -> None:
     document = {key: WHOLE[key] for key in ("version", "model", "output", "preprocess", "prune", "build")}

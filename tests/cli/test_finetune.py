@@ -106,6 +106,7 @@ def test_the_held_out_loss_is_what_onnx_runtime_gives_for_the_written_file(files
     assert best == pytest.approx((np.exp(teacher) * (teacher - student)).sum(1).mean(), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_torch_export_computes_the_same(files: Path, tmp_path: Path) -> None:
     out, again = tmp_path / "tuned.onnx", tmp_path / "again.onnx"
     result = invoke(*arguments(files, out, "--torch-export", str(again), steps=2))

@@ -49,13 +49,13 @@ def anchors(page: Path) -> set[str]:
 
 
 def pages_to_run() -> Iterator[ParameterSet]:
-    """Pages with commands to run; the fast tests run the two that every user reads."""
+    """Pages with commands to run."""
     for page in PAGES:
         if any(block["kind"] not in DATA for block in blocks(page)):
-            marks = () if page.stem == "quickstart" else pytest.mark.slow
-            yield pytest.param(page, id=page.stem, marks=marks)
+            yield pytest.param(page, id=page.stem)
 
 
+@pytest.mark.slow  # README's first command runs the example in every run
 @pytest.mark.parametrize("page", list(pages_to_run()))
 def test_runnable_blocks_run(page: Path, tmp_path: Path) -> None:
     for source in EXAMPLE_FILES:

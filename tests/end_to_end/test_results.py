@@ -26,7 +26,7 @@ CASES = [
     zoo.Case("timm-vit", "dynamo-20", "dynamic"),
     zoo.Case("hf-vit", "dynamo-23", "dynamic"),
     zoo.Case("timm-vit-unfused", "torchscript-14", "dynamic"),
-    zoo.Case("timm-swin", "torchscript-17", "dynamic"),
+    pytest.param(zoo.Case("timm-swin", "torchscript-17", "dynamic"), marks=pytest.mark.slow),
     zoo.Case("timm-vit", "torchscript-17", "static"),
 ]
 NOTHING = {"version": 1, "attention": {"qk": 0, "vo": 0}, "ffn": {"fc1": 0, "fc2": 0}}

@@ -212,6 +212,7 @@ def test_other_spellings_pass_the_proof(case: zoo.Case, exported: Exported) -> N
     assert pruned.twin.worst < 1e-4
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_tokens_and_nothing_else(exported: Exported) -> None:
     path = exported(zoo.Case("timm-swin"))
     first, again, other = (prune_at_run_time(path, ratios(), seed=seed, check=False)[1] for seed in (0, 0, 1))
