@@ -109,3 +109,11 @@ def test_a_model_that_is_right_is_pruned(model: Path, ratios: Path, tmp_path: Pa
     assert status == 0, text
     assert (tmp_path / "out.onnx").exists()
     assert memory < BYTES
+
+
+def test_a_norm_over_other_channels_than_the_layer_reads_is_none(ratios: Path, tmp_path: Path) -> None:
+    """The model that the statistics belong to, without any: its norms stand in front of a change of channels."""
+    model = CASES / "statistics" / "model.onnx"
+    status, text, _ = toast("prune", model, "--ratios", ratios, "-o", tmp_path / "out.onnx")
+    assert status == 0, text
+    assert (tmp_path / "out.onnx").exists()

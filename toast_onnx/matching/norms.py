@@ -71,6 +71,8 @@ def _normalizes(view: GraphView, node: onnx.NodeProto) -> bool:
 def _norm(facts: Facts, gain: str, bias: str, outer: np.ndarray, shift: np.ndarray) -> Norm:
     scale = facts.array(gain).astype(np.float64).reshape(-1)
     offset = facts.array(bias).astype(np.float64).reshape(-1) if bias else np.zeros(1)
+    if {scale.size, offset.size} - {1, outer.size}:  # it stands over other channels than the layer reads
+        return Norm(np.ones(outer.size), np.zeros(outer.size), False)
     return Norm(outer * scale, shift + outer * offset, True)
 
 
