@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from tests import zoo
 from tests.matching.tiny import TOKENS, WIDTH, Graph, block
-from tests.pruning import look
+from tests.pruning import look, prune_file
 from toast_onnx.choosing.losses import predicted_errors
 from toast_onnx.choosing.synthetic import SyntheticStatistics, founded
 from toast_onnx.importance.moments import Moments
+from toast_onnx.matching.norms import norm_before
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
 from toast_onnx_cli.main import main
@@ -137,3 +140,26 @@ def test_the_predicted_error_is_the_error(tmp_path: Path) -> None:
     relative = np.sqrt(np.square(lost).sum() / np.square(want - want.mean(axis=0)).sum())
     assert found["fc2"] == pytest.approx(relative, rel=1e-4)
     assert found == pruned.errors[0]
+
+
+def test_the_norm_before_inputs_that_were_picked_is_found_again(
+    exported: Callable[[zoo.Case], Path], tmp_path: Path
+) -> None:
+    """A network that was pruned once reads some of its inputs: the norm in front of it gives it those entries."""
+    ratios = {"version": 1, "ffn": {"fc1": 0.25, "score": "l2"}, "align": 1, "compensation": {"kind": "none"}}
+    dense, pruned = prune_file(exported(zoo.Case("timm-vit")), ratios, tmp_path / "small.onnx")
+    small = look(tmp_path / "small.onnx")
+    for before, after in zip(dense.match.blocks, small.match.blocks, strict=True):
+        assert before.ffn is not None
+        assert after.ffn is not None
+        kept = pruned.weights[before.index].ffn.inputs  # type: ignore[union-attr]
+        norm = f"blocks.{before.index}.norm2"
+        found = norm_before(small.view, small.facts, after.ffn.entries[0].input, after.ffn.in_features)
+        assert found.found
+        np.testing.assert_array_equal(found.gain, dense.facts.array(f"{norm}.weight")[kept])
+        np.testing.assert_array_equal(found.bias, dense.facts.array(f"{norm}.bias")[kept])
+        assert founded(small, after, "fc1")
+    again = prune(small, parse_ratios(HALF), SyntheticStatistics(small), force_synthetic=False)
+    assert again.unfounded == ()
+    assert again.twin is not None
+    assert again.twin.worst < 1e-4

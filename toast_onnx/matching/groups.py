@@ -63,7 +63,7 @@ def _groups(view: GraphView, facts: Facts, core: Core, branch: Branch, operand: 
     channel = np.unravel_index(labels - 1, shape)[branch.layout.channel_axis]
     owner = np.zeros(branch.linear.out_features, np.int32)
     owner[branch.layout.channels] = np.arange(branch.layout.num_heads, dtype=np.int32)[:, None]
-    numbers = arriving(view, facts, core.nodes, operand, owner[channel].astype(np.int32))
+    numbers = arriving(view, facts, core.nodes, operand, owner[channel])
     along = np.moveaxis(numbers, -3, 0).reshape(numbers.shape[-3], -1)
     if queries[-3] != heads or (along != along[:, :1]).any():
         raise Decline(f"the heads of {what} are repeated along an axis that holds more than heads")

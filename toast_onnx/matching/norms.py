@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.probe import MOVEMENT, PASSING
 
 
@@ -39,6 +39,9 @@ def norm_before(view: GraphView, facts: Facts, tensor: str, channels: int) -> No
     gain, shift, name = np.ones(channels), np.zeros(channels), tensor
     while (node := view.producer_of(name)) is not None:
         op = node.op_type
+        if (taken := _taken(facts, node, channels)) is not None:
+            inner = norm_before(view, facts, node.input[0], taken.source)
+            return Norm(gain * inner.gain[taken.places], shift + gain * inner.bias[taken.places], inner.found)
         if op in MOVEMENT or op in PASSING:
             name = node.input[0]
         elif op in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"):
@@ -58,6 +61,25 @@ def norm_before(view: GraphView, facts: Facts, tensor: str, channels: int) -> No
         else:
             return Norm(gain, shift, _normalizes(view, node))
     return Norm(np.ones(channels), np.zeros(channels), False)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Some of a tensor's channels: their places among all, (channels,), and how many there are of those."""
+
+    places: np.ndarray
+    source: int
+
+
+def _taken(facts: Facts, node: onnx.NodeProto, channels: int) -> _Taken | None:
+    """What a Gather with constant places takes of the channels on the last axis, as pruned inputs of fc1 are read."""
+    if node.op_type != "Gather" or not facts.is_constant(node.input[1]):
+        return None
+    shape, places = facts.shape(node.input[0]), facts.array(node.input[1])
+    axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
+    if shape is None or places.shape != (channels,) or axis % len(shape) != len(shape) - 1:
+        return None
+    return _Taken(places % shape[-1], shape[-1])
 
 
 def _normalizes(view: GraphView, node: onnx.NodeProto) -> bool:
