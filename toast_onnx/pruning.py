@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from toast_onnx.choosing.blocks import Widths, plan_widths, solve_block
+from toast_onnx.choosing.blocks import Widths, held_by_ties, plan_widths, solve_block
 from toast_onnx.choosing.losses import predicted_errors
 from toast_onnx.choosing.shared import Pooled, Sharing, agreed_widths, find_sharing, sharing_notes
 from toast_onnx.choosing.synthetic import founded_widths
@@ -231,7 +231,7 @@ def prune(
         normalized=normalized,
         merges=merges,
         merging=merging,
-        notes=(*notes, *sharing_notes(sharing), *kept_whole),
+        notes=(*notes, *sharing_notes(sharing), *kept_whole, *held_by_ties(blocks, settings, ratios)),
         errors=errors,
         unfounded=unfounded,
     )

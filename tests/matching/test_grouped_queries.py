@@ -231,6 +231,16 @@ def test_a_contrib_node_keeps_one_width_for_queries_and_values(tmp_path: Path) -
     assert graph_macs(small.view, small.counted) == 2 * (projections + products)
 
 
+def test_a_width_that_is_held_by_the_other_one_is_said(tmp_path: Path) -> None:
+    path = contrib(tmp_path / "dense.onnx", 32)
+    for given in ({"qk": 0.5}, {"vo": 0.5}):
+        _, pruned = prune_file(path, {"version": 1, "attention": given, "align": 1})
+        (note,) = [note for note in pruned.notes if "keep one width" in note]
+        assert note.startswith("Q/K and V/Proj of block 0 keep one width (their fused node takes no other)")
+    _, both = prune_file(path, {"version": 1, "attention": {"qk": 0.5, "vo": 0.5}, "align": 1})
+    assert not [note for note in both.notes if "keep one width" in note]
+
+
 @pytest.mark.parametrize("rank", [3, 4])
 def test_what_a_fused_node_repeats_is_measured_as_separate_nodes_are(rank: int, tmp_path: Path) -> None:
     dense = look(fused(tmp_path / "dense.onnx", rank))

@@ -92,6 +92,30 @@ def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunabl
     )
 
 
+def held_by_ties(blocks: Sequence[Block], settings: Sequence[BlockRatios], ratios: Ratios) -> tuple[str, ...]:
+    """What to say where one of Q/K and V/Proj was to shrink alone and keeps its width with the other.
+
+    Args:
+        blocks: the matched blocks.
+        settings: of every block.
+        ratios: what all blocks share.
+    """
+    held = []
+    for block, setting in zip(blocks, settings, strict=True):
+        a = block.attention
+        if a is None or not (ratios.attention.tie or a.core.one_width) or bool(setting.qk) == bool(setting.vo):
+            continue
+        if (a.qk_reason if setting.qk else a.vo_reason) is None:
+            held.append(str(block.index))
+    if not held:
+        return ()
+    why = "attention.tie" if ratios.attention.tie else "their fused node takes no other"
+    return (
+        f"Q/K and V/Proj of {'blocks' if len(held) > 1 else 'block'} {', '.join(held)} keep one width ({why}), and a "
+        "ratio was given for one of them alone: nothing goes there; give both",
+    )
+
+
 def heads_rounded_away(
     blocks: Sequence[Block], ratios: Sequence[BlockRatios], widths: Sequence[Widths]
 ) -> dict[int, int]:

@@ -83,11 +83,12 @@ def solve_vo_subspace(
     seen = w if gamma is None else w * np.asarray(gamma, dtype=np.float64)
     own = np.stack([s[_head(h, d), _head(h, d)] for h in range(heads)])  # (H, d, d)
     numbers = np.arange(heads) if groups is None else groups
-    bases = []
-    for number in numbers:
+    each = {}
+    for number in np.unique(numbers):
         sharing = np.flatnonzero(numbers == number)
         readers = np.concatenate([seen[_head(int(h), d)] for h in sharing], axis=1)
-        bases.append(_leading_basis(own[sharing].mean(axis=0), readers, kept))
+        each[number] = _leading_basis(own[sharing].mean(axis=0), readers, kept)
+    bases = [each[number] for number in numbers]
     if compensation == "ridge":
         bases = _alternate(s, seen, bases, sweeps, ridge, context.tokens) if groups is None else bases
         mix = _block_diagonal(bases)  # (H * d, H * r)
