@@ -26,7 +26,7 @@ from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import Ratios, parse_ratios
 from toast_onnx.planning.schema import Align, plain
 from toast_onnx.planning.search import Kept
-from toast_onnx.planning.surface import MOST, within
+from toast_onnx.planning.surface import within
 from toast_onnx.planning.width_costs import TOKENS, Part, dense_widths, prunable_widths, width_cost, width_step
 from toast_onnx.pruning import prune
 from toast_onnx.tokens.points import study_tokens
@@ -261,10 +261,9 @@ def _merged_variants(study: Study) -> list[_Merged]:
     macs = MergedMacs(study, tokens, "auto")
     if not macs.blocks:
         return []
-    least = macs.smooth(np.full(len(macs.blocks), MOST)) / macs.dense
     found: dict[float, _Merged] = {}
     for way in MERGED_WAYS:
-        aim = least + way * (1 - least)
+        aim = macs.least + way * (1 - macs.least)
         shares = within(np.full(len(macs.blocks), 0.05), lambda x: macs.smooth(x) / macs.dense, aim)
         if shares is not None and (removed := macs.whole(shares)):
             share = macs.total(removed) / macs.dense

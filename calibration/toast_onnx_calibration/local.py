@@ -5,9 +5,11 @@ Activations come from ONNX Runtime; only training needs PyTorch (`toast_onnx.fin
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,7 @@ from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
 from toast_onnx.proof.places import Place, masks, places, take_out
 from toast_onnx.proof.twin import padded_twin
-from toast_onnx.solving.means import match_mean
-from toast_onnx.solving.refit import Lack, refit
+from toast_onnx.solving.refit import Lack, before_scale, refit
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.sessions import run
@@ -123,11 +124,7 @@ class _Work:
         proto = cut_piece(view, facts, span.start, span.end)
         parts = places(view, block, new)
         weights = self._token_weights(facts.shape(span.end) or ())
-        before, after = self._match_mean(block, parts, proto, inputs, targets, weights)
-        kept = "mean" if after < before else "closed form"
-        better = self._refit(block, span, parts, proto, inputs, targets, weights, after)
-        if better < after:
-            after, kept = better, "refit"
+        before, after, kept = self._correct(block, span, parts, proto, inputs, targets, weights)
         if self.settings.steps:
             piece = Model(proto, view.model.path)
             found, error = train_block(piece, masks(parts, arrays), inputs, targets, weights, self.settings)
@@ -138,42 +135,7 @@ class _Work:
         self.twin.move(span.end, proto)
         return LocalResult(block.index, before, after, kept)
 
-    def _match_mean(
-        self,
-        block: Block,
-        parts: Mapping[str, Place],
-        proto: onnx.ModelProto,
-        inputs: Array,
-        targets: Array,
-        weights: Array,
-    ) -> tuple[float, float]:
-        """Restore the mean of the block's output if held-out samples gain by it; their errors before and after."""
-        fit, judge = split(len(inputs), self.settings.held_out)
-        axes = tuple(range(targets.ndim - 2))
-        total: Any = 0.0
-        errors = []
-        for k, output in enumerate(self.twin.outputs(proto, inputs)):
-            if k in judge:
-                errors.append(relative_error(output, targets[k], weights))
-            else:
-                total = total + (weights * (output - targets[k].astype(np.float64))).sum(axis=axes)
-        before = float(np.mean(errors))
-        last = _last_layer(block)
-        place = parts.get("fc2.bias" if block.ffn is not None else "proj.bias")
-        if place is None or last is None or len(total) != last.out_features:
-            return before, before
-        old = self.twin.view.model.arrays[place.tensor]
-        gamma = layer_scale(self.study.view, self.study.facts, last.output, last.out_features)
-        count = len(fit) * np.broadcast_to(weights, targets.shape[1:])[..., 0].sum(dtype=np.float64)
-        self._change(proto, {place.tensor: match_mean(old, np.zeros(len(total)), total / count, gamma)})
-        outputs = self.twin.outputs(proto, inputs[judge[0] :])
-        after = float(np.mean([relative_error(o, targets[k], weights) for k, o in zip(judge, outputs, strict=True)]))
-        if after < before:
-            return before, after
-        self._change(proto, {place.tensor: old})
-        return before, before
-
-    def _refit(
+    def _correct(
         self,
         block: Block,
         span: Span,
@@ -182,46 +144,80 @@ class _Work:
         inputs: Array,
         targets: Array,
         weights: Array,
-        error: float,
-    ) -> float:
-        """Fit the block's last layer to what its output lacks; the error on held-out samples, as it was if not less."""
+    ) -> tuple[float, float, str]:
+        """Fit the block's last layer, or its bias alone, to what the block's output lacks.
+
+        Returns:
+            The errors on held-out samples before and after, and what was kept: closed form, mean or refit.
+        """
         last, name = _last_layer(block), "fc2" if block.ffn is not None else "proj"
-        place, bias = parts.get(f"{name}.weight"), parts.get(f"{name}.bias")
-        if last is None or place is None or bias is None or last.channel_axis % targets[0].ndim != targets[0].ndim - 1:
-            return error
+        bias = parts.get(f"{name}.bias")
+        bias = None if last is None or targets.shape[-1] != last.out_features else bias
+        place = parts.get(f"{name}.weight") if bias is not None and self._sees_all_tokens(last, targets) else None
+        gamma = None if last is None else layer_scale(self.study.view, self.study.facts, last.output, last.out_features)
+        before, fitted, judged = self._lacks(last, place, span, proto, inputs, targets, weights, gamma)
+        if bias is None or fitted is None or judged is None:
+            return before, before, "closed form"
+        weight, shift, strength = refit(fitted, judged)
         arrays = self.twin.view.model.arrays
-        gamma = layer_scale(self.study.view, self.study.facts, last.output, last.out_features)
-        scale = np.ones(last.out_features) if gamma is None else np.asarray(gamma, np.float64)
-        if not scale.all():
-            return error
-        reads = cut_piece(self.twin.view, self.twin.facts, span.start, last.input)
-        if self.twin.facts.shape(last.input)[:-1] != targets.shape[1:-1]:  # type: ignore[index]
-            return error  # windows, say: other tokens, or in another order
-        rows = np.asarray(place.index).reshape(-1)
-        counted = np.broadcast_to(weights, (*targets.shape[1:-1], 1)).reshape(-1)
+        new = {bias.tensor: bias.added(arrays[bias.tensor], shift)}
+        if place is not None:
+            shaped = weight.reshape(*np.shape(place.index), len(shift))
+            new[place.tensor] = place.added(arrays[place.tensor], shaped)
+        old = {tensor: arrays[tensor] for tensor in new}
+        self._change(proto, new)
         _, judge = split(len(inputs), self.settings.held_out)
+        outputs = self.twin.outputs(proto, inputs[judge[0] :])
+        after = float(np.mean([relative_error(o, targets[k], weights) for k, o in zip(judge, outputs, strict=True)]))
+        if after < before:
+            return before, after, "mean" if math.isinf(strength) else "refit"
+        self._change(proto, old)
+        return before, before, "closed form"
+
+    def _sees_all_tokens(self, last: Linear | None, targets: Array) -> bool:
+        """Whether a layer reads one row for each of the block's outputs: not windows, say, in another order."""
+        if last is None or last.channel_axis % targets[0].ndim != targets[0].ndim - 1:
+            return False
+        return (self.twin.facts.shape(last.input) or ())[:-1] == targets.shape[1:-1]
+
+    def _lacks(
+        self,
+        last: Linear | None,
+        place: Place | None,
+        span: Span,
+        proto: onnx.ModelProto,
+        inputs: Array,
+        targets: Array,
+        weights: Array,
+        gamma: Array | None,
+    ) -> tuple[float, Lack | None, Lack | None]:
+        """The error on held-out samples, and what the output lacks of the others and of those; None without any.
+
+        Where only a bias is to be fitted (no `place`), nothing of what the layer reads is kept.
+        """
+        _, judge = split(len(inputs), self.settings.held_out)
+        read: Iterator[Array | None] = repeat(None, len(inputs))
+        if last is not None and place is not None:
+            piece = cut_piece(self.twin.view, self.twin.facts, span.start, last.input)
+            read = iter(self.twin.outputs(piece, inputs, "reads"))
+        counted = np.broadcast_to(weights, (*targets.shape[1:-1], 1)).reshape(-1)
         fitted = judged = None
-        both = zip(self.twin.outputs(proto, inputs), self.twin.outputs(reads, inputs, "reads"), targets, strict=True)
-        for k, (output, x, target) in enumerate(both):
-            y = (target.astype(np.float64) - output).reshape(-1, len(scale)) / scale
-            found = Lack.of(x.reshape(-1, x.shape[-1])[:, rows], y, counted)
+        errors = []
+        for k, (output, x, target) in enumerate(zip(self.twin.outputs(proto, inputs), read, targets, strict=True)):
+            if k in judge:
+                errors.append(relative_error(output, target, weights))
+            if last is None or last.out_features != targets.shape[-1]:
+                continue
+            y = before_scale((target.astype(np.float64) - output).reshape(-1, last.out_features), gamma)
+            rows = np.zeros((len(y), 0))
+            if x is not None and place is not None:
+                rows = x.reshape(len(y), -1)[:, np.asarray(place.index).reshape(-1)]
+            found = Lack.of(rows, y, counted)
             if k in judge:
                 judged = found if judged is None else judged.merge(found)
             else:
                 fitted = found if fitted is None else fitted.merge(found)
-        assert fitted is not None
-        assert judged is not None
-        weight, shift, _ = refit(fitted, judged)
-        old = {each.tensor: arrays[each.tensor] for each in (place, bias)}
-        shaped = weight.reshape(*np.shape(place.index), len(scale))
-        new = {place.tensor: place.added(old[place.tensor], shaped), bias.tensor: bias.added(old[bias.tensor], shift)}
-        self._change(proto, new)
-        outputs = self.twin.outputs(proto, inputs[judge[0] :])
-        after = float(np.mean([relative_error(o, targets[k], weights) for k, o in zip(judge, outputs, strict=True)]))
-        if after < error:
-            return after
-        self._change(proto, old)
-        return error
+        return float(np.mean(errors)), fitted, judged
 
     def _change(self, proto: onnx.ModelProto, values: Mapping[str, Array]) -> None:
         """Give initializers new values, in the twin and in a piece of it."""

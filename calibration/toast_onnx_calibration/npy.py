@@ -144,6 +144,7 @@ def refused(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        # zipfile raises the last of these for compressions that it does not know
         raise DataError(f"{path}: {_failure(error)}") from error
     except RuntimeError as error:  # an encrypted member
         raise DataError(f"{path}: {_failure(error)}") from error

@@ -170,7 +170,7 @@ class Planner:
         dense, settings, work, table, choices = self.dense, self.settings, self.work, self.table, self.choices
         metric = self.metric
         widths = [dense_widths(b) for b in dense.match.blocks]
-        line = table.merged_line() if table is not None else None
+        line = table.merged_line() if table is not None and budget.kind == "latency" else None
         tokens = self.tokens if budget.kind == "macs" or line is not None else None
         if not choices and tokens is None:
             raise ConfigError(_nothing(dense, self.parts, budget))

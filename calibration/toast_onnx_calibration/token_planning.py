@@ -15,7 +15,7 @@ from toast_onnx.planning.cost_table import CostTable, MergedLine
 from toast_onnx.planning.merged_macs import MergedMacs
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.planning.search import Found, Group, PartChoice, search
-from toast_onnx.planning.surface import MOST, Surface, fit_surface, least_damage, within
+from toast_onnx.planning.surface import Surface, fit_surface, least_damage, within
 from toast_onnx.planning.width_costs import dense_widths, width_cost, width_cost_at
 from toast_onnx.tokens.points import TokenStudy, study_tokens
 from toast_onnx.tokens.rewrite import write_merging
@@ -192,17 +192,12 @@ def _shape(towers: tuple[int, ...], start: float, decay: float) -> Array:
 
 def reachable(trials: TokenTrials) -> float:
     """The share of the multiply-accumulates that a plan lets merging alone come down to; widths do the rest."""
-    least = _least(trials.macs)
+    least = trials.macs.least
     return least + ROOM * (1 - least)
 
 
 def _unreachable(macs: MergedMacs, share: float) -> str:
-    return f"merging tokens alone cannot reach {share:g} of the multiply-accumulates, only {_least(macs):.3f}"
-
-
-def _least(macs: MergedMacs) -> float:
-    """The share of the multiply-accumulates that is left where everything merges that can."""
-    return macs.smooth(np.full(len(macs.blocks), MOST)) / macs.dense
+    return f"merging tokens alone cannot reach {share:g} of the multiply-accumulates, only {macs.least:.3f}"
 
 
 def schedule_at(trials: TokenTrials, surface: Surface, share: float) -> Schedule | None:
@@ -333,7 +328,7 @@ def check_merging(trials: TokenTrials, share: float, prices: Prices) -> None:
     Raises:
         BudgetError: says what the least is.
     """
-    least = prices.share(_least(trials.macs))
+    least = prices.share(trials.macs.least)
     if share < least:
         raise BudgetError(f"merging tokens alone cannot reach {share:g} of the {prices.kind}, only {least:.3f}")
 

@@ -21,7 +21,7 @@ from toast_onnx_cli.links import links_option
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
-    from toast_onnx_calibration.comparing import Comparison
+    from toast_onnx_calibration.comparison import Comparison
 
 
 @click.command("compare")

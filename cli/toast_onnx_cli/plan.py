@@ -22,6 +22,7 @@ from toast_onnx_cli.planning_options import (
     gather_planning,
     planning_inputs,
     planning_options,
+    target_option,
     with_ties,
 )
 
@@ -48,13 +49,7 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
     show_default=True,
     help="Whether whole heads may go where qk or vo may shrink.",
 )
-@click.option(
-    "--target",
-    type=click.Choice(["any", "tensorrt"]),
-    default="any",
-    show_default=True,
-    help="tensorrt ties heads: what fused attention kernels take.",
-)
+@target_option
 @click.option(
     "--tie-heads/--no-tie-heads",
     "tie",

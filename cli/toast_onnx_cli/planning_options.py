@@ -153,6 +153,15 @@ def _prepare_settings(
     return settings.model_copy(update=changes)
 
 
+target_option = click.option(
+    "--target",
+    type=click.Choice(["any", "tensorrt"]),
+    default="any",
+    show_default=True,
+    help="tensorrt keeps every attention at one head size, for fused kernels.",
+)
+
+
 def with_ties(settings: Ratios, target: str, tie: bool | None = None) -> Ratios:
     """Settings that keep one head size for a target whose fused kernels want it, unless they say otherwise.
 

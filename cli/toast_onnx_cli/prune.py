@@ -34,7 +34,7 @@ from toast_onnx_cli.goals import (
 )
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.planners import open_planner
-from toast_onnx_cli.planning_options import Planning, with_ties
+from toast_onnx_cli.planning_options import Planning, target_option, with_ties
 from toast_onnx_cli.prune_run import Job, run_job
 from toast_onnx_cli.prune_summary import summary
 from toast_onnx_cli.replay import replay
@@ -65,13 +65,7 @@ if TYPE_CHECKING:
 @links_option
 @click.option("--force-synthetic", is_flag=True, help="Without data, also prune blocks with no norm in front.")
 @click.option("--split-shared", is_flag=True, help="Give places that share weights a copy each; files may grow.")
-@click.option(
-    "--target",
-    type=click.Choice(["any", "tensorrt"]),
-    default="any",
-    show_default=True,
-    help="tensorrt keeps every attention at one head size, for fused kernels.",
-)
+@target_option
 @click.option("--no-check", is_flag=True, help="Do not prove the result with the padded twin.")
 @click.option("--no-images", is_flag=True, help="Keep no pictures of samples whose answers changed.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")

@@ -10,13 +10,14 @@ from toast_onnx.choosing.blocks import heads_rounded_away
 from toast_onnx.engines.even_heads import Evened
 from toast_onnx.matching.study import Study
 from toast_onnx.pruning import Pruned
+from toast_onnx.report.tables import HARDLY
 from toast_onnx_cli.console import format_bytes, format_count
 
 #: Predicted error of a part, relative to what it gives, beyond which the summary warns: with data, 35 % removed
 #: of DeiT-T come to 0.30 (10 of 79 points lost), half to 0.40 (on another ViT-Tiny more than 40 of 83 points).
 LARGE_ERROR = 0.35
-#: Below this agreement the summary gives advice, and below the next it says so first.
-BAD, HARDLY = 0.9, 0.5
+#: Below this agreement the summary gives advice; below `HARDLY` it says so first.
+BAD = 0.9
 
 
 def head_notes(dense: Study, pruned: Pruned) -> list[str]:

@@ -25,7 +25,7 @@ from toast_onnx_cli.destinations import check_destinations, is_overwriting, over
 from toast_onnx_cli.goals import HELD, holdable, measure_all, planned_settings, refuse_unreachable, save_plan
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.planners import open_planner
-from toast_onnx_cli.planning_options import Planning, fractions, with_ties
+from toast_onnx_cli.planning_options import Planning, fractions, target_option, with_ties
 from toast_onnx_cli.prune_run import Job, run_job
 from toast_onnx_cli.shapes import shape_option
 
@@ -50,13 +50,7 @@ def _shares(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--compensation", type=click.Choice(["ridge", "bias", "none"]), help="Instead of ridge.")
 @calibration_options
 @click.option("--split-shared", is_flag=True, help="Give places that share weights a copy each; files may grow.")
-@click.option(
-    "--target",
-    type=click.Choice(["any", "tensorrt"]),
-    default="any",
-    show_default=True,
-    help="tensorrt keeps every attention at one head size, for fused kernels.",
-)
+@target_option
 @click.option("--no-images", is_flag=True, help="Keep no pictures of samples whose answers changed.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option

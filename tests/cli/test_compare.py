@@ -17,7 +17,7 @@ from tests import zoo
 from tests.pruning import UNEVEN, prune_file
 from tests.pruning import run as run_model
 from toast_onnx_calibration.agreement import Agreement, cosines, divergences
-from toast_onnx_calibration.comparing import Comparison
+from toast_onnx_calibration.comparison import Comparison
 from toast_onnx_cli.main import SUBCOMMANDS, main
 
 Exported = Callable[[zoo.Case], Path]

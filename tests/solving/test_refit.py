@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from toast_onnx.solving.refit import STRENGTHS, Lack, refit
+from toast_onnx.solving.refit import STRENGTHS, Lack, before_scale, refit
 
 
 def tokens(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -47,3 +47,18 @@ def test_other_samples_decide_how_much_is_taken() -> None:
     assert refit(known, Lack.of(x[100:], x[100:] @ truth, w[100:]))[2] == min(STRENGTHS)
     few = Lack.of(x[:6], noise[:6], w[:6])  # nothing but noise
     assert refit(few, Lack.of(x[100:], noise[100:], w[100:]))[2] >= 1
+
+
+def test_a_bias_alone_restores_the_mean_through_layer_scale() -> None:
+    rng = np.random.default_rng(3)
+    stream, branch, gamma = rng.standard_normal((50, 4)), rng.standard_normal((50, 4)), rng.random(4) + 0.1
+    gamma[2] = 0
+    wanted, w = rng.standard_normal((50, 4)), np.ones(50)
+    found = Lack.of(np.zeros((50, 0)), before_scale(wanted - stream - branch * gamma, gamma), w)
+    weight, bias, strength = refit(found, found)
+    assert weight.shape == (0, 4)
+    assert math.isinf(strength)
+    assert bias[2] == 0
+    made = stream + (branch + bias) * gamma
+    live = gamma != 0
+    np.testing.assert_allclose(made.mean(axis=0)[live], wanted.mean(axis=0)[live])

@@ -12,7 +12,6 @@ from typing import Any
 
 import onnx
 
-import toast_onnx
 from toast_onnx.engines.backend import EngineOptions, Progress, load
 from toast_onnx.engines.backends import choose
 from toast_onnx.engines.cuda import gpu_name
@@ -21,10 +20,10 @@ from toast_onnx.engines.heads import attention_entry, fused_notes, settle_heads
 from toast_onnx.engines.layers import count_fused_attention
 from toast_onnx.engines.precision import PRECISIONS, convert_precision, stated_precision, why_not_converted
 from toast_onnx.engines.profiles import Shape, ShapeRange, build_profile, graph_inputs
-from toast_onnx.engines.record import read_record, record_path
+from toast_onnx.engines.record import described, read_record, record_path
 from toast_onnx.errors import ConfigError
 from toast_onnx.files import check_place, drafts, exchange, files_read, settle, write_beside, write_synced
-from toast_onnx.model import Model, file_hash, load_model, stored_bytes, write_draft
+from toast_onnx.model import Model, file_hash, load_model, write_draft
 
 
 @dataclass(frozen=True)
@@ -119,14 +118,7 @@ def build(model_path: Path, output: Path, request: BuildRequest, progress: Progr
     if settled.attentions and fused is not None:
         said = [*said, *fused_notes(settled.attentions, fused, dense, sixteen_bits=sixteen_bits)]
     record = {
-        "engine": output.name,
-        "engine_bytes": len(engine.plan),
-        "model": str(model_path),
-        "model_bytes": stored_bytes(model_path),
-        "model_sha256": file_hash(model_path),
-        "backend": backend.name,
-        "backend_version": str(load(backend).__version__),
-        "toast_onnx_version": toast_onnx.__version__,
+        **described(output, len(engine.plan), model_path, backend.name, str(load(backend).__version__)),
         "precision": request.precision,
         "converted": request.precision in ("fp16", "bf16") and not said,
         "fp16_io": request.fp16_io,

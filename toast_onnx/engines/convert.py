@@ -7,13 +7,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import toast_onnx
 from toast_onnx.engines.build import record_bytes, with_weights
 from toast_onnx.engines.precision import convert_precision
-from toast_onnx.engines.record import record_path
+from toast_onnx.engines.record import described, record_path
 from toast_onnx.errors import ConfigError
 from toast_onnx.files import files_read
-from toast_onnx.model import Model, file_hash, load_model, opset_of, staged_model, stored_bytes
+from toast_onnx.model import Model, load_model, opset_of, staged_model, stored_bytes
 
 
 def convert_file(
@@ -45,14 +44,7 @@ def convert_file(
     converted, notes = convert_precision(with_weights(model), precision, fp16_io=fp16_io, large=large)
     with staged_model(Model(converted, output), output, record_path(output)) as staged:
         record = {
-            "engine": output.name,
-            "engine_bytes": stored_bytes(staged.draft),
-            "model": str(model_path),
-            "model_bytes": stored_bytes(model_path),
-            "model_sha256": file_hash(model_path),
-            "backend": "onnx",
-            "backend_version": str(opset_of(converted)),
-            "toast_onnx_version": toast_onnx.__version__,
+            **described(output, stored_bytes(staged.draft), model_path, "onnx", str(opset_of(converted))),
             "precision": precision,
             "converted": not notes,
             "fp16_io": fp16_io,

@@ -14,13 +14,13 @@ from typing import Any
 
 import onnx
 
-import toast_onnx
 from toast_onnx.engines.build import precise_file, write_with_record
 from toast_onnx.engines.profiles import Shape, build_profile, graph_inputs
 from toast_onnx.engines.providers import profile_settings
+from toast_onnx.engines.record import described
 from toast_onnx.errors import BackendError, ConfigError
 from toast_onnx.files import files_read
-from toast_onnx.model import file_hash, load_model, stored_bytes
+from toast_onnx.model import load_model
 from toast_onnx.providers import installed_providers, open_on
 
 #: Backends with a provider of the same name that writes engines.
@@ -94,14 +94,7 @@ def build_ep_context(
             raise BackendError(f"provider {provider} took no node of {model_path}; build --format engine instead")
         written = draft.read_bytes()
     record = {
-        "engine": output.name,
-        "engine_bytes": len(written),
-        "model": str(model_path),
-        "model_bytes": stored_bytes(model_path),
-        "model_sha256": file_hash(model_path),
-        "backend": provider,
-        "backend_version": f"in ONNX Runtime {ort.__version__}",
-        "toast_onnx_version": toast_onnx.__version__,
+        **described(output, len(written), model_path, provider, f"in ONNX Runtime {ort.__version__}"),
         "precision": precision,
         "converted": precision in ("fp16", "bf16") and not notes,
         "fp16_io": fp16_io,

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import toast_onnx
 from toast_onnx.engines.build import precise_file, write_with_record
+from toast_onnx.engines.record import described
 from toast_onnx.errors import BackendError, ConfigError
 from toast_onnx.files import files_read
-from toast_onnx.model import file_hash, load_model, stored_bytes
+from toast_onnx.model import load_model
 
 #: Optimizer levels. `all` lays tensors out for the machine that builds; the others give a portable file.
 ORT_LEVELS = ("basic", "extended", "all")
@@ -65,14 +65,7 @@ def build_ort(
             raise BackendError(f"ONNX Runtime does not take {model_path}: {' '.join(str(e).split())}") from e
         written = draft.read_bytes()
     record = {
-        "engine": output.name,
-        "engine_bytes": len(written),
-        "model": str(model_path),
-        "model_bytes": stored_bytes(model_path),
-        "model_sha256": file_hash(model_path),
-        "backend": "onnxruntime",
-        "backend_version": str(ort.__version__),
-        "toast_onnx_version": toast_onnx.__version__,
+        **described(output, len(written), model_path, "onnxruntime", str(ort.__version__)),
         "precision": precision,
         "converted": precision == "fp16" and not notes,
         "fp16_io": fp16_io,

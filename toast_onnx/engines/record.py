@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import toast_onnx
 from toast_onnx.errors import ToastError
+from toast_onnx.model import file_hash, stored_bytes
 from toast_onnx.planning.strict_json import read_json
 
 
 def record_path(engine: Path) -> Path:
     """The JSON beside an engine: its name with `.json` added."""
     return engine.with_name(engine.name + ".json")
+
+
+def described(output: Path, size: int, model: Path, backend: str, version: str) -> dict[str, Any]:
+    """What every such JSON begins with: what was written, from which model, by what.
+
+    Args:
+        output: the file that is written.
+        size: its bytes.
+        model: the model it was made from.
+        backend: name of what built it.
+        version: of that.
+    """
+    return {
+        "engine": output.name,
+        "engine_bytes": size,
+        "model": str(model),
+        "model_bytes": stored_bytes(model),
+        "model_sha256": file_hash(model),
+        "backend": backend,
+        "backend_version": version,
+        "toast_onnx_version": toast_onnx.__version__,
+    }
 
 
 Extents = Annotated[tuple[int, ...], Field(min_length=1)]

@@ -18,6 +18,7 @@ from toast_onnx.errors import MatchError
 from toast_onnx.matching.cores import find_cores
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.macs import graph_macs, macs_at, node_macs
+from toast_onnx.planning.surface import MOST
 from toast_onnx.tokens.follow import Flow, TokenAxis, TokenSequence, follow
 from toast_onnx.tokens.metrics import candidates, find_features
 from toast_onnx.tokens.nodes import Merge, TokenCounts
@@ -84,6 +85,11 @@ class MergedMacs:
     def dense(self) -> int:
         """Of the unmerged model."""
         return graph_macs(self.study.view, self.study.counted)
+
+    @cached_property
+    def least(self) -> float:
+        """The share of `dense` that is left where everything merges that can."""
+        return self.smooth(np.full(len(self.blocks), MOST)) / self.dense
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -11,11 +11,9 @@ from typing import Any
 
 from toast_onnx.report.page import comparisons, speed_of, top1_of
 from toast_onnx.report.page_sources import Sources
-from toast_onnx.report.tables import Table, format_bytes, format_count
+from toast_onnx.report.tables import HARDLY, Table, format_bytes, format_count
 
 FORMAT = "toast-onnx/collection/1"
-#: Below this agreement a model hardly does what the dense one does.
-HARDLY = 0.5
 
 
 @dataclass(frozen=True)

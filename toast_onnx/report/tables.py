@@ -11,6 +11,10 @@ Side = Literal["left", "right"]
 UNITS = ("", " K", " M", " G", " T", " P")
 
 
+#: Below this share of equal answers a model hardly does what the dense one does.
+HARDLY = 0.5
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of cells, and lines under them.

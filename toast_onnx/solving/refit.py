@@ -79,15 +79,30 @@ class Lack:
         return np.clip(values, 0, None), vectors
 
 
+def before_scale(lack: ArrayLike, gamma: ArrayLike | None) -> Array:
+    """What a layer's output lacks, of what the stream behind its layer scale does.
+
+    Args:
+        lack: (tokens, m) in the residual stream.
+        gamma: layer scale (m,); a channel that it switches off lacks nothing. None where there is none.
+    """
+    wanted = np.asarray(lack, np.float64)
+    if gamma is None:
+        return wanted
+    scale = np.broadcast_to(np.asarray(gamma, np.float64), wanted.shape)
+    return np.divide(wanted, scale, out=np.zeros_like(wanted), where=scale != 0)
+
+
 def refit(fit: Lack, judge: Lack) -> tuple[Array, Array, float]:
     """The change of a layer that leaves the least error on samples it was not fitted to.
 
     Args:
-        fit: sums over the samples that the change follows from.
+        fit: sums over the samples that the change follows from; where x has no entries (n = 0), the bias alone changes.
         judge: sums over other samples.
 
     Returns:
         What to add to the weight (n, m) and to the bias (m,), and which of `STRENGTHS` that is.
     """
-    changes = [(*fit.change(strength), strength) for strength in STRENGTHS]
+    strengths = STRENGTHS if fit.cross.size else STRENGTHS[:1]
+    changes = [(*fit.change(strength), strength) for strength in strengths]
     return min(changes, key=lambda each: judge.left(each[0], each[1]))
