@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from toast_onnx.errors import BackendError
 from toast_onnx.report.collection import SORTS, Collection
 from toast_onnx.report.tables import Table
-from toast_onnx_cli.console import print_json, show_table
+from toast_onnx_cli.console import print_json, say_note, show_table
 
 
 def collection_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,18 +25,30 @@ def collection_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def check_collection_page(path: Path | None) -> None:
-    """Make sure, before the work, that a page that is asked for can be made.
+def check_collection_page(instead: str = "") -> None:
+    """Make sure, before the work, that a page can be made.
+
+    Args:
+        instead: how to do without, continuing the sentence.
 
     Raises:
         BackendError: matplotlib or Jinja is not installed.
     """
-    if path is not None:
-        from toast_onnx.report.drawing import require_matplotlib
-        from toast_onnx.report.page import require_jinja
+    from toast_onnx.report.drawing import require_matplotlib
+    from toast_onnx.report.page import require_jinja
 
-        require_matplotlib(", or make no page")
-        require_jinja()
+    require_matplotlib(instead)
+    require_jinja()
+
+
+def can_draw() -> bool:
+    """Whether a page can be made; said where it cannot, for commands that go on without."""
+    try:
+        check_collection_page()
+    except BackendError as error:
+        say_note(f"there will be a table and no page: {error}")
+        return False
+    return True
 
 
 def write_collection_page(

@@ -71,7 +71,8 @@ def command(
         raise click.UsageError("give either --csv or --json")
     models = [file for path in (dense, *pruned) for file in read_files(path)]
     check_destinations([*models, data, preprocess], {"--html": html})
-    check_collection_page(html)
+    if html is not None:
+        check_collection_page(", or leave --html out")
     with sample_progress("comparing") as show:
         found = compare_all(
             dense,

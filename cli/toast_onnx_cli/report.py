@@ -10,7 +10,7 @@ import click
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.report.page_sources import Sources
-from toast_onnx_cli.collections import collection_options, show_collection, write_collection_page
+from toast_onnx_cli.collections import can_draw, collection_options, show_collection, write_collection_page
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.links import links_option
 
@@ -89,11 +89,13 @@ def _many(
     check_destinations(
         [*(each.path for each in found), *(f for each in found for f in _files(each))], {"-o": target}, ["-o"]
     )
+    drawn = can_draw()
     with _as_documents(folder):
         together = [each.ordered(sort) for each in of_runs(found)]
-        write_collection_page(together, title or f"{len(found)} pruned models", target)
+        if drawn:
+            write_collection_page(together, title or f"{len(found)} pruned models", target)
     show_collection(together, as_json, as_csv)
-    if not (as_csv or as_json):
+    if drawn and not (as_csv or as_json):
         click.echo(f"page: {target}")
 
 

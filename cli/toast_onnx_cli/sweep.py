@@ -19,7 +19,7 @@ from toast_onnx.planning.ratios import Ratios
 from toast_onnx.planning.strict_json import read_json
 from toast_onnx.wellformed import blame_model
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options
-from toast_onnx_cli.collections import check_collection_page, collection_options, show_collection, write_collection_page
+from toast_onnx_cli.collections import can_draw, collection_options, show_collection, write_collection_page
 from toast_onnx_cli.console import say_note
 from toast_onnx_cli.destinations import check_destinations, is_overwriting, overwrite_option, read_files
 from toast_onnx_cli.goals import HELD, holdable, measure_all, planned_settings, refuse_unreachable, save_plan
@@ -89,7 +89,7 @@ def command(
         raise click.UsageError("give either --csv or --json")
     folder = output or model.with_name(f"{model.stem}.sweep")
     page, record = folder / "report.html", folder / "sweep.json"
-    check_collection_page(page)
+    drawn = can_draw()
     goals = [Goal("macs" if macs else "params", share) for share in macs or params]
     paths = {goal: folder / f"{model.stem}.{goal.kind}-{goal.value:g}.onnx" for goal in goals}
     dense = study(load_model(model), shapes)
@@ -140,7 +140,7 @@ def command(
             except ConfigError as error:
                 problems[goal] = " ".join(str(error).split())
                 say_note(f"{goal.kind} {goal.value:g}: {problems[goal]}")
-    _end(folder, page, sort, as_csv, as_json, problems)
+    _end(folder, page if drawn else None, sort, as_csv, as_json, problems)
 
 
 def _prune_words(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -150,17 +150,20 @@ def _prune_words(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     return [*words, *(w for name, sizes in shapes.items() for w in ("--shape", f"{name}={'x'.join(map(str, sizes))}"))]
 
 
-def _end(folder: Path, page: Path, sort: str | None, as_csv: bool, as_json: bool, problems: Mapping[Goal, str]) -> None:
-    """Table, page and exit status."""
+def _end(
+    folder: Path, page: Path | None, sort: str | None, as_csv: bool, as_json: bool, problems: Mapping[Goal, str]
+) -> None:
+    """Table, page (where it can be made) and exit status."""
     from toast_onnx.report.collection import of_runs
     from toast_onnx.report.page_sources import find_runs
 
     missed = {f"{goal.kind} {goal.value:g}": text for goal, text in problems.items()}
     if any(folder.glob("*.onnx")):
         together = [each.ordered(sort) for each in of_runs(find_runs([folder]))]
-        write_collection_page(together, folder.name, page, list(missed.items()))
+        if page is not None:
+            write_collection_page(together, folder.name, page, list(missed.items()))
         show_collection(together, as_json, as_csv, {"missed": missed})
-        if not (as_csv or as_json):
+        if page is not None and not (as_csv or as_json):
             click.echo(f"page: {page}")
     if missed:
         raise ConfigError(f"not made: {', '.join(f'{name} ({text})' for name, text in missed.items())}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,14 @@ def test_sizes_share_measurements_and_one_that_cannot_be_reached_stops_no_other(
     dense = json.loads(again.stdout)["dense"]["params"]
     assert all(m["params"] <= share * dense for m, share in zip(models, (0.7, 0.8), strict=True))
     assert "same answers against MACs left" in Path("out/report.html").read_text()
+    Path("out/report.html").unlink()
+    with monkeypatch.context() as bare:
+        bare.setitem(sys.modules, "matplotlib", None)
+        plain = sweep("--params", "0.8")
+    assert plain.exit_code == 0, plain.stderr
+    assert "there will be a table and no page: figures need matplotlib" in plain.stderr
+    assert "m.params-0.8.onnx" in plain.stdout
+    assert not Path("out/report.html").exists()
     other = sweep("--params", "0.8", "--seed", "1")
     assert "out holds results of another seed (0); give another folder with -o" in other.stderr
 
