@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toast_onnx.files import write_bytes
-from toast_onnx.report.tables import HARDLY, Table, format_bytes, format_count
-
-#: Spread of timed rounds above which the machine was too busy to tell.
-NOISY = 0.25
+from toast_onnx.report.tables import HARDLY, Table, busy, format_bytes, format_count
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,9 +149,8 @@ def _latency_words(pruned: dict[str, Any]) -> str:
 def _noise(latency: list[dict[str, Any]] | None) -> tuple[str, ...]:
     """A warning where rounds differ so much that their median says little."""
     spread = max((entry["spread"] for entry in latency or ()), default=0.0)
-    if spread <= NOISY:
-        return ()
-    return (f"latency: this machine was busy, rounds differ by {spread:.0%}; measure again where nothing else runs",)
+    said = busy(spread)
+    return () if said is None else (f"latency: this machine was busy, {said}",)
 
 
 def _agreement(entry: dict[str, Any], more: tuple[str, ...] = ()) -> list[str]:

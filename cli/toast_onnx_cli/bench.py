@@ -10,6 +10,7 @@ import click
 
 from toast_onnx.errors import BackendError
 from toast_onnx.providers import PROVIDERS
+from toast_onnx.report.tables import busy
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
@@ -27,10 +28,6 @@ def sizes(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{text!r} is not a list of batch sizes such as 1,8,64")
     return tuple(int(part) for part in parts)
-
-
-#: Spread of timed rounds above which the machine was too busy to tell.
-NOISY = 0.25
 
 
 @click.command("bench")
@@ -196,9 +193,8 @@ def _print(results: list[dict[str, Any]]) -> None:
     ]
     print_table(["model", "batch", "median ms", "spread", "images/s", "speed-up (quartiles)"], rows)
     for r in results:
-        if r["spread"] > NOISY:
-            text = f"rounds differ by {r['spread']:.0%}; measure again where nothing else runs"
-            click.echo(f"Warning: {r['model']} at batch {r['batch']}: {text}", err=True)
+        if (said := busy(r["spread"])) is not None:
+            click.echo(f"Warning: {r['model']} at batch {r['batch']}: {said}", err=True)
         for warning in r.get("warnings", []):
             click.echo(f"Warning: {r['model']} at batch {r['batch']}: {warning}", err=True)
         if r.get("blocks"):

@@ -53,7 +53,7 @@ def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
     parts = []
     if merged:
         first, last = merged[0]["before"], merged[-1]["after"]
-        parts.append(f"{first} -> {last} in {len(merged)} blocks")
+        parts.append(f"{first} -> {last} in {len(merged)} block{'s' if len(merged) > 1 else ''}")
     parts += [f"{m['before']} -> {m['after']} that are read behind block {m['block']}" for m in dropped]
     proof = tokens["twin"]
     checked = "not checked" if proof is None else f"twin agrees to {proof['worst']:.1e} of scale"

@@ -173,10 +173,14 @@ def test_comparisons_make_a_collection() -> None:
         side: {"file": f"{side}.onnx", "macs": macs, "params": 1, "bytes": 1}
         for side, macs in (("dense", 10), ("pruned", 5))
     }
-    document = comparison() | {"models": sides, "latency": [{"speedup": 1.0}, {"speedup": 2.0}]}
+    document = comparison() | {
+        "models": sides,
+        "latency": [{"speedup": 1.0, "spread": 0.4}, {"speedup": 2.0, "spread": 0.1}],
+    }
     found = of_comparisons([document], [Path("x/p.onnx")])
     assert found.dense.file == "dense.onnx"
     (only,) = found.points
+    assert "speed: this machine was busy, rounds differ by 40%" in " ".join(found.table.lines)
     assert (only.file, only.macs, only.agreement, only.kl, only.error, only.speed, only.samples) == (
         "p.onnx", 5, 0.875, 0.0625, 0.125, 2.0, 64,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 from toast_onnx.report.page import comparisons, speed_of, top1_of
 from toast_onnx.report.page_sources import Sources
-from toast_onnx.report.tables import HARDLY, Table, format_bytes, format_count
+from toast_onnx.report.tables import HARDLY, Table, busy, format_bytes, format_count
 
 FORMAT = "toast-onnx/collection/1"
 
@@ -31,6 +31,7 @@ class Point:
         accuracy: top-1 on labelled samples.
         speed: the dense model's latency over its own.
         samples: number of samples that `agreement`, `kl` and `error` are of.
+        spread: of the timed rounds that `speed` is from, the larger of both models', as a share of the median.
     """
 
     file: str
@@ -43,6 +44,7 @@ class Point:
     accuracy: float | None = None
     speed: float | None = None
     samples: int | None = None
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,10 +183,12 @@ class Collection:
         cells = [[p.file, *(self._cell(c, p) for c in shown), "beaten" if p.file in beaten else ""] for p in rows]
         columns = ("model", *(c.heading for c in shown), "")
         counts = sorted({p.samples for p in self.points if p.samples is not None})
-        lines = (
-            (f"answers on {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} samples",) if counts else ()
-        )
-        return Table(None, columns, cells, None, lines, ("KL", "parameters", ""))
+        lines = []
+        if counts:
+            lines.append(f"answers on {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} samples")
+        if (said := busy(max((p.spread or 0.0 for p in self.points), default=0.0))) is not None:
+            lines.append(f"speed: this machine was busy, {said}")
+        return Table(None, columns, cells, None, tuple(lines), ("KL", "parameters", ""))
 
     def _cell(self, column: Column, point: Point) -> str:
         value = column.of(point)
@@ -276,6 +280,7 @@ def _ran(name: str, sources: Sources) -> Point:
         point,
         accuracy=accuracy[1] if accuracy else None,
         speed=point.speed if speed is None else speed.ratio,
+        spread=point.spread if speed is None else speed.spread,
     )
 
 
@@ -302,6 +307,7 @@ def _compared(
         error=max((o["relative_error"] for o in outputs.values()), default=None),
         speed=latency[1]["speedup"] if latency else None,
         samples=samples if outputs else None,
+        spread=max(entry["spread"] for entry in latency) if latency else None,
     )
 
 

@@ -159,10 +159,12 @@ class Speed:
     Attributes:
         ratio: the dense model's latency over the pruned one's.
         note: which files were timed, and how.
+        spread: of the timed rounds, the larger of both, as a share of the median.
     """
 
     ratio: float
     note: str
+    spread: float
 
 
 def speed_of(sources: Sources) -> Speed | None:
@@ -177,7 +179,9 @@ def speed_of(sources: Sources) -> Speed | None:
             names = [Path(r["model"]).name for r in (dense, pruned)]
             plain = names == [sources.dense.file, sources.pruned.file]
             note = "of the dense model's" if plain else f"{names[1]} over {names[0]}"
-            return Speed(pruned["speedup"] / dense["speedup"], f"{note}, batch {batch}, {pruned['median_ms']:.2f} ms")
+            note += f", batch {batch}, {pruned['median_ms']:.2f} ms"
+            spread = max(timed["spread"] for timed in (dense, pruned))
+            return Speed(pruned["speedup"] / dense["speedup"], note, spread)
     return None
 
 

@@ -13,6 +13,17 @@ UNITS = ("", " K", " M", " G", " T", " P")
 
 #: Below this share of equal answers a model hardly does what the dense one does.
 HARDLY = 0.5
+#: Spread of timed rounds above which the machine was too busy to tell.
+NOISY = 0.25
+
+
+def busy(spread: float) -> str | None:
+    """What to say of timed rounds that differ so much that their median says little; None where they do not.
+
+    Args:
+        spread: of the rounds, as a share of their median.
+    """
+    return f"rounds differ by {spread:.0%}; measure again where nothing else runs" if spread > NOISY else None
 
 
 @dataclass(frozen=True)
