@@ -93,6 +93,8 @@ def test_a_machine_that_merging_makes_slower_has_no_line() -> None:
     merged = tuple(MergedTime(removed={0: r}, macs_share=m, milliseconds=t) for r, m, t in ((1, 0.9, 11), (9, 0.5, 12)))
     common = {"model": "m", "model_sha256": "x", "runtime": {}, "batch": 1, "dense_milliseconds": 10.0, "parts": ()}
     assert CostTable(**common, merged=merged).merged_line() is None  # type: ignore[arg-type]
+    dear = tuple(MergedTime(removed={0: r}, macs_share=m, milliseconds=t) for r, m, t in ((1, 0.9, 13), (9, 0.5, 11)))
+    assert CostTable(**common, merged=dear).merged_line() is None  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a line needs two"):
         CostTable(**common, merged=merged[:1])  # type: ignore[arg-type]
 

@@ -121,14 +121,16 @@ class CostTable(_Strict):
         """Latency by multiply-accumulates of merged models, by least squares.
 
         Returns:
-            None where no merged model was timed, or where merging more is not faster here.
+            None where no merged model was timed, where merging more is not faster here, or where what the merges take
+            is more than all they save.
         """
         if not self.merged:
             return None
         shares = [m.macs_share for m in self.merged]
         times = [m.milliseconds / self.dense_milliseconds for m in self.merged]
         slope, fixed = (float(x) for x in np.polyfit(shares, times, 1))
-        return MergedLine(fixed, slope) if slope > LEAST_SLOPE else None
+        line = MergedLine(fixed, slope)
+        return line if slope > LEAST_SLOPE and line.latency(min(shares)) < 1 else None
 
     def widths(self, block: int, part: Part) -> tuple[int, ...]:
         """Kept counts that were measured for a part of a block, and its dense width; nothing where it was not."""
