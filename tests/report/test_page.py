@@ -278,3 +278,12 @@ def test_every_chart_has_a_text(run: Path) -> None:
     put(run.with_name("compare.json"), comparison())
     html = render_page(find_sources(run))
     assert len(re.findall(r'<figure role="img" aria-label="[^"]{20,}">', html)) == html.count("<figure") == 3
+
+
+@pytest.mark.parametrize("damage", [{"twin": {"worst": 1e-7}}, {"twin": "agrees"}, {"finetune": {"steps": 3}}])
+def test_a_document_changed_by_hand_is_one_line(run: Path, damage: dict[str, object]) -> None:
+    put(run, {**pruning(), **damage})
+    result = CliRunner().invoke(main, ["report", str(run), "-o", str(run.with_suffix(".html"))])
+    assert result.exit_code == 1, result.output
+    assert not run.with_suffix(".html").exists()
+    assert "is not as its command wrote it" in result.output

@@ -56,6 +56,7 @@ def render(template: str, context: dict[str, Any]) -> str:
 
     Raises:
         BackendError: Jinja is not installed.
+        KeyError: the template asks for a value that the documents do not hold.
     """
     jinja2 = require_jinja()
     environment = jinja2.Environment(
@@ -65,7 +66,10 @@ def render(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    text: str = environment.get_template(template).render(context)
+    try:
+        text: str = environment.get_template(template).render(context)
+    except jinja2.UndefinedError as e:
+        raise KeyError(str(e)) from e
     return text
 
 
