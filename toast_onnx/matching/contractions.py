@@ -14,8 +14,7 @@ import numpy as np
 import onnx
 import onnx.helper
 
-from toast_onnx.matching.channels_first import from_softmax
-from toast_onnx.matching.cores import scores_of_softmax
+from toast_onnx.matching.cores import scores_of_softmax, weighs
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.model import Model
@@ -143,7 +142,7 @@ def _spelled(view: GraphView, facts: Facts, i: int) -> _Spelling | None:
     constant = [facts.is_constant(name) for name in node.input]
     if constant in ([False, True], [True, False]):
         return _layer(view, facts, i, found, constant.index(True))
-    if not any(constant) and (scores_of_softmax(view, facts, i) or any(from_softmax(view, n) for n in node.input)):
+    if not any(constant) and (scores_of_softmax(view, facts, i) or any(weighs(view, facts, n) for n in node.input)):
         return _product(view, facts, i, found)
     return None
 
@@ -207,7 +206,7 @@ def _bias_behind(
 def _product(view: GraphView, facts: Facts, i: int, said: Equation) -> _Spelling | None:
     """A contraction of two activations over one letter, with one letter of its own in each operand."""
     node, (a, b), result = view.nodes[i], said.terms, said.result
-    weighing = [from_softmax(view, name) for name in node.input]
+    weighing = [weighs(view, facts, name) for name in node.input]
     # probabilities stay as they lie: an attention core knows them by that
     shared = "".join(c for c in (said.terms[weighing.index(True)] if any(weighing) else result) if c in a and c in b)
     shared = "".join(c for c in shared if c in result)

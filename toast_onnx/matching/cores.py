@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.probe import MOVEMENT, Decline
@@ -17,8 +19,8 @@ _BETWEEN = frozenset(
 )
 #: Operators that hold a whole attention.
 FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
-#: Operators that move probabilities or mix those of different heads.
-_MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv", "Einsum"}
+#: Operators that move scores or probabilities or mix those of different heads.
+_MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv", "Einsum", "LayerNormalization", "BatchNormalization", "Cast"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Core:
         k_dim_axis: axis of the head's dimensions in `k` (-1, or -2 where the keys come transposed).
         heads: number of heads where q, k, v hold heads and dimensions on one axis, else None.
         kv_heads: the same of keys and values, which several queries may share.
+        mixed: whether heads are mixed between the scores and the weighted sum (talking heads, Shazeer et al. 2020): the
+            dimensions of each head stay its own, but no row of the softmax belongs to one head.
     """
 
     kind: str
@@ -48,6 +52,7 @@ class Core:
     k_dim_axis: int = -1
     heads: int | None = None
     kv_heads: int | None = None
+    mixed: bool = False
 
     @property
     def one_width(self) -> bool:
@@ -92,6 +97,9 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
     node = view.nodes[i]
     products = _products_before(view, facts, node.input[0])
     sums = _products_after(view, facts, node.output[0])
+    mixed = _mixed_products(view, facts, i) if not (products and sums) else None
+    if mixed is not None:
+        products, sums = [mixed[0]], [mixed[1]]
     if not sums:
         reader = _reader_before_values(view, facts, node.output[0])
         if reader is None:
@@ -124,8 +132,96 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
         raise Decline("the values come transposed into the weighted sum")
     k_dim_axis = -1 if attribute(product, "transB", 0) else -2
     return Core(
-        "matmul", qk, i, av, product.input[0], product.input[1], total.input[1], total.output[0], k_dim_axis=k_dim_axis
+        "matmul",
+        qk,
+        i,
+        av,
+        product.input[0],
+        product.input[1],
+        total.input[1],
+        total.output[0],
+        k_dim_axis,
+        mixed=mixed is not None,
     )
+
+
+def _mixed_products(view: GraphView, facts: Facts, i: int) -> tuple[int, int] | None:
+    """Scores and weighted sum around a Softmax where heads are mixed (talking heads) or subtracted (differential).
+
+    Nothing but constants may join on the way, and every matrix on it must contract over the heads: whatever is done to
+    finished scores, a head's dimensions have been summed before it, and are multiplied into V after it.
+    """
+    scores = _only_source(view, facts, view.nodes[i].input[0])
+    total = (
+        None
+        if scores is None or not _is_product(view, facts, scores[0])
+        else _only_reader(view, facts, view.nodes[i].output[0])
+    )
+    if scores is None or total is None:
+        return None
+    shape = facts.shape(view.nodes[scores[0]].output[0]) or ()
+    taken = facts.shape(view.nodes[total[0]].input[0]) or ()
+    heads = shape[-3] if len(shape) > 2 else 0
+    matrices = [view.nodes[n] for n in (*scores[1], *total[1]) if view.nodes[n].op_type in ("MatMul", "Gemm", "Conv")]
+    sides = [facts.shape(name) or () for node in matrices for name in node.input[:2] if facts.is_constant(name)]
+    mixing = all(np.prod(side) == heads * max(side) and heads in side for side in sides)
+    return (scores[0], total[0]) if heads and taken[-2:] == shape[-2:] and mixing else None
+
+
+def _only_source(view: GraphView, facts: Facts, tensor: str) -> tuple[int, list[int]] | None:
+    """The one activation product that all of a tensor comes from, and the nodes on the way; else None."""
+    found: set[int] = set()
+    seen: dict[int, None] = {}
+    pending = [tensor]
+    while pending:
+        i = view.producer.get(pending.pop())
+        if i is None:
+            return None
+        if i in seen or i in found:
+            continue
+        if _meets(view, facts, i):
+            found.add(i)
+        elif view.nodes[i].op_type in _BETWEEN | _MIXING:
+            seen[i] = None
+            pending.extend(_data(view, facts, i))
+        else:
+            return None
+        if len(found) > 1:
+            return None
+    return (found.pop(), list(seen)) if found else None
+
+
+def _data(view: GraphView, facts: Facts, i: int) -> list[str]:
+    """Inputs of a node that hold data which changes; what movement goes by (shapes, positions) is none."""
+    node = view.nodes[i]
+    names = node.input[:1] if node.op_type in MOVEMENT - {"Concat"} else node.input
+    return [name for name in names if name and not facts.is_constant(name)]
+
+
+def _only_reader(view: GraphView, facts: Facts, tensor: str) -> tuple[int, list[int]] | None:
+    """The one activation product that takes up all of a tensor as its first operand, and the nodes on the way."""
+    found: set[int] = set()
+    seen: dict[int, None] = {}
+    reached = {tensor}
+    pending = [tensor]
+    while pending:
+        name = pending.pop()
+        for i in view.consumers.get(name, []):
+            node = view.nodes[i]
+            if node.op_type in ("Shape", "Size") or i in seen:
+                continue
+            if _is_product(view, facts, i):
+                if node.input[0] != name or len(found | {i}) > 1:
+                    return None
+                found.add(i)
+                continue
+            if node.op_type not in _BETWEEN | _MIXING:
+                return None
+            seen[i] = None
+            reached.update(node.output)
+            pending.extend(node.output)
+    alone = all(name in reached for n in seen for name in _data(view, facts, n))
+    return (found.pop(), list(seen)) if found and alone else None
 
 
 def _is_product(view: GraphView, facts: Facts, i: int, learned: bool = False) -> bool:
@@ -159,7 +255,10 @@ def _fed_by_product(view: GraphView, facts: Facts, tensor: str) -> bool:
 
 
 def scores_of_softmax(view: GraphView, facts: Facts, i: int) -> bool:
-    """Whether a Softmax takes a node's output through scale, mask and shape nodes."""
+    """Whether a Softmax takes a node's output through scale, mask and shape nodes, or alone with its heads mixed."""
+    softmaxes = (node for node in view.nodes if node.op_type == "Softmax")
+    if any((found := _only_source(view, facts, node.input[0])) is not None and found[0] == i for node in softmaxes):
+        return True
     seen: set[str] = set()
     pending = list(view.nodes[i].output)
     while pending:
@@ -173,6 +272,15 @@ def scores_of_softmax(view: GraphView, facts: Facts, i: int) -> bool:
             if view.nodes[reader].op_type in _BETWEEN:
                 pending.extend(view.nodes[reader].output)
     return False
+
+
+def weighs(view: GraphView, facts: Facts, tensor: str) -> bool:
+    """Whether a tensor holds the probabilities of a Softmax, as they are or with their heads mixed by constants."""
+    node = view.producer_of(tensor)
+    while node is not None and node.op_type in _BETWEEN | _MIXING:
+        (tensor, *others) = [n for n in node.input if n and not facts.is_constant(n)] or [""]
+        node = None if others else view.producer_of(tensor)
+    return node is not None and node.op_type == "Softmax"
 
 
 def _before(view: GraphView, facts: Facts, tensor: str) -> list[int]:
