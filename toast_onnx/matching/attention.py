@@ -20,10 +20,11 @@ from toast_onnx.matching.groups import shared_heads
 from toast_onnx.matching.head_norms import HeadNorm, match_norm
 from toast_onnx.matching.layout import Layout, check_spelling, invert_labels, read_layout
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.probe import Decline, Walk, before_repeats, check_readers, propagate, walk_back, walk_forward
+from toast_onnx.matching.probe import Walk, before_repeats, check_readers, propagate, walk_back, walk_forward
 from toast_onnx.matching.value_side import SidePath, find_side, match_side
+from toast_onnx.reasons import Decline, Kind, Reason
 
-Outcome = tuple[Branch | None, str | None]
+Outcome = tuple[Branch | None, Reason | None]
 
 
 def match_attention(
@@ -43,9 +44,9 @@ def match_attention(
     """
     q_shape, v_shape, k_shape = facts.shape(core.q), facts.shape(core.v), facts.shape(core.k)
     if q_shape is None or v_shape is None or k_shape is None:
-        raise Decline("the shapes of the attention's operands cannot be inferred")
+        raise Kind.SHAPE.decline("the shapes of the attention's operands cannot be inferred")
     walks: dict[str, Walk] = {}
-    reasons: dict[str, str] = {}
+    reasons: dict[str, Reason] = {}
     for name, tensor in (("Q", core.q), ("K", core.k), ("V", core.v)):
         try:
             walks[name] = walk_back(view, facts, linears, tensor, name)
@@ -53,14 +54,14 @@ def match_attention(
             if name != "Q":
                 walks[name] = before_repeats(view, facts, walks[name], name)
         except Decline as e:
-            reasons[name] = str(e)
+            reasons[name] = e.reason
     path = find_side(view, facts, walks["V"].linear, core.context) if "V" in walks else None
     if path is not None:
         try:
             return _with_layouts(view, facts, other, linears, core, walks, reasons, path)
         except Decline as e:
             found = _with_layouts(view, facts, other, linears, core, walks, reasons, None)
-            return replace(found, vo_reason=f"{found.vo_reason}; {e}" if found.vo_reason else str(e))
+            return replace(found, vo_reason=found.vo_reason.then(e.reason) if found.vo_reason else e.reason)
     return _with_layouts(view, facts, other, linears, core, walks, reasons, None)
 
 
@@ -71,7 +72,7 @@ def _with_layouts(
     linears: Mapping[str, Linear],
     core: Core,
     found_walks: Mapping[str, Walk],
-    reasons: Mapping[str, str],
+    reasons: Mapping[str, Reason],
     path: SidePath | None,
 ) -> Attention:
     """The attention behind the ways that were found.
@@ -92,36 +93,24 @@ def _with_layouts(
     divisions = _length_divisions(view, facts, core, q, k)
     if divisions and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
         qk_reason = None
-    regions: tuple[DimRegion, ...] = ()
-    norms: tuple[HeadNorm, ...] = ()
-    units = None
+    norms, regions, units = tuple[HeadNorm, ...](), tuple[DimRegion, ...](), None
     if qk_reason is not None and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
-        branches = [b for b in (q, k, v) if b is not None]
-        try:
-            regions, units = _regions(view, facts, core, branches)
-            qk_reason = None
-        except Decline as e:
-            try:
-                norms, regions, units = _behind_norms(view, facts, core, branches)
-                qk_reason = None
-            except Decline as why:
-                half = facts.elem_type(branches[0].walk.target) != onnx.TensorProto.FLOAT
-                qk_reason = f"{qk_reason}; {why if half else e}"
+        norms, regions, units, qk_reason = _between(view, facts, core, [b for b in (q, k, v) if b], qk_reason)
     qk_groups = vo_groups = None
     if q is not None and k is not None:
         try:
             k, qk_groups = shared_heads(view, facts, core, k, "K", q.layout, bool(regions))
         except Decline as e:
-            qk_reason = str(e)
+            qk_reason = e.reason
     if v is not None and proj is not None:
         try:
             v, vo_groups = shared_heads(view, facts, core, v, "V", proj.layout, False)
         except Decline as e:
-            vo_reason = str(e)
+            vo_reason = e.reason
     side = None
     if path is not None:
         if v is None or proj is None or vo_reason is not None:
-            raise Decline(vo_reason or "V and the output projection were not found")
+            raise Decline(vo_reason or Kind.NO_LAYER.says("V and the output projection were not found"))
         allowed = {i for w in walks.values() for i in w.nodes} | set(core.nodes) | beside
         side = match_side(view, facts, other, path, v, proj, allowed)
     heads = _num_heads(core, q_shape, [b for b in (q, proj, k, v) if b is not None])
@@ -145,13 +134,14 @@ def _with_layouts(
         vo_groups=vo_groups,
     )
     if found.grouped:
-        return replace(found, heads_reason="several heads of queries share keys or values")
+        return replace(found, heads_reason=Kind.GROUPED.says("several heads of queries share keys or values"))
     if side is not None:
-        return replace(found, heads_reason="the values are also convolved beside the attention, all heads at once")
+        text = "the values are also convolved beside the attention, all heads at once"
+        return replace(found, heads_reason=Kind.CONVOLVED.says(text))
     try:
         return replace(found, head_region=match_heads(view, facts, other, found))
     except Decline as e:
-        return replace(found, heads_reason=str(e))
+        return replace(found, heads_reason=e.reason)
 
 
 def _num_heads(core: Core, q_shape: Sequence[int], branches: Sequence[Branch]) -> int:
@@ -160,6 +150,20 @@ def _num_heads(core: Core, q_shape: Sequence[int], branches: Sequence[Branch]) -
     before = [b.layout.num_heads for b in branches if b.walk.blocked is not None]
     own = [core.heads] if core.heads else [q_shape[-3]] if len(q_shape) > 3 else []
     return [*followed, *own, *before, 1][0]
+
+
+def _between(
+    view: GraphView, facts: Facts, core: Core, branches: Sequence[Branch], blocked: Reason
+) -> tuple[tuple[HeadNorm, ...], tuple[DimRegion, ...], np.ndarray | None, Reason | None]:
+    """Norms, regions and units of what blocks queries and keys; nothing, and the reason, where it is not understood."""
+    try:
+        return (), *_regions(view, facts, core, branches), None
+    except Decline as e:
+        try:
+            return *_behind_norms(view, facts, core, branches), None
+        except Decline as why:
+            half = facts.elem_type(branches[0].walk.target) != onnx.TensorProto.FLOAT
+            return (), (), None, blocked.then((why if half else e).reason)
 
 
 def _regions(
@@ -187,7 +191,7 @@ def _behind_norms(
     """Norms of queries and keys, and what lies between them and the scores."""
     norms = tuple(match_norm(view, facts, core.nodes, b.walk.target) for b in branches[:2])
     if any(norm.gain.size != branches[0].layout.head_dim for norm in norms):
-        raise Decline("the norm runs over more than the dimensions of a head")
+        raise Kind.NORM.decline("the norm runs over more than the dimensions of a head")
     found, units = _regions_from(view, facts, core, branches, norms[0].end, norms[1].end)
     return norms, tuple(replace(region, plain=False) for region in found), units
 
@@ -206,7 +210,7 @@ def _same_scale(
     view: GraphView, facts: Facts, other: Facts, linears: Mapping[str, Linear], tensor: str, name: str, walk: Walk
 ) -> None:
     if walk.scale != walk_back(view, other, linears, tensor, name).scale:
-        raise Decline(f"the scale of {name} changes with the input's shape")
+        raise Kind.SCALE.decline("the scale of {part} changes with the input's shape", part=name)
 
 
 def _operand(
@@ -216,7 +220,7 @@ def _operand(
     core: Core,
     name: str,
     walks: Mapping[str, Walk],
-    reasons: Mapping[str, str],
+    reasons: Mapping[str, Reason],
     beside: frozenset[int],
 ) -> Outcome:
     if name in reasons:
@@ -238,7 +242,7 @@ def _operand(
         allowed = {i for w in shared for i in w.nodes} | set(core.nodes) | beside
         check_readers(view, [t for t in labelled if t not in ends], allowed, name)
     except Decline as e:
-        return None, walk.blocked or str(e)
+        return None, walk.blocked or e.reason
     return Branch(walk, layout), walk.blocked
 
 
@@ -249,9 +253,9 @@ def _complete_layers(outcomes: dict[str, Outcome]) -> None:
             continue
         partners = [b for b, _ in outcomes.values() if b is not None and b.linear.output == branch.linear.output]
         if sum(b.layout.channels.size for b in partners) != branch.linear.out_features:
-            others = "; ".join(reason for b, reason in outcomes.values() if b is None and reason is not None)
-            reason = f"its layer also makes channels that are not understood ({others or 'none of Q, K and V'})"
-            outcomes[name] = (branch, f"{name}: {reason}")
+            others = "; ".join(str(reason) for b, reason in outcomes.values() if b is None and reason is not None)
+            text = "{part}: its layer also makes channels that are not understood ({others})"
+            outcomes[name] = branch, Kind.PACKED.says(text, part=name, others=others or "none of Q, K and V")
 
 
 def _before_outsiders(
@@ -273,7 +277,7 @@ def _before_outsiders(
         ]
         if outside and tensor != walk.linear.output:
             before = tuple(i for i in walk.nodes if i <= view.producer[tensor])
-            reason = f"{name} is also read by {view.label(outside[0])}"
+            reason = Kind.READ.says("{part} is also read by {node}", part=name, node=view.label(outside[0]))
             return Walk(walk.linear, tensor, before, 1.0, reason)
     return walk
 
@@ -329,7 +333,7 @@ def _layout(
     labels = propagate(view, facts, walk.nodes, source)
     shape, other_shape, other_target = facts.shape(source), other.shape(source), other.shape(target)
     if target not in labels or shape is None or other_shape is None or other_target is None:
-        raise Decline(f"the way of {what} from its linear layer cannot be followed")
+        raise Kind.UNFOLLOWED.decline("the way of {part} from its linear layer cannot be followed", part=what)
     axis = walk.linear.channel_axis % len(shape)
     return read_layout(labels[target], shape, other_shape, other_target, axis, dim_axis, what, heads)
 
@@ -347,9 +351,9 @@ def _projection(
         context, arrived = facts.shape(core.context), facts.shape(walk.target)
         other_context, other_arrived = other.shape(core.context), other.shape(walk.target)
         if context is None or arrived is None or other_context is None or other_arrived is None:
-            raise Decline(f"the shape of {what} cannot be inferred")
+            raise Kind.SHAPE.decline("the shape of {part} cannot be inferred", part=what)
         if walk.target not in labels:
-            raise Decline(f"the way of {what} to its projection cannot be followed")
+            raise Kind.UNFOLLOWED.decline("the way of {part} to its projection cannot be followed", part=what)
         inverse = invert_labels(labels[walk.target], context, what)
         axis = walk.linear.channel_axis % len(arrived)
         layout = read_layout(inverse, arrived, other_arrived, other_context, axis, -1, what, core.heads)
@@ -357,5 +361,5 @@ def _projection(
         tensors = [name for name in labels if name != walk.target] + [walk.target]
         check_readers(view, tensors, [*walk.nodes, walk.linear.node], what)
     except Decline as e:
-        return None, str(e)
+        return None, e.reason
     return Branch(walk, layout), None

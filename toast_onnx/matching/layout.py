@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from toast_onnx.matching.probe import Decline
+from toast_onnx.reasons import Decline, Kind
 
 HEAD = -1
 DIM = -2
@@ -96,7 +96,7 @@ def read_layout(
         Decline: the labels are incomplete, mixed, or follow no such pattern.
     """
     if (labels == 0).any():
-        raise Decline(f"{what} contains values that do not come from its linear layer")
+        raise Kind.UNFOLLOWED.decline("{part} contains values that do not come from its linear layer", part=what)
     rank = labels.ndim
     dim_axis %= rank
     channel_axis %= len(sizes)
@@ -112,7 +112,7 @@ def read_layout(
             axes.append(_factors(profile, channel_axis, what))
     head_factors = [f for factors in axes for f in factors if f.source == HEAD]
     if len(head_factors) > 1:
-        raise Decline(f"{what}: heads lie along more than one axis")
+        raise Kind.LAYOUT.decline("{part}: heads lie along more than one axis", part=what)
     _check_tiling(axes, sizes, channel_axis, what)
     channels = _channel_table(coordinates[channel_axis], axes, what)
     _check_reconstruction(coordinates, axes, channels, channel_axis, what)
@@ -175,7 +175,7 @@ def invert_labels(labels: np.ndarray, shape: tuple[int, ...], what: str) -> np.n
     inverse = np.zeros(int(np.prod(shape)) + 1, np.int64)
     inverse[flat] = np.arange(1, flat.size + 1)
     if flat.size != inverse.size - 1 or (inverse[1:] == 0).any():
-        raise Decline(f"{what} does not reach its projection one to one")
+        raise Kind.UNFOLLOWED.decline("{part} does not reach its projection one to one", part=what)
     return inverse[1:].reshape(shape)
 
 
@@ -186,7 +186,9 @@ def _factors(profile: np.ndarray, channel_axis: int, what: str) -> list[Factor]:
         return []
     changed = np.flatnonzero(profile[:, 1] != profile[:, 0])
     if changed.size != 1:
-        raise Decline(f"{what}: one of its axes mixes channels and positions in a way that is not understood")
+        raise Kind.LAYOUT.decline(
+            "{part}: one of its axes mixes channels and positions in a way that is not understood", part=what
+        )
     k = int(changed[0])
     others = np.delete(profile, k, axis=0)
     same = (others == others[:, :1]).all(axis=0)
@@ -198,18 +200,20 @@ def _factors(profile: np.ndarray, channel_axis: int, what: str) -> list[Factor]:
         steps = same & (profile[k] == profile[k, 0] + stride * np.arange(extent))
     size = int(np.argmin(steps)) if not steps.all() else extent
     if extent % size or size < 2:
-        raise Decline(f"{what}: one of its axes follows no regular pattern")
+        raise Kind.LAYOUT.decline("{part}: one of its axes follows no regular pattern", part=what)
     return [*_factors(profile[:, ::size], channel_axis, what), Factor(source, stride, size)]
 
 
 def _dim_factors(profile: np.ndarray, channel_axis: int, heads: int | None, what: str) -> list[Factor]:
     if (np.delete(profile, channel_axis, axis=0) != np.delete(profile, channel_axis, axis=0)[:, :1]).any():
-        raise Decline(f"{what}: the dimensions of a head come from different positions")
+        raise Kind.LAYOUT.decline("{part}: the dimensions of a head come from different positions", part=what)
     extent = profile.shape[1]
     if heads is None:
         return [Factor(DIM, 0, extent)]
     if extent % heads:
-        raise Decline(f"{what}: {extent} channels do not divide into {heads} heads")
+        raise Kind.NUMBERS.decline(
+            "{part}: {extent} channels do not divide into {heads} heads", part=what, extent=extent, heads=heads
+        )
     return [Factor(HEAD, 0, heads), Factor(DIM, 0, extent // heads)]
 
 
@@ -220,10 +224,10 @@ def _check_tiling(axes: list[list[Factor]], sizes: tuple[int, ...], channel_axis
         stride = 1
         for factor in sorted((f for a in axes for f in a if f.source == source), key=lambda f: f.stride):
             if factor.stride != stride:
-                raise Decline(f"{what}: positions are repeated, skipped or reordered on the way")
+                raise Kind.LAYOUT.decline("{part}: positions are repeated, skipped or reordered on the way", part=what)
             stride *= factor.size
         if stride != extent:
-            raise Decline(f"{what}: only part of the positions arrives")
+            raise Kind.LAYOUT.decline("{part}: only part of the positions arrives", part=what)
 
 
 def _channel_table(channel: np.ndarray, axes: list[list[Factor]], what: str) -> np.ndarray:
@@ -272,9 +276,9 @@ def _check_reconstruction(
                 expected[factor.source] += factor.stride * step
     expected[channel_axis] = channels[head, dim]
     if not np.array_equal(expected, coordinates):
-        raise Decline(f"{what}: channels and positions are mixed on the way")
+        raise Kind.LAYOUT.decline("{part}: channels and positions are mixed on the way", part=what)
     if np.unique(channels).size != channels.size:
-        raise Decline(f"{what}: one channel is used twice")
+        raise Kind.LAYOUT.decline("{part}: one channel is used twice", part=what)
 
 
 def _other_extents(
@@ -311,9 +315,9 @@ def _other_extents(
                 known[missing[0]] = extent // rest
                 progress = True
     if len(known) < len(places):
-        raise Decline(f"{what}: a dynamic axis is split and merged at once")
+        raise Kind.DYNAMIC.decline("{part}: a dynamic axis is split and merged at once", part=what)
     if any(int(np.prod([known[p] for p in members], dtype=np.int64)) != extent for members, extent in products):
-        raise Decline(f"{what}: its layout changes with the input's shape")
+        raise Kind.DYNAMIC.decline("{part}: its layout changes with the input's shape", part=what)
     return [[known[a, k] for k in range(len(factors))] for a, factors in enumerate(axes)]
 
 
@@ -334,6 +338,8 @@ def check_spelling(layout: Layout, what: str, backwards: bool = False) -> None:
         every = [f for factors in layout.axes for f in factors if f.source >= 0 and f.dynamic]
         open_ = [f for f in every if f.size != layout.sizes[f.source]]
     if len(open_) > 1:
-        raise Decline(
-            f"{what} merges {len(open_)} dynamic extents, which cannot be told apart; export with a fixed image size"
+        raise Kind.DYNAMIC.decline(
+            "{part} merges {extents} dynamic extents, which cannot be told apart; export with a fixed image size",
+            part=what,
+            extents=len(open_),
         )

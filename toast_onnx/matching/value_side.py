@@ -17,7 +17,8 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.layout import Layout, check_spelling, read_layout
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.probe import Decline, check_readers, data_inputs, is_plain, passes, propagate
+from toast_onnx.matching.probe import check_readers, data_inputs, is_plain, passes, propagate
+from toast_onnx.reasons import Kind
 
 _WHAT = "the part of V that is convolved"
 _AXIS = 1  # of the channels, in what a convolution reads
@@ -122,7 +123,7 @@ def match_side(
     """
     kinds = {facts.elem_type(name) for name in (v.linear.output, path.start, path.end, proj.linear.input)}
     if len(kinds) > 1:
-        raise Decline(f"{_WHAT} changes its precision on the way")
+        raise Kind.SCALE.decline("{part} changes its precision on the way", part=_WHAT)
     entered = propagate(view, facts, path.enter, v.linear.output)
     check_readers(view, [name for name in entered if name != v.linear.output], allowed, "V")
     made = [name for i in path.nodes for name in view.nodes[i].output]
@@ -134,10 +135,12 @@ def match_side(
     target, axis = proj.linear.input, proj.linear.channel_axis
     leave = _layout(facts, other, left[target], path.end, target, _AXIS, axis, heads)
     if not np.array_equal(enter.channels, v.layout.channels):
-        raise Decline(f"{_WHAT} has its heads in another order than the attention")
+        raise Kind.CONVOLVED.decline("{part} has its heads in another order than the attention", part=_WHAT)
     arrived = leave.channels.reshape(-1)[proj.layout.channels]  # (heads, dim) channel of the convolution
     if not np.array_equal(arrived.reshape(-1), np.arange(heads * dim)):
-        raise Decline(f"{_WHAT} is added to other dimensions of the weighted sum than it is made of")
+        raise Kind.CONVOLVED.decline(
+            "{part} is added to other dimensions of the weighted sum than it is made of", part=_WHAT
+        )
     return ValueSide(path.enter, path.start, path.nodes, path.end, path.leave, enter, leave)
 
 
@@ -153,7 +156,7 @@ def _layout(
 ) -> Layout:
     shape, other_shape, other_target = facts.shape(source), other.shape(source), other.shape(target)
     if shape is None or other_shape is None or other_target is None:
-        raise Decline(f"the shape of {_WHAT} cannot be inferred")
+        raise Kind.SHAPE.decline("the shape of {part} cannot be inferred", part=_WHAT)
     layout = read_layout(
         labels, shape, other_shape, other_target, channel_axis % len(shape), dim_axis, _WHAT, heads=heads
     )

@@ -14,7 +14,8 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.span import residual_sum
 from toast_onnx.matching.study import Study
-from toast_onnx.tokens.follow import Flow, TokenSequence, Unfollowed, follow
+from toast_onnx.reasons import Decline, Kind, Reason
+from toast_onnx.tokens.follow import Flow, TokenSequence, follow
 from toast_onnx.tokens.special import learned_tokens
 
 #: First opset with every operator that merging is written with.
@@ -37,7 +38,7 @@ class MergePoint:
     block: int
     tensor: str | None
     sequence: int
-    reason: str | None
+    reason: Reason | None
     drops: tuple[tuple[str, int], ...] = ()
 
 
@@ -68,7 +69,7 @@ def study_tokens(study: Study) -> TokenStudy:
     view, facts, other = study.view, study.facts, study.other
     cores = find_cores(view, facts)[0]
     sequences: list[TokenSequence] = []
-    found: list[tuple[Block, str | None, int, str | None]] = []
+    found: list[tuple[Block, str | None, int, Reason | None]] = []
     flows: list[Flow] = []
     for block in study.match.blocks:
         try:
@@ -78,13 +79,13 @@ def study_tokens(study: Study) -> TokenStudy:
                 sequence = _new_sequence(view, facts, other, skip)
                 flow = follow(view, facts, other, sequence, {}, _nodes(cores))
                 if not _holds(flow, tensor):
-                    raise Unfollowed("its tokens are not those that enter it")
+                    raise Kind.ALL.decline("its tokens are not those that enter it")
                 sequences.append(sequence)
                 flows.append(flow)
                 number = len(flows) - 1
             found.append((block, tensor, number, None))
-        except (Unfollowed, MatchError) as e:
-            found.append((block, None, -1, str(e)))
+        except Decline as e:
+            found.append((block, None, -1, e.reason))
     points: dict[int, MergePoint] = {
         block.index: MergePoint(block.index, tensor, number, reason) for block, tensor, number, reason in found
     }
@@ -113,7 +114,7 @@ def _leave_out_lost(
         flow = follow(study.view, study.facts, study.other, sequence, stages, _nodes(cores))
         for p in chosen:
             if p.tensor not in flow.tokens:
-                reason = "a sum in front of it joins tokens of different places in the network"
+                reason = Kind.PLACES.says("a sum in front of it joins tokens of different places in the network")
                 points[p.block] = replace(p, reason=reason, drops=())
 
 
@@ -125,15 +126,18 @@ def _sum(view: GraphView, facts: Facts, block: Block) -> tuple[str, str]:
     """(the attention's sum with the residual stream, the stream before it)."""
     attention = block.attention
     if attention is None:
-        raise Unfollowed("it has no attention")
+        raise Kind.NO_PART.decline("it has no attention")
     if attention.proj is None:
-        raise Unfollowed(attention.vo_reason or "its output projection was not found")
+        raise Decline(attention.vo_reason or Kind.NO_LAYER.says("its output projection was not found"))
     if view.model.opset < OPSET:
-        raise Unfollowed(f"the graph's opset {view.model.opset} is older than {OPSET}")
-    tensor = residual_sum(view, facts, attention.proj.linear)
+        raise Kind.OPSET.decline("the graph's opset {opset} is older than {least}", opset=view.model.opset, least=OPSET)
+    try:
+        tensor = residual_sum(view, facts, attention.proj.linear)
+    except MatchError as e:
+        raise Kind.NO_PART.decline("{error}", error=e) from e
     shape = facts.shape(tensor)
     if shape is None or len(shape) != 3:
-        raise Unfollowed("its tokens lie on a grid (windows), not in one sequence")
+        raise Kind.WINDOWS.decline("its tokens lie on a grid (windows), not in one sequence")
     node = view.nodes[view.producer[tensor]]
     behind = _follows(view, facts, attention, node.input[0])
     return tensor, node.input[1] if behind else node.input[0]
@@ -168,36 +172,36 @@ def _holds(flow: Flow, tensor: str) -> bool:
 def _new_sequence(view: GraphView, facts: Facts, other: Facts, tensor: str) -> TokenSequence:
     shape, elsewhere = facts.shape(tensor), other.shape(tensor)
     if shape is None or elsewhere is None or len(shape) != 3:
-        raise Unfollowed("its tokens lie on a grid (windows), not in one sequence")
+        raise Kind.WINDOWS.decline("its tokens lie on a grid (windows), not in one sequence")
     if shape[1] != elsewhere[1]:
-        raise Unfollowed("the number of its tokens changes with the input's size; export with a fixed size")
+        raise Kind.DYNAMIC.decline("the number of its tokens changes with the input's size; export with a fixed size")
     if facts.is_constant(tensor):
-        raise Unfollowed("its tokens are learned queries, not made of the input")
+        raise Kind.CONSTANT.decline("its tokens are learned queries, not made of the input")
     learned = learned_tokens(view, facts, tensor)
     if learned.all():
-        raise Unfollowed("its tokens are learned queries, not made of the input")
+        raise Kind.CONSTANT.decline("its tokens are learned queries, not made of the input")
     front = int(np.argmin(learned))
     back = int(np.argmin(learned[::-1]))
     if learned[front : learned.size - back].any():
-        raise Unfollowed("learned tokens stand among those of the image")
+        raise Kind.AMONG.decline("learned tokens stand among those of the image")
     return TokenSequence(tensor, shape[1], front, back)
 
 
 def _reason(
     study: Study, sequence: TokenSequence, flow: Flow, block: Block, tensor: str, cores: Sequence[Core]
-) -> str | None:
+) -> Reason | None:
     """Why tokens cannot be merged behind a block's attention; None when they can."""
     view = study.view
     if sequence.count - sequence.front - sequence.back < 2:
-        return "there are no two tokens to merge"
+        return Kind.FEW.says("there are no two tokens to merge")
     if -1 in flow.refused:
         return flow.refused[-1]
     assert block.attention is not None
     own = flow.refused.get(block.attention.core.qk)
     if own is not None:
-        return f"its own attention needs every token: {own}"
+        return own.within("its own attention needs every token: {}", own.part)
     if tensor not in flow.tokens:
-        return "something in front of it needs every token"
+        return Kind.ALL.says("something in front of it needs every token")
     at = view.producer[tensor]
     behind = [c for c in cores if c.qk > at and any(n in flow.tokens for n in (c.q, c.k, c.v))]
     if behind:
