@@ -13,7 +13,7 @@ from toast_onnx.matching.cores import Core
 from toast_onnx.matching.cosine import length_division
 from toast_onnx.matching.dims import DimRegion, Operand, match_dims
 from toast_onnx.matching.droppable_heads import match_heads
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.flattening import before_flattening
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.groups import shared_heads
@@ -27,21 +27,18 @@ from toast_onnx.reasons import Decline, Kind, Reason
 Outcome = tuple[Branch | None, Reason | None]
 
 
-def match_attention(
-    view: GraphView, facts: Facts, other: Facts, linears: Mapping[str, Linear], core: Core
-) -> Attention:
+def match_attention(probe: Probe, linears: Mapping[str, Linear], core: Core) -> Attention:
     """Find the linear layers of an attention core.
 
     Args:
-        view: the graph.
-        facts: facts at the probed shapes (two or more batch items and tokens).
-        other: facts at other input shapes; differences mark what is dynamic.
+        probe: the graph and its facts.
         linears: the graph's linear layers by output.
         core: the attention core.
 
     Raises:
         Decline: the operands' shapes are unknown.
     """
+    view, facts = probe.view, probe.facts
     q_shape, v_shape, k_shape = facts.shape(core.q), facts.shape(core.v), facts.shape(core.k)
     if q_shape is None or v_shape is None or k_shape is None:
         raise Kind.SHAPE.decline("the shapes of the attention's operands cannot be inferred")
@@ -50,7 +47,7 @@ def match_attention(
     for name, tensor in (("Q", core.q), ("K", core.k), ("V", core.v)):
         try:
             walks[name] = walk_back(view, facts, linears, tensor, name)
-            _same_scale(view, facts, other, linears, tensor, name, walks[name])
+            _same_scale(probe, linears, tensor, name, walks[name])
             if name != "Q":
                 walks[name] = before_repeats(view, facts, walks[name], name)
         except Decline as e:
@@ -58,17 +55,15 @@ def match_attention(
     path = find_side(view, facts, walks["V"].linear, core.context) if "V" in walks else None
     if path is not None:
         try:
-            return _with_layouts(view, facts, other, linears, core, walks, reasons, path)
+            return _with_layouts(probe, linears, core, walks, reasons, path)
         except Decline as e:
-            found = _with_layouts(view, facts, other, linears, core, walks, reasons, None)
+            found = _with_layouts(probe, linears, core, walks, reasons, None)
             return replace(found, vo_reason=found.vo_reason.then(e.reason) if found.vo_reason else e.reason)
-    return _with_layouts(view, facts, other, linears, core, walks, reasons, None)
+    return _with_layouts(probe, linears, core, walks, reasons, None)
 
 
 def _with_layouts(
-    view: GraphView,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     linears: Mapping[str, Linear],
     core: Core,
     found_walks: Mapping[str, Walk],
@@ -80,14 +75,15 @@ def _with_layouts(
     Raises:
         Decline: what is made of the values beside the weighted sum is not understood; without `path` never.
     """
+    view, facts = probe.view, probe.facts
     q_shape, v_shape = facts.shape(core.q) or (), facts.shape(core.v) or ()
     walks = dict(found_walks)
     beside = frozenset[int]() if path is None else path.readers
     for name in walks:
         walks[name] = _before_outsiders(view, facts, core, walks, name, beside)
-    outcomes = {name: _operand(view, facts, other, core, name, walks, reasons, beside) for name in ("Q", "K", "V")}
+    outcomes = {name: _operand(probe, core, name, walks, reasons, beside) for name in ("Q", "K", "V")}
     _complete_layers(outcomes)
-    proj, proj_reason = _projection(view, facts, other, core, linears, None if path is None else path.total)
+    proj, proj_reason = _projection(probe, core, linears, None if path is None else path.total)
     (q, q_reason), (k, k_reason), (v, v_reason) = (outcomes[n] for n in "QKV")
     qk_reason, vo_reason = q_reason or k_reason, v_reason or proj_reason
     divisions = _length_divisions(view, facts, core, q, k)
@@ -112,7 +108,7 @@ def _with_layouts(
         if v is None or proj is None or vo_reason is not None:
             raise Decline(vo_reason or Kind.NO_LAYER.says("V and the output projection were not found"))
         allowed = {i for w in walks.values() for i in w.nodes} | set(core.nodes) | beside
-        side = match_side(view, facts, other, path, v, proj, allowed)
+        side = match_side(probe, path, v, proj, allowed)
     heads = _num_heads(core, q_shape, [b for b in (q, proj, k, v) if b is not None])
     found = Attention(
         core,
@@ -139,7 +135,7 @@ def _with_layouts(
         text = "the values are also convolved beside the attention, all heads at once"
         return replace(found, heads_reason=Kind.CONVOLVED.says(text))
     try:
-        return replace(found, head_region=match_heads(view, facts, other, found))
+        return replace(found, head_region=match_heads(probe, found))
     except Decline as e:
         return replace(found, heads_reason=e.reason)
 
@@ -206,23 +202,21 @@ def _length_divisions(
     return tuple(f for f in found if f is not None) if all(f is not None for f in found) else ()
 
 
-def _same_scale(
-    view: GraphView, facts: Facts, other: Facts, linears: Mapping[str, Linear], tensor: str, name: str, walk: Walk
-) -> None:
+def _same_scale(probe: Probe, linears: Mapping[str, Linear], tensor: str, name: str, walk: Walk) -> None:
+    view, other = probe.view, probe.other
     if walk.scale != walk_back(view, other, linears, tensor, name).scale:
         raise Kind.SCALE.decline("the scale of {part} changes with the input's shape", part=name)
 
 
 def _operand(
-    view: GraphView,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     core: Core,
     name: str,
     walks: Mapping[str, Walk],
     reasons: Mapping[str, Reason],
     beside: frozenset[int],
 ) -> Outcome:
+    view, facts = probe.view, probe.facts
     if name in reasons:
         return None, reasons[name]
     walk = walks[name]
@@ -232,7 +226,7 @@ def _operand(
         dim_axis = _dim_axis_at(view, facts, walk) if name == "V" else -1
         heads = _heads_at(facts, core, walk.target, name, dim_axis)
     try:
-        layout = _layout(view, facts, other, walk, walk.linear.output, walk.target, dim_axis, heads, name)
+        layout = _layout(probe, walk, walk.linear.output, walk.target, dim_axis, heads, name)
         if before_flattening(view, facts, walk.linear, layout) is None:
             check_spelling(layout, name)
         # A packed layer feeds Q, K and V: readers on the way of any of them are expected.
@@ -320,9 +314,7 @@ def _heads_at(facts: Facts, core: Core, tensor: str, name: str, axis: int) -> in
 
 
 def _layout(
-    view: GraphView,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     walk: Walk,
     source: str,
     target: str,
@@ -330,6 +322,7 @@ def _layout(
     heads: int | None,
     what: str,
 ) -> Layout:
+    view, facts, other = probe.view, probe.facts, probe.other
     labels = propagate(view, facts, walk.nodes, source)
     shape, other_shape, other_target = facts.shape(source), other.shape(source), other.shape(target)
     if target not in labels or shape is None or other_shape is None or other_target is None:
@@ -338,9 +331,8 @@ def _layout(
     return read_layout(labels[target], shape, other_shape, other_target, axis, dim_axis, what, heads)
 
 
-def _projection(
-    view: GraphView, facts: Facts, other: Facts, core: Core, linears: Mapping[str, Linear], total: int | None
-) -> Outcome:
+def _projection(probe: Probe, core: Core, linears: Mapping[str, Linear], total: int | None) -> Outcome:
+    view, facts, other = probe.view, probe.facts, probe.other
     what = "the attention's output"
     by_input: dict[str, list[Linear]] = {}
     for linear in linears.values():

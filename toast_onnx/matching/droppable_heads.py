@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import prod
 
 from toast_onnx.matching.blocks import Attention, Branch
-from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.facts import Probe
+from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.head_region import HeadAxis, HeadRegion
 from toast_onnx.matching.layout import HEAD, Layout
 from toast_onnx.reasons import Decline, Kind
@@ -33,12 +33,9 @@ _FUSED = frozenset({"Attention", "MultiHeadAttention"})
 
 
 @dataclass(frozen=True)
-class _Heads:
+class _Heads(Probe):
     """What the rules need: the graph, its facts at two shapes, the number of heads, and what is known so far."""
 
-    view: GraphView
-    facts: Facts
-    other: Facts
     count: int
     axes: dict[str, HeadAxis]
 
@@ -54,22 +51,21 @@ class _Heads:
         return shape
 
 
-def match_heads(view: GraphView, facts: Facts, other: Facts, attention: Attention) -> HeadRegion:
+def match_heads(probe: Probe, attention: Attention) -> HeadRegion:
     """Follow the heads from Q, K and V to the output projection.
 
     Args:
-        view: the graph.
-        facts: facts at the probed shapes.
-        other: facts at other shapes of the dynamic axes.
+        probe: the graph and its facts.
         attention: the attention, matched but for its heads.
 
     Raises:
         Decline: heads cannot be dropped; the message says why.
     """
+    view = probe.view
     branches = _branches(attention)
     context = attention.core.context
     starts = {b.walk.target: _head_axis(b.layout, b.walk.target) for b in branches[:3]}
-    found = _Heads(view, facts, other, attention.num_heads, dict(starts))
+    found = _Heads(view, probe.facts, probe.other, attention.num_heads, dict(starts))
     # a packed layer's own movement goes on beside a walk that ends early
     moved = {i for branch in branches for i in branch.walk.nodes}
     pending = sorted({i for name in starts for i in view.consumers.get(name, [])} - moved)

@@ -13,7 +13,7 @@ from toast_onnx.errors import ModelError
 from toast_onnx.matching.attention import match_attention
 from toast_onnx.matching.blocks import Attention, Block, Ffn, Match
 from toast_onnx.matching.cores import FUSED, find_cores
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Probe
 from toast_onnx.matching.ffn import match_ffn
 from toast_onnx.matching.graph import QUANTIZED, GraphView
 from toast_onnx.matching.linear import find_linears
@@ -25,14 +25,13 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum", "FusedMatMul", *FUSED)
 
 
-def find_blocks(view: GraphView, facts: Facts, other: Facts) -> Match:
+def find_blocks(probe: Probe) -> Match:
     """Find attention and feed-forward blocks.
 
     Args:
-        view: the graph.
-        facts: facts at probing shapes.
-        other: facts at other shapes of the dynamic axes (the same object when nothing is dynamic).
+        probe: the graph and its facts.
     """
+    view, facts = probe.view, probe.facts
     linears = find_linears(view, facts)
     declined: dict[str, Reason] = {}
     cores, no_cores = find_cores(view, facts)
@@ -40,7 +39,7 @@ def find_blocks(view: GraphView, facts: Facts, other: Facts) -> Match:
     parts: list[tuple[int, Attention | Ffn]] = []
     for core in cores:
         try:
-            parts.append((core.softmax, match_attention(view, facts, other, linears, core)))
+            parts.append((core.softmax, match_attention(probe, linears, core)))
         except Decline as e:
             declined[view.label(core.softmax)] = e.reason
     for fc2 in linears.values():

@@ -14,8 +14,8 @@ import onnx.helper
 
 from toast_onnx.edit import GraphEdit
 from toast_onnx.errors import MatchError
-from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.facts import Facts, Probe
+from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.probe import MOVEMENT
 from toast_onnx.rewriting.shapes import restored
 
@@ -24,9 +24,7 @@ Keep = Mapping[str, np.ndarray]
 
 def shrink_node(
     edit: GraphEdit,
-    view: GraphView,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     axes: Mapping[str, int],
     keep: Keep,
     i: int,
@@ -35,9 +33,7 @@ def shrink_node(
 
     Args:
         edit: graph edit.
-        view: the original graph.
-        facts: facts at the probed shapes.
-        other: facts at other shapes of the dynamic axes.
+        probe: the graph and its facts.
         axes: tensor name -> axis of its channels.
         keep: tensor name -> (extent of that axis,) whether each position stays.
         i: position of the node.
@@ -45,6 +41,7 @@ def shrink_node(
     Raises:
         MatchError: the node moves channels in a way that cannot be shrunk.
     """
+    view, facts = probe.view, probe.facts
     node = view.nodes[i]
     if node.output[0] not in keep:
         return
@@ -55,19 +52,19 @@ def shrink_node(
         axis = axes[node.input[0]]
         along = int(attribute(node, "axis", 0)) % max(_rank(facts, node.input[0]), 1)  # type: ignore[call-overload]
         if node.op_type == "Reshape":
-            if not _shrink_reshape(edit, facts, other, changed, axes[node.output[0]], keep, i, name):
+            if not _shrink_reshape(edit, probe, changed, axes[node.output[0]], keep, i, name):
                 return
         elif node.op_type == "Expand":  # aligned on the right
             size = facts.shape(node.input[1]) or (0,)
             place = axes[node.output[0]] - _rank(facts, node.output[0]) + size[0]
-            if place < 0 or not _shrink_reshape(edit, facts, other, changed, place, keep, i, name):
+            if place < 0 or not _shrink_reshape(edit, probe, changed, place, keep, i, name):
                 return
         elif node.op_type == "Split":
             if along != axis:
                 return
             _shrink_split(edit, changed, [int(keep[o].sum()) for o in node.output], name)
         elif node.op_type == "Slice":
-            _shrink_slice(edit, facts, other, changed, axis, keep[node.input[0]], name)
+            _shrink_slice(edit, probe, changed, axis, keep[node.input[0]], name)
         elif node.op_type == "Gather":
             if along != axis:
                 return
@@ -125,8 +122,7 @@ def _rank(facts: Facts, tensor: str) -> int:
 
 def _shrink_reshape(
     edit: GraphEdit,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     node: onnx.NodeProto,
     axis: int,
     keep: Keep,
@@ -134,6 +130,7 @@ def _shrink_reshape(
     name: str,
 ) -> bool:
     """Write the new width into the target of a Reshape or Expand; False when the target names no width."""
+    facts, other = probe.facts, probe.other
     target, elsewhere = facts.value(node.input[1]), other.value(node.input[1])
     if target is None or elsewhere is None:
         raise MatchError(f"the target shape of '{name}' depends on the input's contents")
@@ -160,10 +157,9 @@ def _shrink_split(edit: GraphEdit, node: onnx.NodeProto, sizes: list[int], name:
         node.attribute.append(onnx.helper.make_attribute("split", sizes))
 
 
-def _shrink_slice(
-    edit: GraphEdit, facts: Facts, other: Facts, node: onnx.NodeProto, axis: int, kept: np.ndarray, name: str
-) -> None:
+def _shrink_slice(edit: GraphEdit, probe: Probe, node: onnx.NodeProto, axis: int, kept: np.ndarray, name: str) -> None:
     """Move the bounds along the channel axis to where the kept channels now lie."""
+    facts, other = probe.facts, probe.other
     if edit.opset < 10:
         raise MatchError(f"'{name}' slices channels in an opset below 10; convert the model to opset 13 or newer")
     rank = _rank(facts, node.input[0])

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 
-from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.facts import Facts, Probe
+from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.probe import MOVEMENT
 from toast_onnx.model import reads
 from toast_onnx.reasons import Decline, Kind, Reason
@@ -136,9 +136,7 @@ class Walker:
 
     def __init__(
         self,
-        view: GraphView,
-        facts: Facts,
-        other: Facts,
+        probe: Probe,
         sequence: TokenSequence,
         merges: Mapping[str, int],
         cores: Sequence[tuple[int, ...]],
@@ -148,16 +146,14 @@ class Walker:
         """Prepare.
 
         Args:
-            view: the graph.
-            facts: its facts.
-            other: its facts at other sizes of the dynamic axes.
+            probe: the graph and its facts.
             sequence: the tokens.
             merges: tensor -> stage of what reads it, for tensors behind which tokens are merged.
             cores: nodes of every attention, from the score product to the weighted sum.
             refused: first node of attentions that are known to need all tokens, with the reason.
             drops: (tensor, reader) -> stage of what that reader sees: the special tokens alone.
         """
-        self.view, self.facts, self.other = view, facts, other
+        self.view, self.facts = probe.view, probe.facts
         self.sequence, self.merges, self.drops = sequence, merges, drops
         self.core_of = {i: core[0] for core in cores for i in core}
         self.flow = Flow(refused=dict(refused))
@@ -633,9 +629,7 @@ def _at_stage(tokens: Tokens, stage: int) -> Tokens:
 
 
 def follow(
-    view: GraphView,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     sequence: TokenSequence,
     merges: Mapping[str, int],
     cores: Sequence[tuple[int, ...]],
@@ -649,7 +643,7 @@ def follow(
     """
     refused: dict[int, Reason] = {}
     while True:
-        flow = Walker(view, facts, other, sequence, merges, cores, refused, drops or {}).walk()
+        flow = Walker(probe, sequence, merges, cores, refused, drops or {}).walk()
         if set(flow.refused) == set(refused):
             return flow
         refused = flow.refused

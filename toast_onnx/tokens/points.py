@@ -10,7 +10,7 @@ import numpy as np
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention, Block
 from toast_onnx.matching.cores import Core, find_cores
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.span import residual_sum
 from toast_onnx.matching.study import Study
@@ -66,7 +66,7 @@ def study_tokens(study: Study) -> TokenStudy:
     Args:
         study: the model.
     """
-    view, facts, other = study.view, study.facts, study.other
+    view, facts = study.view, study.facts
     cores = find_cores(view, facts)[0]
     sequences: list[TokenSequence] = []
     found: list[tuple[Block, str | None, int, Reason | None]] = []
@@ -76,8 +76,8 @@ def study_tokens(study: Study) -> TokenStudy:
             tensor, skip = _sum(view, facts, block)
             number = _sequence_of(flows, tensor)
             if number is None:
-                sequence = _new_sequence(view, facts, other, skip)
-                flow = follow(view, facts, other, sequence, {}, _nodes(cores))
+                sequence = _new_sequence(study, skip)
+                flow = follow(study, sequence, {}, _nodes(cores))
                 if not _holds(flow, tensor):
                     raise Kind.ALL.decline("its tokens are not those that enter it")
                 sequences.append(sequence)
@@ -92,7 +92,7 @@ def study_tokens(study: Study) -> TokenStudy:
     for number, sequence in enumerate(sequences):
         members = [(b, t) for b, t, n, _ in found if n == number and t is not None]
         # As if everything from the start on were merged: what refuses merged tokens shows at once.
-        flow = follow(view, facts, other, sequence, {sequence.start: 1}, _nodes(cores))
+        flow = follow(study, sequence, {sequence.start: 1}, _nodes(cores))
         last = max(members, key=lambda m: view.producer[m[1]])
         for block, tensor in members:
             reason = _reason(study, sequence, flow, block, tensor, cores)
@@ -111,7 +111,7 @@ def _leave_out_lost(
         chosen = [p for p in points.values() if p.sequence == number and p.reason is None and p.tensor is not None]
         chosen.sort(key=lambda p: study.view.producer[p.tensor or ""])
         stages = {p.tensor or "": k + 1 for k, p in enumerate(chosen)}
-        flow = follow(study.view, study.facts, study.other, sequence, stages, _nodes(cores))
+        flow = follow(study, sequence, stages, _nodes(cores))
         for p in chosen:
             if p.tensor not in flow.tokens:
                 reason = Kind.PLACES.says("a sum in front of it joins tokens of different places in the network")
@@ -169,7 +169,8 @@ def _holds(flow: Flow, tensor: str) -> bool:
     return tokens is not None and len(tokens.axes) == 1 and tokens.axes[0].along.axis == 1
 
 
-def _new_sequence(view: GraphView, facts: Facts, other: Facts, tensor: str) -> TokenSequence:
+def _new_sequence(probe: Probe, tensor: str) -> TokenSequence:
+    view, facts, other = probe.view, probe.facts, probe.other
     shape, elsewhere = facts.shape(tensor), other.shape(tensor)
     if shape is None or elsewhere is None or len(shape) != 3:
         raise Kind.WINDOWS.decline("its tokens lie on a grid (windows), not in one sequence")
@@ -220,7 +221,7 @@ def _unread(
         return ()
     core, stream = block.attention.core, _sum(study.view, study.facts, block)[1]
     drops = ((core.q, core.qk), (stream, study.view.producer[tensor]))
-    flow = follow(study.view, study.facts, study.other, sequence, {}, _nodes(cores), dict.fromkeys(drops, 1))
+    flow = follow(study, sequence, {}, _nodes(cores), dict.fromkeys(drops, 1))
     queries = flow.tokens.get(core.q)
     if queries is None or len(queries.axes) != 1 or queries.axes[0].along.inner != 1 or tensor not in flow.tokens:
         return ()
