@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -76,62 +76,53 @@ def _with_layouts(
         Decline: what is made of the values beside the weighted sum is not understood; without `path` never.
     """
     view, facts = probe.view, probe.facts
-    q_shape, v_shape = facts.shape(core.q) or (), facts.shape(core.v) or ()
-    walks = dict(found_walks)
     beside = frozenset[int]() if path is None else path.readers
+    walks = dict(found_walks)
     for name in walks:
         walks[name] = _before_outsiders(view, facts, core, walks, name, beside)
     outcomes = {name: _operand(probe, core, name, walks, reasons, beside) for name in ("Q", "K", "V")}
     _complete_layers(outcomes)
     proj, proj_reason = _projection(probe, core, linears, None if path is None else path.total)
-    (q, q_reason), (k, k_reason), (v, v_reason) = (outcomes[n] for n in "QKV")
-    qk_reason, vo_reason = q_reason or k_reason, v_reason or proj_reason
-    divisions = _length_divisions(view, facts, core, q, k)
-    if divisions and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
-        qk_reason = None
-    norms, regions, units = tuple[HeadNorm, ...](), tuple[DimRegion, ...](), None
-    if qk_reason is not None and all(b is not None and r == b.walk.blocked for b, r in ((q, q_reason), (k, k_reason))):
-        norms, regions, units, qk_reason = _between(view, facts, core, [b for b in (q, k, v) if b], qk_reason)
-    qk_groups = vo_groups = None
-    if q is not None and k is not None:
-        try:
-            k, qk_groups = shared_heads(view, facts, core, k, "K", q.layout, bool(regions))
-        except Decline as e:
-            qk_reason = e.reason
-    if v is not None and proj is not None:
-        try:
-            v, vo_groups = shared_heads(view, facts, core, v, "V", proj.layout, False)
-        except Decline as e:
-            vo_reason = e.reason
+    (q, _), (k, _), (v, v_reason) = (outcomes[n] for n in "QKV")
+    between = _between(view, facts, core, outcomes)
+    k, qk_groups, qk_misfit = _shared(view, facts, core, k, "K", q, bool(between.regions))
+    v, vo_groups, vo_misfit = _shared(view, facts, core, v, "V", proj, False)
+    between = between if qk_misfit is None else _Between(qk_misfit)
+    vo_reason = vo_misfit or v_reason or proj_reason
     side = None
     if path is not None:
         if v is None or proj is None or vo_reason is not None:
             raise Decline(vo_reason or Kind.NO_LAYER.says("V and the output projection were not found"))
         allowed = {i for w in walks.values() for i in w.nodes} | set(core.nodes) | beside
         side = match_side(probe, path, v, proj, allowed)
-    heads = _num_heads(core, q_shape, [b for b in (q, proj, k, v) if b is not None])
+    q_shape, v_shape = facts.shape(core.q) or (), facts.shape(core.v) or ()
     found = Attention(
         core,
         q,
         k,
         v,
         proj,
-        heads,
-        q_shape[-1] // (core.heads or 1),
-        v_shape[-1] // (core.kv_heads or 1),
-        qk_reason,
-        vo_reason,
-        () if qk_reason else divisions,
-        () if qk_reason else regions,
-        None if qk_reason else units,
+        num_heads=_num_heads(core, q_shape, [b for b in (q, proj, k, v) if b is not None]),
+        qk_dim=q_shape[-1] // (core.heads or 1),
+        vo_dim=v_shape[-1] // (core.kv_heads or 1),
+        qk_reason=between.reason,
+        vo_reason=vo_reason,
+        divisions=between.divisions,
+        regions=between.regions,
+        units=between.units,
         side=side,
-        norms=() if qk_reason else norms,
+        norms=between.norms,
         qk_groups=qk_groups,
         vo_groups=vo_groups,
     )
+    return _with_heads(probe, found)
+
+
+def _with_heads(probe: Probe, found: Attention) -> Attention:
+    """An attention with what handles all its heads, or with the reason why whole heads cannot be dropped."""
     if found.grouped:
         return replace(found, heads_reason=Kind.GROUPED.says("several heads of queries share keys or values"))
-    if side is not None:
+    if found.side is not None:
         text = "the values are also convolved beside the attention, all heads at once"
         return replace(found, heads_reason=Kind.CONVOLVED.says(text))
     try:
@@ -148,18 +139,52 @@ def _num_heads(core: Core, q_shape: Sequence[int], branches: Sequence[Branch]) -
     return [*followed, *own, *before, 1][0]
 
 
-def _between(
-    view: GraphView, facts: Facts, core: Core, branches: Sequence[Branch], blocked: Reason
-) -> tuple[tuple[HeadNorm, ...], tuple[DimRegion, ...], np.ndarray | None, Reason | None]:
-    """Norms, regions and units of what blocks queries and keys; nothing, and the reason, where it is not understood."""
+@dataclass(frozen=True)
+class _Between:
+    """What lies between queries and keys and the scores, as `Attention` has it; nothing where there is a reason."""
+
+    reason: Reason | None = None
+    divisions: tuple[tuple[int | None, int], ...] = ()
+    norms: tuple[HeadNorm, ...] = ()
+    regions: tuple[DimRegion, ...] = ()
+    units: np.ndarray | None = None
+
+
+def _between(view: GraphView, facts: Facts, core: Core, outcomes: Mapping[str, Outcome]) -> _Between:
+    """Look into what blocks queries and keys.
+
+    layer -> [movement] -> target -> [division by length | dimensions, singly or in pairs | norm, dimensions] -> core
+    """
+    (q, q_reason), (k, k_reason), (v, _) = (outcomes[n] for n in "QKV")
+    blocked = q_reason or k_reason
+    if blocked is None or q is None or k is None or (q_reason, k_reason) != (q.walk.blocked, k.walk.blocked):
+        return _Between(blocked)
+    if divisions := _length_divisions(view, facts, core, q, k):
+        return _Between(divisions=divisions)
+    branches = [q, k] if v is None else [q, k, v]
     try:
-        return (), *_regions(view, facts, core, branches), None
+        regions, units = _regions(view, facts, core, branches)
+        return _Between(regions=regions, units=units)
     except Decline as e:
-        try:
-            return *_behind_norms(view, facts, core, branches), None
-        except Decline as why:
-            half = facts.elem_type(branches[0].walk.target) != onnx.TensorProto.FLOAT
-            return (), (), None, blocked.then((why if half else e).reason)
+        no_regions = e
+    try:
+        norms, regions, units = _behind_norms(view, facts, core, branches)
+        return _Between(norms=norms, regions=regions, units=units)
+    except Decline as no_norms:
+        half = facts.elem_type(q.walk.target) != onnx.TensorProto.FLOAT
+        return _Between(blocked.then((no_norms if half else no_regions).reason))
+
+
+def _shared(
+    view: GraphView, facts: Facts, core: Core, branch: Branch | None, name: str, whole: Branch | None, bent: bool
+) -> tuple[Branch | None, np.ndarray | None, Reason | None]:
+    """The branch of K or V, whose head each head of the queries has, and why that is not understood."""
+    if branch is None or whole is None:
+        return branch, None, None
+    try:
+        return *shared_heads(view, facts, core, branch, name, whole.layout, bent), None
+    except Decline as e:
+        return branch, None, e.reason
 
 
 def _regions(

@@ -8,7 +8,7 @@ is exact as long as pairs stay together, whatever nodes an exporter writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -331,33 +331,52 @@ def _check_contractions(
 
 
 def _units(found: Sequence[Mapping[str, list[np.ndarray]]], operands: Sequence[Operand], dim: int) -> np.ndarray:
-    """(dim,) unit of each dimension: what meets in one element, and in one product of the scores, stays together."""
-    owner = np.arange(dim)
+    """(dim,) unit of each dimension: what meets in one element, and in one product of the scores, stays together.
 
-    def join(a: int, b: int) -> None:
-        owner[owner == owner[b]] = owner[a]
+    Rotary embedding in halves, dim = 4: every element of q' = q cos + [-q2 -q3 q0 q1] sin is made of two dimensions.
 
-    arrived: list[list[int]] = [[] for _ in range(dim)]
-    for labels, operand in zip(found, operands, strict=True):
-        for arrays in labels.values():
-            for array in arrays[1:]:
-                for a, b in _meetings(arrays[0], array, dim):
-                    join(a - 1, b - 1)
-        array = np.moveaxis(labels[operand.end][0], operand.dim_axis, -1)
-        columns = array.reshape(-1, array.shape[-1])
-        if columns.shape[1] % dim:
-            raise Kind.DIMENSIONS.decline("only some of the dimensions of {part} arrive", part=operand.what)
-        positions = np.broadcast_to(np.arange(columns.shape[1], dtype=np.int32) % dim, columns.shape)
-        for position, label in _meetings(positions, columns, dim):
-            arrived[position].append(label - 1)
-    for group in arrived:
-        for member in group[1:]:
-            join(group[0], member)
-    _, units = np.unique(owner, return_inverse=True)
+        labels of q'     0 1 2 3        units    0 1 0 1
+                         2 3 0 1
+    """
+    pairs = [pair for labels in found for pair in _mixed(labels, dim)]
+    arrivals = [_arrivals(labels, operand, dim) for labels, operand in zip(found, operands, strict=True)]
+    first: dict[int, int] = {}
+    for position, dimension in sorted((each for one in arrivals for each in one), key=lambda each: each[0]):
+        pairs.append((first.setdefault(position, dimension), dimension))
+    _, units = np.unique(_joined(pairs, dim), return_inverse=True)
     sizes = np.bincount(units)
     if sizes.max() > 2 or sizes.size == 1:
-        raise Kind.DIMENSIONS.decline("up to {most} dimensions of a head are mixed with each other", most=sizes.max())
+        text = "up to {most} dimensions of a head are mixed with each other"
+        raise Kind.DIMENSIONS.decline(text, most=sizes.max())
     return _evened(units, sizes)
+
+
+def _mixed(labels: Mapping[str, list[np.ndarray]], dim: int) -> list[tuple[int, int]]:
+    """Pairs of dimensions that one element of any tensor is made of."""
+    return [
+        (a - 1, b - 1)
+        for arrays in labels.values()
+        for array in arrays[1:]
+        for a, b in _meetings(arrays[0], array, dim)
+    ]
+
+
+def _arrivals(labels: Mapping[str, list[np.ndarray]], operand: Operand, dim: int) -> list[tuple[int, int]]:
+    """(position along the core's axis of dimensions, dimension that arrives there)."""
+    array = np.moveaxis(labels[operand.end][0], operand.dim_axis, -1)
+    columns = array.reshape(-1, array.shape[-1])
+    if columns.shape[1] % dim:
+        raise Kind.DIMENSIONS.decline("only some of the dimensions of {part} arrive", part=operand.what)
+    positions = np.broadcast_to(np.arange(columns.shape[1], dtype=np.int32) % dim, columns.shape)
+    return [(position, label - 1) for position, label in _meetings(positions, columns, dim)]
+
+
+def _joined(pairs: Iterable[tuple[int, int]], count: int) -> np.ndarray:
+    """(count,) a number for each that those have in common which pairs join, directly or through others."""
+    owner = np.arange(count)
+    for a, b in pairs:
+        owner[owner == owner[b]] = owner[a]
+    return owner
 
 
 def _meetings(a: np.ndarray, b: np.ndarray, most: int) -> list[tuple[int, int]]:

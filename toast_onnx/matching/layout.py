@@ -7,7 +7,9 @@ heads, or the dimensions of a head. From this description the same movement can 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from toast_onnx.reasons import Decline, Kind
 
 HEAD = -1
 DIM = -2
+#: A factor: axis of the operand, and its number there.
+Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -292,33 +296,47 @@ def _other_extents(
     """Size of every factor at the other input shapes.
 
     An axis is the product of its factors, in the operand as in the layer's output: what is known of one side gives the
-    other, one factor at a time.
+    other, one factor at a time. Windows of 4 rows, at a batch of 2 (3) with 8 (12) rows:
+
+        layer's output      batch 2 (3)      rows 8 (12)       channels
+                                 |            |      |          |    |
+        operand             [ batch  x  rows / 4 ] [ 4 ]   [heads]  [dim]
+                                 4 (9)
+
+    The window, heads and dimensions are known; so rows / 4 is 12 / 4 = 3, and then the batch 9 / 3 = 3.
     """
-    places = [(a, k) for a, factors in enumerate(axes) for k in range(len(factors))]
-    factor = {(a, k): axes[a][k] for a, k in places}
-    known = {p: f.size for p, f in factor.items() if f.source in (HEAD, DIM)}
-    for (a, k), f in factor.items():
-        if f.source >= 0 and shape[a] == other_shape[a] and sizes[f.source] == other_sizes[f.source]:
-            known[a, k] = f.size
-    products = [([p for p in places if p[0] == a], extent) for a, extent in enumerate(other_shape)]
+    factors = {(a, k): factor for a, inside in enumerate(axes) for k, factor in enumerate(inside)}
+    known = {
+        (a, k): f.size
+        for (a, k), f in factors.items()
+        if f.source in (HEAD, DIM) or (shape[a] == other_shape[a] and sizes[f.source] == other_sizes[f.source])
+    }
+    products = [([p for p in factors if p[0] == a], extent) for a, extent in enumerate(other_shape)]
     for source, extent in enumerate(other_sizes):
-        members = [p for p in places if factor[p].source == source]
+        members = [p for p, f in factors.items() if f.source == source]
         if members or sizes[source] == 1:
             products.append((members, extent))
+    known = _solved(known, products)
+    if len(known) < len(factors):
+        raise Kind.DYNAMIC.decline("{part}: a dynamic axis is split and merged at once", part=what)
+    if any(prod(known[p] for p in members) != extent for members, extent in products):
+        raise Kind.DYNAMIC.decline("{part}: its layout changes with the input's shape", part=what)
+    return [[known[a, k] for k in range(len(inside))] for a, inside in enumerate(axes)]
+
+
+def _solved(known: Mapping[Place, int], products: Sequence[tuple[Sequence[Place], int]]) -> dict[Place, int]:
+    """Factors known from products: wherever all but one factor of an extent are known, so is the last."""
+    found = dict(known)
     progress = True
     while progress:
         progress = False
         for members, extent in products:
-            missing = [p for p in members if p not in known]
-            rest = int(np.prod([known[p] for p in members if p in known], dtype=np.int64))
+            missing = [p for p in members if p not in found]
+            rest = prod(found[p] for p in members if p in found)
             if len(missing) == 1 and extent % rest == 0:
-                known[missing[0]] = extent // rest
+                found[missing[0]] = extent // rest
                 progress = True
-    if len(known) < len(places):
-        raise Kind.DYNAMIC.decline("{part}: a dynamic axis is split and merged at once", part=what)
-    if any(int(np.prod([known[p] for p in members], dtype=np.int64)) != extent for members, extent in products):
-        raise Kind.DYNAMIC.decline("{part}: its layout changes with the input's shape", part=what)
-    return [[known[a, k] for k in range(len(factors))] for a, factors in enumerate(axes)]
+    return found
 
 
 def check_spelling(layout: Layout, what: str, backwards: bool = False) -> None:
