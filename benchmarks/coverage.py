@@ -35,6 +35,7 @@ from toast_onnx.model import save_model  # noqa: E402
 from toast_onnx.planning.ratios import parse_ratios  # noqa: E402
 from toast_onnx.proof.inputs import twin_inputs  # noqa: E402
 from toast_onnx.pruning import Pruned, prune  # noqa: E402
+from toast_onnx.reasons import Reason  # noqa: E402
 from toast_onnx.tokens.points import study_tokens  # noqa: E402
 from toast_onnx.tokens.rewrite import write_merging  # noqa: E402
 from toast_onnx.tokens.twin import prove_merging  # noqa: E402
@@ -105,7 +106,7 @@ def token_cell(case: zoo.Case) -> dict[str, Any]:
         return {"refused": one_line(e)}
     except Exception as e:  # a defect of ours, which must not stop the others' measurement
         return {"failed": f"{type(e).__name__}: {one_line(e)}"}
-    why = {f"not merged: {without_names(p.reason)}" for p in tokens.points if p.reason is not None}
+    why = {f"not merged: {without_names(str(p.reason))}" for p in tokens.points if p.reason is not None}
     return {"blocks": [len(tokens.mergeable), len(tokens.points)], "worst": worst, "reasons": sorted(why)}
 
 
@@ -127,14 +128,14 @@ def one_line(error: Exception) -> str:
 
 def reasons(dense: Study) -> list[str]:
     """Why parts cannot be pruned, and what was declined; node names left out."""
-    found = [f"no block: {without_names(reason)}" for reason in dense.match.declined.values()]
+    found = [f"no block: {without_names(str(reason))}" for reason in dense.match.declined.values()]
     for block in dense.match.blocks:
-        parts: dict[str, str | None] = {}
+        parts: dict[str, Reason | None] = {}
         if block.attention is not None:
             parts |= {"Q/K": block.attention.qk_reason, "V/Proj": block.attention.vo_reason}
         if block.ffn is not None:
             parts |= {"fc1": block.ffn.fc1_reason, "fc2": block.ffn.fc2_reason}
-        found += [f"{part}: {without_names(reason)}" for part, reason in parts.items() if reason]
+        found += [f"{part}: {without_names(str(reason))}" for part, reason in parts.items() if reason]
     return sorted(set(found))
 
 

@@ -15,6 +15,8 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import Ratios, parse_ratios
-from toast_onnx.planning.search import Found, Kept, PartChoice, search
+from toast_onnx.planning.search import Found, Kept, PartChoice, combinations, joined, search
 from toast_onnx.planning.width_costs import Part, dense_widths, width_cost
 from toast_onnx.pruning import prune
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
@@ -44,7 +46,6 @@ from toast_onnx_calibration.planning import (
     plan_counted,
     plan_latency,
     predicted_choices,
-    predicted_damage,
     statistics_for,
     time_plan,
 )
@@ -181,6 +182,19 @@ def ranking(
         print(f"allocation {seed}: {rows[-1]}", file=sys.stderr)
     correlation = spearmanr([r["predicted"] for r in rows], [r["measured"] for r in rows]).statistic
     return {"allocations": rows, "spearman": float(correlation)}
+
+
+def predicted_damage(choices: Sequence[PartChoice], kept: Kept) -> float:
+    """Sum of the predicted damages of all parts at some kept counts, interpolated between widths on offer."""
+    total = 0.0
+    for members in joined(choices):
+        at = [
+            replace(m, widths=(count, m.dense), damages=(float(np.interp(count, m.widths, m.damages)), 0.0))
+            for m in members
+            for count in [kept.get(m.block, {}).get(m.part, m.dense)]
+        ]
+        total += float(combinations(at)[1][0])
+    return total
 
 
 def random_allocation(look: Study, choices: list[PartChoice], budget: float, seed: int) -> Kept:

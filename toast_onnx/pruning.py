@@ -284,7 +284,7 @@ def even_out(study: Study, pruned: Pruned, *, check: bool = True, seed: int = 0)
 def _why_none(study: Study) -> str:
     """What speaks against blocks in a graph without any, or what was looked for."""
     reasons = list(study.match.declined.values())
-    more = f" ({len(reasons) - 1} more reasons: toast-onnx inspect)" if len(set(reasons)) > 1 else ""
+    more = f" ({len(reasons) - 1} more reasons: toast-onnx inspect)" if len(set(map(str, reasons))) > 1 else ""
     return f"{reasons[0]}{more}" if reasons else searched(study)
 
 

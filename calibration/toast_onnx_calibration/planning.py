@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypeVar
@@ -189,19 +189,6 @@ def _why_no_choice(study: Study, settings: Ratios, found: Sensitivity, parts: Se
         "no part has both a measured damage and a smaller width that the alignment and the cost table share; measure "
         "the table with the alignment of the plan"
     )
-
-
-def predicted_damage(choices: Sequence[PartChoice], kept: Kept) -> float:
-    """Sum of the predicted damages of all parts at some kept counts, interpolated between widths on offer."""
-    total = 0.0
-    for members in joined(choices):
-        at = [
-            replace(m, widths=(count, m.dense), damages=(float(np.interp(count, m.widths, m.damages)), 0.0))
-            for m in members
-            for count in [kept.get(m.block, {}).get(m.part, m.dense)]
-        ]
-        total += float(combinations(at)[1][0])
-    return total
 
 
 def counted_groups(

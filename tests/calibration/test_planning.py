@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from toast_onnx.planning.cost_table import CostTable, PartTimes
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import parse_ratios
-from toast_onnx.planning.search import PartChoice
+from toast_onnx.planning.search import Kept, PartChoice, combinations, joined
 from toast_onnx.planning.width_costs import dense_widths
 from toast_onnx.pruning import prune
 from toast_onnx_calibration.costs import Runtime
@@ -31,7 +32,6 @@ from toast_onnx_calibration.planning import (
     plan_counted,
     plan_latency,
     predicted_choices,
-    predicted_damage,
     shares,
 )
 from toast_onnx_calibration.sensitivity_trials import Sensitivity, Trial
@@ -100,19 +100,33 @@ def test_less_is_taken_where_it_hurts_more(vit: Study) -> None:
     assert first > last
 
 
+def damage_at(choices: Sequence[PartChoice], kept: Kept) -> float:
+    """What a search adds up at the given counts: those between widths on offer are interpolated."""
+    total = 0.0
+    for members in joined(choices):
+        counts = [kept.get(m.block, {}).get(m.part, m.dense) for m in members]
+        harms = [float(np.interp(n, m.widths, m.damages)) for n, m in zip(counts, members, strict=True)]
+        at = [
+            replace(m, widths=(n, m.dense), damages=(harm, 0.0))
+            for m, n, harm in zip(members, counts, harms, strict=True)
+        ]
+        total += float(combinations(at)[1][0])
+    return total
+
+
 def test_predictions_pass_through_what_was_measured(vit: Study) -> None:
     choices = choices_of(vit)
     half = {b.index: {"qk": dense_widths(b)["qk"] // 2} for b in vit.match.blocks}
-    assert predicted_damage(choices, half) == pytest.approx(0.1 + 0.05, rel=1e-6)  # type: ignore[arg-type]
-    assert predicted_damage(choices, {}) == 0
+    assert damage_at(choices, half) == pytest.approx(0.1 + 0.05, rel=1e-6)  # type: ignore[arg-type]
+    assert damage_at(choices, {}) == 0
 
 
 def test_thinned_heads_are_predicted_to_harm_less_where_there_are_fewer(vit: Study) -> None:
     choices = choices_of(vit, ("heads", "qk"))
     dense = dense_widths(vit.match.blocks[0])
     one, half = dense["heads"] // 2, dense["qk"] // 2  # the counts that were measured: 0.1 each
-    assert predicted_damage(choices, {0: {"heads": one}}) == pytest.approx(0.1, rel=1e-6)
-    both = predicted_damage(choices, {0: {"heads": one, "qk": half}})
+    assert damage_at(choices, {0: {"heads": one}}) == pytest.approx(0.1, rel=1e-6)
+    both = damage_at(choices, {0: {"heads": one, "qk": half}})
     assert both == pytest.approx(0.1 + 0.1 * one / dense["heads"], rel=1e-6)
 
 

@@ -44,7 +44,7 @@ def test_yolos_from_inspect_to_compare(exported: Callable[[zoo.Case], Path], ima
     assert [(b["attention"]["qk_dim"], b["ffn"]["width"]) for b in seen["blocks"]] == [(64, 768)] * 2
     assert all(b["attention"]["qk"]["prunable"] and b["ffn"]["fc2"]["prunable"] for b in seen["blocks"])
     assert {d["node"].split("/")[2] for d in seen["declined"]} == {"class_labels_classifier", "bbox_predictor"}
-    assert all("joins no residual stream" in d["reason"] for d in seen["declined"])  # the heads: MLPs, but no blocks
+    assert {d["kind"] for d in seen["declined"]} == {"no-residual"}  # the heads: MLPs, but no blocks
 
     agreement = {}
     for name, options in {"blind": [], "seeing": ["--data", images, "--preprocess", recipe]}.items():

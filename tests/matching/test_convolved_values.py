@@ -177,7 +177,7 @@ def test_what_mixes_or_turns_the_values_keeps_them_and_lets_queries_go(kind: str
     (found,) = (b.attention for b in dense.match.blocks)
     assert found is not None
     assert found.qk_reason is None
-    assert reason in (found.vo_reason or "")
+    assert reason in str(found.vo_reason)
     assert pruned.twin is not None
     assert pruned.twin.worst < 1e-5
 
@@ -187,7 +187,7 @@ def test_the_exported_detector_is_pruned_in_all_parts(tmp_path: Path) -> None:
     for block in dense.match.blocks:
         assert block.attention is not None
         assert (block.attention.qk_reason, block.attention.vo_reason) == (None, None)
-        assert "convolved" in (block.attention.heads_reason or "")
+        assert "convolved" in str(block.attention.heads_reason)
     assert pruned.twin is not None
     assert pruned.twin.worst < 1e-5
     assert (tmp_path / "pruned.onnx").stat().st_size < CASE.stat().st_size

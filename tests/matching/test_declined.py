@@ -12,6 +12,8 @@ import pytest
 from tests.matching.tiny import DIM, HEADS, HIDDEN, TOKENS, WIDTH, Graph, block
 from tests.pruning import look, prune_file, run, worst
 from toast_onnx.errors import MatchError
+from toast_onnx.matching.blocks import Match
+from toast_onnx.reasons import Kind, Reason
 
 INDEX = {"select": "index", "score": "l2"}
 
@@ -23,7 +25,7 @@ def ratios(part: str) -> dict[str, Any]:
     return {"version": 1, room: settings, "align": 1, "compensation": {"kind": "none"}}
 
 
-def reasons(path: Path) -> dict[str, str | None]:
+def reasons(path: Path) -> dict[str, Reason | None]:
     """Why each part of the only block cannot be pruned."""
     (found,) = look(path).match.blocks
     assert found.attention is not None
@@ -34,6 +36,11 @@ def reasons(path: Path) -> dict[str, str | None]:
         "fc1": found.ffn.fc1_reason,
         "fc2": found.ffn.fc2_reason,
     }
+
+
+def said(match: Match) -> dict[str, str]:
+    """Texts of what was declined."""
+    return {node: str(reason) for node, reason in match.declined.items()}
 
 
 def test_the_straight_block_is_prunable_in_every_part(tmp_path: Path) -> None:
@@ -91,33 +98,55 @@ def _hidden_output(graph: Graph, name: str) -> str:
 
 
 BENT = {
-    # what bends, how, the part that suffers, what the reason must say
-    "Q read elsewhere": ("q", _read_elsewhere, "qk", "Q is also read by 'elsewhere' (ReduceSum)"),
-    "Q also an output": ("q", _also_an_output, "qk", "Q is also an output of the graph"),
-    "K read elsewhere": ("k", _read_elsewhere, "qk", "K is also read by 'elsewhere' (ReduceSum)"),
-    "V read twice": ("v", _read_elsewhere, "vo", "V is also read by 'elsewhere' (ReduceSum)"),
-    "q norm": ("q", _norm_of_a_head, "qk", "across the channels of a head (q/k norm)"),
-    "k norm": ("k", _norm_of_a_head, "qk", "across the channels of a head (q/k norm)"),
-    "an activation on V": ("v", _activation, "vo", "V passes through 'bent' (Relu), which computes on it"),
-    "two layers for K": ("k", _sum_of_two_layers, "qk", "K comes from 2 linear layers"),
-    "a norm in front of the projection": ("context", _norm_of_the_context, "vo", "before the output projection"),
+    # what bends, how, the part that suffers, what the reason must say, its kind
+    "Q read elsewhere": ("q", _read_elsewhere, "qk", "Q is also read by 'elsewhere' (ReduceSum)", Kind.READ),
+    "Q also an output": ("q", _also_an_output, "qk", "Q is also an output of the graph", Kind.OUTPUT),
+    "K read elsewhere": ("k", _read_elsewhere, "qk", "K is also read by 'elsewhere' (ReduceSum)", Kind.READ),
+    "V read twice": ("v", _read_elsewhere, "vo", "V is also read by 'elsewhere' (ReduceSum)", Kind.READ),
+    "q norm": ("q", _norm_of_a_head, "qk", "across the channels of a head (q/k norm)", Kind.COMPUTED),
+    "k norm": ("k", _norm_of_a_head, "qk", "across the channels of a head (q/k norm)", Kind.COMPUTED),
+    "an activation on V": (
+        "v",
+        _activation,
+        "vo",
+        "V passes through 'bent' (Relu), which computes on it",
+        Kind.COMPUTED,
+    ),
+    "two layers for K": ("k", _sum_of_two_layers, "qk", "K comes from 2 linear layers", Kind.NO_LAYER),
+    "a norm in front of the projection": (
+        "context",
+        _norm_of_the_context,
+        "vo",
+        "before the output projection",
+        Kind.COMPUTED,
+    ),
     "hidden units read elsewhere": (
         "activated",
         _hidden_read_elsewhere,
         "fc2",
         "the hidden activation is also read by 'elsewhere'",
+        Kind.READ,
     ),
-    "hidden units an output": ("hidden", _hidden_output, "fc2", "the hidden activation is also an output of the graph"),
+    "hidden units an output": (
+        "hidden",
+        _hidden_output,
+        "fc2",
+        "the hidden activation is also an output of the graph",
+        Kind.OUTPUT,
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BENT)
 def test_a_bent_part_says_why_and_is_refused(case: str, tmp_path: Path) -> None:
-    place, bend, part, needle = BENT[case]
+    place, bend, part, needle, kind = BENT[case]
     graph, y = block(**{place: bend})  # type: ignore[arg-type]
     path = graph.save(tmp_path / "model.onnx", y)
     found = reasons(path)
-    assert needle in (found[part] or "no reason")
+    reason = found[part]
+    assert reason is not None
+    assert needle in str(reason)
+    assert (reason.first or reason).kind == kind
     assert [p for p, reason in found.items() if reason is not None] == [part]  # the other parts do not suffer
     with pytest.raises(MatchError, match="cannot be pruned") as refusal:
         prune_file(path, ratios(part))
@@ -133,7 +162,7 @@ def test_queries_that_are_constant_leave_values_prunable(tmp_path: Path) -> None
     graph, y = block(q=lambda g, _: g.random(1, HEADS, TOKENS, DIM))
     path = graph.save(tmp_path / "model.onnx", y)
     found = reasons(path)
-    assert found["qk"] == "Q is made of constants (learned queries), not by a linear layer"
+    assert str(found["qk"]) == "Q is made of constants (learned queries), not by a linear layer"
     assert found["vo"] is None
     prune_file(path, ratios("vo"), tmp_path / "pruned.onnx")
 
@@ -159,8 +188,8 @@ def test_two_layers_side_by_side_for_one_operand(tmp_path: Path) -> None:
     """Keys and values of more tokens than queries, from two layers each, as in cross-attention with registers."""
     graph, y = block(k=_two_layers, v=_two_layers)
     found = reasons(graph.save(tmp_path / "model.onnx", y))
-    assert "K comes from 2 linear layers" in (found["qk"] or "")
-    assert "V comes from 2 linear layers" in (found["vo"] or "")
+    assert "K comes from 2 linear layers" in str(found["qk"])
+    assert "V comes from 2 linear layers" in str(found["vo"])
     assert found["fc2"] is None
 
 
@@ -187,7 +216,7 @@ def test_softmax_over_another_axis_is_no_attention(tmp_path: Path) -> None:
     graph, y = block(axis=2)
     match = look(graph.save(tmp_path / "model.onnx", y)).match
     assert [b.attention for b in match.blocks] == [None]
-    assert match.declined == {"'softmax' (Softmax)": "this Softmax runs over axis 2, not over the last"}
+    assert said(match) == {"'softmax' (Softmax)": "this Softmax runs over axis 2, not over the last"}
 
 
 def test_scores_that_are_transposed_are_no_attention(tmp_path: Path) -> None:
@@ -195,7 +224,7 @@ def test_scores_that_are_transposed_are_no_attention(tmp_path: Path) -> None:
     graph, y = block(scores=lambda g, name: g.add("Transpose", name, perm=[0, 1, 3, 2]))
     match = look(graph.save(tmp_path / "model.onnx", y)).match
     assert [b.attention for b in match.blocks] == [None]
-    assert match.declined == {"'softmax' (Softmax)": "the scores before this Softmax are no product of two activations"}
+    assert said(match) == {"'softmax' (Softmax)": "the scores before this Softmax are no product of two activations"}
 
 
 def test_behind_an_inner_norm_units_are_selected_in_front_of_fc2(tmp_path: Path) -> None:
@@ -224,7 +253,7 @@ def test_a_softmax_that_weighs_activations_says_that_it_has_no_scores(tmp_path: 
 
     graph, y = block(end=pool)
     match = look(graph.save(tmp_path / "model.onnx", y)).match
-    assert match.declined == {"'pool' (Softmax)": "the scores before this Softmax are no product of two activations"}
+    assert said(match) == {"'pool' (Softmax)": "the scores before this Softmax are no product of two activations"}
 
 
 def _talking_heads(graph: Graph, probabilities: str, values: str) -> str:
@@ -253,8 +282,9 @@ def test_probabilities_that_do_not_weigh_values_as_they_are(weigh: Any, by: str,
     match = look(graph.save(tmp_path / "model.onnx", y)).match
     assert [b.attention for b in match.blocks] == [None]
     (reason,) = match.declined.values()
-    assert reason.startswith(f"'{by}")
-    assert reason.endswith("takes the probabilities of this Softmax before they meet another activation")
+    assert reason.kind == Kind.NO_ATTENTION
+    assert (reason.node or "").startswith(f"'{by}")
+    assert str(reason) == f"{reason.node} takes the probabilities of this Softmax before they meet another activation"
 
 
 def test_values_before_probabilities(tmp_path: Path) -> None:
@@ -304,7 +334,7 @@ def test_layers_that_join_no_residual_stream_are_no_feed_forward_network(tmp_pat
     match = look(graph.save(tmp_path / "model.onnx", y)).match
     assert [b.ffn for b in match.blocks] == [None]
     (reason,) = match.declined.values()
-    assert "joined by relu, but their output joins no residual stream" in reason
+    assert "joined by relu, but their output joins no residual stream" in str(reason)
 
 
 def test_hidden_units_times_an_input_are_no_matter_of_the_layers_alone(tmp_path: Path) -> None:
@@ -316,7 +346,7 @@ def test_hidden_units_times_an_input_are_no_matter_of_the_layers_alone(tmp_path:
     onnx.save(model, path)
     match = look(path).match
     assert [b.ffn for b in match.blocks] == [None]
-    assert match.declined == {
+    assert said(match) == {
         "'fc2/MatMul' (MatMul)": "the hidden channels before 'fc2/MatMul' (MatMul) are joined with 'gate'"
     }
 
@@ -329,7 +359,7 @@ def test_layers_of_different_tensors_that_are_joined_say_so(tmp_path: Path) -> N
     match = look(graph.save(tmp_path / "model.onnx", y)).match
     assert [b.ffn for b in match.blocks] == [None]
     (reason,) = match.declined.values()
-    assert "read different tensors" in reason
+    assert "read different tensors" in str(reason)
 
 
 def test_quantized_weights_say_prune_first(tmp_path: Path) -> None:
@@ -341,4 +371,4 @@ def test_quantized_weights_say_prune_first(tmp_path: Path) -> None:
 
     graph, y = block(v=quantized)
     found = reasons(graph.save(tmp_path / "model.onnx", y))
-    assert found["vo"] == "the weights of V are quantized; prune first, then quantize"
+    assert str(found["vo"]) == "the weights of V are quantized; prune first, then quantize"

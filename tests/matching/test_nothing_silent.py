@@ -11,6 +11,7 @@ import pytest
 
 from tests.matching.tiny import TOKENS, WIDTH, Bend, Graph, block
 from tests.pruning import UNEVEN, look, prune_file, run, worst
+from toast_onnx.reasons import Kind
 
 
 def _add_zero(graph: Graph, name: str) -> str:
@@ -52,9 +53,10 @@ def test_probabilities_that_weigh_no_values_are_named(tmp_path: Path) -> None:
     keys = graph.add("Transpose", y, perm=[0, 2, 1])
     apart = graph.add("Softmax", graph.add("MatMul", y, keys), name="apart")
     graph.also_output(apart, "batch", TOKENS, TOKENS)
-    assert look(graph.save(tmp_path / "model.onnx", y)).match.declined == {
-        "'apart' (Softmax)": "the probabilities of this Softmax weigh no values: no product takes them up"
-    }
+    (entry,) = look(graph.save(tmp_path / "model.onnx", y)).match.declined.items()
+    assert entry[0] == "'apart' (Softmax)"
+    assert entry[1].kind == Kind.NO_ATTENTION
+    assert str(entry[1]) == "the probabilities of this Softmax weigh no values: no product takes them up"
 
 
 def test_a_classifiers_softmax_is_no_attention(tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_an_einsum_that_is_no_matrix_product_is_named(tmp_path: Path) -> None:
     )
     (entry,) = look(graph.save(tmp_path / "model.onnx", y)).match.declined.items()
     assert entry[0] == "'odd' (Softmax)"
-    assert "the scores come from 'three' (Einsum)" in entry[1]
+    assert "the scores come from 'three' (Einsum)" in str(entry[1])
 
 
 def test_blocks_inside_a_condition_are_named(tmp_path: Path) -> None:
@@ -93,4 +95,6 @@ def test_blocks_inside_a_condition_are_named(tmp_path: Path) -> None:
     onnx.save(onnx.helper.make_model(outer, opset_imports=model.opset_import, ir_version=9), tmp_path / "model.onnx")
     (entry,) = look(tmp_path / "model.onnx").match.declined.items()
     assert entry[0] == "'wrap' (If)"
-    assert entry[1].startswith("its body holds 8 matrix products and 1 attentions or softmaxes")
+    assert entry[1].kind == Kind.BODY
+    assert entry[1].values == {"operator": "If", "products": 8, "softmaxes": 1}
+    assert "its body holds 8 matrix products and 1 attentions or softmaxes" in str(entry[1])

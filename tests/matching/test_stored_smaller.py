@@ -13,6 +13,7 @@ import pytest
 from tests.matching.tiny import block
 from tests.pruning import look
 from toast_onnx.planning.macs import graph_params
+from toast_onnx.reasons import Kind
 
 
 def _stored(path: Path, kind: str) -> tuple[Path, int]:
@@ -53,9 +54,9 @@ def test_they_are_declined_and_counted(kind: str, tmp_path: Path) -> None:
     assert the_block.attention is not None
     assert the_block.ffn is not None
     reasons = (the_block.attention.qk_reason, the_block.attention.vo_reason, the_block.ffn.fc2_reason)
-    ends = {
-        "half": "stored as float16 and cast up; prune the float32 model, then store it smaller",
-        "bytes": "stored as int8; prune first, then quantize",
-    }
-    assert all(reason is not None and reason.endswith(ends[kind]) for reason in reasons)
+    why, end = {
+        "half": (Kind.STORED, "stored as float16 and cast up; prune the float32 model, then store it smaller"),
+        "bytes": (Kind.QUANTIZED, "stored as int8; prune first, then quantize"),
+    }[kind]
+    assert all(reason is not None and reason.kind == why and str(reason).endswith(end) for reason in reasons)
     assert graph_params(found.view) >= params

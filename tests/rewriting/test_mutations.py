@@ -260,7 +260,7 @@ MUTATIONS: dict[str, tuple[Any, str, str, Callable[[Path], dict[str, Any]]]] = {
         saved(FFN, activated=computed_gain),
     ),
     "an inner split of wrong sizes": (
-        shrinking.shrink_node,
+        shrinking._shrink_movement,
         "[int(keep[o].sum()) for o in node.output]",
         "[int(keep[o].sum()) + (-1) ** k for k, o in enumerate(node.output)]",
         gated(inner_split),

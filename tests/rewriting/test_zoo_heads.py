@@ -12,6 +12,7 @@ from tests import zoo
 from tests.pace import mostly_slow
 from tests.pruning import look, prune_file, run, worst
 from tests.test_zoo import FAST, SPREAD
+from toast_onnx.reasons import Kind
 
 Exported = Callable[[zoo.Case], Path]
 
@@ -23,22 +24,22 @@ FEWER = {
     "align": 1,
     "compensation": {"kind": "none"},
 }
-LEARNED = "Q is made of constants (learned queries), not by a linear layer"
-ITEM = "has a value for each head of each item of a dynamic batch"
 #: Attentions that keep their heads, and why; all others lose half of them.
-SINGLE = "there is a single head"
-#: Queries that are pooled as an image, heads and dimensions being its channels.
-POOLED = "(MaxPool) is not known to keep heads apart"
 DECLINED = {
-    ("hf-detr", "static"): {LEARNED: 1},
-    ("hf-siglip", "static"): {LEARNED: 1},
-    ("timm-siglip", "static"): {LEARNED: 1},
-    ("hf-maskformer", "static"): {LEARNED: 1},
-    ("hf-mask2former", "static"): {LEARNED: 1},
+    ("hf-detr", "static"): {Kind.CONSTANT: 1},
+    ("hf-siglip", "static"): {Kind.CONSTANT: 1},
+    ("timm-siglip", "static"): {Kind.CONSTANT: 1},
+    ("hf-maskformer", "static"): {Kind.CONSTANT: 1},
+    ("hf-mask2former", "static"): {Kind.CONSTANT: 1},
     # masks of cross-attention, predicted for every query and repeated for every head
-    ("hf-mask2former", "dynamic"): {ITEM: 2},
-    **{(family, batch): {SINGLE: 1} for family in ("timm-hiera", "hf-segformer") for batch in ("static", "dynamic")},
-    **{("timm-sam2", batch): {SINGLE: 1, POOLED: 3} for batch in ("static", "dynamic")},
+    ("hf-mask2former", "dynamic"): {Kind.DYNAMIC: 2},
+    **{
+        (family, batch): {Kind.ONE_HEAD: 1}
+        for family in ("timm-hiera", "hf-segformer")
+        for batch in ("static", "dynamic")
+    },
+    # queries that are pooled as an image, heads and dimensions being its channels
+    **{("timm-sam2", batch): {Kind.ONE_HEAD: 1, Kind.UNKNOWN: 3} for batch in ("static", "dynamic")},
 }
 QUICK = {c for c in FAST if c.family in ("timm-vit", "hf-vit", "timm-swin", "hf-dinov2")}
 CASES = [pytest.param(c, id=c.id, marks=() if c in QUICK else pytest.mark.slow) for c in SPREAD]
@@ -49,8 +50,7 @@ def test_half_of_the_heads_go_or_are_declined(case: zoo.Case, exported: Exported
     dense, pruned = prune_file(exported(case), FEWER, tmp_path / "pruned.onnx", skip_unprunable=True)
     before = [b.attention for b in dense.match.blocks if b.attention is not None]
     after = [b.attention for b in look(tmp_path / "pruned.onnx").match.blocks if b.attention is not None]
-    said = [a.heads_reason for a in before if a.heads_reason]
-    declined = Counter(next((short for short in (ITEM, POOLED) if short in reason), reason) for reason in said)
+    declined = Counter(a.heads_reason.kind for a in before if a.heads_reason)
     assert declined == DECLINED.get((case.family, case.batch), {})
     for old, new in zip(before, after, strict=True):
         stay = old.num_heads if old.heads_reason else -(-old.num_heads // 2)

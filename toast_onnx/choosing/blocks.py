@@ -25,6 +25,7 @@ from toast_onnx.matching.norms import layer_scale
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios, Ratios
 from toast_onnx.planning.widths import kept_count, kept_width, tied_head_dims
+from toast_onnx.reasons import Reason
 from toast_onnx.rewriting.attention import head_weights
 from toast_onnx.solving.compensations import Solved, compensation
 from toast_onnx.solving.ffn import solve_fc1_inputs, solve_ffn
@@ -56,7 +57,7 @@ def plan_widths(block: Block, ratio: BlockRatios, ratios: Ratios, skip_unprunabl
         MatchError: a ratio is given for a part that cannot be pruned, unless skipped.
     """
 
-    def kept(part: str, kind: Literal["head_dim", "width"], original: int, reason: str | None) -> int | None:
+    def kept(part: str, kind: Literal["head_dim", "width"], original: int, reason: Reason | None) -> int | None:
         removed = getattr(ratio, part)
         if not removed:
             return None

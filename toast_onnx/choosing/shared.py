@@ -19,6 +19,7 @@ from toast_onnx.importance.synthetic import AttentionStatistics
 from toast_onnx.matching.blocks import Attention, Block
 from toast_onnx.matching.linear import Linear, find_linears
 from toast_onnx.matching.study import Study
+from toast_onnx.reasons import Kind, Reason
 
 ATTENTION, FFN = ("heads", "qk", "vo"), ("fc1", "fc2")
 
@@ -35,7 +36,7 @@ class Sharing:
 
     attention: Mapping[int, tuple[int, ...]]
     ffn: Mapping[int, tuple[int, ...]]
-    reasons: Mapping[tuple[int, str], str]
+    reasons: Mapping[tuple[int, str], Reason]
 
     def leader(self, block: int, kind: str) -> int:
         """The first block with the same weights."""
@@ -51,7 +52,7 @@ def find_sharing(study: Study) -> Sharing:
     for linear in find_linears(study.view, study.facts).values():
         users.setdefault(_root(study, linear.weight), set()).add(linear.output)
     found: dict[str, dict[int, tuple[int, ...]]] = {"attention": {}, "ffn": {}}
-    reasons: dict[tuple[int, str], str] = {}
+    reasons: dict[tuple[int, str], Reason] = {}
     for kind, groups in found.items():
         roles = {b.index: _roles(b, kind) for b in study.match.blocks}
         by_weights: dict[tuple[str, ...], list[int]] = {}
@@ -64,11 +65,13 @@ def find_sharing(study: Study) -> Sharing:
             reason = None
             if outside:
                 node = study.view.label(study.view.producer[min(outside, key=study.view.producer.__getitem__)])
-                reason = f"its weights are shared with {node}, which is another kind of place"
+                text = "its weights are shared with {node}, which is another kind of place"
+                reason = Kind.SHARED.says(text, node=node)
             elif any(_reused(roles[index], names) for index in members):
-                reason = "one weight has two parts in it"
+                reason = Kind.SHARED.says("one weight has two parts in it")
             elif len(members) > 1 and not _alike(study, members, kind):
-                reason = f"its weights are shared by blocks {_listed(members)}, whose biases, heads or norms differ"
+                text = "its weights are shared by blocks {blocks}, whose biases, heads or norms differ"
+                reason = Kind.SHARED.says(text, blocks=_listed(members))
             if reason is not None:
                 reasons.update({(index, kind): reason for index in members})
             elif len(members) > 1:

@@ -13,6 +13,7 @@ from toast_onnx.matching.head_region import HeadRegion
 from toast_onnx.matching.layout import Layout
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.probe import Walk
+from toast_onnx.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,12 @@ class Attention:
     num_heads: int
     qk_dim: int
     vo_dim: int
-    qk_reason: str | None
-    vo_reason: str | None
+    qk_reason: Reason | None
+    vo_reason: Reason | None
     divisions: tuple[tuple[int | None, int], ...] = ()
     regions: tuple[DimRegion, ...] = ()
     units: np.ndarray | None = None
-    heads_reason: str | None = None
+    heads_reason: Reason | None = None
     head_region: HeadRegion | None = None
     side: ValueSide | None = None
     norms: tuple[HeadNorm, ...] = ()
@@ -152,8 +153,8 @@ class Ffn:
     channel_axes: dict[str, int]
     unit_of: dict[str, np.ndarray]
     activation: str
-    fc1_reason: str | None
-    fc2_reason: str | None
+    fc1_reason: Reason | None
+    fc2_reason: Reason | None
     selects_at_exit: bool = False
 
     @property
@@ -201,4 +202,4 @@ class Match:
     """
 
     blocks: tuple[Block, ...]
-    declined: dict[str, str] = field(default_factory=dict)
+    declined: dict[str, Reason] = field(default_factory=dict)

@@ -9,7 +9,8 @@ import numpy as np
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.probe import MOVEMENT, Decline
+from toast_onnx.matching.probe import MOVEMENT
+from toast_onnx.reasons import Decline, Kind, Reason
 
 #: Operators that may stand between the score product and Softmax: scale, mask, bias, soft cap, shape.
 _BETWEEN = frozenset(
@@ -65,10 +66,10 @@ class Core:
         return tuple(dict.fromkeys((self.qk, self.softmax, self.av)))
 
 
-def find_cores(view: GraphView, facts: Facts) -> tuple[list[Core], dict[int, str]]:
+def find_cores(view: GraphView, facts: Facts) -> tuple[list[Core], dict[int, Reason]]:
     """All attention cores in graph order, and the nodes that look like one but are not (position: reason)."""
     cores: list[Core] = []
-    declined: dict[int, str] = {}
+    declined: dict[int, Reason] = {}
     for i, node in enumerate(view.nodes):
         find = _finder(node.domain, node.op_type)
         if find is None:
@@ -76,7 +77,7 @@ def find_cores(view: GraphView, facts: Facts) -> tuple[list[Core], dict[int, str
         try:
             core = find(view, facts, i)
         except Decline as e:
-            declined[i] = str(e)
+            declined[i] = e.reason
             continue
         if core is not None:
             cores.append(core)
@@ -105,31 +106,36 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
         if reader is None:
             if not _fed_by_product(view, facts, node.input[0]):
                 return None  # a classifier's softmax
-            raise Decline("the probabilities of this Softmax weigh no values: no product takes them up")
-        raise Decline(
-            f"{view.label(reader)} takes the probabilities of this Softmax before they meet another activation"
+            raise Kind.NO_ATTENTION.decline(
+                "the probabilities of this Softmax weigh no values: no product takes them up"
+            )
+        raise Kind.NO_ATTENTION.decline(
+            "{node} takes the probabilities of this Softmax before they meet another activation",
+            node=view.label(reader),
         )
     if not products:
         einsum = _einsum_before(view, facts, node.input[0])
         if einsum is not None:
-            raise Decline(f"the scores come from {view.label(einsum)}, whose equation is no batched matrix product")
-        raise Decline("the scores before this Softmax are no product of two activations")
+            raise Kind.NO_ATTENTION.decline(
+                "the scores come from {node}, whose equation is no batched matrix product", node=view.label(einsum)
+            )
+        raise Kind.NO_ATTENTION.decline("the scores before this Softmax are no product of two activations")
     if len(products) > 1 or len(sums) > 1:
-        raise Decline("more than one activation product surrounds this Softmax")
+        raise Kind.NO_ATTENTION.decline("more than one activation product surrounds this Softmax")
     shape = facts.shape(node.input[0])
     scores = facts.shape(view.nodes[products[0]].output[0])
     if shape is None or scores is None:
-        raise Decline("the shape of the attention scores cannot be inferred")
+        raise Kind.SHAPE.decline("the shape of the attention scores cannot be inferred")
     default = -1 if view.model.opset >= 13 else 1
     axis = int(attribute(node, "axis", default))  # type: ignore[call-overload]
     if axis % len(shape) != len(shape) - 1:
-        raise Decline(f"this Softmax runs over axis {axis}, not over the last")
+        raise Kind.NO_ATTENTION.decline("this Softmax runs over axis {axis}, not over the last", axis=axis)
     if scores[-2:] != shape[-2:]:
-        raise Decline("the attention scores are transposed or regrouped before the Softmax")
+        raise Kind.NO_ATTENTION.decline("the attention scores are transposed or regrouped before the Softmax")
     qk, av = products[0], sums[0]
     product, total = view.nodes[qk], view.nodes[av]
     if attribute(total, "transB", 0):
-        raise Decline("the values come transposed into the weighted sum")
+        raise Kind.NO_ATTENTION.decline("the values come transposed into the weighted sum")
     k_dim_axis = -1 if attribute(product, "transB", 0) else -2
     return Core(
         "matmul",
@@ -358,11 +364,11 @@ def _reader_before_values(view: GraphView, facts: Facts, tensor: str) -> int | N
 def _fused_core(view: GraphView, facts: Facts, i: int) -> Core:
     node = view.nodes[i]
     if any(name for name in node.input[4:]):
-        raise Decline("this Attention node carries a key/value cache")
+        raise Kind.CACHE.decline("this Attention node carries a key/value cache")
     shape = facts.shape(node.input[0])
     heads = kv_heads = None
     if shape is None:
-        raise Decline("the shape of this Attention node's queries cannot be inferred")
+        raise Kind.SHAPE.decline("the shape of this Attention node's queries cannot be inferred")
     if len(shape) == 3:
         heads = int(attribute(node, "q_num_heads", 0))  # type: ignore[call-overload]
         kv_heads = int(attribute(node, "kv_num_heads", 0))  # type: ignore[call-overload]
@@ -375,11 +381,11 @@ def _mha_core(view: GraphView, facts: Facts, i: int) -> Core:
     heads = int(attribute(node, "num_heads", 0))  # type: ignore[call-overload]
     ranks = [len(facts.shape(name) or ()) for name in node.input[:3]]
     if ranks != [3, 3, 3]:
-        raise Decline("this MultiHeadAttention node takes packed or transposed operands")
+        raise Kind.FUSED.decline("this MultiHeadAttention node takes packed or transposed operands")
     if any(name for name in node.input[6:8]):
-        raise Decline("this MultiHeadAttention node carries a key/value cache")
+        raise Kind.CACHE.decline("this MultiHeadAttention node carries a key/value cache")
     if len(node.input) > 3 and node.input[3]:
-        raise Decline("this MultiHeadAttention node adds a bias to Q, K and V that is not constant")
+        raise Kind.FUSED.decline("this MultiHeadAttention node adds a bias to Q, K and V that is not constant")
     q, k, v = node.input[:3]
     return Core("mha", i, i, i, q, k, v, node.output[0], heads=heads, kv_heads=heads)
 
@@ -388,11 +394,11 @@ def _gqa_core(view: GraphView, facts: Facts, i: int) -> Core:
     node = view.nodes[i]
     ranks = [len(facts.shape(name) or ()) for name in node.input[:3]]
     if ranks != [3, 3, 3]:
-        raise Decline("this GroupQueryAttention node takes packed operands")
+        raise Kind.FUSED.decline("this GroupQueryAttention node takes packed operands")
     if any(node.input[3:5]) or any(name in view.consumers or name in view.outputs for name in node.output[1:]):
-        raise Decline("this GroupQueryAttention node carries a key/value cache")
+        raise Kind.CACHE.decline("this GroupQueryAttention node carries a key/value cache")
     if attribute(node, "do_rotary", 0):
-        raise Decline("this GroupQueryAttention node holds a rotary embedding; export it as separate nodes")
+        raise Kind.FUSED.decline("this GroupQueryAttention node holds a rotary embedding; export it as separate nodes")
     q, k, v = node.input[:3]
     heads, kv_heads = (int(attribute(node, name, 0)) for name in ("num_heads", "kv_num_heads"))  # type: ignore[call-overload]
     return Core("gqa", i, i, i, q, k, v, node.output[0], heads=heads, kv_heads=kv_heads)
@@ -400,4 +406,6 @@ def _gqa_core(view: GraphView, facts: Facts, i: int) -> Core:
 
 def _packed_core(view: GraphView, facts: Facts, i: int) -> Core:
     # Those that do nothing else were spelled out before (see fused.py).
-    raise Decline("this com.microsoft Attention node carries a key/value cache, a rotary embedding or a packed mask")
+    raise Kind.FUSED.decline(
+        "this com.microsoft Attention node carries a key/value cache, a rotary embedding or a packed mask"
+    )

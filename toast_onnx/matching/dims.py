@@ -8,14 +8,15 @@ is exact as long as pairs stay together, whatever nodes an exporter writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.probe import PASSING, Decline, scalar_factor
+from toast_onnx.matching.probe import PASSING, scalar_factor
+from toast_onnx.reasons import Kind
 
 _MOVING = frozenset(
     {"Reshape", "Transpose", "Split", "Slice", "Gather", "GatherND", "Squeeze", "Unsqueeze", "Concat", "Flatten"}
@@ -114,7 +115,7 @@ def match_dims(
         plain = all(scalar_factor(view, facts, i) for i in computing)
         pools = [i for i in nodes if view.nodes[i].op_type in _POOLING]
         if pools and operand.what != "Q":
-            raise Decline(f"{view.label(pools[0])} pools {operand.what}")
+            raise Kind.DIMENSIONS.decline("{node} pools {part}", node=view.label(pools[0]), part=operand.what)
         regions.append(DimRegion(operand.start, nodes, tables, axes, unit_of, plain, bool(pools)))
     return tuple(regions), units
 
@@ -134,10 +135,12 @@ def match_repeats(view: GraphView, facts: Facts, core: Sequence[int], operand: O
     """
     nodes, tables = _follow(view, facts, core, operand)
     if tables or not all(view.nodes[i].op_type in _MOVING | PASSING or scalar_factor(view, facts, i) for i in nodes):
-        raise Decline(f"{operand.what} is computed on where its heads are repeated")
+        raise Kind.COMPUTED.decline("{part} is computed on where its heads are repeated", part=operand.what)
     axes, unit_of = _axes(_label(view, facts, nodes, operand, dim), np.arange(dim), operand)
     if any(not np.array_equal(units, np.arange(units.size) % dim) for units in unit_of.values()):
-        raise Decline(f"the dimensions of {operand.what} are reordered where its heads are repeated")
+        raise Kind.DIMENSIONS.decline(
+            "the dimensions of {part} are reordered where its heads are repeated", part=operand.what
+        )
     return DimRegion(operand.start, nodes, (), axes, unit_of, True, False)
 
 
@@ -150,7 +153,7 @@ def arriving(view: GraphView, facts: Facts, core: Sequence[int], operand: Operan
     nodes, _ = _follow(view, facts, core, operand)
     arrays = _carry(view, facts, nodes, {operand.start: [numbers]})[operand.end]
     if any((array != arrays[0]).any() for array in arrays):
-        raise Decline(f"heads of {operand.what} are mixed on the way to the core")
+        raise Kind.LAYOUT.decline("heads of {part} are mixed on the way to the core", part=operand.what)
     return arrays[0]
 
 
@@ -165,7 +168,7 @@ def _follow(
     while pending:
         name = pending.pop()
         if name in view.outputs:
-            raise Decline(f"'{name}' is also an output of the graph")
+            raise Kind.OUTPUT.decline("'{tensor}' is also an output of the graph", tensor=name)
         for i in view.consumers.get(name, []):
             node = view.nodes[i]
             if i in nodes or node.op_type in ("Shape", "Size") or (i in core and name == operand.end):
@@ -178,9 +181,9 @@ def _follow(
                 tensors.update(made)
                 pending.extend(made)
             else:
-                raise Decline(f"{operand.what} is read by {view.label(i)}")
+                raise Kind.COMPUTED.decline("{part} is read by {node}", part=operand.what, node=view.label(i))
     if operand.end not in tensors:
-        raise Decline(f"the way of {operand.what} to the scores cannot be followed")
+        raise Kind.UNFOLLOWED.decline("the way of {part} to the scores cannot be followed", part=operand.what)
     return tuple(sorted(nodes)), tuple(tables)
 
 
@@ -188,7 +191,7 @@ def _table(view: GraphView, facts: Facts, i: int, name: str) -> Table:
     """The other operand of a product over the last axis of `name`."""
     node = view.nodes[i]
     if list(node.input).count(name) != 1 or len(node.input) != 2:
-        raise Decline(f"it is multiplied by itself in {view.label(i)}")
+        raise Kind.DIMENSIONS.decline("it is multiplied by itself in {node}", node=view.label(i))
     mine = list(node.input).index(name)
     rank, other = len(facts.shape(name) or ()), len(facts.shape(node.input[1 - mine]) or ())
     if node.op_type == "MatMul" and rank > 1 and other > 1:
@@ -203,7 +206,7 @@ def _table(view: GraphView, facts: Facts, i: int, name: str) -> Table:
         counts = [split[mine].count(letter), split[1 - mine].count(letter), result.count(letter)]
         if letter.isalpha() and result and "." not in terms and counts == [1, 1, 0]:
             return Table(i, 1 - mine, split[1 - mine].index(letter))
-    raise Decline(f"it is read by {view.label(i)}, not over the dimensions of a head")
+    raise Kind.DIMENSIONS.decline("it is read by {node}, not over the dimensions of a head", node=view.label(i))
 
 
 def _check_tables(
@@ -219,7 +222,7 @@ def _check_tables(
     while pending:
         name = pending.pop()
         if name in layers or name in inside:
-            raise Decline(f"{operand.what} meets a tensor that is made of Q, K or V")
+            raise Kind.DIMENSIONS.decline("{part} meets a tensor that is made of Q, K or V", part=operand.what)
         i = view.producer.get(name, -1)
         if i > floor and name not in seen and view.nodes[i].op_type not in ("Shape", "Size"):
             pending.extend(view.nodes[i].input)
@@ -232,7 +235,7 @@ def _label(
     """Tensor name -> label arrays, one for each dimension that an element may be made of; labels are 1 + dimension."""
     shape = facts.shape(operand.start)
     if shape is None or facts.shape(operand.end) is None:
-        raise Decline(f"the shape of {operand.what} cannot be inferred")
+        raise Kind.SHAPE.decline("the shape of {part} cannot be inferred", part=operand.what)
     axis = operand.dim_axis if operand.start == operand.end else -1
     numbers = np.moveaxis(np.empty(shape, np.int32), axis, -1)
     numbers[:] = np.arange(shape[axis], dtype=np.int32) % dim + 1
@@ -262,19 +265,19 @@ def _computed(view: GraphView, facts: Facts, i: int, labels: Mapping[str, list[n
     mine = [name for name in node.input if name in labels]
     both = len(mine) == len(node.input) or node.op_type in PASSING
     if node.op_type in ("Add", "Sub") and not both:
-        raise Decline(f"{view.label(i)} adds something to single dimensions")
+        raise Kind.DIMENSIONS.decline("{node} adds something to single dimensions", node=view.label(i))
     if (node.op_type == "Mul" and both) or (node.op_type == "Div" and mine != [node.input[0]]):
-        raise Decline(f"{view.label(i)} is not linear in the dimensions")
+        raise Kind.DIMENSIONS.decline("{node} is not linear in the dimensions", node=view.label(i))
     shapes = {facts.shape(name) for name in (*mine, node.output[0])}
     if len(shapes) > 1 or None in shapes:
-        raise Decline(f"{view.label(i)} spreads the dimensions over new axes")
+        raise Kind.DIMENSIONS.decline("{node} spreads the dimensions over new axes", node=view.label(i))
     return [array for name in mine for array in labels[name]]
 
 
 def _concat(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
     node = view.nodes[i]
     if any(name not in labels for name in node.input):
-        raise Decline(f"{view.label(i)} puts the dimensions beside something else")
+        raise Kind.DIMENSIONS.decline("{node} puts the dimensions beside something else", node=view.label(i))
     most = max(len(labels[name]) for name in node.input)
     padded = [(labels[name] * most)[:most] for name in node.input]
     axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
@@ -284,10 +287,10 @@ def _concat(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.nda
 def _move(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
     node = view.nodes[i]
     if node.input[0] not in labels:
-        raise Decline(f"{view.label(i)} uses the dimensions as numbers")
+        raise Kind.DIMENSIONS.decline("{node} uses the dimensions as numbers", node=view.label(i))
     operands = [facts.value(name) if name else None for name in node.input[1:]]
     if any(v is None and name for v, name in zip(operands, node.input[1:], strict=True)):
-        raise Decline(f"an operand of {view.label(i)} depends on the input's contents")
+        raise Kind.CONTENTS.decline("an operand of {node} depends on the input's contents", node=view.label(i))
     results = [facts.evaluate(node, [np.ascontiguousarray(array), *operands]) for array in labels[node.input[0]]]
     for k, name in enumerate(node.output):
         if name:
@@ -299,7 +302,7 @@ def _pool(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarr
     name, made = node.input[0], node.output[0]
     shape = facts.shape(made)
     if shape is None or any(node.output[1:]):
-        raise Decline(f"{view.label(i)} tells where its largest elements lie")
+        raise Kind.DIMENSIONS.decline("{node} tells where its largest elements lie", node=view.label(i))
     axes: object = range(2, len(shape))  # of MaxPool
     if node.op_type == "ReduceMax":
         axes = facts.value(node.input[1]) if any(node.input[1:]) else attribute(node, "axes", None)
@@ -308,7 +311,7 @@ def _pool(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarr
     for array in labels[name]:
         pooled = array.min(axis=along, keepdims=True)
         if (pooled != array.max(axis=along, keepdims=True)).any():
-            raise Decline(f"{view.label(i)} pools different dimensions of a head")
+            raise Kind.DIMENSIONS.decline("{node} pools different dimensions of a head", node=view.label(i))
         same = pooled.size == int(np.prod(shape))
         labels[made].append(pooled.reshape(shape) if same else np.broadcast_to(pooled, shape))
 
@@ -322,37 +325,58 @@ def _check_contractions(
         name, shape = names[1 - table.operand], facts.shape(names[table.operand])
         last = len(facts.shape(name) or ()) - 1
         if shape is None or axes[name] != last or shape[table.axis] != unit_of[name].size:
-            raise Decline(f"it is read by {view.label(table.node)}, not over the dimensions of a head")
+            raise Kind.DIMENSIONS.decline(
+                "it is read by {node}, not over the dimensions of a head", node=view.label(table.node)
+            )
 
 
 def _units(found: Sequence[Mapping[str, list[np.ndarray]]], operands: Sequence[Operand], dim: int) -> np.ndarray:
-    """(dim,) unit of each dimension: what meets in one element, and in one product of the scores, stays together."""
-    owner = np.arange(dim)
+    """(dim,) unit of each dimension: what meets in one element, and in one product of the scores, stays together.
 
-    def join(a: int, b: int) -> None:
-        owner[owner == owner[b]] = owner[a]
+    Rotary embedding in halves, dim = 4: every element of q' = q cos + [-q2 -q3 q0 q1] sin is made of two dimensions.
 
-    arrived: list[list[int]] = [[] for _ in range(dim)]
-    for labels, operand in zip(found, operands, strict=True):
-        for arrays in labels.values():
-            for array in arrays[1:]:
-                for a, b in _meetings(arrays[0], array, dim):
-                    join(a - 1, b - 1)
-        array = np.moveaxis(labels[operand.end][0], operand.dim_axis, -1)
-        columns = array.reshape(-1, array.shape[-1])
-        if columns.shape[1] % dim:
-            raise Decline(f"only some of the dimensions of {operand.what} arrive")
-        positions = np.broadcast_to(np.arange(columns.shape[1], dtype=np.int32) % dim, columns.shape)
-        for position, label in _meetings(positions, columns, dim):
-            arrived[position].append(label - 1)
-    for group in arrived:
-        for member in group[1:]:
-            join(group[0], member)
-    _, units = np.unique(owner, return_inverse=True)
+        labels of q'     0 1 2 3        units    0 1 0 1
+                         2 3 0 1
+    """
+    pairs = [pair for labels in found for pair in _mixed(labels, dim)]
+    arrivals = [_arrivals(labels, operand, dim) for labels, operand in zip(found, operands, strict=True)]
+    first: dict[int, int] = {}
+    for position, dimension in sorted((each for one in arrivals for each in one), key=lambda each: each[0]):
+        pairs.append((first.setdefault(position, dimension), dimension))
+    _, units = np.unique(_joined(pairs, dim), return_inverse=True)
     sizes = np.bincount(units)
     if sizes.max() > 2 or sizes.size == 1:
-        raise Decline(f"up to {sizes.max()} dimensions of a head are mixed with each other")
+        text = "up to {most} dimensions of a head are mixed with each other"
+        raise Kind.DIMENSIONS.decline(text, most=sizes.max())
     return _evened(units, sizes)
+
+
+def _mixed(labels: Mapping[str, list[np.ndarray]], dim: int) -> list[tuple[int, int]]:
+    """Pairs of dimensions that one element of any tensor is made of."""
+    return [
+        (a - 1, b - 1)
+        for arrays in labels.values()
+        for array in arrays[1:]
+        for a, b in _meetings(arrays[0], array, dim)
+    ]
+
+
+def _arrivals(labels: Mapping[str, list[np.ndarray]], operand: Operand, dim: int) -> list[tuple[int, int]]:
+    """(position along the core's axis of dimensions, dimension that arrives there)."""
+    array = np.moveaxis(labels[operand.end][0], operand.dim_axis, -1)
+    columns = array.reshape(-1, array.shape[-1])
+    if columns.shape[1] % dim:
+        raise Kind.DIMENSIONS.decline("only some of the dimensions of {part} arrive", part=operand.what)
+    positions = np.broadcast_to(np.arange(columns.shape[1], dtype=np.int32) % dim, columns.shape)
+    return [(position, label - 1) for position, label in _meetings(positions, columns, dim)]
+
+
+def _joined(pairs: Iterable[tuple[int, int]], count: int) -> np.ndarray:
+    """(count,) a number for each that those have in common which pairs join, directly or through others."""
+    owner = np.arange(count)
+    for a, b in pairs:
+        owner[owner == owner[b]] = owner[a]
+    return owner
 
 
 def _meetings(a: np.ndarray, b: np.ndarray, most: int) -> list[tuple[int, int]]:
@@ -367,7 +391,7 @@ def _evened(units: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return units
     single = np.flatnonzero(sizes[units] == 1)
     if single.size % 2:
-        raise Decline("an odd number of dimensions is not part of the rotary embedding")
+        raise Kind.DIMENSIONS.decline("an odd number of dimensions is not part of the rotary embedding")
     evened = units.copy()
     evened[single] = units.max() + 1 + np.arange(single.size) // 2
     return np.unique(evened, return_inverse=True)[1]
@@ -390,14 +414,16 @@ def _axes(
                 axes[name], unit_of[name] = axis, columns[0]
                 break
         else:
-            raise Decline(f"the dimensions of {operand.what} are spread over several axes")
+            raise Kind.DIMENSIONS.decline("the dimensions of {part} are spread over several axes", part=operand.what)
     if axes[operand.end] != operand.dim_axis % labels[operand.end][0].ndim:
-        raise Decline(f"{operand.what} does not arrive with its dimensions where the scores need them")
+        raise Kind.DIMENSIONS.decline(
+            "{part} does not arrive with its dimensions where the scores need them", part=operand.what
+        )
     return axes, unit_of
 
 
 def _axis_of_extent(shape: tuple[int, ...], units: np.ndarray, operand: Operand) -> int:
     fitting = [axis for axis, extent in enumerate(shape) if extent == units.size]
     if not fitting:
-        raise Decline(f"the dimensions of {operand.what} are spread over several axes")
+        raise Kind.DIMENSIONS.decline("the dimensions of {part} are spread over several axes", part=operand.what)
     return fitting[-1]

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from math import prod
 
 from toast_onnx.matching.blocks import Attention, Branch
-from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.facts import Probe
+from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.head_region import HeadAxis, HeadRegion
 from toast_onnx.matching.layout import HEAD, Layout
-from toast_onnx.matching.probe import Decline
+from toast_onnx.reasons import Decline, Kind
 
 _RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 #: Act on each element, operands broadcast against each other.
@@ -33,12 +33,9 @@ _FUSED = frozenset({"Attention", "MultiHeadAttention"})
 
 
 @dataclass(frozen=True)
-class _Heads:
+class _Heads(Probe):
     """What the rules need: the graph, its facts at two shapes, the number of heads, and what is known so far."""
 
-    view: GraphView
-    facts: Facts
-    other: Facts
     count: int
     axes: dict[str, HeadAxis]
 
@@ -50,26 +47,25 @@ class _Heads:
         """
         shape = self.facts.shape(name)
         if shape is None:
-            raise Decline(f"the shape of '{name}' cannot be inferred")
+            raise Kind.SHAPE.decline("the shape of '{tensor}' cannot be inferred", tensor=name)
         return shape
 
 
-def match_heads(view: GraphView, facts: Facts, other: Facts, attention: Attention) -> HeadRegion:
+def match_heads(probe: Probe, attention: Attention) -> HeadRegion:
     """Follow the heads from Q, K and V to the output projection.
 
     Args:
-        view: the graph.
-        facts: facts at the probed shapes.
-        other: facts at other shapes of the dynamic axes.
+        probe: the graph and its facts.
         attention: the attention, matched but for its heads.
 
     Raises:
         Decline: heads cannot be dropped; the message says why.
     """
+    view = probe.view
     branches = _branches(attention)
     context = attention.core.context
     starts = {b.walk.target: _head_axis(b.layout, b.walk.target) for b in branches[:3]}
-    found = _Heads(view, facts, other, attention.num_heads, dict(starts))
+    found = _Heads(view, probe.facts, probe.other, attention.num_heads, dict(starts))
     # a packed layer's own movement goes on beside a walk that ends early
     moved = {i for branch in branches for i in branch.walk.nodes}
     pending = sorted({i for name in starts for i in view.consumers.get(name, [])} - moved)
@@ -84,12 +80,14 @@ def match_heads(view: GraphView, facts: Facts, other: Facts, attention: Attentio
         nodes.append(i)
         for name, axis in _through(found, i).items():
             if name in view.outputs:
-                raise Decline(f"'{name}', which holds all heads, is also an output of the graph")
+                raise Kind.OUTPUT.decline(
+                    "'{tensor}', which holds all heads, is also an output of the graph", tensor=name
+                )
             found.axes[name] = axis
             for reader in view.consumers.get(name, []) if name != context else ():
                 heapq.heappush(pending, reader)
     if found.axes.get(context) != _head_axis(branches[3].layout, context):
-        raise Decline("the heads do not arrive at the output projection as they left Q, K and V")
+        raise Kind.MEET.decline("the heads do not arrive at the output projection as they left Q, K and V")
     for name in (context, *(name for i in branches[3].walk.nodes for name in view.nodes[i].output)):
         for i in view.consumers.get(name, []):
             if view.nodes[i].op_type in ("Shape", "Size"):
@@ -101,20 +99,19 @@ def match_heads(view: GraphView, facts: Facts, other: Facts, attention: Attentio
 def _branches(a: Attention) -> tuple[Branch, Branch, Branch, Branch]:
     """All four layers of an attention, which must have the same heads."""
     if a.q is None or a.k is None:
-        raise Decline(a.qk_reason or "Q and K were not found")
+        raise Decline(a.qk_reason or Kind.NO_LAYER.says("Q and K were not found"))
     if a.v is None or a.proj is None or a.vo_reason is not None:
-        raise Decline(a.vo_reason or "V and the output projection were not found")
-    blocked = [b for b in (a.q.walk.blocked, a.k.walk.blocked) if b is not None]
-    if a.qk_reason is not None and not a.qk_reason.startswith(tuple(blocked)):
+        raise Decline(a.vo_reason or Kind.NO_LAYER.says("V and the output projection were not found"))
+    if a.qk_reason is not None and (a.qk_reason.first or a.qk_reason) not in (a.q.walk.blocked, a.k.walk.blocked):
         raise Decline(a.qk_reason)
     for branch in (a.q, a.k, a.v):
         shared = [b for b in (a.q, a.k, a.v) if b.linear.output == branch.linear.output]
         if sum(b.layout.channels.size for b in shared) != branch.linear.out_features:
-            raise Decline("a layer also makes channels that are none of Q, K and V")
+            raise Kind.PACKED.decline("a layer also makes channels that are none of Q, K and V")
     if a.num_heads == 1:
-        raise Decline("there is a single head")
+        raise Kind.ONE_HEAD.decline("there is a single head")
     if {b.layout.num_heads for b in (a.q, a.k, a.v, a.proj)} != {a.num_heads}:
-        raise Decline("Q, K, V and the output projection have different numbers of heads")
+        raise Kind.NUMBERS.decline("Q, K, V and the output projection have different numbers of heads")
     return a.q, a.k, a.v, a.proj
 
 
@@ -125,16 +122,20 @@ def _head_axis(layout: Layout, tensor: str) -> HeadAxis:
         if HEAD in sources:
             inside = factors[sources.index(HEAD) + 1 :]
             if any(f.dynamic for f in inside):
-                raise Decline(f"heads of '{tensor}' are apart by an extent that changes with the input")
+                raise Kind.DYNAMIC.decline(
+                    "heads of '{tensor}' are apart by an extent that changes with the input", tensor=tensor
+                )
             return HeadAxis(axis, prod(f.size for f in inside))
-    raise Decline(f"'{tensor}' has no axis of heads")
+    raise Kind.LAYOUT.decline("'{tensor}' has no axis of heads", tensor=tensor)
 
 
 def _check_extent(found: _Heads, i: int, name: str, starts: Iterable[str]) -> None:
     """A Shape node goes on telling the old extents, which must be told by what is left."""
     axis = found.axes[name].axis
     if name not in starts and found.shape(name)[axis] != (found.other.shape(name) or ())[axis]:
-        raise Decline(f"{found.view.label(i)} reads an extent that heads and a dynamic axis make together")
+        raise Kind.DYNAMIC.decline(
+            "{node} reads an extent that heads and a dynamic axis make together", node=found.view.label(i)
+        )
 
 
 def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
@@ -143,7 +144,7 @@ def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
     inside = [name for name in node.input if name in found.axes]
     op = node.op_type
     if node.domain == "com.microsoft" and op not in ("FusedMatMul", "MultiHeadAttention", "RotaryEmbedding"):
-        raise Decline(f"{view.label(i)} is not known to keep heads apart")
+        raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=view.label(i))
     first = found.axes.get(node.input[0])
     made = [name for name in node.output if name]
     if op in _RESHAPING and first is not None:
@@ -162,7 +163,7 @@ def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
         return {made[0]: _einsum(found, i, inside)}
     if op in _FUSED or op == "RotaryEmbedding":
         return _fused(found, i)
-    raise Decline(f"{view.label(i)} is not known to keep heads apart")
+    raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=view.label(i))
 
 
 def _reshaped(found: _Heads, i: int, axis: HeadAxis) -> HeadAxis:
@@ -172,17 +173,19 @@ def _reshaped(found: _Heads, i: int, axis: HeadAxis) -> HeadAxis:
     for facts in (found.facts, found.other):
         before, after = facts.shape(node.input[0]), facts.shape(node.output[0])
         if before is None or after is None:
-            raise Decline(f"the shape of '{node.output[0]}' cannot be inferred")
+            raise Kind.SHAPE.decline("the shape of '{tensor}' cannot be inferred", tensor=node.output[0])
         step = axis.inner * prod(before[axis.axis + 1 :])
         new.append(_axis_with(after, step, found.count))
     if new[0] is None or new[0] != new[1]:
-        raise Decline(f"{found.view.label(i)} puts heads and other things together")
+        raise Kind.MEET.decline("{node} puts heads and other things together", node=found.view.label(i))
     if node.op_type == "Reshape":
         target = found.facts.value(node.input[1])
         if target is None:
-            raise Decline(f"the target shape of {found.view.label(i)} depends on the input's contents")
+            raise Kind.CONTENTS.decline(
+                "the target shape of {node} depends on the input's contents", node=found.view.label(i)
+            )
         if target[new[0].axis] == 0 and new[0] != axis:
-            raise Decline(f"{found.view.label(i)} copies an extent from where the heads were")
+            raise Kind.DYNAMIC.decline("{node} copies an extent from where the heads were", node=found.view.label(i))
     return new[0]
 
 
@@ -199,7 +202,7 @@ def _aligned(found: _Heads, i: int, inside: list[str], rank: int) -> HeadAxis:
     """The heads' axis of a result of `rank` axes to which operands are broadcast; all must agree."""
     ends = {HeadAxis(found.axes[name].axis + rank - len(found.shape(name)), found.axes[name].inner) for name in inside}
     if len(ends) != 1:
-        raise Decline(f"{found.view.label(i)} lets heads meet each other")
+        raise Kind.MEET.decline("{node} lets heads meet each other", node=found.view.label(i))
     return ends.pop()
 
 
@@ -207,15 +210,15 @@ def _along(found: _Heads, i: int, made: list[str]) -> dict[str, HeadAxis]:
     """Through a node that acts along other axes than the heads'."""
     node = found.view.nodes[i]
     if node.input[0] not in found.axes and node.op_type != "Concat":
-        raise Decline(f"{found.view.label(i)} takes heads for numbers")
+        raise Kind.MEET.decline("{node} takes heads for numbers", node=found.view.label(i))
     inside = [name for name in node.input if name in found.axes]
     start = found.axes[inside[0]]
     rank = len(found.shape(inside[0]))
     if any(found.axes[name] != start for name in inside):
-        raise Decline(f"{found.view.label(i)} lets heads meet each other")
+        raise Kind.MEET.decline("{node} lets heads meet each other", node=found.view.label(i))
     axes = _own_axes(found, i, rank)
     if start.axis in axes:
-        raise Decline(f"{found.view.label(i)} runs over all heads")
+        raise Kind.MEET.decline("{node} runs over all heads", node=found.view.label(i))
     after = len(found.shape(made[0]))
     axis = start.axis
     if after != rank:  # a reduction that drops axes, or a Gather of one place
@@ -233,7 +236,7 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
     elif op == "Slice":
         starts = found.facts.value(node.input[1]) if len(node.input) > 1 else None
         if starts is None:
-            raise Decline(f"{found.view.label(i)} slices by what the input holds")
+            raise Kind.CONTENTS.decline("{node} slices by what the input holds", node=found.view.label(i))
         named = found.facts.value(node.input[3]) if len(node.input) > 3 and node.input[3] else None
         given = range(starts.size) if named is None else named.reshape(-1)
     elif op in _NORMS:
@@ -246,7 +249,7 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
         else:
             given = [attribute(node, "axis", default)]
     if given is None:
-        raise Decline(f"the axes of {found.view.label(i)} depend on the input's contents")
+        raise Kind.CONTENTS.decline("the axes of {node} depend on the input's contents", node=found.view.label(i))
     return [int(a) % rank for a in given]  # type: ignore[attr-defined]
 
 
@@ -254,9 +257,9 @@ def _product(found: _Heads, i: int, inside: list[str]) -> HeadAxis:
     """Through a product: heads lie on an axis in front of the two that are multiplied."""
     node = found.view.nodes[i]
     if any(found.axes[name].axis >= len(found.shape(name)) - 2 for name in inside):
-        raise Decline(f"{found.view.label(i)} sums over heads")
+        raise Kind.MEET.decline("{node} sums over heads", node=found.view.label(i))
     if any(attribute(node, name, 0) for name in ("transBatchA", "transBatchB")):
-        raise Decline(f"{found.view.label(i)} is not known to keep heads apart")
+        raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=found.view.label(i))
     return _aligned(found, i, inside, len(found.shape(node.output[0])))
 
 
@@ -270,10 +273,10 @@ def _einsum(found: _Heads, i: int, inside: list[str]) -> HeadAxis:
         if n in inside
     }
     if len(letters) != 1:
-        raise Decline(f"{found.view.label(i)} lets heads meet each other")
+        raise Kind.MEET.decline("{node} lets heads meet each other", node=found.view.label(i))
     letter, inner = letters.pop()
     if letter not in result or any(term.count(letter) > 1 for term in (*terms, result)):
-        raise Decline(f"{found.view.label(i)} sums over heads")
+        raise Kind.MEET.decline("{node} sums over heads", node=found.view.label(i))
     return HeadAxis(result.index(letter), inner)
 
 
@@ -283,7 +286,7 @@ def _terms(found: _Heads, i: int) -> tuple[list[str], str]:
     assert isinstance(equation, bytes)
     left, arrow, result = equation.decode().replace(" ", "").partition("->")
     if not arrow or "." in equation.decode():
-        raise Decline(f"{found.view.label(i)} is not known to keep heads apart")
+        raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=found.view.label(i))
     return left.split(","), result
 
 
@@ -291,12 +294,12 @@ def _fused(found: _Heads, i: int) -> dict[str, HeadAxis]:
     """Through one node that holds scores, softmax and weighted sum, or turns queries and keys."""
     node = found.view.nodes[i]
     if any(name for name in node.output[1:]):
-        raise Decline(f"{found.view.label(i)} gives out more than the weighted sum")
+        raise Kind.MEET.decline("{node} gives out more than the weighted sum", node=found.view.label(i))
     for name in node.input[: 3 if node.op_type in _FUSED else 1]:
         axis, shape = found.axes.get(name), found.shape(name)
         expected = HeadAxis(1, 1) if len(shape) == 4 else HeadAxis(2, shape[-1] // found.count)
         if axis != expected:
-            raise Decline(f"{found.view.label(i)} does not take its heads from Q, K and V alone")
+            raise Kind.MEET.decline("{node} does not take its heads from Q, K and V alone", node=found.view.label(i))
     shape = found.shape(node.output[0])
     return {node.output[0]: HeadAxis(1, 1) if len(shape) == 4 else HeadAxis(2, shape[-1] // found.count)}
 
@@ -314,9 +317,15 @@ def _outside(found: _Heads, i: int) -> dict[int, HeadAxis]:
         if where is None or shape[where.axis] == 1:
             continue
         if shape[where.axis] != extent:
-            raise Decline(f"'{name}' meets the heads in {found.view.label(i)} in a way that is not understood")
+            raise Kind.UNKNOWN.decline(
+                "'{tensor}' meets the heads in {node} in a way that is not understood",
+                tensor=name,
+                node=found.view.label(i),
+            )
         if (found.other.shape(name) or ())[where.axis : where.axis + 1] != (extent,):
-            raise Decline(f"'{name}' has a value for each head of each item of a dynamic batch")
+            raise Kind.DYNAMIC.decline(
+                "'{tensor}' has a value for each head of each item of a dynamic batch", tensor=name
+            )
         per_head[k] = where
     return per_head
 

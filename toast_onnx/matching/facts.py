@@ -322,3 +322,18 @@ def _type_shape(type_proto: onnx.TypeProto | None) -> tuple[tuple[int, ...] | No
     if not tensor.HasField("shape") or any(not d.HasField("dim_value") for d in tensor.shape.dim):
         return None, tensor.elem_type
     return tuple(d.dim_value for d in tensor.shape.dim), tensor.elem_type
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A graph and what is known of it at two sizes.
+
+    Attributes:
+        view: the graph.
+        facts: facts at the probed shapes: two or more batch items and tokens.
+        other: facts at other sizes of every dynamic axis; differences mark what is dynamic.
+    """
+
+    view: GraphView
+    facts: Facts
+    other: Facts

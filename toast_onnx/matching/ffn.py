@@ -13,7 +13,8 @@ from toast_onnx.matching.blocks import Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import QUANTIZED, GraphView, attribute
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.probe import MOVEMENT, PASSING, Decline, check_readers
+from toast_onnx.matching.probe import MOVEMENT, PASSING, check_readers
+from toast_onnx.reasons import Decline, Kind, Reason
 
 _BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu", "Where", "Greater", "Less"})
 _UNARY = frozenset({"Erf", "Tanh", "Exp", "Log", "Sqrt", "Abs", "Neg", "Reciprocal", "Clip", "Softplus", "Not"})
@@ -63,20 +64,26 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
         if not any(_returns_to_residual(view, facts, e.input, fc2.output) for e in entries):
             return None
         if region.foreign is not None:
-            raise Decline(f"the hidden channels before {where} are joined with '{region.foreign}'")
-        raise Decline(f"the layers that are joined before {where} read different tensors")
+            raise Kind.JOINED.decline(
+                "the hidden channels before {node} are joined with '{tensor}'", node=where, tensor=region.foreign
+            )
+        raise Kind.JOINED.decline("the layers that are joined before {node} read different tensors", node=where)
     if not _returns_to_residual(view, facts, entries[0].input, fc2.output):
-        raise Decline(
-            f"the layers before {where} are joined by {activation}, but their output joins no residual stream"
+        raise Kind.NO_RESIDUAL.decline(
+            "the layers before {node} are joined by {activation}, but their output joins no residual stream",
+            node=where,
+            activation=activation,
         )
     stored = next((e.small for e in (*entries, fc2) if e.small is not None), None)
     if stored is not None or any(view.nodes[i].op_type in QUANTIZED for i in nodes):
-        why = "the network is quantized; prune first, then quantize"
-        why = why if stored is None else f"the network's weights are {stored}"
+        why = Kind.QUANTIZED.says("the network is quantized; prune first, then quantize")
+        why = why if stored is None else stored.within("the network's weights are {}")
         return Ffn(entries, fc2, nodes, (), {}, {}, activation, why, why)
-    fc1_reason = None if entries[0].channel_axis == -1 else "fc1 is a convolution: its inputs are not selected"
+    convolution = Kind.CONVOLUTION.says("fc1 is a convolution: its inputs are not selected")
+    fc1_reason = None if entries[0].channel_axis == -1 else convolution
     if region.norm is not None:
-        reason = None if fc2.channel_axis == -1 else f"the hidden width is normalised across channels by {region.norm}"
+        text = "the hidden width is normalised across channels by {node}"
+        reason = None if fc2.channel_axis == -1 else Kind.HIDDEN_NORM.says(text, node=region.norm)
         return Ffn(entries, fc2, nodes, (), {}, {}, activation, fc1_reason, reason, selects_at_exit=True)
     labels = _label(view, facts, nodes, entries)
     units, failure = _units(labels.get(fc2.input, []), entries, fc2)
@@ -89,7 +96,7 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
             check_readers(view, unit_of, [*nodes, fc2.node], "the hidden activation")
             _check_operands(view, facts, nodes, axes)
         except Decline as e:
-            reason = str(e)
+            reason = e.reason
     return Ffn(entries, fc2, nodes, units, axes, unit_of, activation, fc1_reason, reason)
 
 
@@ -147,7 +154,7 @@ def _label(
     for entry in entries:
         shape = facts.shape(entry.output)
         if shape is None:
-            raise Decline(f"the shape of the tensor '{entry.output}' cannot be inferred")
+            raise Kind.SHAPE.decline("the shape of the tensor '{tensor}' cannot be inferred", tensor=entry.output)
         view_shape = [1] * len(shape)
         view_shape[entry.channel_axis] = -1
         numbers = np.arange(offset, offset + entry.out_features, dtype=np.int32).reshape(view_shape)
@@ -168,12 +175,12 @@ def _label(
 def _move(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
     node = view.nodes[i]
     if node.op_type == "Concat":
-        raise Decline(f"{view.label(i)} puts hidden channels together")
+        raise Kind.JOINED.decline("{node} puts hidden channels together", node=view.label(i))
     if node.input[0] not in labels:
         return
     operands = [facts.value(name) if name else None for name in node.input[1:]]
     if any(v is None and name for v, name in zip(operands, node.input[1:], strict=True)):
-        raise Decline(f"an operand of {view.label(i)} depends on the input's contents")
+        raise Kind.CONTENTS.decline("an operand of {node} depends on the input's contents", node=view.label(i))
     results = [facts.evaluate(node, [array, *operands]) for array in labels[node.input[0]]]
     for k, name in enumerate(node.output):
         if name:
@@ -196,20 +203,20 @@ def _along(array: np.ndarray, axis: int) -> np.ndarray | None:
 
 def _units(
     arrived: list[np.ndarray], entries: tuple[Linear, ...], fc2: Linear
-) -> tuple[tuple[np.ndarray, ...], str | None]:
+) -> tuple[tuple[np.ndarray, ...], Reason | None]:
     """For every entry (width, parts) its channels that make up each of fc2's inputs."""
     columns = [_along(array, fc2.channel_axis) for array in arrived]
     if not columns or any(c is None or (c == 0).any() for c in columns):
-        return (), "its hidden channels cannot be followed from fc1 to fc2"
+        return (), Kind.UNFOLLOWED.says("its hidden channels cannot be followed from fc1 to fc2")
     table = np.stack([c for c in columns if c is not None], axis=1) - 1  # (width, parts)
     total = sum(e.out_features for e in entries)
     if np.unique(table).size != table.size or table.size != total:
-        return (), "its hidden channels are mixed between fc1 and fc2"
+        return (), Kind.HIDDEN_MIXED.says("its hidden channels are mixed between fc1 and fc2")
     units, offset = [], 0
     for entry in entries:
         inside = (table >= offset) & (table < offset + entry.out_features)
         if not (inside == inside[:1]).all():
-            return (), "its hidden channels are mixed between fc1 and fc2"
+            return (), Kind.HIDDEN_MIXED.says("its hidden channels are mixed between fc1 and fc2")
         units.append(table[:, inside[0]] - offset)
         offset += entry.out_features
     return tuple(units), None
@@ -239,11 +246,12 @@ def _channel_axes(
                 break
         else:
             producer = view.producer_of(name)
-            raise Decline(
-                f"the hidden channels are spread over several axes by '{producer.name if producer else name}'"
+            raise Kind.HIDDEN_MIXED.decline(
+                "the hidden channels are spread over several axes by '{tensor}'",
+                tensor=producer.name if producer else name,
             )
         if (unit_of[name] < 0).any():
-            raise Decline("its hidden channels cannot be followed from fc1 to fc2")
+            raise Kind.UNFOLLOWED.decline("its hidden channels cannot be followed from fc1 to fc2")
     return axes, unit_of
 
 
@@ -260,7 +268,9 @@ def _check_operands(view: GraphView, facts: Facts, nodes: tuple[int, ...], axes:
                 continue
             shape = facts.shape(name)
             if shape is None or (len(shape) >= from_right and shape[-from_right] != 1):
-                raise Decline(f"{view.label(i)} joins the hidden channels with '{name}'")
+                raise Kind.JOINED.decline(
+                    "{node} joins the hidden channels with '{tensor}'", node=view.label(i), tensor=name
+                )
 
 
 def _returns_to_residual(view: GraphView, facts: Facts, source: str, output: str) -> bool:

@@ -13,11 +13,11 @@ from toast_onnx.errors import ModelError
 from toast_onnx.matching.attention import match_attention
 from toast_onnx.matching.blocks import Attention, Block, Ffn, Match
 from toast_onnx.matching.cores import FUSED, find_cores
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Probe
 from toast_onnx.matching.ffn import match_ffn
 from toast_onnx.matching.graph import QUANTIZED, GraphView
 from toast_onnx.matching.linear import find_linears
-from toast_onnx.matching.probe import Decline
+from toast_onnx.reasons import Decline, Kind, Reason
 
 #: Metadata key under which PyTorch's exporter stores the module path of a node.
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -25,41 +25,44 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum", "FusedMatMul", *FUSED)
 
 
-def find_blocks(view: GraphView, facts: Facts, other: Facts) -> Match:
+def find_blocks(probe: Probe) -> Match:
     """Find attention and feed-forward blocks.
 
     Args:
-        view: the graph.
-        facts: facts at probing shapes.
-        other: facts at other shapes of the dynamic axes (the same object when nothing is dynamic).
+        probe: the graph and its facts.
     """
+    view, facts = probe.view, probe.facts
     linears = find_linears(view, facts)
-    declined: dict[str, str] = {}
+    declined: dict[str, Reason] = {}
     cores, no_cores = find_cores(view, facts)
     declined.update({view.label(i): reason for i, reason in no_cores.items()})
     parts: list[tuple[int, Attention | Ffn]] = []
     for core in cores:
         try:
-            parts.append((core.softmax, match_attention(view, facts, other, linears, core)))
+            parts.append((core.softmax, match_attention(probe, linears, core)))
         except Decline as e:
-            declined[view.label(core.softmax)] = str(e)
+            declined[view.label(core.softmax)] = e.reason
     for fc2 in linears.values():
         try:
             ffn = match_ffn(view, facts, linears, fc2)
-        except (Decline, ModelError) as e:
-            declined[view.label(fc2.node)] = str(e)
+        except Decline as e:
+            declined[view.label(fc2.node)] = e.reason
+            continue
+        except ModelError as e:
+            declined[view.label(fc2.node)] = Kind.UNEVALUATED.says("{error}", error=e)
             continue
         if ffn is not None:
             parts.append((fc2.node, ffn))
     parts.sort(key=lambda p: p[0])
     quantized = [i for i, node in enumerate(view.nodes) if node.op_type in QUANTIZED]
     if quantized and not parts:
-        declined[view.label(quantized[0])] = f"{len(quantized)} nodes are quantized; prune first, then quantize"
+        label, text = view.label(quantized[0]), "{nodes} nodes are quantized; prune first, then quantize"
+        declined[label] = Kind.QUANTIZED.says(text, node=label, nodes=len(quantized))
     declined.update(_hidden_in_bodies(view))
     return Match(tuple(_group(view, [p for _, p in parts])), declined)
 
 
-def _hidden_in_bodies(view: GraphView) -> dict[str, str]:
+def _hidden_in_bodies(view: GraphView) -> dict[str, Reason]:
     """Control flow whose bodies hold attention or products, which no search here enters: node label -> reason."""
     hidden = {}
     for i, node in enumerate(view.nodes):
@@ -67,9 +70,13 @@ def _hidden_in_bodies(view: GraphView) -> dict[str, str]:
         products = sum(ops[op] for op in _PRODUCTS)
         if products:
             softmaxes = sum(ops[op] for op in ("Softmax", *FUSED))
-            hidden[view.label(i)] = (
-                f"its body holds {products} matrix products and {softmaxes} attentions or softmaxes, and bodies of "
-                f"{node.op_type} are not looked into; export the model without the condition or loop"
+            hidden[view.label(i)] = Kind.BODY.says(
+                "its body holds {products} matrix products and {softmaxes} attentions or softmaxes, and bodies of "
+                "{operator} are not looked into; export the model without the condition or loop",
+                node=view.label(i),
+                operator=node.op_type,
+                products=products,
+                softmaxes=softmaxes,
             )
     return hidden
 

@@ -12,7 +12,8 @@ from toast_onnx.matching.dims import Operand, arriving, match_repeats
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.layout import Layout
-from toast_onnx.matching.probe import Decline, propagate
+from toast_onnx.matching.probe import propagate
+from toast_onnx.reasons import Kind
 
 
 def shared_heads(
@@ -38,7 +39,7 @@ def shared_heads(
     heads, own = whole.num_heads, branch.layout.num_heads
     other = "Q and K" if name == "K" else "V and the output projection"
     if branch.layout.head_dim != whole.head_dim or heads % own:
-        raise Decline(f"{other} have different numbers of heads or dimensions")
+        raise Kind.NUMBERS.decline("{part} have different numbers of heads or dimensions", part=other)
     if heads == own and not branch.walk.repeats:
         return branch, None
     if core.kind != "matmul":
@@ -47,7 +48,7 @@ def shared_heads(
     operand = Operand(name, branch.walk.target, end, axis)
     groups = _groups(view, facts, core, branch, operand, heads)
     if np.unique(np.bincount(groups, minlength=own)).size > 1:
-        raise Decline(f"heads of {name} are shared by different numbers of queries")
+        raise Kind.GROUPED.decline("heads of {part} are shared by different numbers of queries", part=name)
     if bent or branch.walk.blocked is not None:
         return branch, groups
     return replace(branch, repeats=match_repeats(view, facts, core.nodes, operand, whole.head_dim)), groups
@@ -58,7 +59,9 @@ def _groups(view: GraphView, facts: Facts, core: Core, branch: Branch, operand: 
     what, shape = operand.what, facts.shape(branch.linear.output)
     queries, arrived = facts.shape(core.q), facts.shape(operand.end)
     if shape is None or queries is None or arrived is None or len(queries) < 3 or queries[:-2] != arrived[:-2]:
-        raise Decline(f"the heads of {what} are not repeated, but meet those of Q in the product itself")
+        raise Kind.GROUPED.decline(
+            "the heads of {part} are not repeated, but meet those of Q in the product itself", part=what
+        )
     labels = propagate(view, facts, branch.walk.nodes, branch.linear.output)[branch.walk.target]
     channel = np.unravel_index(labels - 1, shape)[branch.layout.channel_axis]
     owner = np.zeros(branch.linear.out_features, np.int32)
@@ -66,5 +69,7 @@ def _groups(view: GraphView, facts: Facts, core: Core, branch: Branch, operand: 
     numbers = arriving(view, facts, core.nodes, operand, owner[channel])
     along = np.moveaxis(numbers, -3, 0).reshape(numbers.shape[-3], -1)
     if queries[-3] != heads or (along != along[:, :1]).any():
-        raise Decline(f"the heads of {what} are repeated along an axis that holds more than heads")
+        raise Kind.GROUPED.decline(
+            "the heads of {part} are repeated along an axis that holds more than heads", part=what
+        )
     return np.asarray(along[:, 0], np.int64)

@@ -16,7 +16,8 @@ import onnx
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.probe import MOVEMENT, Decline
+from toast_onnx.matching.probe import MOVEMENT
+from toast_onnx.reasons import Kind
 
 _VECTORS = 16
 _TOLERANCE = 1e-4
@@ -61,7 +62,7 @@ def match_norm(view: GraphView, facts: Facts, core: Sequence[int], start: str) -
     """
     shape = facts.shape(start)
     if shape is None or facts.elem_type(start) != onnx.TensorProto.FLOAT:
-        raise Decline("norms of queries and keys are looked into in float32 alone")
+        raise Kind.HALF_NORM.decline("norms of queries and keys are looked into in float32 alone")
     d = shape[-1]
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((_VECTORS, d)) * np.exp(rng.standard_normal((_VECTORS, 1)))).astype(np.float32)
@@ -95,7 +96,7 @@ def match_norm(view: GraphView, facts: Facts, core: Sequence[int], start: str) -
                 inside = _inside(view, nodes, start, node.output[0])
                 found = found if inside is None else HeadNorm(start, inside, node.output[0], *fitted)
     if found is None:
-        raise Decline("what it passes through is no norm over the dimensions of a head")
+        raise Kind.NORM.decline("what it passes through is no norm over the dimensions of a head")
     return found
 
 

@@ -7,14 +7,18 @@ heads, or the dimensions of a head. From this description the same movement can 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
-from toast_onnx.matching.probe import Decline
+from toast_onnx.reasons import Decline, Kind
 
 HEAD = -1
 DIM = -2
+#: A factor: axis of the operand, and its number there.
+Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def read_layout(
         Decline: the labels are incomplete, mixed, or follow no such pattern.
     """
     if (labels == 0).any():
-        raise Decline(f"{what} contains values that do not come from its linear layer")
+        raise Kind.UNFOLLOWED.decline("{part} contains values that do not come from its linear layer", part=what)
     rank = labels.ndim
     dim_axis %= rank
     channel_axis %= len(sizes)
@@ -112,7 +116,7 @@ def read_layout(
             axes.append(_factors(profile, channel_axis, what))
     head_factors = [f for factors in axes for f in factors if f.source == HEAD]
     if len(head_factors) > 1:
-        raise Decline(f"{what}: heads lie along more than one axis")
+        raise Kind.LAYOUT.decline("{part}: heads lie along more than one axis", part=what)
     _check_tiling(axes, sizes, channel_axis, what)
     channels = _channel_table(coordinates[channel_axis], axes, what)
     _check_reconstruction(coordinates, axes, channels, channel_axis, what)
@@ -175,7 +179,7 @@ def invert_labels(labels: np.ndarray, shape: tuple[int, ...], what: str) -> np.n
     inverse = np.zeros(int(np.prod(shape)) + 1, np.int64)
     inverse[flat] = np.arange(1, flat.size + 1)
     if flat.size != inverse.size - 1 or (inverse[1:] == 0).any():
-        raise Decline(f"{what} does not reach its projection one to one")
+        raise Kind.UNFOLLOWED.decline("{part} does not reach its projection one to one", part=what)
     return inverse[1:].reshape(shape)
 
 
@@ -186,7 +190,9 @@ def _factors(profile: np.ndarray, channel_axis: int, what: str) -> list[Factor]:
         return []
     changed = np.flatnonzero(profile[:, 1] != profile[:, 0])
     if changed.size != 1:
-        raise Decline(f"{what}: one of its axes mixes channels and positions in a way that is not understood")
+        raise Kind.LAYOUT.decline(
+            "{part}: one of its axes mixes channels and positions in a way that is not understood", part=what
+        )
     k = int(changed[0])
     others = np.delete(profile, k, axis=0)
     same = (others == others[:, :1]).all(axis=0)
@@ -198,18 +204,20 @@ def _factors(profile: np.ndarray, channel_axis: int, what: str) -> list[Factor]:
         steps = same & (profile[k] == profile[k, 0] + stride * np.arange(extent))
     size = int(np.argmin(steps)) if not steps.all() else extent
     if extent % size or size < 2:
-        raise Decline(f"{what}: one of its axes follows no regular pattern")
+        raise Kind.LAYOUT.decline("{part}: one of its axes follows no regular pattern", part=what)
     return [*_factors(profile[:, ::size], channel_axis, what), Factor(source, stride, size)]
 
 
 def _dim_factors(profile: np.ndarray, channel_axis: int, heads: int | None, what: str) -> list[Factor]:
     if (np.delete(profile, channel_axis, axis=0) != np.delete(profile, channel_axis, axis=0)[:, :1]).any():
-        raise Decline(f"{what}: the dimensions of a head come from different positions")
+        raise Kind.LAYOUT.decline("{part}: the dimensions of a head come from different positions", part=what)
     extent = profile.shape[1]
     if heads is None:
         return [Factor(DIM, 0, extent)]
     if extent % heads:
-        raise Decline(f"{what}: {extent} channels do not divide into {heads} heads")
+        raise Kind.NUMBERS.decline(
+            "{part}: {extent} channels do not divide into {heads} heads", part=what, extent=extent, heads=heads
+        )
     return [Factor(HEAD, 0, heads), Factor(DIM, 0, extent // heads)]
 
 
@@ -220,10 +228,10 @@ def _check_tiling(axes: list[list[Factor]], sizes: tuple[int, ...], channel_axis
         stride = 1
         for factor in sorted((f for a in axes for f in a if f.source == source), key=lambda f: f.stride):
             if factor.stride != stride:
-                raise Decline(f"{what}: positions are repeated, skipped or reordered on the way")
+                raise Kind.LAYOUT.decline("{part}: positions are repeated, skipped or reordered on the way", part=what)
             stride *= factor.size
         if stride != extent:
-            raise Decline(f"{what}: only part of the positions arrives")
+            raise Kind.LAYOUT.decline("{part}: only part of the positions arrives", part=what)
 
 
 def _channel_table(channel: np.ndarray, axes: list[list[Factor]], what: str) -> np.ndarray:
@@ -272,9 +280,9 @@ def _check_reconstruction(
                 expected[factor.source] += factor.stride * step
     expected[channel_axis] = channels[head, dim]
     if not np.array_equal(expected, coordinates):
-        raise Decline(f"{what}: channels and positions are mixed on the way")
+        raise Kind.LAYOUT.decline("{part}: channels and positions are mixed on the way", part=what)
     if np.unique(channels).size != channels.size:
-        raise Decline(f"{what}: one channel is used twice")
+        raise Kind.LAYOUT.decline("{part}: one channel is used twice", part=what)
 
 
 def _other_extents(
@@ -288,33 +296,47 @@ def _other_extents(
     """Size of every factor at the other input shapes.
 
     An axis is the product of its factors, in the operand as in the layer's output: what is known of one side gives the
-    other, one factor at a time.
+    other, one factor at a time. Windows of 4 rows, at a batch of 2 (3) with 8 (12) rows:
+
+        layer's output      batch 2 (3)      rows 8 (12)       channels
+                                 |            |      |          |    |
+        operand             [ batch  x  rows / 4 ] [ 4 ]   [heads]  [dim]
+                                 4 (9)
+
+    The window, heads and dimensions are known; so rows / 4 is 12 / 4 = 3, and then the batch 9 / 3 = 3.
     """
-    places = [(a, k) for a, factors in enumerate(axes) for k in range(len(factors))]
-    factor = {(a, k): axes[a][k] for a, k in places}
-    known = {p: f.size for p, f in factor.items() if f.source in (HEAD, DIM)}
-    for (a, k), f in factor.items():
-        if f.source >= 0 and shape[a] == other_shape[a] and sizes[f.source] == other_sizes[f.source]:
-            known[a, k] = f.size
-    products = [([p for p in places if p[0] == a], extent) for a, extent in enumerate(other_shape)]
+    factors = {(a, k): factor for a, inside in enumerate(axes) for k, factor in enumerate(inside)}
+    known = {
+        (a, k): f.size
+        for (a, k), f in factors.items()
+        if f.source in (HEAD, DIM) or (shape[a] == other_shape[a] and sizes[f.source] == other_sizes[f.source])
+    }
+    products = [([p for p in factors if p[0] == a], extent) for a, extent in enumerate(other_shape)]
     for source, extent in enumerate(other_sizes):
-        members = [p for p in places if factor[p].source == source]
+        members = [p for p, f in factors.items() if f.source == source]
         if members or sizes[source] == 1:
             products.append((members, extent))
+    known = _solved(known, products)
+    if len(known) < len(factors):
+        raise Kind.DYNAMIC.decline("{part}: a dynamic axis is split and merged at once", part=what)
+    if any(prod(known[p] for p in members) != extent for members, extent in products):
+        raise Kind.DYNAMIC.decline("{part}: its layout changes with the input's shape", part=what)
+    return [[known[a, k] for k in range(len(inside))] for a, inside in enumerate(axes)]
+
+
+def _solved(known: Mapping[Place, int], products: Sequence[tuple[Sequence[Place], int]]) -> dict[Place, int]:
+    """Factors known from products: wherever all but one factor of an extent are known, so is the last."""
+    found = dict(known)
     progress = True
     while progress:
         progress = False
         for members, extent in products:
-            missing = [p for p in members if p not in known]
-            rest = int(np.prod([known[p] for p in members if p in known], dtype=np.int64))
+            missing = [p for p in members if p not in found]
+            rest = prod(found[p] for p in members if p in found)
             if len(missing) == 1 and extent % rest == 0:
-                known[missing[0]] = extent // rest
+                found[missing[0]] = extent // rest
                 progress = True
-    if len(known) < len(places):
-        raise Decline(f"{what}: a dynamic axis is split and merged at once")
-    if any(int(np.prod([known[p] for p in members], dtype=np.int64)) != extent for members, extent in products):
-        raise Decline(f"{what}: its layout changes with the input's shape")
-    return [[known[a, k] for k in range(len(factors))] for a, factors in enumerate(axes)]
+    return found
 
 
 def check_spelling(layout: Layout, what: str, backwards: bool = False) -> None:
@@ -334,6 +356,8 @@ def check_spelling(layout: Layout, what: str, backwards: bool = False) -> None:
         every = [f for factors in layout.axes for f in factors if f.source >= 0 and f.dynamic]
         open_ = [f for f in every if f.size != layout.sizes[f.source]]
     if len(open_) > 1:
-        raise Decline(
-            f"{what} merges {len(open_)} dynamic extents, which cannot be told apart; export with a fixed image size"
+        raise Kind.DYNAMIC.decline(
+            "{part} merges {extents} dynamic extents, which cannot be told apart; export with a fixed image size",
+            part=what,
+            extents=len(open_),
         )

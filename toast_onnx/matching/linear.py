@@ -9,6 +9,7 @@ import onnx.helper
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.reasons import Kind, Reason
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Linear:
     in_features: int
     out_features: int
     channel_axis: int
-    small: str | None
+    small: Reason | None
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -132,19 +133,20 @@ def _is_pointwise(node: object) -> bool:
     return all(s == 1 for s in strides) and all(p == 0 for p in pads)  # type: ignore[attr-defined]
 
 
-def _stored_small(view: GraphView, facts: Facts, weight: str) -> str | None:
+def _stored_small(view: GraphView, facts: Facts, weight: str) -> Reason | None:
     """How a weight is stored in fewer bits than it computes with: dequantized, or cast up on the way."""
     name, computed = weight, _bits(facts, weight)
     while (node := view.producer_of(name)) is not None and node.input:
         if node.op_type == "DequantizeLinear":
-            return "quantized; prune first, then quantize"
+            return Kind.QUANTIZED.says("quantized; prune first, then quantize")
         name = max(node.input, key=lambda each: int(np.prod(facts.shape(each) or (0,))) if each else -1)
     if _bits(facts, name) >= computed:
         return None
     kind = onnx.helper.tensor_dtype_to_np_dtype(facts.elem_type(name))
     if kind.kind in "iu":
-        return f"stored as {kind.name}; prune first, then quantize"
-    return f"stored as {kind.name} and cast up; prune the float{computed} model, then store it smaller"
+        return Kind.QUANTIZED.says("stored as {kept}; prune first, then quantize", kept=kind.name)
+    text = "stored as {kept} and cast up; prune the float{bits} model, then store it smaller"
+    return Kind.STORED.says(text, kept=kind.name, bits=computed)
 
 
 def _bits(facts: Facts, name: str) -> int:

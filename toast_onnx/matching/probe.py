@@ -15,6 +15,7 @@ import onnx
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import QUANTIZED, GraphView, attribute
 from toast_onnx.matching.linear import Linear
+from toast_onnx.reasons import Decline, Kind, Reason
 
 #: Operators that move elements and compute nothing. Their first input is the data (all inputs for Concat).
 MOVEMENT = frozenset(
@@ -23,10 +24,6 @@ MOVEMENT = frozenset(
 )
 #: Operators that leave every element where it is and what it is, up to precision.
 PASSING = frozenset({"Identity", "Cast", "Dropout"})
-
-
-class Decline(Exception):
-    """A part of the graph is not what it would have to be; the message is the reason shown to the user."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Walk:
     target: str
     nodes: tuple[int, ...]
     scale: float
-    blocked: str | None = None
+    blocked: Reason | None = None
     repeats: bool = False
 
     @property
@@ -125,29 +122,34 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
             continue
         if i is None or facts.is_constant(tensor):
             if facts.is_constant(tensor):
-                raise Decline(f"{what} is made of constants (learned queries), not by a linear layer")
-            raise Decline(f"{what} comes from the graph input '{tensor}', not from a linear layer")
+                raise Kind.CONSTANT.decline(
+                    "{part} is made of constants (learned queries), not by a linear layer", part=what
+                )
+            raise Kind.NO_LAYER.decline(
+                "{part} comes from the graph input '{tensor}', not from a linear layer", part=what, tensor=tensor
+            )
         nodes.add(i)
         if is_plain(view, i):
             pending.extend(data_inputs(view, i))
         elif (scaled := scalar_factor(view, facts, i)) is not None:
             pending.append(scaled[0])
         elif view.nodes[i].op_type in QUANTIZED:
-            raise Decline(f"{what} passes through {view.label(i)}; prune first, then quantize")
+            raise Kind.QUANTIZED.decline(
+                "{part} passes through {node}; prune first, then quantize", part=what, node=view.label(i)
+            )
         else:
             opaque.add(i)
             pending.extend(_activations(view, facts, i))
     if not found:
-        raise Decline(f"{what} is made of constants (learned queries), not by a linear layer")
+        raise Kind.CONSTANT.decline("{part} is made of constants (learned queries), not by a linear layer", part=what)
     if len(found) > 1:
-        raise Decline(f"{what} comes from {len(found)} linear layers")
+        raise Kind.NO_LAYER.decline("{part} comes from {layers} linear layers", part=what, layers=len(found))
     (linear,) = found.values()
     if linear.small is not None:
-        raise Decline(f"the weights of {what} are {linear.small}")
+        raise Decline(linear.small.within("the weights of {part} are {}", what))
     if not opaque:
         return Walk(linear, target, tuple(sorted(nodes)), _total_scale(view, facts, nodes, what))
-    first = min(opaque)
-    reason = f"{what} passes through {view.label(first)}, which computes on it{_hint(view, first)}"
+    reason = _computing(view, min(opaque), "{part} passes through {node}, which computes on it", what)
     boundary, before = _last_common(view, facts, linear, target, nodes, what)
     return Walk(linear, boundary, tuple(sorted(before)), 1.0, reason)
 
@@ -165,7 +167,7 @@ def _is_data(facts: Facts, name: str) -> bool:
 def _total_scale(view: GraphView, facts: Facts, nodes: Iterable[int], what: str) -> float:
     factors = [scaled[1] for i in nodes if (scaled := scalar_factor(view, facts, i)) is not None]
     if factors and any(view.nodes[i].op_type == "Concat" for i in nodes):
-        raise Decline(f"{what} is put together from differently scaled parts")
+        raise Kind.SCALE.decline("{part} is put together from differently scaled parts", part=what)
     return float(np.prod(factors)) if factors else 1.0
 
 
@@ -215,7 +217,7 @@ def _last_common(
             continue  # such as in front of a pooling over channels-first images: dimensions are read on the last axis
         if not _reaches(view, facts, target, linear.output, nodes, around=tensor):
             return tensor, moved[tensor]
-    raise Decline(f"the way of {what} from its linear layer cannot be followed")
+    raise Kind.UNFOLLOWED.decline("the way of {part} from its linear layer cannot be followed", part=what)
 
 
 def _moves_last_axis(view: GraphView, i: int) -> bool:
@@ -242,13 +244,13 @@ def _reaches(view: GraphView, facts: Facts, start: str, goal: str, nodes: set[in
     return False
 
 
-def _hint(view: GraphView, i: int) -> str:
-    node = view.nodes[i]
-    if node.op_type in QUANTIZED:
-        return "; prune first, then quantize"
-    if "Normalization" in node.op_type:
-        return " across the channels of a head (q/k norm)"
-    return ""
+def _computing(view: GraphView, i: int, text: str, what: str) -> Reason:
+    """What to say of a node that computes on the way, and of which kind it is."""
+    op = view.nodes[i].op_type
+    if op in QUANTIZED:
+        return Kind.QUANTIZED.says(f"{text}; prune first, then quantize", node=view.label(i), part=what)
+    hint = " across the channels of a head (q/k norm)" if "Normalization" in op else ""
+    return Kind.COMPUTED.says(text + hint, node=view.label(i), part=what)
 
 
 def walk_forward(
@@ -278,7 +280,7 @@ def walk_forward(
     while pending:
         tensor = pending.pop()
         if tensor in view.outputs:
-            raise Decline(f"{what} is also an output of the graph ('{tensor}')")
+            raise Kind.OUTPUT.decline("{part} is also an output of the graph ('{tensor}')", part=what, tensor=tensor)
         readers = {linear.node: linear for linear in linears_by_input.get(tensor, ())}
         for i in view.consumers.get(tensor, []):
             if i in readers:
@@ -290,12 +292,13 @@ def walk_forward(
                     nodes.add(i)
                     pending.extend(name for name in view.nodes[i].output if name)
             else:
-                raise Decline(f"{what} is read by {view.label(i)} before the output projection{_hint(view, i)}")
+                text = "{part} is read by {node} before the output projection"
+                raise Decline(_computing(view, i, text, what))
     if len(found) != 1:
-        raise Decline(f"{what} goes to {len(found)} linear layers")
+        raise Kind.NO_LAYER.decline("{part} goes to {layers} linear layers", part=what, layers=len(found))
     (linear,) = found.values()
     if linear.small is not None:
-        raise Decline(f"the weights behind {what} are {linear.small}")
+        raise Decline(linear.small.within("the weights behind {part} are {}", what))
     return Walk(linear, linear.input, tuple(sorted(nodes)), 1.0)
 
 
@@ -308,10 +311,10 @@ def check_readers(view: GraphView, tensors: Iterable[str], allowed: Iterable[int
     permitted = set(allowed)
     for tensor in tensors:
         if tensor in view.outputs:
-            raise Decline(f"{what} is also an output of the graph ('{tensor}')")
+            raise Kind.OUTPUT.decline("{part} is also an output of the graph ('{tensor}')", part=what, tensor=tensor)
         for i in view.consumers.get(tensor, []):
             if i not in permitted and view.nodes[i].op_type not in ("Shape", "Size"):
-                raise Decline(f"{what} is also read by {view.label(i)}")
+                raise Kind.READ.decline("{part} is also read by {node}", part=what, node=view.label(i))
 
 
 def propagate(view: GraphView, facts: Facts, nodes: Iterable[int], seed: str) -> dict[str, np.ndarray]:
@@ -325,7 +328,7 @@ def propagate(view: GraphView, facts: Facts, nodes: Iterable[int], seed: str) ->
     """
     shape = facts.shape(seed)
     if shape is None:
-        raise Decline(f"the shape of the tensor '{seed}' cannot be inferred")
+        raise Kind.SHAPE.decline("the shape of the tensor '{tensor}' cannot be inferred", tensor=seed)
     labels = {seed: np.arange(1, int(np.prod(shape)) + 1, dtype=np.int64).reshape(shape)}
     for i in sorted(nodes):
         node = view.nodes[i]
@@ -358,5 +361,7 @@ def _operand(view: GraphView, facts: Facts, i: int, name: str) -> np.ndarray | N
     if value is None and facts.is_constant(name):
         value = facts.array(name)
     if value is None:
-        raise Decline(f"an operand of {view.label(i)} ('{name}') depends on the input's contents")
+        raise Kind.CONTENTS.decline(
+            "an operand of {node} ('{tensor}') depends on the input's contents", node=view.label(i), tensor=name
+        )
     return value

@@ -9,7 +9,7 @@ from toast_onnx.errors import ModelError
 from toast_onnx.matching.blocks import Match
 from toast_onnx.matching.channels_first import turn_products
 from toast_onnx.matching.contractions import spell_contractions
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.find import find_blocks
 from toast_onnx.matching.fused import SpelledOut, spell_out
 from toast_onnx.matching.graph import GraphView
@@ -21,13 +21,12 @@ from toast_onnx.wellformed import blame_model
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Probe):
     """Everything the other rooms need to know of a model.
 
     Attributes:
         view: the graph, attention nodes that hold their layers inside spelled out.
         facts: facts at probing shapes: two batch items where the batch is dynamic.
-        other: facts at other sizes of every dynamic axis; differences mark what is dynamic.
         counted: facts at the shapes that MACs are counted for: one batch item unless given otherwise.
         counted_shapes: those shapes.
         dynamic_batch: whether the first axis of the inputs is dynamic.
@@ -37,9 +36,6 @@ class Study:
         notes: what a person should know of the shapes that were taken.
     """
 
-    view: GraphView
-    facts: Facts
-    other: Facts
     counted: Facts
     counted_shapes: Shapes
     dynamic_batch: bool
@@ -98,7 +94,7 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     other = _other_facts(view, given, facts, dynamic_batch)
     facts.trust(other)
     other.trust(facts)
-    match = find_blocks(view, facts, other)
+    match = find_blocks(Probe(view, facts, other))
     notes = () if note is None else (note,)
     return Study(view, facts, other, counted, shapes, dynamic_batch, match, model, spelled, notes)
 

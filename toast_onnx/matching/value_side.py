@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from toast_onnx.matching.blocks import Branch, ValueSide
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.layout import Layout, check_spelling, read_layout
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.probe import Decline, check_readers, data_inputs, is_plain, passes, propagate
+from toast_onnx.matching.probe import check_readers, data_inputs, is_plain, passes, propagate
+from toast_onnx.reasons import Kind
 
 _WHAT = "the part of V that is convolved"
 _AXIS = 1  # of the channels, in what a convolution reads
@@ -103,15 +104,11 @@ def _acts_per_channel(view: GraphView, facts: Facts, i: int) -> bool:
     return node.op_type == "BatchNormalization" and len(node.output) == 1
 
 
-def match_side(
-    view: GraphView, facts: Facts, other: Facts, path: SidePath, v: Branch, proj: Branch, allowed: Iterable[int]
-) -> ValueSide:
+def match_side(probe: Probe, path: SidePath, v: Branch, proj: Branch, allowed: Iterable[int]) -> ValueSide:
     """Read off where the channels of a side lie.
 
     Args:
-        view: the graph.
-        facts: facts at the probed shapes.
-        other: facts at other shapes of the dynamic axes.
+        probe: the graph and its facts.
         path: its nodes.
         v: V's layer.
         proj: the output projection, reached through the sum.
@@ -120,30 +117,32 @@ def match_side(
     Raises:
         Decline: a channel does not meet the dimension that it is made of.
     """
+    view, facts = probe.view, probe.facts
     kinds = {facts.elem_type(name) for name in (v.linear.output, path.start, path.end, proj.linear.input)}
     if len(kinds) > 1:
-        raise Decline(f"{_WHAT} changes its precision on the way")
+        raise Kind.CONVOLVED.decline("{part} changes its precision on the way", part=_WHAT)
     entered = propagate(view, facts, path.enter, v.linear.output)
     check_readers(view, [name for name in entered if name != v.linear.output], allowed, "V")
     made = [name for i in path.nodes for name in view.nodes[i].output]
     moved = [name for i in path.leave for name in view.nodes[i].output if name]
     check_readers(view, [*made, *moved], [*path.nodes, *path.leave, path.total], _WHAT)
     heads, dim = v.layout.channels.shape
-    enter = _layout(facts, other, entered[path.start], v.linear.output, path.start, v.linear.channel_axis, _AXIS, heads)
+    enter = _layout(probe, entered[path.start], v.linear.output, path.start, v.linear.channel_axis, _AXIS, heads)
     left = propagate(view, facts, [*path.leave, *proj.walk.nodes], path.end)
     target, axis = proj.linear.input, proj.linear.channel_axis
-    leave = _layout(facts, other, left[target], path.end, target, _AXIS, axis, heads)
+    leave = _layout(probe, left[target], path.end, target, _AXIS, axis, heads)
     if not np.array_equal(enter.channels, v.layout.channels):
-        raise Decline(f"{_WHAT} has its heads in another order than the attention")
+        raise Kind.CONVOLVED.decline("{part} has its heads in another order than the attention", part=_WHAT)
     arrived = leave.channels.reshape(-1)[proj.layout.channels]  # (heads, dim) channel of the convolution
     if not np.array_equal(arrived.reshape(-1), np.arange(heads * dim)):
-        raise Decline(f"{_WHAT} is added to other dimensions of the weighted sum than it is made of")
+        raise Kind.CONVOLVED.decline(
+            "{part} is added to other dimensions of the weighted sum than it is made of", part=_WHAT
+        )
     return ValueSide(path.enter, path.start, path.nodes, path.end, path.leave, enter, leave)
 
 
 def _layout(
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     labels: np.ndarray,
     source: str,
     target: str,
@@ -151,9 +150,10 @@ def _layout(
     dim_axis: int,
     heads: int,
 ) -> Layout:
+    facts, other = probe.facts, probe.other
     shape, other_shape, other_target = facts.shape(source), other.shape(source), other.shape(target)
     if shape is None or other_shape is None or other_target is None:
-        raise Decline(f"the shape of {_WHAT} cannot be inferred")
+        raise Kind.SHAPE.decline("the shape of {part} cannot be inferred", part=_WHAT)
     layout = read_layout(
         labels, shape, other_shape, other_target, channel_axis % len(shape), dim_axis, _WHAT, heads=heads
     )

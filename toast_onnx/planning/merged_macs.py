@@ -203,7 +203,7 @@ class MergedMacs:
         cores = [core.nodes for core in find_cores(study.view, study.facts)[0]]
         stages = {p.tensor or "": k + 1 for k, p in enumerate(merging)}
         drops = {} if last is None else dict.fromkeys(last.drops, len(merging) + 1)
-        flow = follow(study.view, study.facts, study.other, sequence, stages, cores, drops)
+        flow = follow(study, sequence, stages, cores, drops)
         shape = study.counted.shape(merging[0].tensor or "") or (1, 1, 0)
         features = tuple(self._features(p, sequence, flow) for p in merging)
         return _Tower(sequence, merging, last, flow, features, shape[-1], shape[0])

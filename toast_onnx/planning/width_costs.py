@@ -19,6 +19,7 @@ from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear
 from toast_onnx.planning.macs import node_macs
 from toast_onnx.planning.schema import Align
+from toast_onnx.reasons import Reason
 
 Part = Literal["heads", "qk", "vo", "fc1", "fc2"]
 PARTS: tuple[Part, ...] = ("heads", "qk", "vo", "fc1", "fc2")
@@ -75,7 +76,7 @@ def dense_widths(block: Block) -> dict[Part, int]:
 
 def prunable_widths(block: Block) -> dict[Part, int]:
     """Widths of the parts of a block that can be pruned."""
-    reasons: dict[Part, str | None] = {}
+    reasons: dict[Part, Reason | None] = {}
     if block.attention is not None:
         a = block.attention
         reasons |= {"heads": a.heads_reason, "qk": a.qk_reason, "vo": a.vo_reason}

@@ -14,6 +14,7 @@ from toast_onnx.importance.statistics import Statistics
 from toast_onnx.matching.blocks import Ffn
 from toast_onnx.matching.norms import norm_before
 from toast_onnx.matching.study import Study
+from toast_onnx.reasons import Reason
 
 
 def analysis(
@@ -57,14 +58,14 @@ def _tied(study: Study, ffn: Ffn) -> np.ndarray | None:
 
 
 def _layer(
-    reason: str | None,
+    reason: Reason | None,
     moments: Callable[[int], Moments],
     block: int,
     dead: float,
     tied: np.ndarray | None = None,
 ) -> dict[str, Any]:
     if reason is not None:
-        return {"reason": reason}
+        return {"reason": str(reason)}
     found = redundancy(moments(block), dead, tied)
     return {
         "width": found.width,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from toast_onnx.matching.blocks import Attention, Block, Ffn
@@ -15,12 +16,11 @@ from toast_onnx.planning.macs import (
     graph_params,
     linear_params,
 )
+from toast_onnx.reasons import Kind, Reason
 from toast_onnx.report.tables import Table, format_count
 from toast_onnx.tokens.points import MergePoint, TokenStudy, study_tokens
 
 COLUMNS = ("block", "name", "heads", "qk", "vo", "in", "width", "activation", "MACs", "params", "prunable", "tokens")
-#: How reasons of quantized parts end.
-QUANTIZED = "prune first, then quantize"
 #: Columns that a narrow page can spare, the first one first.
 SPARE = ("params", "activation", "tokens", "in", "MACs", "heads")
 #: Parts as the table names them -> keys of the document.
@@ -46,10 +46,16 @@ def inspection(study: Study) -> dict[str, Any]:
         "macs": graph_macs(study.view, study.counted),
         "params": graph_params(study.view),
         "blocks": [_block(study, b, p, tokens) for b, p in zip(study.match.blocks, tokens.points, strict=True)],
-        "declined": [{"node": node, "reason": reason} for node, reason in study.match.declined.items()],
+        "declined": declined(study),
         "notes": list(study.notes),
         "searched": searched(study),
     }
+
+
+def declined(study: Study) -> list[dict[str, Any]]:
+    """What looked like a block and was not taken."""
+    found = study.match.declined.items()
+    return [{"node": node, "reason": str(reason), "kind": reason.kind.value} for node, reason in found]
 
 
 def _block(study: Study, block: Block, point: MergePoint, tokens: TokenStudy) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def _tokens(point: MergePoint, tokens: TokenStudy) -> dict[str, Any]:
     sequence = tokens.sequences[point.sequence] if point.sequence >= 0 else None
     return {
         "mergeable": point.reason is None,
-        "reason": point.reason,
+        **_said(point.reason),
         "count": None if sequence is None else sequence.count,
         "special": None if sequence is None else sequence.front + sequence.back,
         "unread": bool(point.drops),
@@ -99,8 +105,15 @@ def _ffn(study: Study, ffn: Ffn) -> dict[str, Any]:
     }
 
 
-def _prunable(reason: str | None) -> dict[str, Any]:
-    return {"prunable": reason is None, "reason": reason}
+def _prunable(reason: Reason | None) -> dict[str, Any]:
+    return {"prunable": reason is None, **_said(reason)}
+
+
+def _said(reason: Reason | None) -> dict[str, str | None]:
+    """A reason's text, its kind and the node at fault."""
+    if reason is None:
+        return {"reason": None, "kind": None, "node": None}
+    return {"reason": str(reason), "kind": reason.kind.value, "node": reason.node}
 
 
 def inspection_table(document: dict[str, Any]) -> Table:
@@ -109,11 +122,7 @@ def inspection_table(document: dict[str, Any]) -> Table:
         f"{len(document['blocks'])} blocks, {format_count(document['macs'])} MACs at {_inputs(document)}, "
         f"{format_count(document['params'])} parameters",
         *_not_prunable(document),
-        *(
-            f"tokens not mergeable: {why} (block {', '.join(where)})"
-            for why, where in _unmergeable(document).items()
-            if not why.endswith(QUANTIZED)
-        ),
+        *(f"tokens not mergeable: {line}" for line in _lines(_unmergeable(document["blocks"]))),
         *_declined(document["declined"]),
         *([] if document["blocks"] else [document["searched"]]),
         *(f"note: {each}" for each in document["notes"]),
@@ -151,27 +160,45 @@ def _row(block: dict[str, Any]) -> list[str]:
     ]
 
 
-def _reasons(blocks: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Reasons with the blocks they hold for."""
-    found: dict[str, list[str]] = {}
-    for block in blocks:
-        for part, names in (("attention", ATTENTION), ("ffn", FFN)):
-            for name, key in names.items() if block[part] else ():
-                if not block[part][key]["prunable"]:
-                    found.setdefault(f"{name}: {block[part][key]['reason']}", []).append(str(block["index"]))
-    return found
+def _reasons(blocks: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], str]]:
+    """Part, reason and block of all that cannot be pruned."""
+    return [
+        (f"{name}: ", block[part][key], str(block["index"]))
+        for block in blocks
+        for part, names in (("attention", ATTENTION), ("ffn", FFN))
+        for name, key in (names.items() if block[part] else ())
+        if not block[part][key]["prunable"]
+    ]
+
+
+def _unmergeable(blocks: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], str]]:
+    """Reason and block of all behind which no tokens merge."""
+    return [("", block["tokens"], str(block["index"])) for block in blocks if not block["tokens"]["mergeable"]]
 
 
 def _not_prunable(document: dict[str, Any]) -> list[str]:
     """A line a reason; one for all that is quantized."""
     reasons = _reasons(document["blocks"])
-    quantized = {why: where for why, where in reasons.items() if why.endswith(QUANTIZED)}
-    lines = [
-        f"not prunable: {why} (block {', '.join(where)})" for why, where in reasons.items() if why not in quantized
-    ]
-    if quantized:
-        blocks = sorted({int(number) for where in quantized.values() for number in where})
-        lines.append(f"quantized: weights of blocks {', '.join(map(str, blocks))}; {QUANTIZED}")
+    lines = [f"not prunable: {line}" for line in _lines(reasons)]
+    blocks = {int(block) for _, said, block in reasons if said["kind"] == Kind.QUANTIZED}
+    if blocks:
+        lines.append(f"quantized: weights of blocks {', '.join(map(str, sorted(blocks)))}; prune first, then quantize")
+    return lines
+
+
+def _lines(reasons: Iterable[tuple[str, dict[str, Any], str]]) -> list[str]:
+    """A line for reasons that differ in the node at fault alone, with their blocks; quantized ones are left out."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for part, said, block in reasons:
+        if said["kind"] != Kind.QUANTIZED:
+            text = part + said["reason"]
+            group = groups.setdefault(text.replace(said["node"] or "", ""), {})
+            group.setdefault(text, []).append(block)
+    lines = []
+    for group in groups.values():
+        (text, own), *others = group.items()
+        alike = f"; alike in {', '.join(block for _, blocks in others for block in blocks)}" if others else ""
+        lines.append(f"{text} (block {', '.join(own)}{alike})")
     return lines
 
 
@@ -184,15 +211,6 @@ def _declined(entries: list[dict[str, str]]) -> list[str]:
         f"declined: {names[0]}{f' and {len(names) - 1} more nodes' if len(names) > 1 else ''}: {reason}"
         for reason, names in nodes.items()
     ]
-
-
-def _unmergeable(document: dict[str, Any]) -> dict[str, list[str]]:
-    """Reasons against merging tokens, with the blocks they hold for."""
-    found: dict[str, list[str]] = {}
-    for block in document["blocks"]:
-        if not block["tokens"]["mergeable"]:
-            found.setdefault(block["tokens"]["reason"], []).append(str(block["index"]))
-    return found
 
 
 def _inputs(document: dict[str, Any]) -> str:

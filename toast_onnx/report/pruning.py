@@ -26,6 +26,7 @@ from toast_onnx.planning.macs import (
     linear_params,
 )
 from toast_onnx.pruning import Pruned
+from toast_onnx.report.inspection import declined
 from toast_onnx.report.tables import Side, Table, format_count
 from toast_onnx.selection.plan import Selection
 from toast_onnx.solving.weights import BlockWeights, HeadWeights
@@ -54,7 +55,7 @@ def pruning_report(pruned: Pruned, dense: Study, out: Path, options: dict[str, A
         "pruned": _identity(out) | _costs(after),
         "inputs": {name: list(shape) for name, shape in dense.counted_shapes.items()},
         "blocks": [_block(pruned, dense, b, after, matched.get(b.index)) for b in dense.match.blocks],
-        "declined": [{"node": node, "reason": reason} for node, reason in dense.match.declined.items()],
+        "declined": declined(dense),
         "statistics": pruned.statistics,
         "twin": None if pruned.twin is None else pruned.twin.to_document(),
         "notes": [*dense.notes, *pruned.notes],

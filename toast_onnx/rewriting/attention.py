@@ -18,14 +18,14 @@ from toast_onnx.edit import GraphEdit, OldShape
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention, Branch, ValueSide
 from toast_onnx.matching.dims import DimRegion
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.flattening import before_flattening
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.layout import axis_origins
 from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.matching.probe import propagate
 from toast_onnx.rewriting.head_norms import write_norm
-from toast_onnx.rewriting.shapes import own_origins
+from toast_onnx.rewriting.shapes import keep_own_shapes
 from toast_onnx.rewriting.shrinking import shrink_node, shrunk_operand
 from toast_onnx.rewriting.spelling import collect, spread
 from toast_onnx.solving.weights import AttentionWeights, HeadWeights
@@ -61,16 +61,12 @@ def head_weights(view: GraphView, facts: Facts, branch: Branch) -> HeadWeights:
     return HeadWeights(w[:, channels], vector[channels], slots)
 
 
-def rewrite_attention(
-    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, attention: Attention, new: AttentionWeights, name: str
-) -> None:
+def rewrite_attention(edit: GraphEdit, probe: Probe, attention: Attention, new: AttentionWeights, name: str) -> None:
     """Replace the layers of one attention.
 
     Args:
         edit: graph edit.
-        view: the original graph.
-        facts: facts at the probed shapes.
-        other: facts at other shapes of the dynamic axes.
+        probe: the graph and its facts.
         attention: the matched attention.
         new: new weights.
         name: module path for new names.
@@ -78,6 +74,7 @@ def rewrite_attention(
     Raises:
         MatchError: a layer shares weights with an operand that is not understood.
     """
+    view, facts = probe.view, probe.facts
     given = {"Q": new.q, "K": new.k, "V": new.v}
     branches = {"Q": attention.q, "K": attention.k, "V": attention.v}
     changed = {b.linear.output for n, b in branches.items() if b is not None and given[n] is not None}
@@ -87,7 +84,7 @@ def rewrite_attention(
             continue
         weight = given[what] or head_weights(view, facts, branch)
         parts.append(_Part(what.lower(), branch, weight, attention.side if what == "V" else None))
-    _write_heads(edit, view, facts, other, parts, name)
+    _write_heads(edit, probe, parts, name)
     if new.q is not None and new.q.kept != attention.qk_dim:
         _freeze_fused_scale(edit, view, attention)
         for expand, division in attention.divisions:
@@ -96,18 +93,17 @@ def rewrite_attention(
         for norm, part, letter in zip(attention.norms, (new.q, new.k), "qk", strict=False):
             write_norm(edit, norm, part, f"{name}/{letter}/norm")
         for region in attention.regions:
-            _shrink_region(edit, view, facts, other, region, attention, new.q)
-        _shrink_repeats(edit, view, facts, other, attention.k, new.k)
-    _shrink_repeats(edit, view, facts, other, attention.v, new.v)
+            _shrink_region(edit, probe, region, attention, new.q)
+        _shrink_repeats(edit, probe, attention.k, new.k)
+    _shrink_repeats(edit, probe, attention.v, new.v)
     if new.proj is not None:
         if attention.side is not None:
-            _shrink_side(edit, view, facts, other, attention.side, new.v, attention.vo_dim)
-        _write_projection(edit, view, facts, other, attention, new, name)
+            _shrink_side(edit, probe, attention.side, new.v, attention.vo_dim)
+        _write_projection(edit, probe, attention, new, name)
 
 
-def _write_heads(
-    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, parts: Sequence[_Part], name: str
-) -> None:
+def _write_heads(edit: GraphEdit, probe: Probe, parts: Sequence[_Part], name: str) -> None:
+    view, facts, other = probe.view, probe.facts, probe.other
     by_input: dict[str, list[_Part]] = {}
     for part in parts:
         by_input.setdefault(part.branch.linear.input, []).append(part)
@@ -128,7 +124,7 @@ def _write_heads(
             labels[view.nodes[linear.node].output[0]] = labels[linear.output]
             _note_changes(edit, other, labels, linear.output, packed, linear.channel_axis)
             if (whole := before_flattening(view, facts, linear, part.branch.layout)) is not None:
-                _note_by_extents(edit, facts, other, labels, whole)
+                _note_by_extents(edit, probe, labels, whole)
         for part, output in zip(group, outputs, strict=True):
             _write_operand(edit, at, view, facts, part, output, f"{name}/{part.name}")
             if part.side is not None:  # channels first, unlike the core's operand: never the same tensor as that
@@ -136,13 +132,14 @@ def _write_heads(
                 edit.rename(at, beside, part.side.start)
 
 
-def _note_by_extents(edit: GraphEdit, facts: Facts, other: Facts, tensors: Iterable[str], whole: str) -> None:
+def _note_by_extents(edit: GraphEdit, probe: Probe, tensors: Iterable[str], whole: str) -> None:
     """Say where shapes of moved tensors can be read that the rows of a layer cannot tell: on the tensor they came from.
 
     Args:
         tensors: the moved tensors; those already noted stay as they are.
         whole: tensor whose axes the layer's rows merge.
     """
+    facts, other = probe.facts, probe.other
     size, other_size = facts.shape(whole) or (), other.shape(whole) or ()
     axes = [k for k, (a, b) in enumerate(zip(size, other_size, strict=False)) if a != b]
     for tensor in tensors:
@@ -246,21 +243,20 @@ def _divide_unexpanded(edit: GraphEdit, view: GraphView, expand: int | None, div
 
 def _shrink_region(
     edit: GraphEdit,
-    view: GraphView,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     region: DimRegion,
     attention: Attention,
     q: HeadWeights,
 ) -> None:
     """Cut everything between a layer and the scores to the dimensions that all heads keep."""
+    view, facts = probe.view, probe.facts
     assert attention.units is not None
     if not (q.slots == q.slots[:1]).all() or q.is_basis:
         raise MatchError("all heads must keep the same dimensions where they share a rotary embedding or a table")
     stays = np.isin(np.arange(attention.units.max() + 1), attention.units[q.slots[0]])
     keep = {tensor: stays[unit] for tensor, unit in region.unit_of.items()}
     for i in region.nodes:
-        shrink_node(edit, view, facts, other, region.axes, keep, i)
+        shrink_node(edit, probe, region.axes, keep, i)
     for table in region.tables:
         node = onnx.NodeProto()
         node.CopyFrom(view.nodes[table.node])
@@ -268,28 +264,23 @@ def _shrink_region(
         node.input[table.operand] = shrunk_operand(edit, facts, table.node, node.input[table.operand], table.axis, kept)
         edit.remove([table.node])
         edit.insert(table.node, node)
-    for tensor in region.unit_of:
-        edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
+    keep_own_shapes(edit, probe, region.unit_of)
 
 
-def _shrink_repeats(
-    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, branch: Branch | None, new: HeadWeights | None
-) -> None:
+def _shrink_repeats(edit: GraphEdit, probe: Probe, branch: Branch | None, new: HeadWeights | None) -> None:
     """Cut what repeats heads to the new number of dimensions: they stay in order, whichever they are."""
     if branch is None or branch.repeats is None or new is None:
         return
     region = branch.repeats
     keep = {tensor: unit < new.kept for tensor, unit in region.unit_of.items()}
     for i in region.nodes:
-        shrink_node(edit, view, facts, other, region.axes, keep, i)
-    for tensor in region.unit_of:
-        edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
+        shrink_node(edit, probe, region.axes, keep, i)
+    keep_own_shapes(edit, probe, region.unit_of)
 
 
-def _shrink_side(
-    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, side: ValueSide, v: HeadWeights | None, dim: int
-) -> None:
+def _shrink_side(edit: GraphEdit, probe: Probe, side: ValueSide, v: HeadWeights | None, dim: int) -> None:
     """Cut what acts on each channel of the values beside the attention."""
+    view = probe.view
     assert v is not None
     if v.is_basis:
         raise MatchError("values that are also convolved are pruned by index; a basis would mix their channels")
@@ -298,9 +289,8 @@ def _shrink_side(
     made = [side.start, *(name for i in side.nodes for name in view.nodes[i].output)]
     axes, keep = dict.fromkeys(made, 1), dict.fromkeys(made, stays.reshape(-1))
     for i in side.nodes:
-        shrink_node(edit, view, facts, other, axes, keep, i)
-    for tensor in made:
-        edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
+        shrink_node(edit, probe, axes, keep, i)
+    keep_own_shapes(edit, probe, made)
 
 
 def _freeze_fused_scale(edit: GraphEdit, view: GraphView, attention: Attention) -> None:
@@ -314,9 +304,8 @@ def _freeze_fused_scale(edit: GraphEdit, view: GraphView, attention: Attention) 
         edit.set_attribute(core.av, "scale", float(1.0 / np.sqrt(attention.qk_dim)))
 
 
-def _write_projection(
-    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, attention: Attention, new: AttentionWeights, name: str
-) -> None:
+def _write_projection(edit: GraphEdit, probe: Probe, attention: Attention, new: AttentionWeights, name: str) -> None:
+    view, facts, other = probe.view, probe.facts, probe.other
     branch = attention.proj
     assert branch is not None
     assert new.proj is not None

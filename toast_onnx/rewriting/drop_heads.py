@@ -6,14 +6,14 @@ import numpy as np
 import onnx
 import onnx.helper
 
-from toast_onnx.edit import GraphEdit, OldShape
+from toast_onnx.edit import GraphEdit
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.head_region import HeadRegion
 from toast_onnx.rewriting.attention import head_weights, rewrite_attention
-from toast_onnx.rewriting.shapes import own_origins
+from toast_onnx.rewriting.shapes import keep_own_shapes
 from toast_onnx.rewriting.shrinking import shrunk_operand
 from toast_onnx.solving.weights import AttentionWeights, ProjWeights
 
@@ -61,45 +61,41 @@ def in_two_steps(
     return first, (later if qk_later or vo_later else None)
 
 
-def drop_heads(
-    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, attention: Attention, new: AttentionWeights, name: str
-) -> None:
+def drop_heads(edit: GraphEdit, probe: Probe, attention: Attention, new: AttentionWeights, name: str) -> None:
     """Replace the layers of an attention by those of the heads that stay, all their dimensions kept.
 
     Args:
         edit: graph edit.
-        view: the original graph.
-        facts: facts at the probed shapes.
-        other: facts at other shapes of the dynamic axes.
+        probe: the graph and its facts.
         attention: the matched attention; its heads can be dropped.
         new: weights of all four layers for the heads that stay.
         name: module path for new names.
     """
+    facts, other = probe.facts, probe.other
     region = attention.head_region
     assert region is not None
     assert new.v is not None
     assert new.v.heads is not None
-    rewrite_attention(edit, view, facts, other, attention, new, name)
+    rewrite_attention(edit, probe, attention, new, name)
     for i in region.nodes:
-        _cut_node(edit, view, facts, other, region, attention.num_heads, new.v.heads, i)
+        _cut_node(edit, probe, region, attention.num_heads, new.v.heads, i)
     for tensor, where in region.axes.items():
         # an extent of heads and a dynamic axis together is read by nothing: matching saw to that
         fixed = (facts.shape(tensor) or ())[where.axis] == (other.shape(tensor) or ())[where.axis]
         if tensor not in edit.changed and fixed:
-            edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
+            keep_own_shapes(edit, probe, [tensor])
 
 
 def _cut_node(
     edit: GraphEdit,
-    view: GraphView,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     region: HeadRegion,
     heads: int,
     kept: np.ndarray,
     i: int,
 ) -> None:
     """Cut what a node says of the number of heads; one that says nothing stays untouched."""
+    view, facts = probe.view, probe.facts
     node = onnx.NodeProto()
     node.CopyFrom(view.nodes[i])
     for k, where in ((k, axis) for (n, k), axis in region.operands.items() if n == i):
@@ -115,16 +111,15 @@ def _cut_node(
             raise MatchError(f"the target shape of {view.label(i)} depends on the input's contents")
         place = region.axes[node.output[0]].axis - (rank - target.size)
         if place >= 0 and target[place] > 1:
-            node.input[1] = _cut_target(edit, facts, other, node, place, heads, kept.size, i)
+            node.input[1] = _cut_target(edit, probe, node, place, heads, kept.size, i)
     if node != view.nodes[i]:
         edit.remove([i])
         edit.insert(i, node)
 
 
-def _cut_target(
-    edit: GraphEdit, facts: Facts, other: Facts, node: onnx.NodeProto, place: int, heads: int, kept: int, at: int
-) -> str:
+def _cut_target(edit: GraphEdit, probe: Probe, node: onnx.NodeProto, place: int, heads: int, kept: int, at: int) -> str:
     """A shape operand with one extent, a multiple of the old number of heads, made one of the new number."""
+    facts, other = probe.facts, probe.other
     name, target, elsewhere = node.name or node.output[0], facts.value(node.input[1]), other.value(node.input[1])
     assert target is not None
     here = np.arange(target.size) == place

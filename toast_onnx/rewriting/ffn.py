@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from toast_onnx.edit import GraphEdit, OldShape
+from toast_onnx.edit import GraphEdit
 from toast_onnx.matching.blocks import Ffn
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear, bias, weights
-from toast_onnx.rewriting.shapes import own_origins
+from toast_onnx.rewriting.shapes import keep_own_shapes
 from toast_onnx.rewriting.shrinking import shrink_node
 from toast_onnx.solving.weights import FfnWeights
 
 
-def rewrite_ffn(
-    edit: GraphEdit, view: GraphView, facts: Facts, other: Facts, ffn: Ffn, new: FfnWeights, name: str
-) -> None:
+def rewrite_ffn(edit: GraphEdit, probe: Probe, ffn: Ffn, new: FfnWeights, name: str) -> None:
     """Replace the layers of one feed-forward network and shrink what lies between.
 
     Args:
         edit: graph edit.
-        view: the original graph.
-        facts: facts at the probed shapes.
-        other: facts at other shapes of the dynamic axes.
+        probe: the graph and its facts.
         ffn: the matched network.
         new: new weights.
         name: module path for new names.
     """
+    view, facts = probe.view, probe.facts
     keep = None
     if new.units is not None and not ffn.selects_at_exit:
         mask = np.zeros(ffn.width, bool)
@@ -46,9 +43,8 @@ def rewrite_ffn(
             _write_entry(edit, view, facts, entry, x, new, k, keep, f"{name}/fc1" if k == 0 else f"{name}/fc1_{k}")
     if keep is not None:
         for i in ffn.nodes:
-            shrink_node(edit, view, facts, other, ffn.channel_axes, keep, i)
-        for tensor in ffn.unit_of:
-            edit.changed[tensor] = OldShape(tensor, own_origins(facts, other, tensor))
+            shrink_node(edit, probe, ffn.channel_axes, keep, i)
+        keep_own_shapes(edit, probe, ffn.unit_of)
     if new.fc2 is not None:
         hidden = ffn.fc2.input
         if new.units is not None and ffn.selects_at_exit:

@@ -51,14 +51,14 @@ def _once(
         if new is not None and new.attention is not None and new.attention.drops_heads:
             assert block.attention is not None
             first, later = in_two_steps(study.view, study.facts, block.attention, new.attention)
-            drop_heads(edit, study.view, study.facts, study.other, block.attention, first, f"{name}/attention")
+            drop_heads(edit, study, block.attention, first, f"{name}/attention")
             if later is not None:
                 left[block.index] = BlockWeights(later.of_all_heads())
             new = BlockWeights(None, new.ffn)
         if new is not None:
             _rewrite(edit, study, block, new, name)
     model = edit.apply()
-    settle_shapes(model, edit, study.view, study.facts, study.other)
+    settle_shapes(model, edit, study)
     return model, left
 
 
@@ -84,8 +84,7 @@ def _check_heads(study: Study, fewer: Study, weights: Mapping[int, BlockWeights]
 
 
 def _rewrite(edit: GraphEdit, study: Study, block: Block, new: BlockWeights, name: str) -> None:
-    view, facts, other = study.view, study.facts, study.other
     if new.attention is not None and block.attention is not None:
-        rewrite_attention(edit, view, facts, other, block.attention, new.attention, f"{name}/attention")
+        rewrite_attention(edit, study, block.attention, new.attention, f"{name}/attention")
     if new.ffn is not None and block.ffn is not None:
-        rewrite_ffn(edit, view, facts, other, block.ffn, new.ffn, f"{name}/ffn")
+        rewrite_ffn(edit, study, block.ffn, new.ffn, f"{name}/ffn")

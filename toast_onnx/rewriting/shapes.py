@@ -6,6 +6,7 @@ tensor would leak the new width into arithmetic that was written for the old one
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,26 +14,25 @@ import onnx
 import onnx.helper
 import onnx.numpy_helper
 
-from toast_onnx.edit import GraphEdit, tidy
+from toast_onnx.edit import GraphEdit, OldShape, tidy
 from toast_onnx.errors import MatchError
-from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.facts import Probe
+from toast_onnx.matching.graph import attribute
 from toast_onnx.model import Model
 
 
-def settle_shapes(model: Model, edit: GraphEdit, view: GraphView, facts: Facts, other: Facts) -> None:
+def settle_shapes(model: Model, edit: GraphEdit, probe: Probe) -> None:
     """Make the surviving Shape nodes of shrunken or replaced tensors return the old extents (in place).
 
     Args:
         model: the edited model, tidied.
         edit: the edit it came from; says which tensors changed.
-        view: the original graph.
-        facts: facts of the original graph at the probed shapes.
-        other: the same at other shapes of the dynamic axes.
+        probe: the graph and its facts.
 
     Raises:
         MatchError: a dynamic shape is read of a tensor that has no counterpart in the new graph.
     """
+    view = probe.view
     nodes: list[onnx.NodeProto] = []
     made = {name for node in model.proto.graph.node for name in node.output}
     settled = False
@@ -41,7 +41,7 @@ def settle_shapes(model: Model, edit: GraphEdit, view: GraphView, facts: Facts, 
         tensor = node.input[0] if node.input else ""
         touched = tensor in edit.changed or (tensor in view.producer and tensor not in made)
         if original and node.op_type in ("Shape", "Size") and touched:
-            nodes.extend(_frozen(edit, facts, other, node, tensor))
+            nodes.extend(_frozen(edit, probe, node, tensor))
             settled = True
         else:
             nodes.append(node)
@@ -51,8 +51,9 @@ def settle_shapes(model: Model, edit: GraphEdit, view: GraphView, facts: Facts, 
         tidy(model)
 
 
-def _frozen(edit: GraphEdit, facts: Facts, other: Facts, node: onnx.NodeProto, tensor: str) -> list[onnx.NodeProto]:
+def _frozen(edit: GraphEdit, probe: Probe, node: onnx.NodeProto, tensor: str) -> list[onnx.NodeProto]:
     """Nodes that give a Shape node's output the old extents."""
+    facts, other = probe.facts, probe.other
     shape, other_shape = facts.shape(tensor), other.shape(tensor)
     name = node.name or node.output[0]
     if shape is None or other_shape is None:
@@ -79,16 +80,23 @@ def _frozen(edit: GraphEdit, facts: Facts, other: Facts, node: onnx.NodeProto, t
     ]
 
 
-def own_origins(facts: Facts, other: Facts, tensor: str) -> tuple[int | tuple[int, int], ...]:
+def own_origins(probe: Probe, tensor: str) -> tuple[int | tuple[int, int], ...]:
     """Origins of a tensor's old extents where the tensor itself survives: dynamic axes are its own.
 
     Raises:
         MatchError: its shape is unknown.
     """
+    facts, other = probe.facts, probe.other
     shape, other_shape = facts.shape(tensor), other.shape(tensor)
     if shape is None or other_shape is None:
         raise MatchError(f"the shape of '{tensor}' cannot be inferred")
     return tuple(a if a == b else (k, 1) for k, (a, b) in enumerate(zip(shape, other_shape, strict=True)))
+
+
+def keep_own_shapes(edit: GraphEdit, probe: Probe, tensors: Iterable[str]) -> None:
+    """Note for tensors that survive that their old extents can be read on themselves."""
+    for tensor in tensors:
+        edit.changed[tensor] = OldShape(tensor, own_origins(probe, tensor))
 
 
 def restored(

@@ -14,8 +14,8 @@ import onnx.helper
 
 from toast_onnx.edit import GraphEdit
 from toast_onnx.errors import MatchError
-from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.facts import Facts, Probe
+from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.probe import MOVEMENT
 from toast_onnx.rewriting.shapes import restored
 
@@ -24,9 +24,7 @@ Keep = Mapping[str, np.ndarray]
 
 def shrink_node(
     edit: GraphEdit,
-    view: GraphView,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     axes: Mapping[str, int],
     keep: Keep,
     i: int,
@@ -35,9 +33,7 @@ def shrink_node(
 
     Args:
         edit: graph edit.
-        view: the original graph.
-        facts: facts at the probed shapes.
-        other: facts at other shapes of the dynamic axes.
+        probe: the graph and its facts.
         axes: tensor name -> axis of its channels.
         keep: tensor name -> (extent of that axis,) whether each position stays.
         i: position of the node.
@@ -45,46 +41,52 @@ def shrink_node(
     Raises:
         MatchError: the node moves channels in a way that cannot be shrunk.
     """
-    node = view.nodes[i]
+    node = probe.view.nodes[i]
     if node.output[0] not in keep:
         return
     changed = onnx.NodeProto()
     changed.CopyFrom(node)
     name = node.name or node.output[0]
     if node.op_type in MOVEMENT and node.domain in ("", "ai.onnx"):
-        axis = axes[node.input[0]]
-        along = int(attribute(node, "axis", 0)) % max(_rank(facts, node.input[0]), 1)  # type: ignore[call-overload]
-        if node.op_type == "Reshape":
-            if not _shrink_reshape(edit, facts, other, changed, axes[node.output[0]], keep, i, name):
-                return
-        elif node.op_type == "Expand":  # aligned on the right
-            size = facts.shape(node.input[1]) or (0,)
-            place = axes[node.output[0]] - _rank(facts, node.output[0]) + size[0]
-            if place < 0 or not _shrink_reshape(edit, facts, other, changed, place, keep, i, name):
-                return
-        elif node.op_type == "Split":
-            if along != axis:
-                return
-            _shrink_split(edit, changed, [int(keep[o].sum()) for o in node.output], name)
-        elif node.op_type == "Slice":
-            _shrink_slice(edit, facts, other, changed, axis, keep[node.input[0]], name)
-        elif node.op_type == "Gather":
-            if along != axis:
-                return
-            _shrink_gather(edit, facts, changed, keep[node.input[0]], name)
-        elif node.op_type == "GatherND":
+        names_width = _shrink_movement(edit, probe, changed, axes, keep, i, name)
+    else:
+        names_width = _shrink_operands(edit, probe.facts, changed, axes, keep, i, name)
+    if names_width:
+        edit.remove([i])
+        edit.insert(i, changed)
+
+
+def _shrink_movement(
+    edit: GraphEdit, probe: Probe, node: onnx.NodeProto, axes: Mapping[str, int], keep: Keep, i: int, name: str
+) -> bool:
+    """Cut what moves channels; False where it names no number of them."""
+    facts, source, made = probe.facts, node.input[0], node.output[0]
+    axis = axes[source]
+    along = int(attribute(node, "axis", 0)) % max(_rank(facts, source), 1)  # type: ignore[call-overload]
+    if node.op_type in ("Split", "Gather") and along != axis:
+        return False
+    match node.op_type:
+        case "Reshape":
+            return _shrink_reshape(edit, probe, node, axes[made], keep, i, name)
+        case "Expand":  # aligned on the right
+            place = axes[made] - _rank(facts, made) + (facts.shape(node.input[1]) or (0,))[0]
+            return place >= 0 and _shrink_reshape(edit, probe, node, place, keep, i, name)
+        case "Split":
+            _shrink_split(edit, node, [int(keep[o].sum()) for o in node.output], name)
+        case "Slice":
+            return _shrink_slice(edit, probe, node, axis, keep[source], name)
+        case "Gather":
+            _shrink_gather(edit, facts, node, keep[source], name)
+        case "GatherND":
             batch = int(attribute(node, "batch_dims", 0))  # type: ignore[call-overload]
             if axis < batch + (facts.shape(node.input[1]) or (0,))[-1]:
-                raise MatchError(f"{view.label(i)} picks channels one by one, which cannot be shrunk")
-            return
-        elif node.op_type in ("Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Tile"):
-            return
-        else:
-            raise MatchError(f"{view.label(i)} moves channels in a way that cannot be shrunk")
-    elif not _shrink_operands(edit, facts, changed, axes, keep, i, name):
-        return
-    edit.remove([i])
-    edit.insert(i, changed)
+                raise MatchError(f"{probe.view.label(i)} picks channels one by one, which cannot be shrunk")
+            return False
+        case "Transpose" | "Squeeze" | "Unsqueeze" | "Flatten" | "Concat" | "Tile":
+            return False
+        case _:
+            raise MatchError(f"{probe.view.label(i)} moves channels in a way that cannot be shrunk")
+    return True
 
 
 def shrunk_operand(edit: GraphEdit, facts: Facts, at: int, tensor: str, axis: int, kept: np.ndarray) -> str:
@@ -125,8 +127,7 @@ def _rank(facts: Facts, tensor: str) -> int:
 
 def _shrink_reshape(
     edit: GraphEdit,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     node: onnx.NodeProto,
     axis: int,
     keep: Keep,
@@ -134,6 +135,7 @@ def _shrink_reshape(
     name: str,
 ) -> bool:
     """Write the new width into the target of a Reshape or Expand; False when the target names no width."""
+    facts, other = probe.facts, probe.other
     target, elsewhere = facts.value(node.input[1]), other.value(node.input[1])
     if target is None or elsewhere is None:
         raise MatchError(f"the target shape of '{name}' depends on the input's contents")
@@ -160,26 +162,24 @@ def _shrink_split(edit: GraphEdit, node: onnx.NodeProto, sizes: list[int], name:
         node.attribute.append(onnx.helper.make_attribute("split", sizes))
 
 
-def _shrink_slice(
-    edit: GraphEdit, facts: Facts, other: Facts, node: onnx.NodeProto, axis: int, kept: np.ndarray, name: str
-) -> None:
-    """Move the bounds along the channel axis to where the kept channels now lie."""
+def _shrink_slice(edit: GraphEdit, probe: Probe, node: onnx.NodeProto, axis: int, kept: np.ndarray, name: str) -> bool:
+    """Move the bounds along the channel axis to where the kept channels now lie; False where they stay.
+
+    channels        0 1 2 3 4 5 6 7       kept        0 2 3 6
+    [2:6]               2 3 4 5           now lie     1 2        -> [1:3]
+    """
     if edit.opset < 10:
         raise MatchError(f"'{name}' slices channels in an opset below 10; convert the model to opset 13 or newer")
-    rank = _rank(facts, node.input[0])
-    operands = [facts.value(n) if n else None for n in node.input[1:]]
-    starts, ends = (np.array(v).reshape(-1) for v in operands[:2])
-    given = [None if v is None else v.reshape(-1) for v in operands[2:]]
-    axes = given[0] if given and given[0] is not None else np.arange(starts.size)
-    steps = np.array(given[1]) if len(given) > 1 and given[1] is not None else np.ones(starts.size, np.int64)
+    rank = _rank(probe.facts, node.input[0])
+    starts, ends, axes, steps = _slice_operands(probe.facts, node)
     old = starts.copy(), ends.copy(), steps.copy()
     for k, a in enumerate(axes):
         if int(a) % rank == axis:
             taken = np.arange(kept.size)[slice(int(starts[k]), int(ends[k]), int(steps[k]))]
             starts[k], ends[k], steps[k] = _bounds((np.cumsum(kept) - 1)[taken[kept[taken]]], name)
     if all(np.array_equal(a, b) for a, b in zip(old, (starts, ends, steps), strict=True)):
-        return
-    elsewhere = [other.value(n) for n in node.input[1:3]]
+        return False
+    elsewhere = [probe.other.value(n) for n in node.input[1:3]]
     same = [b is not None and np.array_equal(a, b.reshape(-1)) for a, b in zip(old[:2], elsewhere, strict=True)]
     if axes.size > 1 and not all(same):
         raise MatchError(f"'{name}' slices channels and a dynamic axis at once; export with a fixed image size")
@@ -188,6 +188,22 @@ def _shrink_slice(
     if not np.array_equal(steps, old[2]):
         del node.input[4:]
         node.input.append(edit.constant(f"{name}/steps", steps))
+    return True
+
+
+def _slice_operands(facts: Facts, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Starts, ends, axes and steps (n,) of a Slice, those filled in that it leaves out; all but the axes are copies."""
+    given = [facts.value(n) if n else None for n in node.input[1:]]
+    values = [None if v is None else np.array(v).reshape(-1) for v in (*given, None, None)[:4]]
+    starts, ends, axes, steps = values
+    assert starts is not None
+    assert ends is not None
+    return (
+        starts,
+        ends,
+        np.arange(starts.size) if axes is None else axes,
+        np.ones(starts.size, np.int64) if steps is None else steps,
+    )
 
 
 def _bounds(places: np.ndarray, name: str) -> tuple[int, int, int]:

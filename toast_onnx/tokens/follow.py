@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 
-from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.facts import Facts, Probe
+from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.probe import MOVEMENT
 from toast_onnx.model import reads
+from toast_onnx.reasons import Decline, Kind, Reason
 from toast_onnx.tokens.along import Along, read_along, single_index
 from toast_onnx.tokens.uniform import uniform_value
 
@@ -42,10 +43,6 @@ REDUCTIONS = frozenset(
 )
 #: Attention in one node: operands that hold tokens, and where a term on the scores goes.
 FUSED = {"Attention": 3, "MultiHeadAttention": 5}
-
-
-class Unfollowed(Exception):
-    """A node wants more of the tokens than merged ones can give; the message is the reason shown to the user."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,8 @@ class Flow:
     sized: list[int] = field(default_factory=list)
     weighted: list[int] = field(default_factory=list)
     unmerge: list[tuple[str, int]] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)
-    reasons: dict[tuple[str, int], str] = field(default_factory=dict)
+    refused: dict[int, Reason] = field(default_factory=dict)
+    reasons: dict[tuple[str, int], Reason] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,28 +136,24 @@ class Walker:
 
     def __init__(
         self,
-        view: GraphView,
-        facts: Facts,
-        other: Facts,
+        probe: Probe,
         sequence: TokenSequence,
         merges: Mapping[str, int],
         cores: Sequence[tuple[int, ...]],
-        refused: Mapping[int, str],
+        refused: Mapping[int, Reason],
         drops: Mapping[tuple[str, int], int],
     ) -> None:
         """Prepare.
 
         Args:
-            view: the graph.
-            facts: its facts.
-            other: its facts at other sizes of the dynamic axes.
+            probe: the graph and its facts.
             sequence: the tokens.
             merges: tensor -> stage of what reads it, for tensors behind which tokens are merged.
             cores: nodes of every attention, from the score product to the weighted sum.
             refused: first node of attentions that are known to need all tokens, with the reason.
             drops: (tensor, reader) -> stage of what that reader sees: the special tokens alone.
         """
-        self.view, self.facts, self.other = view, facts, other
+        self.view, self.facts = probe.view, probe.facts
         self.sequence, self.merges, self.drops = sequence, merges, drops
         self.core_of = {i: core[0] for core in cores for i in core}
         self.flow = Flow(refused=dict(refused))
@@ -181,17 +174,18 @@ class Walker:
                 self._visit(i)
             inside = [n for n in reads(node) if n not in node.input and n in self.flow.tokens]
             if any(self.flow.tokens[n].merged for n in inside):
-                self.flow.refused.setdefault(-1, f"{self.view.label(i)} reads tokens inside its body")
+                reason = Kind.BODY.says("{node} reads tokens inside its body", node=self.view.label(i))
+                self.flow.refused.setdefault(-1, reason)
         for name in self.view.outputs:
             tokens = self.flow.tokens.get(name)
             if tokens is None or not tokens.merged:
                 continue
             if self._can_unmerge(name, tokens):
-                self._unmerge(name, -1, "it is an output of the graph")
+                self._unmerge(name, -1, Kind.OUTPUT.says("it is an output of the graph", tensor=name))
             else:
                 core = self._core_before(self.view.producer[name])
-                reason = f"the output '{name}' holds them in an order that they cannot be given back in"
-                self.flow.refused.setdefault(-1 if core is None else core, reason)
+                text = "the output '{tensor}' holds them in an order that they cannot be given back in"
+                self.flow.refused.setdefault(-1 if core is None else core, Kind.OUTPUT.says(text, tensor=name))
         return self.flow
 
     def _visit(self, i: int) -> None:
@@ -205,13 +199,13 @@ class Walker:
         finally:
             self.flow.tokens.update(whole)
 
-    def _enter(self, i: int, node: onnx.NodeProto, reason: str | None) -> None:
+    def _enter(self, i: int, node: onnx.NodeProto, reason: Reason | None) -> None:
         try:
             if reason is not None:
-                raise Unfollowed(reason)
+                raise Decline(reason)
             found = self._step(i, node)
-        except Unfollowed as e:
-            self._leave(i, node, str(e))
+        except Decline as e:
+            self._leave(i, node, e.reason)
             return
         for name, tokens in found.items():
             stage = self.merges.get(name)
@@ -219,7 +213,7 @@ class Walker:
                 tokens = _at_stage(tokens, stage)
             self.flow.tokens[name] = tokens
 
-    def _leave(self, i: int, node: onnx.NodeProto, reason: str) -> None:
+    def _leave(self, i: int, node: onnx.NodeProto, reason: Reason) -> None:
         """Give a node all tokens back, or decline the attention it belongs to."""
         own = self.core_of.get(i)
         if own is not None and own not in self.given_back:
@@ -260,7 +254,7 @@ class Walker:
         first = batch is None or (batch.axis == 0 and batch.inner == 1 and batch.count == shape[0])
         return plain and first and along.axis > 0 and (batch is not None or shape[0] == 1)
 
-    def _unmerge(self, name: str, reader: int, reason: str) -> None:
+    def _unmerge(self, name: str, reader: int, reason: Reason) -> None:
         if (name, reader) not in self.flow.reasons:
             self.flow.unmerge.append((name, reader))
             self.flow.reasons[(name, reader)] = reason
@@ -287,12 +281,12 @@ class Walker:
             return self._reduce(i, node)
         if op == "BatchNormalization":
             return self._batch_norm(node)
-        raise Unfollowed(f"{self.view.label(i)} acts on more than one token at a time")
+        raise Kind.ACROSS.decline("{node} acts on more than one token at a time", node=self.view.label(i))
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = self.facts.shape(name)
         if shape is None:
-            raise Unfollowed(f"the shape of '{name}' cannot be inferred")
+            raise Kind.SHAPE.decline("the shape of '{tensor}' cannot be inferred", tensor=name)
         return shape
 
     def _elementwise(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
@@ -308,12 +302,14 @@ class Walker:
                 moved = replace(each, along=replace(each.along, axis=each.along.axis + shift))
                 old = merged.setdefault(moved.along.axis, moved)
                 if old.along != moved.along or old.stage != moved.stage:
-                    raise Unfollowed(f"{self.view.label(i)} joins tokens of different places in the network")
+                    raise Kind.PLACES.decline(
+                        "{node} joins tokens of different places in the network", node=self.view.label(i)
+                    )
                 if moved.counted and not old.counted:
                     merged[moved.along.axis] = moved
         counted = any(a.counted for a in merged.values())
         if counted and (node.op_type not in LINEAR or (node.op_type in ("Mul", "Div") and len(carrying) > 1)):
-            raise Unfollowed(f"{self.view.label(i)} changes attention probabilities one by one")
+            raise Kind.ACROSS.decline("{node} changes attention probabilities one by one", node=self.view.label(i))
         if any(a.stage for a in merged.values()):
             for k, name in enumerate(node.input):
                 if name and name not in carrying:
@@ -331,7 +327,11 @@ class Walker:
         for axis, each in axes.items():
             own = axis - shift
             if each.stage and own >= 0 and shape[own] != 1 and tokens.axis(own) is None:
-                raise Unfollowed(f"{self.view.label(i)} has an operand ('{name}') with an entry for every token")
+                raise Kind.PER_TOKEN.decline(
+                    "{node} has an operand ('{tensor}') with an entry for every token",
+                    node=self.view.label(i),
+                    tensor=name,
+                )
 
     def _operand(self, i: int, k: int, name: str, out: tuple[int, ...], axes: Mapping[int, TokenAxis]) -> None:
         """An operand without tokens must be the same for all of them."""
@@ -344,24 +344,32 @@ class Walker:
             value = self.facts.array(name)
             for axis in wide:
                 if not (value == (one := np.take(value, [0], axis))).all():
-                    raise Unfollowed(f"{self.view.label(i)} has a table ('{name}') with an entry for every token")
+                    raise Kind.PER_TOKEN.decline(
+                        "{node} has a table ('{tensor}') with an entry for every token",
+                        node=self.view.label(i),
+                        tensor=name,
+                    )
                 value = one
             self.flow.uniform[(i, k)] = value
         elif (single := uniform_value(self.view, self.facts, name)) is not None:
             self.flow.uniform[(i, k)] = single
         else:
-            raise Unfollowed(f"{self.view.label(i)} has an operand ('{name}') that depends on a token's place")
+            raise Kind.PER_TOKEN.decline(
+                "{node} has an operand ('{tensor}') that depends on a token's place",
+                node=self.view.label(i),
+                tensor=name,
+            )
 
     def _movement(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         data = list(node.input) if node.op_type == "Concat" else [node.input[0]]
         if not any(n in self.flow.tokens for n in data):
-            raise Unfollowed(f"{self.view.label(i)} picks by tokens")
+            raise Kind.PER_TOKEN.decline("{node} picks by tokens", node=self.view.label(i))
         if node.op_type == "Concat" and not all(n in self.flow.tokens for n in data):
-            raise Unfollowed(f"{self.view.label(i)} joins the tokens with others")
+            raise Kind.PLACES.decline("{node} joins the tokens with others", node=self.view.label(i))
         first = self.flow.tokens[data[0]]
         kinds = {tuple((a.stage, a.counted) for a in self.flow.tokens[n].axes) for n in data}
         if len(kinds) > 1:
-            raise Unfollowed(f"{self.view.label(i)} joins tokens of different places in the network")
+            raise Kind.PLACES.decline("{node} joins tokens of different places in the network", node=self.view.label(i))
         batches = self._moved(i, node, data, [self.flow.tokens[n].batch for n in data])
         ranges = [
             self._moved(i, node, data, [self.flow.tokens[n].axes[k].along for n in data])
@@ -377,23 +385,25 @@ class Walker:
                 if isinstance(found, int):
                     along = Along(0, 1, 1, found)
                 if along is None:
-                    raise Unfollowed(f"{self.view.label(i)} regroups tokens (windows, pooling, a grid)")
+                    raise Kind.WINDOWS.decline(
+                        "{node} regroups tokens (windows, pooling, a grid)", node=self.view.label(i)
+                    )
                 if self.sequence.is_special(along):
                     touched = touched or each.stage > 0
                     continue
                 if not self.sequence.is_whole(along):
-                    raise Unfollowed(f"{self.view.label(i)} takes a part of the tokens")
+                    raise Kind.WINDOWS.decline("{node} takes a part of the tokens", node=self.view.label(i))
                 axes.append(replace(each, along=along))
                 touched = touched or each.stage > 0
             if axes:
                 batch = batches[name]
                 if first.batch is not None and not isinstance(batch, Along):
-                    raise Unfollowed(f"{self.view.label(i)} regroups the items of the batch")
+                    raise Kind.BATCH.decline("{node} regroups the items of the batch", node=self.view.label(i))
                 result[name] = Tokens(batch if isinstance(batch, Along) else None, tuple(axes))
         if touched:
             if node.op_type not in ("Reshape", "Expand", "Slice", "Split", "Gather", "Transpose", "Squeeze",
                                     "Unsqueeze", "Flatten", "Concat"):  # fmt: skip
-                raise Unfollowed(f"{self.view.label(i)} is not understood behind merged tokens")
+                raise Kind.UNKNOWN.decline("{node} is not understood behind merged tokens", node=self.view.label(i))
             self.flow.respell.append(i)
         return result
 
@@ -414,7 +424,9 @@ class Walker:
             else:
                 value = self.facts.value(name)
                 if value is None:
-                    raise Unfollowed(f"an operand of {self.view.label(i)} ('{name}') is not known")
+                    raise Kind.CONTENTS.decline(
+                        "an operand of {node} ('{tensor}') is not known", node=self.view.label(i), tensor=name
+                    )
                 operands.append(value)
         found: dict[str, Along | int | None] = {}
         for name, labels in zip(node.output, self.facts.evaluate(node, operands), strict=True):
@@ -429,18 +441,20 @@ class Walker:
         axis = int(attribute(node, "axis", -1)) % rank  # type: ignore[call-overload]
         reduced = {axis} if node.op_type == "LpNormalization" else set(range(axis, rank))
         if any(a.along.axis in reduced or a.counted for a in tokens.axes):
-            raise Unfollowed(f"{self.view.label(i)} normalizes over tokens")
+            raise Kind.ACROSS.decline("{node} normalizes over tokens", node=self.view.label(i))
         if node.op_type.startswith("Skip"):
             both = [self.flow.tokens.get(n) for n in node.input[:2]]
             if both[0] != both[1]:
-                raise Unfollowed(f"{self.view.label(i)} joins tokens of different places in the network")
+                raise Kind.PLACES.decline(
+                    "{node} joins tokens of different places in the network", node=self.view.label(i)
+                )
         full = [n for k, n in enumerate(node.output) if n and (k == 0 or node.op_type.startswith("Skip"))]
         return dict.fromkeys(full, tokens)
 
     def _batch_norm(self, node: onnx.NodeProto) -> dict[str, Tokens]:
         tokens = self.flow.tokens[node.input[0]]
         if any(a.along.axis == 1 or a.counted for a in tokens.axes):
-            raise Unfollowed("a BatchNormalization has an entry for every token")
+            raise Kind.PER_TOKEN.decline("a BatchNormalization has an entry for every token")
         return {node.output[0]: tokens}
 
     def _product(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
@@ -449,11 +463,11 @@ class Walker:
         if node.op_type != "MatMul" and (
             attribute(node, "transA", 0) or (right is not None and node.op_type == "Gemm")
         ):
-            raise Unfollowed(f"{self.view.label(i)} multiplies tokens with a transposed operand")
+            raise Kind.ACROSS.decline("{node} multiplies tokens with a transposed operand", node=self.view.label(i))
         if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
             bias = self._shape(node.input[2])
             if len(bias) == 2 and bias[0] != 1:
-                raise Unfollowed(f"{self.view.label(i)} has a bias for every token")
+                raise Kind.PER_TOKEN.decline("{node} has a bias for every token", node=self.view.label(i))
         rank = len(self._shape(node.output[0]))
         rows, columns = self._sides(node, left, right, a, b)
         axes: list[TokenAxis] = []
@@ -468,7 +482,7 @@ class Walker:
                     axes.append(replace(each, along=replace(each.along, axis=axis)))
         self._check_sum(i, left, right, rows[1], columns[0], a, b)
         if len({x.along.axis for x in axes}) < len(axes):
-            raise Unfollowed(f"{self.view.label(i)} pairs every token with itself")
+            raise Kind.ACROSS.decline("{node} pairs every token with itself", node=self.view.label(i))
         batch = None
         for tokens, name in ((left, a), (right, b)):
             if tokens is not None and tokens.batch is not None:
@@ -481,7 +495,9 @@ class Walker:
         """(row axis, summed axis) of the first operand, (summed axis, column axis) of the second."""
         ra, rb = len(self._shape(a)), len(self._shape(b))
         if min(ra, rb) < 2:
-            raise Unfollowed(f"{self.view.label(self.view.producer[node.output[0]])} multiplies with a vector")
+            raise Kind.UNKNOWN.decline(
+                "{node} multiplies with a vector", node=self.view.label(self.view.producer[node.output[0]])
+            )
         turned = bool(attribute(node, "transB", 0))
         return (ra - 2, ra - 1), ((rb - 1, rb - 2) if turned else (rb - 2, rb - 1))
 
@@ -496,10 +512,16 @@ class Walker:
         if one is None or two is None:
             present, what = (one, b) if one is not None else (two, a)
             if present is not None and present.stage:
-                raise Unfollowed(f"{self.view.label(i)} sums over tokens with weights of their own ('{what}')")
+                raise Kind.ACROSS.decline(
+                    "{node} sums over tokens with weights of their own ('{tensor}')",
+                    node=self.view.label(i),
+                    tensor=what,
+                )
             return
         if one.stage != two.stage or (one.stage and one.counted == two.counted):
-            raise Unfollowed(f"{self.view.label(i)} sums over tokens without a softmax in front (linear attention)")
+            raise Kind.ACROSS.decline(
+                "{node} sums over tokens without a softmax in front (linear attention)", node=self.view.label(i)
+            )
 
     def _softmax(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         tokens = self.flow.tokens[node.input[0]]
@@ -508,11 +530,11 @@ class Walker:
         axis = int(attribute(node, "axis", default)) % rank  # type: ignore[call-overload]
         over = tokens.axis(axis)
         if any(a.counted for a in tokens.axes) or (self.view.model.opset < 13 and axis != rank - 1):
-            raise Unfollowed(f"{self.view.label(i)} runs over more than one axis")
+            raise Kind.ACROSS.decline("{node} runs over more than one axis", node=self.view.label(i))
         if over is None:
             return {node.output[0]: tokens}
         if node.op_type != "Softmax" or over.along.inner != 1 or over.along.count != self._shape(node.input[0])[axis]:
-            raise Unfollowed(f"{self.view.label(i)} runs over tokens and something else")
+            raise Kind.ACROSS.decline("{node} runs over tokens and something else", node=self.view.label(i))
         if over.stage:
             self._check_broadcast(i, tokens, node.input[0])
             self.flow.sized.append(i)
@@ -523,27 +545,31 @@ class Walker:
         """The items of the batch must be found on one axis, outermost there, so that each gets its own sizes."""
         shape, batch = self._shape(name), tokens.batch
         if batch is not None and (batch.axis != 0 or batch.inner * batch.count != shape[0]):
-            raise Unfollowed(f"{self.view.label(i)} has heads outside the batch on one axis")
+            raise Kind.BATCH.decline("{node} has heads outside the batch on one axis", node=self.view.label(i))
 
     def _fused(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         q, k, v = (self.flow.tokens.get(n) for n in [*node.input, "", ""][:3])
         if k is None or v is None or any(n in self.flow.tokens for n in node.input[3:]):
-            raise Unfollowed(f"{self.view.label(i)} is no plain attention over the tokens")
+            raise Kind.ACROSS.decline("{node} is no plain attention over the tokens", node=self.view.label(i))
         if attribute(node, "is_causal", 0) or attribute(node, "unidirectional", 0):
-            raise Unfollowed(f"{self.view.label(i)} is causal")
+            raise Kind.CAUSAL.decline("{node} is causal", node=self.view.label(i))
         if len(k.axes) != 1 or len(v.axes) != 1 or k.axes[0].stage != v.axes[0].stage or k.axes != v.axes:
-            raise Unfollowed(f"{self.view.label(i)} takes keys and values of different places in the network")
+            raise Kind.PLACES.decline(
+                "{node} takes keys and values of different places in the network", node=self.view.label(i)
+            )
         if any(n for n in node.output[1:]):
-            raise Unfollowed(f"{self.view.label(i)} returns its keys, values or scores")
+            raise Kind.OUTPUT.decline("{node} returns its keys, values or scores", node=self.view.label(i))
         if k.axes[0].stage:
             place = FUSED[node.op_type]
             for j, name in enumerate(node.input):
                 if j < 3 or not name:
                     continue
                 if j != place or uniform_value(self.view, self.facts, name) is None:
-                    raise Unfollowed(f"{self.view.label(i)} has a mask or position bias ('{name}')")
+                    raise Kind.PER_TOKEN.decline(
+                        "{node} has a mask or position bias ('{tensor}')", node=self.view.label(i), tensor=name
+                    )
             if k.batch is not None and (k.batch.axis != 0 or k.batch.inner != 1):
-                raise Unfollowed(f"{self.view.label(i)} has its batch on another axis")
+                raise Kind.BATCH.decline("{node} has its batch on another axis", node=self.view.label(i))
             self.flow.sized.append(i)
         return {node.output[0]: q} if q is not None else {}
 
@@ -554,7 +580,7 @@ class Walker:
         keep = node.op_type == "GlobalAveragePool" or bool(attribute(node, "keepdims", 1))
         inside = [a for a in tokens.axes if a.along.axis in axes]
         if any(a.counted for a in tokens.axes):
-            raise Unfollowed(f"{self.view.label(i)} sums attention probabilities")
+            raise Kind.ACROSS.decline("{node} sums attention probabilities", node=self.view.label(i))
         if inside and inside[0].stage:
             self._check_mean(i, node, tokens, inside[0], shape)
         shift = {a: a - (0 if keep else sum(r < a for r in axes)) for a in range(len(shape))}
@@ -572,11 +598,13 @@ class Walker:
         batch, along = tokens.batch, over.along
         plain = along.inner == 1 and along.count == shape[along.axis] and along.axis > 0
         if node.op_type not in ("ReduceMean", "ReduceSum", "GlobalAveragePool") or not plain or len(tokens.axes) > 1:
-            raise Unfollowed(f"{self.view.label(i)} takes another statistic than a mean over the tokens")
+            raise Kind.ACROSS.decline(
+                "{node} takes another statistic than a mean over the tokens", node=self.view.label(i)
+            )
         if batch is not None and (
             batch.axis != 0 or batch.inner != 1 or 0 in reduced_axes(self.facts, node, len(shape))
         ):
-            raise Unfollowed(f"{self.view.label(i)} has its batch on another axis")
+            raise Kind.BATCH.decline("{node} has its batch on another axis", node=self.view.label(i))
         self.flow.weighted.append(i)
 
 
@@ -584,7 +612,7 @@ def reduced_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> set[int]:
     """The axes that a reduction runs over.
 
     Raises:
-        Unfollowed: they are not known.
+        Decline: they are not known.
     """
     if node.op_type == "GlobalAveragePool":
         return set(range(2, rank))
@@ -592,7 +620,7 @@ def reduced_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> set[int]:
     if given is None and len(node.input) > 1 and node.input[1]:
         given = facts.value(node.input[1])
         if given is None:
-            raise Unfollowed("the axes of a reduction are not known")
+            raise Kind.CONTENTS.decline("the axes of a reduction are not known")
     return set(range(rank)) if given is None else {int(a) % rank for a in np.asarray(given).reshape(-1)}
 
 
@@ -601,9 +629,7 @@ def _at_stage(tokens: Tokens, stage: int) -> Tokens:
 
 
 def follow(
-    view: GraphView,
-    facts: Facts,
-    other: Facts,
+    probe: Probe,
     sequence: TokenSequence,
     merges: Mapping[str, int],
     cores: Sequence[tuple[int, ...]],
@@ -615,9 +641,9 @@ def follow(
         The flow; `refused` names the attentions that were given all tokens back, by their first node, -1 for what lies
         outside of every attention and cannot be given them.
     """
-    refused: dict[int, str] = {}
+    refused: dict[int, Reason] = {}
     while True:
-        flow = Walker(view, facts, other, sequence, merges, cores, refused, drops or {}).walk()
+        flow = Walker(probe, sequence, merges, cores, refused, drops or {}).walk()
         if set(flow.refused) == set(refused):
             return flow
         refused = flow.refused

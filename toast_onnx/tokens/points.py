@@ -10,11 +10,12 @@ import numpy as np
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention, Block
 from toast_onnx.matching.cores import Core, find_cores
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.span import residual_sum
 from toast_onnx.matching.study import Study
-from toast_onnx.tokens.follow import Flow, TokenSequence, Unfollowed, follow
+from toast_onnx.reasons import Decline, Kind, Reason
+from toast_onnx.tokens.follow import Flow, TokenSequence, follow
 from toast_onnx.tokens.special import learned_tokens
 
 #: First opset with every operator that merging is written with.
@@ -37,7 +38,7 @@ class MergePoint:
     block: int
     tensor: str | None
     sequence: int
-    reason: str | None
+    reason: Reason | None
     drops: tuple[tuple[str, int], ...] = ()
 
 
@@ -65,33 +66,33 @@ def study_tokens(study: Study) -> TokenStudy:
     Args:
         study: the model.
     """
-    view, facts, other = study.view, study.facts, study.other
+    view, facts = study.view, study.facts
     cores = find_cores(view, facts)[0]
     sequences: list[TokenSequence] = []
-    found: list[tuple[Block, str | None, int, str | None]] = []
+    found: list[tuple[Block, str | None, int, Reason | None]] = []
     flows: list[Flow] = []
     for block in study.match.blocks:
         try:
             tensor, skip = _sum(view, facts, block)
             number = _sequence_of(flows, tensor)
             if number is None:
-                sequence = _new_sequence(view, facts, other, skip)
-                flow = follow(view, facts, other, sequence, {}, _nodes(cores))
+                sequence = _new_sequence(study, skip)
+                flow = follow(study, sequence, {}, _nodes(cores))
                 if not _holds(flow, tensor):
-                    raise Unfollowed("its tokens are not those that enter it")
+                    raise Kind.ALL.decline("its tokens are not those that enter it")
                 sequences.append(sequence)
                 flows.append(flow)
                 number = len(flows) - 1
             found.append((block, tensor, number, None))
-        except (Unfollowed, MatchError) as e:
-            found.append((block, None, -1, str(e)))
+        except Decline as e:
+            found.append((block, None, -1, e.reason))
     points: dict[int, MergePoint] = {
         block.index: MergePoint(block.index, tensor, number, reason) for block, tensor, number, reason in found
     }
     for number, sequence in enumerate(sequences):
         members = [(b, t) for b, t, n, _ in found if n == number and t is not None]
         # As if everything from the start on were merged: what refuses merged tokens shows at once.
-        flow = follow(view, facts, other, sequence, {sequence.start: 1}, _nodes(cores))
+        flow = follow(study, sequence, {sequence.start: 1}, _nodes(cores))
         last = max(members, key=lambda m: view.producer[m[1]])
         for block, tensor in members:
             reason = _reason(study, sequence, flow, block, tensor, cores)
@@ -110,10 +111,10 @@ def _leave_out_lost(
         chosen = [p for p in points.values() if p.sequence == number and p.reason is None and p.tensor is not None]
         chosen.sort(key=lambda p: study.view.producer[p.tensor or ""])
         stages = {p.tensor or "": k + 1 for k, p in enumerate(chosen)}
-        flow = follow(study.view, study.facts, study.other, sequence, stages, _nodes(cores))
+        flow = follow(study, sequence, stages, _nodes(cores))
         for p in chosen:
             if p.tensor not in flow.tokens:
-                reason = "a sum in front of it joins tokens of different places in the network"
+                reason = Kind.PLACES.says("a sum in front of it joins tokens of different places in the network")
                 points[p.block] = replace(p, reason=reason, drops=())
 
 
@@ -125,15 +126,18 @@ def _sum(view: GraphView, facts: Facts, block: Block) -> tuple[str, str]:
     """(the attention's sum with the residual stream, the stream before it)."""
     attention = block.attention
     if attention is None:
-        raise Unfollowed("it has no attention")
+        raise Kind.NO_PART.decline("it has no attention")
     if attention.proj is None:
-        raise Unfollowed(attention.vo_reason or "its output projection was not found")
+        raise Decline(attention.vo_reason or Kind.NO_LAYER.says("its output projection was not found"))
     if view.model.opset < OPSET:
-        raise Unfollowed(f"the graph's opset {view.model.opset} is older than {OPSET}")
-    tensor = residual_sum(view, facts, attention.proj.linear)
+        raise Kind.OPSET.decline("the graph's opset {opset} is older than {least}", opset=view.model.opset, least=OPSET)
+    try:
+        tensor = residual_sum(view, facts, attention.proj.linear)
+    except MatchError as e:
+        raise Kind.NO_PART.decline("{error}", error=e) from e
     shape = facts.shape(tensor)
     if shape is None or len(shape) != 3:
-        raise Unfollowed("its tokens lie on a grid (windows), not in one sequence")
+        raise Kind.WINDOWS.decline("its tokens lie on a grid (windows), not in one sequence")
     node = view.nodes[view.producer[tensor]]
     behind = _follows(view, facts, attention, node.input[0])
     return tensor, node.input[1] if behind else node.input[0]
@@ -165,39 +169,40 @@ def _holds(flow: Flow, tensor: str) -> bool:
     return tokens is not None and len(tokens.axes) == 1 and tokens.axes[0].along.axis == 1
 
 
-def _new_sequence(view: GraphView, facts: Facts, other: Facts, tensor: str) -> TokenSequence:
+def _new_sequence(probe: Probe, tensor: str) -> TokenSequence:
+    view, facts, other = probe.view, probe.facts, probe.other
     shape, elsewhere = facts.shape(tensor), other.shape(tensor)
     if shape is None or elsewhere is None or len(shape) != 3:
-        raise Unfollowed("its tokens lie on a grid (windows), not in one sequence")
+        raise Kind.WINDOWS.decline("its tokens lie on a grid (windows), not in one sequence")
     if shape[1] != elsewhere[1]:
-        raise Unfollowed("the number of its tokens changes with the input's size; export with a fixed size")
+        raise Kind.DYNAMIC.decline("the number of its tokens changes with the input's size; export with a fixed size")
     if facts.is_constant(tensor):
-        raise Unfollowed("its tokens are learned queries, not made of the input")
+        raise Kind.CONSTANT.decline("its tokens are learned queries, not made of the input")
     learned = learned_tokens(view, facts, tensor)
     if learned.all():
-        raise Unfollowed("its tokens are learned queries, not made of the input")
+        raise Kind.CONSTANT.decline("its tokens are learned queries, not made of the input")
     front = int(np.argmin(learned))
     back = int(np.argmin(learned[::-1]))
     if learned[front : learned.size - back].any():
-        raise Unfollowed("learned tokens stand among those of the image")
+        raise Kind.AMONG.decline("learned tokens stand among those of the image")
     return TokenSequence(tensor, shape[1], front, back)
 
 
 def _reason(
     study: Study, sequence: TokenSequence, flow: Flow, block: Block, tensor: str, cores: Sequence[Core]
-) -> str | None:
+) -> Reason | None:
     """Why tokens cannot be merged behind a block's attention; None when they can."""
     view = study.view
     if sequence.count - sequence.front - sequence.back < 2:
-        return "there are no two tokens to merge"
+        return Kind.FEW.says("there are no two tokens to merge")
     if -1 in flow.refused:
         return flow.refused[-1]
     assert block.attention is not None
     own = flow.refused.get(block.attention.core.qk)
     if own is not None:
-        return f"its own attention needs every token: {own}"
+        return own.within("its own attention needs every token: {}", own.part)
     if tensor not in flow.tokens:
-        return "something in front of it needs every token"
+        return Kind.ALL.says("something in front of it needs every token")
     at = view.producer[tensor]
     behind = [c for c in cores if c.qk > at and any(n in flow.tokens for n in (c.q, c.k, c.v))]
     if behind:
@@ -216,7 +221,7 @@ def _unread(
         return ()
     core, stream = block.attention.core, _sum(study.view, study.facts, block)[1]
     drops = ((core.q, core.qk), (stream, study.view.producer[tensor]))
-    flow = follow(study.view, study.facts, study.other, sequence, {}, _nodes(cores), dict.fromkeys(drops, 1))
+    flow = follow(study, sequence, {}, _nodes(cores), dict.fromkeys(drops, 1))
     queries = flow.tokens.get(core.q)
     if queries is None or len(queries.axes) != 1 or queries.axes[0].along.inner != 1 or tensor not in flow.tokens:
         return ()

@@ -127,7 +127,7 @@ class _Work:
 
     def apply(self) -> Model:
         model = self.edit.apply()
-        settle_shapes(model, self.edit, self.view, self.study.facts, self.study.other)
+        settle_shapes(model, self.edit, self.study)
         return fuse_again(model, self.study.spelled_out)
 
 
@@ -160,7 +160,7 @@ class _Sequence:
                 )
         stages = {name: k + 1 for k, name in enumerate(self.order)}
         self.drops = {} if last is None else dict.fromkeys(last.drops, self.dropped)
-        self.flow: Flow = follow(self.view, self.facts, self.other, sequence, stages, work.cores, self.drops)
+        self.flow: Flow = follow(work.study, sequence, stages, work.cores, self.drops)
         lost = [b for b, n in zip(self.blocks, self.order, strict=True) if n not in self.flow.tokens]
         if lost:
             raise MatchError(f"tokens cannot be merged behind block {lost[0]} together with those before it")
