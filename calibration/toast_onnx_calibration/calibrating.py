@@ -20,6 +20,7 @@ from toast_onnx.model import Model, file_hash, scratch_folder
 from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.chain import Link, Spool, chain, cut
+from toast_onnx_calibration.executing import divided
 from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.gradients import BATCH, SAMPLES, measure_gradients
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
@@ -172,14 +173,14 @@ def shard_of(source: Source, shard: tuple[int, int], batch: int) -> tuple[Source
     number, of = shard
     count = source.part(0, 0).count if source.count is None else source.count
     assert count is not None
-    runs = -(-count // batch)
-    if of > runs:
+    parts = divided(count, batch, of)
+    if of > len(parts):
+        runs = len(parts)
         raise ConfigError(
             f"{source.description}: {runs} batches of {batch} make no {of} shards; divide them into {runs} at most, or "
             "lower --batch"
         )
-    part = source.part(runs * (number - 1) // of * batch, min(count, runs * number // of * batch))
-    return part, Share(of, (number,), source.description, source.fingerprint)
+    return source.part(*parts[number - 1]), Share(of, (number,), source.description, source.fingerprint)
 
 
 def _few(study: Study, data: str | Path, options: CalibrationOptions) -> Iterator[dict[str, NDArray[Any]]]:

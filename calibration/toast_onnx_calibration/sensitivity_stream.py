@@ -90,6 +90,7 @@ class Trials:
         folder: Path,
         output: str | None = None,
         labels: Labels | None = None,
+        dense: Array | None = None,
     ) -> None:
         """Run the dense model once.
 
@@ -100,6 +101,7 @@ class Trials:
             folder: for working files.
             output: where to measure, as for `chosen_output`.
             labels: class numbers, for top-1.
+            dense: (batches, *shape) outputs of the dense model, where they are known.
 
         Raises:
             ConfigError: there is no such output, or labels for one that is no class scores.
@@ -113,10 +115,12 @@ class Trials:
         self.labels = None if labels is None else np.array([labels.by_row.get(row, -1) for row in samples.rows])
         if self.labels is not None and (self.labels < 0).all():
             raise ConfigError(f"{labels.description if labels else ''}: labels none of the samples; give others")
-        self._front: tuple[str, Array] | None = None
+        self._front: tuple[int, Array] | None = None
         self._tail: tuple[str, ort.InferenceSession] | None = None
         self._spans: dict[int, Span | None] = {}
-        self.dense = store_values(folder / "dense.npy", self._whole(study.view.model), samples.count)
+        if dense is None:
+            dense = store_values(folder / "dense.npy", self._whole(study.view.model), samples.count)
+        self.dense = dense
 
     def damage(self, new: Mapping[int, BlockWeights]) -> dict[str, float]:
         """Damage at the output of the model with these new weights.
@@ -136,7 +140,7 @@ class Trials:
         try:
             piece = cut_piece(twin, Facts(twin, self.samples.shapes), first.start, last.end)
             tail = self._behind(last.end)
-            values = self._before(first.start)
+            values = self._before(min(new))
         except MatchError:  # a second stream runs past the block
             return self._judge(self._whole(twin.model))
         session = self._open(piece, "trial")
@@ -185,24 +189,36 @@ class Trials:
                 self._spans[index] = None
         return self._spans[index]
 
-    def _before(self, tensor: str) -> Array:
-        """Values (batches, *shape) of a tensor in the dense model: from those at hand where they suffice."""
-        if self._front is not None and self._front[0] == tensor:
-            return self._front[1]
+    def _before(self, index: int) -> Array:
+        """Values (batches, *shape) of what a block reads in the dense model: from those at hand where they suffice.
+
+        They come by way of what every earlier block reads, so that they are the same whatever was asked for before.
+        """
+        if self._front is None or self._front[0] > index:
+            self._front = None
+        for block in range(0 if self._front is None else self._front[0] + 1, index + 1):
+            span = self._span(block)
+            if span is not None:
+                found = self._onwards(span.start)
+                self._front = block, store_values(self.folder / "front.npy", found, self.samples.count)
+        assert self._front is not None
+        return self._front[1]
+
+    def _onwards(self, tensor: str) -> Iterator[Array]:
+        """Values of a tensor, computed from those at hand; from the samples where it does not hang on those alone."""
         view = self.study.view
-        outputs = None
-        if self._front is not None:
-            try:
-                piece = cut_piece(view, self.facts, self._front[0], tensor)
-            except MatchError:  # it lies further back
-                pass
-            else:
-                session, start, values = self._open(piece, "advance"), *self._front
-                outputs = (run(session, {start: np.asarray(x)}, [tensor])[tensor] for x in values)
-        found = self._whole(view.model, tensor) if outputs is None else outputs
-        stored = store_values(self.folder / "front.npy", found, self.samples.count)
-        self._front = (tensor, stored)
-        return stored
+        if self._front is None:
+            return self._whole(view.model, tensor)
+        span, values = self._span(self._front[0]), self._front[1]
+        assert span is not None
+        if span.start == tensor:
+            return iter(values)
+        try:
+            piece = cut_piece(view, self.facts, span.start, tensor)
+        except MatchError:  # it lies further back, or in another tower
+            return self._whole(view.model, tensor)
+        session, start = self._open(piece, "advance"), span.start
+        return (run(session, {start: np.asarray(x)}, [tensor])[tensor] for x in values)
 
     def _behind(self, tensor: str) -> ort.InferenceSession | None:
         """The dense model from a tensor to the output; None where that is the output."""

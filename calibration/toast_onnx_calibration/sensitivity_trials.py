@@ -206,7 +206,18 @@ def merged_alone(study: Study, settings: Ratios, block: int, left: int) -> Model
     """
     tokens = study_tokens(study)
     gone = tokens.sequences[tokens.points[block].sequence].count - left
-    return write_merging(study, tokens, {block: gone}, settings.tokens.metric, settings.tokens.unread)[0]
+    return merged(study, settings, {block: gone})
+
+
+def merged(study: Study, settings: Ratios, removed: Mapping[int, int]) -> Model:
+    """The model with tokens merged and nothing else changed.
+
+    Args:
+        study: the model.
+        settings: metric, and whether unread tokens are dropped.
+        removed: block number -> tokens merged away behind its attention.
+    """
+    return write_merging(study, study_tokens(study), removed, settings.tokens.metric, settings.tokens.unread)[0]
 
 
 class Solver:
@@ -261,8 +272,17 @@ def missing(grid: Sequence[Trial], found: Sensitivity) -> list[Trial]:
     return [t for t in sorted(grid, key=lambda t: t.block) if t.key not in done]
 
 
+Damages = Callable[[Sequence[Trial]], Iterable[tuple[Trial, dict[str, float]]]]
+"""Measures trials; every trial with its damage, in whatever order they are done."""
+
+
+def in_turn(damage: Callable[[Trial], dict[str, float]]) -> Damages:
+    """Measures trials one after another."""
+    return lambda trials: ((trial, damage(trial)) for trial in trials)
+
+
 def measure(
-    damage: Callable[[Trial], dict[str, float]],
+    damages: Damages,
     grid: Sequence[Trial],
     found: Sensitivity,
     path: Path | None = None,
@@ -271,15 +291,15 @@ def measure(
     """Measure what is missing of a grid.
 
     Args:
-        damage: makes what a trial says and measures it.
+        damages: makes what trials say and measures it.
         grid: what to measure.
         found: results so far; the new ones are added.
         path: file that is written after every trial; None writes none.
         progress: called after every trial.
     """
     left = missing(grid, found)
-    for number, trial in enumerate(left, start=1):
-        found.trials.append(replace(trial, damage=damage(trial)))
+    for number, (trial, damage) in enumerate(damages(left), start=1):
+        found.trials.append(replace(trial, damage=damage))
         if path is not None:
             write_results(found, path)
         if progress is not None:

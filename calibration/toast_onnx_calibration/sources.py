@@ -84,8 +84,10 @@ class ImageSource:
         return digest.hexdigest()
 
     def part(self, start: int, stop: int) -> ImageSource:
-        """The images from `start` up to `stop`."""
-        return ImageSource(self._root, self._names[start:stop], self._input, self.recipe, self._threads)
+        """The images from `start` up to `stop`; as many of them may be corrupt as of all."""
+        part = ImageSource(self._root, self._names[start:stop], self._input, self.recipe, self._threads)
+        part.report.whole = self.report.whole or self.count
+        return part
 
     def __iter__(self) -> Iterator[Chunk]:
         for name, tensor in read_images(self._root, self._names, self.recipe, self.report, self._threads):

@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from toast_onnx.errors import ConfigError
-from toast_onnx.matching.study import Study
+from toast_onnx.matching.study import Study, study
+from toast_onnx.model import load_model, model_files
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.planning.width_costs import TOKENS, Part
-from toast_onnx_calibration.calibrating import CalibrationOptions, Progress, calibrate
-from toast_onnx_calibration.labels import open_labels
+from toast_onnx_calibration.calibrating import CalibrationOptions, Progress
+from toast_onnx_calibration.calibrating_shards import calibrate_on
+from toast_onnx_calibration.executing import Alone, Executor, Find, Here, Pool, Report
+from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.planning import statistics_for
+from toast_onnx_calibration.prepared import silent
 from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
-from toast_onnx_calibration.sensitivity_trials import Solver, Trial, identity_of, merged_alone
+from toast_onnx_calibration.sensitivity_trials import Solver, Trial, identity_of, merged, merged_alone
 from toast_onnx_calibration.statistics import CalibratedStatistics
+from toast_onnx_calibration.stored import Samples
+
+#: Pieces that trials are divided into for every worker, at least, so that all are busy to the end.
+PIECES = 4
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Tokens merged, all widths dense; a task beside trials.
+
+    Attributes:
+        removed: block number -> tokens merged away behind its attention.
+        batches: judge by the first so many batches of samples; None takes all.
+    """
+
+    removed: dict[int, int]
+    batches: int | None
 
 
 @dataclass(frozen=True)
@@ -45,11 +70,55 @@ class Work:
         trials: runs new weights.
         narrowing: what makes new weights; None where only tokens are merged.
         settings: how parts would be pruned.
+        labels: class numbers, None without.
+        pool: who measures; None for this process.
     """
 
     trials: Trials
     narrowing: Narrowing | None
     settings: Ratios
+    labels: Labels | None = None
+    pool: Pool | None = None
+
+    def damages(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, dict[str, float]]]:
+        """Measure trials, given block by block: every trial with its damage, in the order in which they are done."""
+        pool = self.pool or Alone(self)
+        pieces = _pieces(trials, pool.workers)
+        for number, found in pool.do(pieces):
+            yield from zip(pieces[number], found, strict=True)
+
+    def merged(
+        self, schedules: Sequence[Mapping[int, int]], batches: int | None = None
+    ) -> Iterator[tuple[int, dict[str, float]]]:
+        """Measure schedules of merging: number and damage of each, in the order in which they are done.
+
+        Args:
+            schedules: block number -> tokens merged away behind its attention.
+            batches: judge by the first so many batches of samples; None takes all.
+        """
+        yield from (self.pool or Alone(self)).do([Merging(dict(removed), batches) for removed in schedules])
+
+    def do(self, task: tuple[Trial, ...] | Merging, _report: Report) -> Any:
+        """The damages of some trials, or the one of a schedule of merging."""
+        if isinstance(task, Merging):
+            return self.trials.damage_of(merged(self.trials.study, self.settings, task.removed), task.batches)
+        return [self.damage(trial) for trial in task]
+
+    def order(self) -> WorkOrder:
+        """What another process opens the same from."""
+        trials, samples = self.trials, self.trials.samples
+        feeds = {name: np.asarray(array) for name, array in samples.feeds.items()}
+        return WorkOrder(
+            trials.study.view.model.path.absolute(),
+            trials.study.given,
+            None if self.narrowing is None else self.narrowing.statistics.file.path.absolute(),
+            replace(samples, feeds=feeds),
+            np.asarray(trials.dense),
+            trials.output,
+            self.labels,
+            self.settings,
+            replace(trials.options, threads=trials.options.threads or 1, note=silent),
+        )
 
     def identity(self) -> dict[str, Any]:
         """What results measured with this belong to."""
@@ -67,6 +136,78 @@ class Work:
         return self.trials.damage(self.narrowing.solver.weights({trial.block: kept}))
 
 
+@dataclass(frozen=True)
+class WorkOrder:
+    """Work as it is sent to workers.
+
+    Attributes:
+        model: file of the dense model.
+        given: the concrete shapes that were asked for.
+        statistics: file of measurements, None where only tokens are merged.
+        samples: what to run on.
+        dense: (batches, *shape) outputs of the dense model.
+        output: name of the output to measure at.
+        labels: class numbers, None without.
+        settings: how parts would be pruned.
+        options: provider and threads.
+    """
+
+    model: Path
+    given: Mapping[str, Sequence[int]]
+    statistics: Path | None
+    samples: Samples
+    dense: NDArray[Any]
+    output: str
+    labels: Labels | None
+    settings: Ratios
+    options: CalibrationOptions
+
+    @property
+    def files(self) -> tuple[tuple[Path, ...], ...]:
+        """The model, and statistics."""
+        model = tuple(model_files(self.model))
+        return (model,) if self.statistics is None else (model, (self.statistics,))
+
+    @property
+    def threads(self) -> int:
+        """Of ONNX Runtime."""
+        return self.options.threads or 1
+
+    @property
+    def provider(self) -> str:
+        """Of ONNX Runtime."""
+        return self.options.provider
+
+    @contextmanager
+    def open(self, find: Find, folder: Path) -> Iterator[Work]:
+        """The same work in a process of its own."""
+        dense = study(load_model(find(self.model)), self.given)
+        trials = Trials(dense, self.samples, self.options, folder, self.output, self.labels, self.dense)
+        narrowing = None
+        if self.statistics is not None:
+            narrowing = _narrowing(dense, self.settings, find(self.statistics))
+        yield Work(trials, narrowing, self.settings, self.labels)
+
+
+def _narrowing(dense: Study, settings: Ratios, path: Path) -> Narrowing:
+    """What makes new weights from a file of statistics."""
+    found = CalibratedStatistics(dense, path)
+    return Narrowing(Solver(dense, settings, found), found, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _pieces(trials: Sequence[Trial], workers: int) -> list[tuple[Trial, ...]]:
+    """Trials in pieces of one block each: where a block begins is computed once by whoever has a piece of it."""
+    blocks = [list(each) for _, each in groupby(trials, lambda t: t.block)]
+    if workers == 1 or not blocks:
+        return [(trial,) for trial in trials]
+    parts = -(-PIECES * workers // len(blocks))
+    found = []
+    for each in blocks:
+        size = -(-len(each) // parts)
+        found += [tuple(each[k : k + size]) for k in range(0, len(each), size)]
+    return found
+
+
 @contextmanager
 def open_work(
     dense: Study,
@@ -79,6 +220,7 @@ def open_work(
     output: str | None = None,
     calibrating: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
     note: Callable[[str], object] = lambda _: None,
+    executor: Executor | None = None,
 ) -> Iterator[Work]:
     """Statistics, samples and the dense model's answers, in a folder that is removed at the end.
 
@@ -93,6 +235,7 @@ def open_work(
         output: name of the output to measure at; None leaves the choice to `sensitivity_stream.chosen_output`.
         calibrating: opens what is called after every batch of calibration.
         note: called with what the user should know of the samples.
+        executor: who measures; None for this process.
 
     Raises:
         ConfigError: nothing can be pruned.
@@ -109,14 +252,12 @@ def open_work(
         if path is None and narrow:
             path = folder / "statistics.npz"
             with calibrating() as progress:
-                calibrate(dense, data, path, wanted, options, progress)
-        found = CalibratedStatistics(dense, path) if path is not None and narrow else None
+                calibrate_on(executor or Here(), dense, data, path, wanted, options, progress)
         samples = read_samples(dense, data, options, folder)
         for text in samples.notes:
             note(text)
         trials = Trials(dense, samples, options, folder, output, known)
-        if path is None or found is None:
-            yield Work(trials, None, settings)
-            return
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        yield Work(trials, Narrowing(Solver(dense, settings, found), found, digest), settings)
+        narrowing = _narrowing(dense, settings, path) if path is not None and narrow else None
+        work = Work(trials, narrowing, settings, known)
+        with (executor or Here()).open(work) as pool:
+            yield replace(work, pool=pool)

@@ -21,6 +21,7 @@ from toast_onnx_cli.console import format_bytes, print_json, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.store import Header
@@ -50,6 +51,7 @@ def _shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
 @calibration_options
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default.")
 @shape_option
+@workers_option
 @links_option
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
@@ -58,6 +60,7 @@ def command(
     data: str | None,
     ratios: str | None,
     shard: tuple[int, int] | None,
+    ray: str | None,
     output: Path | None,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
@@ -69,7 +72,7 @@ def command(
     No labels are read. The file names the model by its hash; `toast-onnx prune --statistics` takes it for that model
     only.
     """
-    from toast_onnx_calibration.calibrating import calibrate
+    from toast_onnx_calibration.calibrating_shards import calibrate_on
     from toast_onnx_calibration.needs import needed
 
     ending = "" if shard is None else f".{shard[0]}-of-{shard[1]}"
@@ -79,11 +82,13 @@ def command(
     data = data or (settings.calibration.data if settings is not None else None)
     if data is None:
         raise click.UsageError("give samples with --data")
+    if shard is not None and ray is not None:
+        raise click.UsageError("--shard is for machines without Ray, and --ray makes shards of its own: give one")
     dense = study(load_model(model), shapes)
     wanted = None if settings is None else needed(dense, settings)
     options = replace(gather_options(settings, seed, given), shard=shard)
-    with sample_progress("calibrating") as show:
-        header = calibrate(dense, data, out, wanted, options, show)
+    with open_executor(ray) as executor, sample_progress("calibrating") as show:
+        header = calibrate_on(executor, dense, data, out, wanted, options, show)
     print_header(header, out, as_json)
 
 

@@ -17,6 +17,7 @@ from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, g
 from toast_onnx_cli.console import Advance, say_note
 from toast_onnx_cli.numbers import percentage
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
@@ -79,6 +80,7 @@ def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
         calibration_options,
         click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default."),
         shape_option,
+        workers_option,
     )
     for option in reversed(options):
         function = option(function)
@@ -97,6 +99,7 @@ class Planning:
         output: name of the output to measure at; None leaves the choice to `sensitivity_stream.chosen_output`.
         shapes: concrete input shapes.
         calibration: how samples are read and run.
+        ray: what `--ray` says.
     """
 
     data: str
@@ -106,6 +109,7 @@ class Planning:
     output: str | None
     shapes: dict[str, tuple[int, ...]]
     calibration: CalibrationOptions
+    ray: str | None = None
 
 
 def planning_inputs(given: Mapping[str, Any]) -> list[Path | str | None]:
@@ -131,6 +135,7 @@ def gather_planning(given: dict[str, Any]) -> Planning:
         given["output_name"],
         given["shapes"],
         gather_options(settings, given["seed"], given),
+        given["ray"],
     )
 
 
@@ -182,16 +187,20 @@ def open_trials(dense: Study, planning: Planning, parts: tuple[str, ...]) -> Ite
     """As `toast_onnx_calibration.work.open_work`, with its progress and notes shown."""
     from toast_onnx_calibration.work import open_work
 
-    with open_work(
-        dense,
-        planning.data,
-        planning.settings,
-        parts,
-        planning.calibration,
-        planning.statistics,
-        planning.labels,
-        planning.output,
-        lambda: sample_progress("calibrating"),
-        say_note,
-    ) as work:
+    with (
+        open_executor(planning.ray) as executor,
+        open_work(
+            dense,
+            planning.data,
+            planning.settings,
+            parts,
+            planning.calibration,
+            planning.statistics,
+            planning.labels,
+            planning.output,
+            lambda: sample_progress("calibrating"),
+            say_note,
+            executor,
+        ) as work,
+    ):
         yield work

@@ -84,7 +84,7 @@ def command(
         if found.trials:
             say_note(f"{out} holds {len(found.trials)} trials already; going on from there")
         with progress("measuring", len(missing(grid, found))) as advance:
-            measure(work.damage, grid, found, out, counted(advance))
+            measure(work.damages, grid, found, out, counted(advance))
     write_results(found, out)
     if plot is not None:
         from toast_onnx.report.sensitivity import plot_sensitivity

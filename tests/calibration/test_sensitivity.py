@@ -26,8 +26,10 @@ from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.labels import Labels
 from toast_onnx_calibration.sensitivity_stream import Trials, chosen_output, read_samples
 from toast_onnx_calibration.sensitivity_trials import (
+    Damages,
     Solver,
     Trial,
+    in_turn,
     measure,
     read_results,
     resume,
@@ -145,8 +147,8 @@ def test_the_grid_leaves_out_what_repeats(vit: Study) -> None:
     assert all(set(t.kept) == {"fc1", "fc2"} for t in grid if t.part == "fc1+fc2")
 
 
-def weighed(trials: Trials, solver: Solver) -> Callable[[Trial], dict[str, float]]:
-    return lambda t: trials.damage(solver.weights({t.block: dict(t.kept)}))  # type: ignore[dict-item]
+def weighed(trials: Trials, solver: Solver) -> Damages:
+    return in_turn(lambda t: trials.damage(solver.weights({t.block: dict(t.kept)})))  # type: ignore[dict-item]
 
 
 @pytest.fixture
