@@ -83,7 +83,7 @@ class RayExecutor:
         if workers == 1 and len(ray.nodes()) == 1:
             yield Alone(job)
             return
-        sent = ray.put(order), Rules.present(), _send(ray, order)
+        sent = [ray.put(order)], Rules.present(), _send(ray, order)  # kept until the end, for workers that start again
         resources = {"num_cpus": order.threads, "num_gpus": 1 if on_gpu else 0}
         kind = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **resources)(_Worker)
         tally = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Tally).remote()
@@ -147,8 +147,8 @@ class _Tally:
 class _Worker:
     """One process that opens a job with its first task and keeps it open."""
 
-    def __init__(self, order: Order, rules: Rules, files: Mapping[Path, Any], tally: Any) -> None:
-        self._order, self._rules, self._files, self._tally = order, rules, files, tally
+    def __init__(self, order: Sequence[Any], rules: Rules, files: Mapping[Path, Any], tally: Any) -> None:
+        self._sent, self._rules, self._files, self._tally = order, rules, files, tally
         self._stack = ExitStack()
         self._job: Job | None = None
 
@@ -163,8 +163,8 @@ class _Worker:
             folder = self._stack.enter_context(scratch_folder("toast-worker-"))
             import ray
 
-            placed = _place(self._files, self._order, folder, ray.get)
-            self._job = self._stack.enter_context(self._order.open(placed, folder))
+            order: Order = ray.get(self._sent[0])
+            self._job = self._stack.enter_context(order.open(_place(self._files, order, folder, ray.get), folder))
         return at, self._job.do(task, _reporter(lambda done: self._tally.tell.remote(number, at, done)))
 
 
