@@ -1,8 +1,8 @@
 """What Ray's workers save: python benchmarks/workers.py MODEL IMAGES [--samples N] [--blocks 0,5,11] [--json]
 
-`sensitivity`'s trials, measured by this process and then by one Ray worker a core, each with one thread; results have to
-be equal to the last bit. Wall times are those of this machine as busy as it is, so processor times stand beside them:
-what the busiest worker took, which two idle cores would take as wall time, over what one process took.
+`sensitivity`'s trials, measured by this process and then by one Ray worker a core, each with one thread; results have
+to be equal to the last bit. Wall times are those of this machine, as busy as it is, so processor times stand beside
+them: `ratio by cpu` is what one process took over what the driver and the busiest worker took one after the other.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from toast_onnx.matching.study import study  # noqa: E402
 from toast_onnx.model import load_model  # noqa: E402
 from toast_onnx.planning.ratios import Ratios  # noqa: E402
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate  # noqa: E402
+from toast_onnx_calibration.needs import everything  # noqa: E402
 from toast_onnx_calibration.ray_workers import ray_executor  # noqa: E402
 from toast_onnx_calibration.sensitivity_trials import trial_grid  # noqa: E402
 from toast_onnx_calibration.work import open_work  # noqa: E402
@@ -45,8 +46,7 @@ def main() -> None:
     parts = tuple(dict.fromkeys(p for t in grid for p in t.kept))
     with tempfile.TemporaryDirectory(prefix="toast-workers-") as name:
         path = Path(name) / "statistics.npz"
-        wanted = {b.index: frozenset({"qk", "context", "hidden", "inputs"}) for b in dense.match.blocks}
-        calibrate(dense, given.images, path, wanted, options)
+        calibrate(dense, given.images, path, everything(dense, {"qk", "context", "hidden", "inputs"}), options)
         start, busy = time.perf_counter(), time.process_time()
         with open_work(dense, given.images, settings, parts, options, path) as work:
             opened = time.process_time() - busy

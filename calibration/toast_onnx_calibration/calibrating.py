@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.gradients import BATCH, SAMPLES, measure_gradients
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
+from toast_onnx_calibration.room import check_room, spool_bytes
 from toast_onnx_calibration.sessions import ModelInput, graph_inputs, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
@@ -107,8 +108,7 @@ def calibrate(
     groups = [sums_wanted] if behind else passes(study, sums_wanted, options.budget)
     settings = TokenSettings(options.tokens, options.class_weight, options.seed)
     notes: list[str] = []
-    watched = [measuring_graph(study, group, settings).watched for group in groups] if len(groups) > 1 else [()]
-    links = chain(study, watched)
+    links = chain(study, _watched(study, groups, settings))
     weighted, source, share = False, None, None
     first = options.shard is None or options.shard[0] == 1
     sizes: list[tuple[float, int]] = []
@@ -127,6 +127,8 @@ def calibrate(
                 source, found = open_samples(study.source, data, inputs, options)
                 if options.shard is not None:
                     source, share = shard_of(source, options.shard, batch_size(inputs, options.batch))
+                if source.count is not None:
+                    check_room(spool_bytes(study, links, source.count))
                 notes += found
                 runs = _runs(source, inputs, options.batch, sizes)
             else:
@@ -181,6 +183,18 @@ def shard_of(source: Source, shard: tuple[int, int], batch: int) -> tuple[Source
             "lower --batch"
         )
     return source.part(*parts[number - 1]), Share(of, (number,), source.description, source.fingerprint)
+
+
+def pass_links(study: Study, wanted: Wanted, options: CalibrationOptions) -> list[Link]:
+    """Where the passes that measure something hand over to each other."""
+    settings = TokenSettings(options.tokens, options.class_weight, options.seed)
+    groups = passes(study, {index: parts - {GRADIENT} for index, parts in wanted.items()}, options.budget)
+    return chain(study, _watched(study, groups, settings))
+
+
+def _watched(study: Study, groups: Sequence[Wanted], settings: TokenSettings) -> list[Collection[str]]:
+    """For every pass the activations that it measures, where there are several."""
+    return [measuring_graph(study, group, settings).watched for group in groups] if len(groups) > 1 else [()]
 
 
 def _few(study: Study, data: str | Path, options: CalibrationOptions) -> Iterator[dict[str, NDArray[Any]]]:

@@ -289,7 +289,7 @@ def _choices(
     found = resume(results, work.identity(), metric, work.trials.dense_top1())
     grid = trial_grid(dense, settings, parts, points)
     with measuring(len(missing(grid, found))) as progress:
-        measure(work.damages, grid, found, results, progress)
+        measure(work.damages, grid, found, results, progress, work.left)
     return predicted_choices(dense, settings, work.narrowing.statistics, found, parts, table)  # type: ignore[arg-type]
 
 

@@ -157,7 +157,7 @@ def explore(trials: TokenTrials, share: float, progress: Progress | None = None)
         nonlocal done
         for count in trials.measure([_some(macs, shares) for shares in every]):
             if progress is not None:
-                progress(done + count, trials_needed(trials), f"tokens: schedule {done + count}")
+                progress(done + count, trials_needed(trials), f"tokens: schedule {done + count}", None)
         done += len(every)
 
     shapes = [(aim, start, decay) for aim, decays in ((share, DECAYS), ((1 + share) / 2, (0.0,)))

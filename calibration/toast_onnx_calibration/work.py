@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,10 +24,12 @@ from toast_onnx.planning.width_costs import TOKENS, Part
 from toast_onnx_calibration.calibrating import CalibrationOptions, Progress
 from toast_onnx_calibration.calibrating_shards import calibrate_on
 from toast_onnx_calibration.executing import Alone, Executor, Find, Here, Pool, Report
+from toast_onnx_calibration.forecast import Forecast, Spent, cost_behind
 from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.planning import statistics_for
 from toast_onnx_calibration.prepared import silent
-from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
+from toast_onnx_calibration.room import check_room, drawn, trial_bytes
+from toast_onnx_calibration.sensitivity_stream import Trials, chosen_output, read_samples, span_of
 from toast_onnx_calibration.sensitivity_trials import Solver, Trial, identity_of, merged, merged_alone
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.stored import Samples
@@ -72,6 +76,7 @@ class Work:
         settings: how parts would be pruned.
         labels: class numbers, None without.
         pool: who measures; None for this process.
+        forecast: learns how long trials take.
     """
 
     trials: Trials
@@ -79,13 +84,29 @@ class Work:
     settings: Ratios
     labels: Labels | None = None
     pool: Pool | None = None
+    forecast: Forecast = field(default_factory=Forecast)
 
     def damages(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, dict[str, float]]]:
         """Measure trials, given block by block: every trial with its damage, in the order in which they are done."""
         pool = self.pool or Alone(self)
         pieces = _pieces(trials, pool.workers)
         for number, found in pool.do(pieces):
-            yield from zip(pieces[number], found, strict=True)
+            for trial, (damage, spent) in zip(pieces[number], found, strict=True):
+                self.forecast.spent.append(spent)
+                yield trial, damage
+
+    def left(self, trials: Iterable[Trial]) -> float | None:
+        """Seconds that trials will take; None before the first was measured."""
+        workers = 1 if self.pool is None else self.pool.workers
+        return self.forecast.seconds([(t.part, self.cost(t)) for t in trials], workers=workers)
+
+    @cached_property
+    def _behind(self) -> Callable[[str | None], float]:
+        return cost_behind(self.trials.study)
+
+    def cost(self, trial: Trial) -> float:
+        """Share of the dense model that runs for a trial."""
+        return self._behind(None if trial.part == TOKENS else self.trials.start_of(trial.block))
 
     def merged(
         self, schedules: Sequence[Mapping[int, int]], batches: int | None = None
@@ -99,10 +120,17 @@ class Work:
         yield from (self.pool or Alone(self)).do([Merging(dict(removed), batches) for removed in schedules])
 
     def do(self, task: tuple[Trial, ...] | Merging, _report: Report) -> Any:
-        """The damages of some trials, or the one of a schedule of merging."""
+        """The damages of some trials and what they took, or the damage of a schedule of merging."""
         if isinstance(task, Merging):
             return self.trials.damage_of(merged(self.trials.study, self.settings, task.removed), task.batches)
-        return [self.damage(trial) for trial in task]
+        return [self._timed(trial) for trial in task]
+
+    def _timed(self, trial: Trial) -> tuple[dict[str, float], Spent]:
+        """A trial's damage, and what it took."""
+        start, ran = time.perf_counter(), self.trials.running
+        damage = self.damage(trial)
+        running = self.trials.running - ran
+        return damage, Spent(trial.part, self.cost(trial), time.perf_counter() - start - running, running)
 
     def order(self) -> WorkOrder:
         """What another process opens the same from."""
@@ -189,6 +217,12 @@ class WorkOrder:
         yield Work(trials, narrowing, self.settings, self.labels)
 
 
+def working_bytes(dense: Study, data: str | Path, options: CalibrationOptions, output: str | None = None) -> int:
+    """Bytes that trials keep on the disk while they work; those of the model alone where samples are not counted."""
+    fronts = {span.start for b in dense.match.blocks if (span := span_of(dense, dense.facts, b)) is not None}
+    return trial_bytes(dense, drawn(data, options) or 0, fronts, chosen_output(dense, output))
+
+
 def _narrowing(dense: Study, settings: Ratios, path: Path) -> Narrowing:
     """What makes new weights from a file of statistics."""
     found = CalibratedStatistics(dense, path)
@@ -246,6 +280,7 @@ def open_work(
     if narrow and not wanted:
         raise ConfigError(f"no block has a prunable part among {', '.join(narrow)}; see `toast-onnx inspect`")
     known = None if labels is None else open_labels(labels, str(data))
+    check_room(working_bytes(dense, data, options, output))
     with TemporaryDirectory(prefix="toast-planning-") as name:
         folder = Path(name)
         path = statistics

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -14,13 +16,14 @@ from toast_onnx.matching.study import Study
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
-from toast_onnx_cli.console import Advance, say_note
+from toast_onnx_cli.console import Advance, format_bytes, format_seconds, print_json, say_note
 from toast_onnx_cli.numbers import percentage
 from toast_onnx_cli.shapes import shape_option
 from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
+    from toast_onnx_calibration.sensitivity_trials import Trial
     from toast_onnx_calibration.work import Work
 
 
@@ -46,13 +49,20 @@ def fractions(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return found
 
 
-def counted(advance: Advance) -> Callable[[int, int, str], None]:
-    """Turns a running count (done, total, note) into steps of a progress display."""
+class Counted(Protocol):
+    """A running count; what `counted` hands out."""
+
+    def __call__(self, done: int, total: int, note: str, left: float | None = None) -> None:
+        """`done` steps of `total`, what was done last, and the seconds that are left where they are known."""
+
+
+def counted(advance: Advance) -> Counted:
+    """Turns a running count (done, total, note, seconds left) into steps of a progress display."""
     seen = 0
 
-    def show(done: int, _total: int, note: str) -> None:
+    def show(done: int, total: int, note: str, left: float | None = None) -> None:
         nonlocal seen
-        advance(done - seen, note)
+        advance(done - seen, note, left)
         seen = done
 
     return show
@@ -180,6 +190,61 @@ def with_ties(settings: Ratios, target: str, tie: bool | None = None) -> Ratios:
             return settings
         tie = True
     return settings.model_copy(update={"attention": settings.attention.model_copy(update={"tie": tie})})
+
+
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Say how many trials, seconds and bytes of disk it takes; measure a few of them."
+)
+
+
+def show_foreseen(
+    dense: Study,
+    planning: Planning,
+    parts: tuple[str, ...],
+    trials: Sequence[Trial],
+    as_json: bool,
+    planned: bool = False,
+) -> None:
+    """Say what measuring trials will take.
+
+    Args:
+        dense: the model.
+        planning: what is measured.
+        parts: tokens, heads, qk, vo, fc1, fc2.
+        trials: to be measured.
+        as_json: print one JSON document.
+        planned: whether a plan is made of them.
+    """
+    from toast_onnx_calibration.foreseeing import foresee
+
+    found = foresee(
+        dense,
+        planning.data,
+        planning.settings,
+        parts,
+        trials,
+        planning.calibration,
+        planning.statistics,
+        planning.output,
+        planned,
+    )
+    place = tempfile.gettempdir()
+    free = shutil.disk_usage(place).free
+    if as_json:
+        print_json(
+            {
+                "trials": found.trials,
+                "seconds": found.seconds,
+                "disk_bytes": found.disk,
+                "free_bytes": free,
+                "samples": found.samples,
+                "measured_on": found.tried,
+            }
+        )
+        return
+    click.echo(f"trials: {found.trials}, on {found.samples} samples each")
+    click.echo(f"time: {format_seconds(found.seconds)} in one process, by one trial a part on {found.tried} samples")
+    click.echo(f"disk: {format_bytes(found.disk)} of working files in {place}, where {format_bytes(free)} are free")
 
 
 @contextmanager
