@@ -50,7 +50,7 @@ from toast_onnx_calibration.planning import (
     time_plan,
 )
 from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
-from toast_onnx_calibration.sensitivity_trials import Solver, identity_of, measure, resume, trial_grid
+from toast_onnx_calibration.sensitivity_trials import Solver, identity_of, in_turn, measure, resume, trial_grid
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_cli.console import print_table
 
@@ -132,7 +132,7 @@ def planner(
         if done % 12 == 0:
             print(f"planning: {done}/{total} {what}", file=sys.stderr)
 
-    measure(lambda t: trials.damage(solver.weights({t.block: dict(t.kept)})), grid, found, results, note)
+    measure(in_turn(lambda t: trials.damage(solver.weights({t.block: dict(t.kept)}))), grid, found, results, note)
     return solver, predicted_choices(look, settings, statistics, found, PARTS)
 
 

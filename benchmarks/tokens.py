@@ -41,6 +41,7 @@ from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
 from toast_onnx_calibration.sessions import make_session, run
 from toast_onnx_calibration.token_planning import SAMPLES, explore, open_token_trials, schedule_at
+from toast_onnx_calibration.work import Work
 from toast_onnx_cli.console import print_table
 
 #: ToMe off the shelf, in PyTorch, on the same images: tokens a block -> KL.
@@ -99,7 +100,8 @@ def planned(dense: Study, share: float, images: Path, folder: Path) -> dict[int,
     recipe.write_text(yaml.safe_dump(CALIBRATION))
     options = CalibrationOptions(preprocess=str(recipe), samples=SAMPLES, batch=16, threads=1)
     samples = read_samples(dense, str(images), options, folder)
-    trials = open_token_trials(dense, Ratios(), Trials(dense, samples, options, folder))
+    work = Work(Trials(dense, samples, options, folder), None, Ratios())
+    trials = open_token_trials(dense, Ratios(), work.trials, work.merged)
     assert trials is not None
     found = schedule_at(trials, explore(trials, share), share)
     assert found is not None

@@ -70,7 +70,7 @@ def main() -> None:
         reading = CalibrationOptions(preprocess=str(recipe), samples=options.samples, threads=options.threads)
         with open_work(dense, data / "data" / "calibration_256", settings, (TOKENS, *WIDTHS), reading) as work:
             choices = widths_on_offer(dense, settings, work)
-            tokens = open_token_trials(dense, settings, work.trials)
+            tokens = open_token_trials(dense, settings, work.trials, work.merged)
             assert tokens is not None
             for share in EXPLORED:
                 surface = explore(tokens, share)
@@ -99,7 +99,7 @@ def widths_on_offer(dense: Study, settings: Ratios, work: Work) -> list[PartChoi
     """What every part may keep, with damages, as `plan` measures and predicts them."""
     assert work.narrowing is not None
     found = resume(None, work.identity(), "kl", None)
-    measure(work.damage, trial_grid(dense, settings, WIDTHS, POINTS), found)
+    measure(work.damages, trial_grid(dense, settings, WIDTHS, POINTS), found)
     return predicted_choices(dense, settings, work.narrowing.statistics, found, WIDTHS)
 
 

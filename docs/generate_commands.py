@@ -51,14 +51,31 @@ def page() -> str:
     for name in SUBCOMMANDS:
         command = main.get_command(context, name)
         if command is not None:
-            sections.append(section(command, click.Context(command, info_name=name, parent=context)))
+            sections += sections_of(command, click.Context(command, info_name=name, parent=context))
     return "\n".join(sections)
+
+
+def sections_of(command: click.Command, context: click.Context) -> list[str]:
+    """A command, or every command of a group."""
+    if not isinstance(command, click.Group):
+        return [section(command, context)]
+    inner = [(each, click.Context(each, info_name=name, parent=context)) for name, each in command.commands.items()]
+    return [text for each, below in inner for text in sections_of(each, below)]
 
 
 def section(command: click.Command, context: click.Context) -> str:
     """One command: its usage, what it does, its options."""
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-    lines = [f"## {context.info_name}", "", "```text", usage, "```", "", inspect.cleandoc(command.help or ""), ""]
+    lines = [
+        f"## {context.command_path.partition(' ')[2]}",
+        "",
+        "```text",
+        usage,
+        "```",
+        "",
+        inspect.cleandoc(command.help or ""),
+        "",
+    ]
     lines += ["| option | what it does |", "|---|---|"]
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context) if isinstance(parameter, click.Option) else None

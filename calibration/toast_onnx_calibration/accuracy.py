@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,18 @@ class Accuracy:
                 low, high = wilson(correct, self.samples)
                 result[name] = {"correct": correct, "accuracy": correct / self.samples, "interval95": [low, high]}
         return result | {"not_finite": self.not_finite}
+
+
+def added(parts: Sequence[Accuracy]) -> Accuracy:
+    """Accuracy over all samples from that over parts of them, at least one."""
+    top5 = [part.top5 for part in parts]
+    return replace(
+        parts[0],
+        samples=sum(part.samples for part in parts),
+        top1=sum(part.top1 for part in parts),
+        top5=None if None in top5 else sum(count or 0 for count in top5),
+        not_finite=sum(part.not_finite for part in parts),
+    )
 
 
 def label_ranks(scores: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from toast_onnx.errors import DataError
+from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.importance.moments import Moments
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.study import Study
@@ -20,14 +20,16 @@ from toast_onnx.model import Model, file_hash, scratch_folder
 from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.chain import Link, Spool, chain, cut
-from toast_onnx_calibration.feeds import Batch, batches
+from toast_onnx_calibration.executing import divided
+from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.gradients import BATCH, SAMPLES, measure_gradients
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
+from toast_onnx_calibration.room import check_room, spool_bytes
 from toast_onnx_calibration.sessions import ModelInput, graph_inputs, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
-from toast_onnx_calibration.store import Header, StatisticsWriter, per_head, write_statistics
+from toast_onnx_calibration.store import Header, Share, StatisticsWriter, per_head, write_statistics
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -55,6 +57,7 @@ class CalibrationOptions:
         threads: of ONNX Runtime and of image decoding; None is one a core.
         budget: memory for the statistics of one pass, in bytes.
         hold: one of so many samples is held back, from 2 on; none otherwise.
+        shard: (i, n): of n shards of the samples measure the i-th alone, from 1 on, and keep its sums in float64.
         note: told what the user should know of the samples before they are run.
     """
 
@@ -68,6 +71,7 @@ class CalibrationOptions:
     threads: int | None = None
     budget: int = BUDGET
     hold: int = 0
+    shard: tuple[int, int] | None = None
     note: Note = silent
 
 
@@ -104,12 +108,12 @@ def calibrate(
     groups = [sums_wanted] if behind else passes(study, sums_wanted, options.budget)
     settings = TokenSettings(options.tokens, options.class_weight, options.seed)
     notes: list[str] = []
-    watched = [measuring_graph(study, group, settings).watched for group in groups] if len(groups) > 1 else [()]
-    links = chain(study, watched)
-    weighted, source = False, None
+    links = chain(study, _watched(study, groups, settings))
+    weighted, source, share = False, None, None
+    first = options.shard is None or options.shard[0] == 1
     sizes: list[tuple[float, int]] = []
-    with write_statistics(out) as writer, scratch_folder("toast-passes-") as folder:
-        if steered := [index for index, parts in sorted(wanted.items()) if GRADIENT in parts]:
+    with write_statistics(out, exact=options.shard is not None) as writer, scratch_folder("toast-passes-") as folder:
+        if steered := [index for index, parts in sorted(wanted.items()) if GRADIENT in parts and first]:
             # first, as it may lack PyTorch or meet an operator that this does not have
             few = _few(study, data, options)
             for name, value in measure_gradients(study, steered, few, options.class_weight, options.seed).items():
@@ -121,6 +125,10 @@ def calibrate(
             if source is None:
                 inputs = model_inputs(session)
                 source, found = open_samples(study.source, data, inputs, options)
+                if options.shard is not None:
+                    source, share = shard_of(source, options.shard, batch_size(inputs, options.batch))
+                if source.count is not None:
+                    check_room(spool_bytes(study, links, source.count))
                 notes += found
                 runs = _runs(source, inputs, options.batch, sizes)
             else:
@@ -147,9 +155,46 @@ def calibrate(
             class_weight=options.class_weight if weighted else 1.0,
             parts={str(index): sorted(parts) for index, parts in sorted(wanted.items())},
             notes=tuple(dict.fromkeys(notes)),
+            share=share,
         )
         writer.header(header)
     return header
+
+
+def shard_of(source: Source, shard: tuple[int, int], batch: int) -> tuple[Source, Share]:
+    """The i-th of n shards of samples, in whole batches: together the shards run just what one run runs.
+
+    Args:
+        source: all samples.
+        shard: (i, n), i from 1 on.
+        batch: samples a run.
+
+    Raises:
+        ConfigError: there are fewer batches than shards, or nobody knows how many.
+    """
+    number, of = shard
+    count = source.part(0, 0).count if source.count is None else source.count
+    assert count is not None
+    parts = divided(count, batch, of)
+    if of > len(parts):
+        runs = len(parts)
+        raise ConfigError(
+            f"{source.description}: {runs} batches of {batch} make no {of} shards; divide them into {runs} at most, or "
+            "lower --batch"
+        )
+    return source.part(*parts[number - 1]), Share(of, (number,), source.description, source.fingerprint)
+
+
+def pass_links(study: Study, wanted: Wanted, options: CalibrationOptions) -> list[Link]:
+    """Where the passes that measure something hand over to each other."""
+    settings = TokenSettings(options.tokens, options.class_weight, options.seed)
+    groups = passes(study, {index: parts - {GRADIENT} for index, parts in wanted.items()}, options.budget)
+    return chain(study, _watched(study, groups, settings))
+
+
+def _watched(study: Study, groups: Sequence[Wanted], settings: TokenSettings) -> list[Collection[str]]:
+    """For every pass the activations that it measures, where there are several."""
+    return [measuring_graph(study, group, settings).watched for group in groups] if len(groups) > 1 else [()]
 
 
 def _few(study: Study, data: str | Path, options: CalibrationOptions) -> Iterator[dict[str, NDArray[Any]]]:

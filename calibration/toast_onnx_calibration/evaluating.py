@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError, DataError, ToastError
 from toast_onnx.providers import one_line
-from toast_onnx_calibration.accuracy import Accuracy, label_ranks
+from toast_onnx_calibration.accuracy import Accuracy, added, label_ranks
+from toast_onnx_calibration.executing import Executor, Find, Here, Report, divided
+from toast_onnx_calibration.executing_files import found_recipe, placed, reading_files
 from toast_onnx_calibration.feeds import Batch, batch_size, batches
+from toast_onnx_calibration.images import ReadReport
 from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, run
@@ -71,6 +75,7 @@ def evaluate(
     progress: Progress | None = None,
     hold: int = 0,
     note: Note = silent,
+    executor: Executor | None = None,
 ) -> Evaluation:
     """Measures a model: top-1 and top-5 against labels, or a metric `module:function` on all its outputs.
 
@@ -89,6 +94,7 @@ def evaluate(
         progress: Called after every batch.
         hold: From 2 on, only the samples that `calibrate` held back with the same draw.
         note: Told what the user should know before the model runs.
+        executor: Who runs the model on parts of the samples; None for this process, which a metric needs.
 
     Raises:
         ToastError: Its children say what is wrong with the model, the data, the labels or an option.
@@ -117,7 +123,14 @@ def evaluate(
     accuracy, values = None, {}
     if function is None:
         assert known is not None
-        accuracy = classify(session, inputs, source, known, output=output, batch=batch, progress=progress)
+        job = Classification(
+            EvaluationOrder(
+                Path(model).absolute(), placed(data), known, preprocess if preprocess is None else placed(preprocess),
+                output, provider, batch, samples, seed, threads, hold,
+            ),
+            session, inputs, source,
+        )  # fmt: skip
+        accuracy = classify_on(executor or Here(), job, progress)
     else:
         values = measure(session, inputs, source, function, known, batch=batch, progress=progress)
     notes += known.notes if known else ()
@@ -167,6 +180,123 @@ def classify(
         if progress is not None:
             progress(samples, source.count)
     return Accuracy(samples, top1, top5 if classes > 5 else None, name, classes, not_finite)
+
+
+@dataclass(frozen=True)
+class EvaluationOrder:
+    """A classifier and labelled samples as they are sent to workers; the fields are the arguments of `evaluate`."""
+
+    model: Path
+    data: str
+    labels: Labels
+    preprocess: str | None
+    output: str | None
+    provider: str
+    batch: int
+    samples: int | None
+    seed: int
+    given_threads: int | None
+    hold: int
+
+    @property
+    def files(self) -> tuple[tuple[Path, ...], ...]:
+        """The model, and where a recipe may stand."""
+        return reading_files(self.model, self.preprocess)
+
+    @property
+    def threads(self) -> int:
+        """Of ONNX Runtime and of image decoding."""
+        return self.given_threads or 1
+
+    @contextmanager
+    def open(self, find: Find, _folder: Path) -> Iterator[Classification]:
+        """Model and samples in a process of their own."""
+        model = find(self.model)
+        session = make_session(model, self.provider, threads=self.threads)
+        inputs = model_inputs(session)
+        source, _ = open_prepared(
+            model,
+            self.data,
+            inputs,
+            found_recipe(self.preprocess, find),
+            metadata=session.get_modelmeta().custom_metadata_map,
+            samples=self.samples,
+            seed=self.seed,
+            threads=self.threads,
+            only=self.labels.by_row.keys(),
+            hold=self.hold,
+            held=self.hold > 1,
+            note=silent,
+        )
+        yield Classification(self, session, inputs, source)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Top-1 and top-5 of parts of the samples.
+
+    Attributes:
+        asked: what was asked for.
+        session: of the model.
+        inputs: that it needs.
+        source: all samples.
+    """
+
+    asked: EvaluationOrder
+    session: ort.InferenceSession
+    inputs: list[ModelInput]
+    source: Source
+
+    def do(self, task: tuple[int, int] | None, report: Report) -> tuple[Accuracy, ReadReport | None]:
+        """Classify the samples from a number up to another, or all; and what was met on the way."""
+        source = self.source if task is None else self.source.part(*task)
+        found = classify(
+            self.session,
+            self.inputs,
+            source,
+            self.asked.labels,
+            output=self.asked.output,
+            batch=self.asked.batch,
+            progress=lambda done, _total: report(done),
+        )
+        return found, source.report
+
+    def order(self) -> EvaluationOrder:
+        """What another process opens the same from."""
+        return self.asked
+
+
+#: Parts of the samples that every worker does one after another, so that all are busy to the end.
+PARTS = 4
+
+
+def classify_on(executor: Executor, job: Classification, progress: Progress | None = None) -> Accuracy:
+    """As `classify`, with the samples divided among workers; what they met is added to the source's report.
+
+    Args:
+        executor: who classifies.
+        job: the model and all samples.
+        progress: called as the work goes on.
+
+    Raises:
+        ToastError: as for `classify`.
+    """
+    source, count = job.source, job.source.count
+    with executor.open(job) as pool:
+        if pool.workers == 1:
+            ((_, (whole, _)),) = pool.do([None], None if progress is None else lambda done: progress(done, count))
+            return cast(Accuracy, whole)
+        count = source.part(0, 0).count if count is None else count
+        assert count is not None
+        tasks = divided(count, batch_size(job.inputs, job.asked.batch), PARTS * pool.workers)
+        if progress is not None:
+            progress(0, count)
+        results = dict(pool.do(tasks, None if progress is None else lambda done: progress(done, count)))
+    ordered = [results[number] for number in range(len(tasks))]
+    if source.report is not None:
+        source.report.corrupt = [each for _, met in ordered if met is not None for each in met.corrupt]
+        source.report.read = sum(met.read for _, met in ordered if met is not None)
+    return added([found for found, _ in ordered])
 
 
 def measure(

@@ -144,4 +144,4 @@ def sensitivity(
     chosen = CalibrationOptions(preprocess=preprocess, samples=samples, seed=seed, **options)
     with open_work(model, data, settings, single, chosen) as work:
         metric = "kl" if work.trials.classes else "relative_error"
-        return measure(work.damage, grid, resume(None, work.identity(), metric, None))
+        return measure(work.damages, grid, resume(None, work.identity(), metric, None))

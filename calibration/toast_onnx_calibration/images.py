@@ -34,11 +34,13 @@ class ReadReport:
         total: Number of images asked for.
         read: Number decoded so far.
         corrupt: (file, reason) of each that could not be decoded.
+        whole: number of images of which these are a part; 0 where they are all.
     """
 
     total: int = 0
     read: int = 0
     corrupt: list[tuple[str, str]] = field(default_factory=list)
+    whole: int = 0
 
     def notes(self) -> tuple[str, ...]:
         """One sentence where files were skipped, nothing otherwise."""
@@ -172,10 +174,11 @@ def read_images(
 
 def _count_corrupt(report: ReadReport, root: Path, name: str, error: CorruptImage) -> None:
     report.corrupt.append((name, str(error)))
-    if len(report.corrupt) > MAX_CORRUPT * report.total:
+    total = report.whole or report.total
+    if len(report.corrupt) > MAX_CORRUPT * total:
         first_name, reason = report.corrupt[0]
         raise DataError(
-            f"{root}: more than {MAX_CORRUPT:.0%} of {report.total} images cannot be read, "
+            f"{root}: more than {MAX_CORRUPT:.0%} of {total} images cannot be read, "
             f"the first is {first_name} ({reason}): repair or remove them"
         ) from error
 

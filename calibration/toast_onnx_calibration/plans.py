@@ -151,7 +151,11 @@ class Planner:
     @cached_property
     def tokens(self) -> TokenTrials | None:
         """What measures merging; None where it is not asked for or not possible."""
-        return open_token_trials(self.dense, self.settings, self.work.trials) if TOKENS in self.parts else None
+        return (
+            open_token_trials(self.dense, self.settings, self.work.trials, self.work.merged)
+            if TOKENS in self.parts
+            else None
+        )
 
     @property
     def metric(self) -> str:
@@ -285,7 +289,7 @@ def _choices(
     found = resume(results, work.identity(), metric, work.trials.dense_top1())
     grid = trial_grid(dense, settings, parts, points)
     with measuring(len(missing(grid, found))) as progress:
-        measure(work.damage, grid, found, results, progress)
+        measure(work.damages, grid, found, results, progress, work.left)
     return predicted_choices(dense, settings, work.narrowing.statistics, found, parts, table)  # type: ignore[arg-type]
 
 

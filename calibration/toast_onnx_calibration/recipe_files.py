@@ -46,6 +46,17 @@ class RecipeChoice:
     written: Recipe | None = None
 
 
+#: Files beside a model that say how its images are prepared.
+BESIDE = ("preprocessor_config.json", "config.json")
+
+
+def recipe_sources(model: Path, option: str | None) -> tuple[Path, ...]:
+    """The files that `recipe_for` may read: the one that was asked for, or those beside the model that are there."""
+    if option is not None:
+        return (Path(option).absolute(),) if Path(option).is_file() else ()
+    return tuple(model.parent / name for name in BESIDE if (model.parent / name).is_file())
+
+
 def recipe_for(
     model_path: str | Path | None,
     option: str | None,
@@ -253,7 +264,7 @@ def _choose(model_path: Path | None, option: str | None, metadata: Mapping[str, 
         recipe = parse_recipe(parse_json(metadata[METADATA], where), where)
         return RecipeChoice(recipe, where, (f"preprocessing as kept in the model: {recipe.describe()}",))
     if model_path is not None:
-        for name, ours in (("preprocessor_config.json", _is_hugging_face), ("config.json", _is_timm)):
+        for name, ours in zip(BESIDE, (_is_hugging_face, _is_timm), strict=True):
             beside = model_path.parent / name
             if beside.is_file() and ours(_json_or_none(beside)):
                 found = load_recipe(beside)

@@ -43,6 +43,11 @@ def set_max_pixels(count: int) -> None:
     Image.MAX_IMAGE_PIXELS = max(count, MAX_PIXELS)  # Pillow's own limit is twice this
 
 
+def max_pixels() -> int:
+    """The pixels that an image may have."""
+    return _allowed["pixels"]
+
+
 def check_pixels(height: int, width: int, how: str) -> None:
     """Refuse sizes that nobody's images have.
 

@@ -6,6 +6,7 @@ that block. What lies behind the last changed block is one session for all of th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -79,8 +80,20 @@ def chosen_output(study: Study, name: str | None) -> str:
     return name or next((n for n in names if is_classifier(study, n)), names[0])
 
 
+def span_of(study: Study, facts: Facts, block: Block) -> Span | None:
+    """From where to where a block runs, None where it is no function of one tensor."""
+    try:
+        return block_span(study.view, facts, block)
+    except MatchError:
+        return None
+
+
 class Trials:
-    """Runs new weights on samples and holds the output against the dense model's."""
+    """Runs new weights on samples and holds the output against the dense model's.
+
+    Attributes:
+        running: seconds that were spent in the runtime.
+    """
 
     def __init__(
         self,
@@ -90,6 +103,7 @@ class Trials:
         folder: Path,
         output: str | None = None,
         labels: Labels | None = None,
+        dense: Array | None = None,
     ) -> None:
         """Run the dense model once.
 
@@ -100,6 +114,7 @@ class Trials:
             folder: for working files.
             output: where to measure, as for `chosen_output`.
             labels: class numbers, for top-1.
+            dense: (batches, *shape) outputs of the dense model, where they are known.
 
         Raises:
             ConfigError: there is no such output, or labels for one that is no class scores.
@@ -113,10 +128,13 @@ class Trials:
         self.labels = None if labels is None else np.array([labels.by_row.get(row, -1) for row in samples.rows])
         if self.labels is not None and (self.labels < 0).all():
             raise ConfigError(f"{labels.description if labels else ''}: labels none of the samples; give others")
-        self._front: tuple[str, Array] | None = None
+        self.running = 0.0
+        self._front: tuple[int, Array] | None = None
         self._tail: tuple[str, ort.InferenceSession] | None = None
         self._spans: dict[int, Span | None] = {}
-        self.dense = store_values(folder / "dense.npy", self._whole(study.view.model), samples.count)
+        if dense is None:
+            dense = store_values(folder / "dense.npy", self._whole(study.view.model), samples.count)
+        self.dense = dense
 
     def damage(self, new: Mapping[int, BlockWeights]) -> dict[str, float]:
         """Damage at the output of the model with these new weights.
@@ -136,15 +154,15 @@ class Trials:
         try:
             piece = cut_piece(twin, Facts(twin, self.samples.shapes), first.start, last.end)
             tail = self._behind(last.end)
-            values = self._before(first.start)
+            values = self._before(min(new))
         except MatchError:  # a second stream runs past the block
             return self._judge(self._whole(twin.model))
         session = self._open(piece, "trial")
         names = session.get_inputs()[0].name, session.get_outputs()[0].name
-        outputs = (run(session, {names[0]: np.asarray(x)}, [names[1]])[names[1]] for x in values)
+        outputs = (self._run(session, {names[0]: x}, names[1]) for x in values)
         if tail is None:
             return self._judge(outputs)
-        return self._judge(run(tail, {last.end: y}, [self.output])[self.output] for y in outputs)
+        return self._judge(self._run(tail, {last.end: y}, self.output) for y in outputs)
 
     def damage_of(self, model: Model, batches: int | None = None) -> dict[str, float]:
         """Damage at the output of another graph with the same inputs and outputs.
@@ -178,31 +196,39 @@ class Trials:
     def _span(self, index: int) -> Span | None:
         """From where to where a block runs, None where it is no function of one tensor."""
         if index not in self._spans:
-            block: Block = self.study.match.blocks[index]
-            try:
-                self._spans[index] = block_span(self.study.view, self.facts, block)
-            except MatchError:
-                self._spans[index] = None
+            self._spans[index] = span_of(self.study, self.facts, self.study.match.blocks[index])
         return self._spans[index]
 
-    def _before(self, tensor: str) -> Array:
-        """Values (batches, *shape) of a tensor in the dense model: from those at hand where they suffice."""
-        if self._front is not None and self._front[0] == tensor:
-            return self._front[1]
+    def _before(self, index: int) -> Array:
+        """Values (batches, *shape) of what a block reads in the dense model: from those at hand where they suffice.
+
+        They come by way of what every earlier block reads, so that they are the same whatever was asked for before.
+        """
+        if self._front is None or self._front[0] > index:
+            self._front = None
+        for block in range(0 if self._front is None else self._front[0] + 1, index + 1):
+            span = self._span(block)
+            if span is not None:
+                found = self._onwards(span.start)
+                self._front = block, store_values(self.folder / "front.npy", found, self.samples.count)
+        assert self._front is not None
+        return self._front[1]
+
+    def _onwards(self, tensor: str) -> Iterator[Array]:
+        """Values of a tensor, computed from those at hand; from the samples where it does not hang on those alone."""
         view = self.study.view
-        outputs = None
-        if self._front is not None:
-            try:
-                piece = cut_piece(view, self.facts, self._front[0], tensor)
-            except MatchError:  # it lies further back
-                pass
-            else:
-                session, start, values = self._open(piece, "advance"), *self._front
-                outputs = (run(session, {start: np.asarray(x)}, [tensor])[tensor] for x in values)
-        found = self._whole(view.model, tensor) if outputs is None else outputs
-        stored = store_values(self.folder / "front.npy", found, self.samples.count)
-        self._front = (tensor, stored)
-        return stored
+        if self._front is None:
+            return self._whole(view.model, tensor)
+        span, values = self._span(self._front[0]), self._front[1]
+        assert span is not None
+        if span.start == tensor:
+            return iter(values)
+        try:
+            piece = cut_piece(view, self.facts, span.start, tensor)
+        except MatchError:  # it lies further back, or in another tower
+            return self._whole(view.model, tensor)
+        session, start = self._open(piece, "advance"), span.start
+        return (self._run(session, {start: x}, tensor) for x in values)
 
     def _behind(self, tensor: str) -> ort.InferenceSession | None:
         """The dense model from a tensor to the output; None where that is the output."""
@@ -217,7 +243,19 @@ class Trials:
         """The output, or another tensor, of a whole model for every batch."""
         name = tensor or self.output
         session = whole_session(model, [name], self.options, self.folder)
-        return (run(session, feeds, [name])[name] for feeds in self.samples)
+        return (self._run(session, feeds, name) for feeds in self.samples)
+
+    def _run(self, session: ort.InferenceSession, feeds: Mapping[str, Array], output: str) -> Array:
+        """One output of one batch; the seconds are added to `running`."""
+        start = time.perf_counter()
+        found = run(session, {name: np.asarray(array) for name, array in feeds.items()}, [output])[output]
+        self.running += time.perf_counter() - start
+        return found
+
+    def start_of(self, index: int) -> str | None:
+        """What a block reads; None where it is no function of one tensor."""
+        span = self._span(index)
+        return None if span is None else span.start
 
     def _open(self, piece: onnx.ModelProto, name: str) -> ort.InferenceSession:
         return piece_session(piece, self.study.view.model.path, self.options, self.folder / f"{name}.onnx")

@@ -48,8 +48,8 @@ TRIAL_PARTS: dict[str, tuple[str, ...]] = {
     "fc2": ("fc2",),
     "fc1+fc2": ("fc1", "fc2"),
 }
-Progress = Callable[[int, int, str], None]
-"""Called with the trials done, their number, and what was done last."""
+Progress = Callable[[int, int, str, float | None], None]
+"""Called with the trials done, their number, what was done last, and the seconds that are left where they are known."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,18 @@ def merged_alone(study: Study, settings: Ratios, block: int, left: int) -> Model
     """
     tokens = study_tokens(study)
     gone = tokens.sequences[tokens.points[block].sequence].count - left
-    return write_merging(study, tokens, {block: gone}, settings.tokens.metric, settings.tokens.unread)[0]
+    return merged(study, settings, {block: gone})
+
+
+def merged(study: Study, settings: Ratios, removed: Mapping[int, int]) -> Model:
+    """The model with tokens merged and nothing else changed.
+
+    Args:
+        study: the model.
+        settings: metric, and whether unread tokens are dropped.
+        removed: block number -> tokens merged away behind its attention.
+    """
+    return write_merging(study, study_tokens(study), removed, settings.tokens.metric, settings.tokens.unread)[0]
 
 
 class Solver:
@@ -261,29 +272,43 @@ def missing(grid: Sequence[Trial], found: Sensitivity) -> list[Trial]:
     return [t for t in sorted(grid, key=lambda t: t.block) if t.key not in done]
 
 
+Damages = Callable[[Sequence[Trial]], Iterable[tuple[Trial, dict[str, float]]]]
+"""Measures trials; every trial with its damage, in whatever order they are done."""
+
+
+def in_turn(damage: Callable[[Trial], dict[str, float]]) -> Damages:
+    """Measures trials one after another."""
+    return lambda trials: ((trial, damage(trial)) for trial in trials)
+
+
 def measure(
-    damage: Callable[[Trial], dict[str, float]],
+    damages: Damages,
     grid: Sequence[Trial],
     found: Sensitivity,
     path: Path | None = None,
     progress: Progress | None = None,
+    remaining: Callable[[list[Trial]], float | None] = lambda _: None,
 ) -> Sensitivity:
     """Measure what is missing of a grid.
 
     Args:
-        damage: makes what a trial says and measures it.
+        damages: makes what trials say and measures it.
         grid: what to measure.
         found: results so far; the new ones are added.
         path: file that is written after every trial; None writes none.
         progress: called after every trial.
+        remaining: seconds that trials will take.
     """
     left = missing(grid, found)
-    for number, trial in enumerate(left, start=1):
-        found.trials.append(replace(trial, damage=damage(trial)))
+    ahead = {trial.key: trial for trial in left}
+    for number, (trial, damage) in enumerate(damages(left), start=1):
+        found.trials.append(replace(trial, damage=damage))
         if path is not None:
             write_results(found, path)
         if progress is not None:
-            progress(number, len(left), f"block {trial.block} {trial.part} {trial.ratio:g}")
+            del ahead[trial.key]
+            note = f"block {trial.block} {trial.part} {trial.ratio:g}"
+            progress(number, len(left), note, remaining(list(ahead.values())))
     return found
 
 
@@ -318,6 +343,18 @@ def resume(path: Path | None, identity: dict[str, Any], metric: str, dense_top1:
     if document["metric"] != metric or (document["dense_top1"] is None) != (dense_top1 is None):
         raise ConfigError(f"{path}: its results were measured with other labels; remove the file or choose another")
     return Sensitivity(fresh.identity, metric, dense_top1, [Trial(**t) for t in document["trials"]])
+
+
+def known(path: Path | None) -> Sensitivity:
+    """The trials that a file of results holds, whatever they were measured on; none where there is no file.
+
+    Raises:
+        DataError: the file is damaged, or no results file.
+    """
+    if path is None or not path.exists():
+        return Sensitivity({}, "kl")
+    document = read_results(path)
+    return Sensitivity({}, document["metric"], None, [Trial(**t) for t in document["trials"]])
 
 
 class _Trial(BaseModel):

@@ -58,6 +58,9 @@ class Source(Protocol):
     def recipe(self) -> Recipe | None: ...
     @property
     def report(self) -> ReadReport | None: ...
+    def part(self, start: int, stop: int) -> Source:
+        """The samples from `start` up to `stop`; a ConfigError where they cannot be counted."""
+
     def __iter__(self) -> Iterator[Chunk]: ...
 
 
@@ -80,6 +83,12 @@ class ImageSource:
             digest.update(f"{name}\0{(folder / name).stat().st_size}\n".encode())
         return digest.hexdigest()
 
+    def part(self, start: int, stop: int) -> ImageSource:
+        """The images from `start` up to `stop`; as many of them may be corrupt as of all."""
+        part = ImageSource(self._root, self._names[start:stop], self._input, self.recipe, self._threads)
+        part.report.whole = self.report.whole or self.count
+        return part
+
     def __iter__(self) -> Iterator[Chunk]:
         for name, tensor in read_images(self._root, self._names, self.recipe, self.report, self._threads):
             yield Chunk({self._input: tensor[None]}, (name,))
@@ -95,6 +104,7 @@ class ArraySource:
     ) -> None:
         self.description = f"{len(rows)} samples of {description}"
         self.count: int = len(rows)
+        self._name, self._inputs, self._recipe = description, inputs, recipe
         self._arrays, self._rows = arrays, list(rows)
         self._prepare = _Preparation(inputs, recipe)
         self.recipe: Recipe | None = self._prepare.recipe_for(arrays)
@@ -106,6 +116,10 @@ class ArraySource:
         for row in self._rows:
             _update(digest, {name: array[row] for name, array in self._arrays.items()})
         return digest.hexdigest()
+
+    def part(self, start: int, stop: int) -> ArraySource:
+        """The rows from `start` up to `stop`."""
+        return ArraySource(self._name, self._arrays, self._rows[start:stop], self._inputs, self._recipe)
 
     def __iter__(self) -> Iterator[Chunk]:
         step = 1 if self.recipe else _TENSOR_ROWS
@@ -138,6 +152,14 @@ class CallableSource:
             for _ in self:
                 pass
         return self._fingerprint or ""
+
+    def part(self, start: int, stop: int) -> Source:
+        """Nothing: what a function yields is not known before it ran.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{self._name}: the samples of a function cannot be divided; give a folder or a .npz file")
 
     def __iter__(self) -> Iterator[Chunk]:
         digest = hashlib.sha256()

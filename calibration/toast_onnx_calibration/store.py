@@ -22,10 +22,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from toast_onnx.errors import DataError
 from toast_onnx.files import drafts, place, regular_file
-from toast_onnx.importance.moments import Moments
-from toast_onnx.model import file_hash
+from toast_onnx.importance.moments import Moments, merge
 from toast_onnx.planning.strict_json import parse_json
 from toast_onnx.providers import one_line
+from toast_onnx_calibration.needs import GRADIENT
 from toast_onnx_calibration.npy import Claim, members_of, read_claim, read_member
 from toast_onnx_calibration.store_checks import form_problem, value_problem
 
@@ -35,6 +35,30 @@ _AGAIN = "calibrate again"
 _FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # same run, same bytes
 
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of some samples statistics come from.
+
+    Attributes:
+        of: number of shards that the samples were divided into.
+        numbers: the shards at hand, from 1 on, in ascending order.
+        data: one line on all samples.
+        fingerprint: hash of all samples.
+    """
+
+    of: Annotated[int, Field(ge=1)]
+    numbers: tuple[int, ...]
+    data: str
+    fingerprint: str
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    @property
+    def missing(self) -> list[int]:
+        """The shards that are not at hand."""
+        return [number for number in range(1, self.of + 1) if number not in self.numbers]
 
 
 @dataclass(frozen=True)
@@ -53,6 +77,7 @@ class Header:
         class_weight: weight of the class token, 1 where it was not weighted.
         parts: block number (as text) -> what was measured.
         notes: what the user was told.
+        share: which shards of some samples these are; None where they are all.
         version: of the format.
     """
 
@@ -67,6 +92,7 @@ class Header:
     class_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     parts: dict[str, list[str]]
     notes: tuple[str, ...] = ()
+    share: Share | None = None
     version: int = VERSION
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -210,8 +236,14 @@ def check_model(file: StatisticsFile, sha256: str, model: Path) -> None:
 class StatisticsWriter:
     """Adds entries to a statistics file under construction."""
 
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self._archive = archive
+    def __init__(self, archive: zipfile.ZipFile, exact: bool = False) -> None:
+        """Write to an archive.
+
+        Args:
+            archive: the file.
+            exact: keep covariances in float64, for sums that go on.
+        """
+        self._archive, self._type = archive, np.float64 if exact else np.float32
 
     def array(self, name: str, value: NDArray[Any]) -> None:
         """Add one array."""
@@ -223,17 +255,22 @@ class StatisticsWriter:
         """Add moments under a key such as `3.hidden`."""
         self.array(f"{key}.count", np.asarray(moments.count))
         self.array(f"{key}.mean", moments.mean)
-        self.array(f"{key}.covariance", moments.covariance.astype(np.float32))
+        self.array(f"{key}.covariance", moments.covariance.astype(self._type))
 
     def header(self, header: Header) -> None:
         """Add the header, last: without it the file does not open."""
-        text = json.dumps(asdict(header), indent=1, sort_keys=True, allow_nan=False)
+        document = {name: value for name, value in asdict(header).items() if name != "share" or value is not None}
+        text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
         self._archive.writestr(zipfile.ZipInfo(_HEADER, _FIXED_TIME), text)
 
 
 @contextmanager
-def write_statistics(path: Path) -> Iterator[StatisticsWriter]:
+def write_statistics(path: Path, exact: bool = False) -> Iterator[StatisticsWriter]:
     """Write a statistics file whole or not at all.
+
+    Args:
+        path: the file.
+        exact: as for `StatisticsWriter`.
 
     Raises:
         ModelError: it cannot be written.
@@ -241,52 +278,107 @@ def write_statistics(path: Path) -> Iterator[StatisticsWriter]:
     with drafts(path) as folder:
         draft = folder / path.name
         with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            yield StatisticsWriter(archive)
+            yield StatisticsWriter(archive, exact)
         place(draft, path)
 
 
-def merge_statistics(paths: Sequence[Path], out: Path, model: Path) -> Header:
-    """Add up the statistics of several shards; their order does not matter beyond rounding.
+def merge_statistics(paths: Sequence[Path], out: Path) -> Header:
+    """Add up statistics of the same model; shards of one run are added in their own order, others in the given one.
 
     Args:
-        paths: the shards, at least one.
-        out: the merged file.
-        model: the model they were taken from.
+        paths: the files, at least one.
+        out: the merged file. As long as shards are missing it stays in float64, and can be merged again.
 
     Raises:
-        DataError: they come from different models, preprocessing or settings.
+        DataError: they come from different models, preprocessing or settings, or from the same samples.
     """
     files = [open_statistics(p) for p in paths]
-    first, sha256 = files[0], file_hash(model)
-    for file in files:
-        check_model(file, sha256, model)
     for other in files[1:]:
-        for name in ("preprocessing", "tokens", "class_weight", "parts"):
-            mine, theirs = getattr(first.header, name), getattr(other.header, name)
-            if mine != theirs:
-                raise DataError(f"{other.path}: {name} is {theirs}, but {first.path} has {mine}; shards must agree")
-        twice = set(first.header.fingerprints) & set(other.header.fingerprints)
-        if twice:
-            raise DataError(f"{other.path} and {first.path} were measured on the same samples; merge each shard once")
-    with write_statistics(out) as writer:
-        for name in first.names():
+        _check_same(files[0], other)
+    share = _joined_share(files)
+    if share is not None:
+        files.sort(key=lambda f: f.header.share.numbers if f.header.share else ())
+    moments = {name.rpartition(".")[0] for name in files[0].names() if name.endswith(".covariance")}
+    with write_statistics(out, exact=share is not None and bool(share.missing)) as writer:
+        for name in dict.fromkeys(name for file in files for name in file.names()):
             key, _, quantity = name.rpartition(".")
+            # gradients are taken of a few samples, which are the first shard's
+            having = [f for f in files if name in f.names()] if key.endswith(f".{GRADIENT}") and share else files
             if quantity == "covariance":
-                total = files[0].moments(key)
-                for file in files[1:]:
-                    total = total.merge(file.moments(key))
-                writer.moments(key, total)
-            elif f"{key}.covariance" not in first.names():
-                writer.array(name, np.sum([f.array(name).astype(np.float64) for f in files], axis=0))
-        header = replace(
-            first.header,
-            data=" + ".join(f.header.data for f in files),
-            fingerprints=tuple(p for f in files for p in f.header.fingerprints),
-            samples=sum(f.header.samples for f in files),
-            notes=tuple(dict.fromkeys(n for f in files for n in f.header.notes)),
-        )
+                writer.moments(key, merge(file.moments(key) for file in having))
+            elif key not in moments:
+                writer.array(name, np.sum([f.array(name).astype(np.float64) for f in having], axis=0))
+        header = _joined_header(files, share)
         writer.header(header)
     return header
+
+
+def _check_same(first: StatisticsFile, other: StatisticsFile) -> None:
+    """Make sure that two files can be added up.
+
+    Raises:
+        DataError: they cannot; says in what they differ.
+    """
+    mine, theirs = first.header, other.header
+    if theirs.model_sha256 != mine.model_sha256:
+        raise DataError(
+            f"{other.path} was taken from {theirs.model} (sha256 {theirs.model_sha256}), but {first.path} from "
+            f"{mine.model} (sha256 {mine.model_sha256}): calibrate one model"
+        )
+    for name in ("preprocessing", "seed", "tokens", "class_weight", "parts"):
+        if getattr(mine, name) != getattr(theirs, name):
+            raise DataError(
+                f"{other.path}: {name} is {getattr(theirs, name)}, but {first.path} has {getattr(mine, name)}; "
+                "they must agree"
+            )
+
+
+def _joined_share(files: Sequence[StatisticsFile]) -> Share | None:
+    """The shards that files hold together; None where none of them is one.
+
+    Raises:
+        DataError: samples stand in two files, or shards of different divisions are mixed.
+    """
+    seen: dict[Any, Path] = {}
+    for file in files:
+        share = file.header.share
+        samples = (
+            file.header.fingerprints if share is None else [(share.fingerprint, share.of, n) for n in share.numbers]
+        )
+        for each in samples:
+            if each in seen:
+                what = "the same samples" if share is None else f"the same shard, {each[2]} of {share.of}"
+                raise DataError(f"{file.path} and {seen[each]} were measured on {what}; merge each shard once")
+            seen[each] = file.path
+    shares = [file.header.share for file in files]
+    first = shares[0]
+    for file, share in zip(files, shares, strict=True):
+        if share is None and first is None:
+            continue
+        if share is None or first is None:
+            raise DataError(f"{file.path}: shards add up with shards of the same run only; merge those first")
+        if (share.of, share.fingerprint) != (first.of, first.fingerprint):
+            raise DataError(
+                f"{file.path} is one of {share.of} shards of {share.data}, but {files[0].path} one of {first.of} of "
+                f"{first.data}; merge shards of one run"
+            )
+    if first is None:
+        return None
+    return replace(first, numbers=tuple(sorted(n for share in shares if share is not None for n in share.numbers)))
+
+
+def _joined_header(files: Sequence[StatisticsFile], share: Share | None) -> Header:
+    """What merged statistics come from: where all shards are there, what one run would have said."""
+    complete = share is not None and not share.missing
+    headers = [file.header for file in files]
+    return replace(
+        headers[0],
+        data=share.data if share is not None else " + ".join(h.data for h in headers),
+        fingerprints=(share.fingerprint,) if complete and share else tuple(p for h in headers for p in h.fingerprints),
+        samples=sum(h.samples for h in headers),
+        notes=tuple(dict.fromkeys(n for h in headers for n in h.notes)),
+        share=None if complete else share,
+    )
 
 
 def per_head(gram: Array, heads: int) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -18,12 +18,14 @@ from toast_onnx.planning.search import Found, Group, PartChoice, search
 from toast_onnx.planning.surface import Surface, fit_surface, least_damage, within
 from toast_onnx.planning.width_costs import dense_widths, width_cost, width_cost_at
 from toast_onnx.tokens.points import TokenStudy, study_tokens
-from toast_onnx.tokens.rewrite import write_merging
 from toast_onnx_calibration.planning import BudgetKind, counted_groups, latency_groups
 from toast_onnx_calibration.sensitivity_stream import Trials
 from toast_onnx_calibration.sensitivity_trials import Progress
 
 Array = NDArray[np.float64]
+Schedules = Callable[[Sequence[Mapping[int, int]], int | None], Iterator[tuple[int, dict[str, float]]]]
+"""Measures schedules (block number -> tokens that go) on the first so many batches, None for all: the number and the
+damage of each, in whatever order they are done."""
 #: Samples that schedules are judged on while they are looked for; the last ones are judged on all.
 SAMPLES = 64
 #: Schedules that are measured first: where merging starts, as a share of the blocks, and how much less the last merges
@@ -62,6 +64,7 @@ class TokenTrials:
         settings: metric, and whether unread tokens are dropped.
         trials: what graphs are run on.
         macs: counts at any schedule.
+        run: what runs them.
         measured: schedules and damages that the surface goes through, on the first samples.
         known: all that were ever run on them, for any budget.
     """
@@ -71,6 +74,7 @@ class TokenTrials:
     settings: Ratios
     trials: Trials
     macs: MergedMacs
+    run: Schedules
     measured: dict[tuple[tuple[int, int], ...], float] = field(default_factory=dict)
     known: dict[tuple[tuple[int, int], ...], float] = field(default_factory=dict)
 
@@ -78,26 +82,27 @@ class TokenTrials:
         """The same for another budget: with a surface of its own, but nothing is run twice."""
         return replace(self, measured={})
 
-    def damage(self, removed: Mapping[int, int], every: bool = False) -> float:
-        """Damage that adds up, of merging alone.
+    def measure(self, schedules: Sequence[Mapping[int, int]]) -> Iterator[int]:
+        """Measure schedules on the first `SAMPLES` samples, those that were not run yet.
 
         Args:
-            removed: block number -> tokens.
-            every: judge on all samples; otherwise on the first `SAMPLES`.
-        """
-        if every:
-            return self._run(removed, None)
-        key = tuple(sorted((b, r) for b, r in removed.items() if r))
-        if key not in self.known:
-            self.known[key] = self._run(removed, max(1, SAMPLES // self.trials.samples.size)) if key else 0.0
-        self.measured[key] = self.known[key]
-        return self.known[key]
+            schedules: block number -> tokens.
 
-    def _run(self, removed: Mapping[int, int], batches: int | None) -> float:
-        settings = self.settings.tokens
-        model, _ = write_merging(self.study, self.tokens, removed, settings.metric, settings.unread)
-        found = self.trials.damage_of(model, batches)
-        return found["kl"] if "kl" in found else found["relative_error"] ** 2
+        Yields:
+            How many of them are done.
+        """
+        keys = [tuple(sorted((b, r) for b, r in removed.items() if r)) for removed in schedules]
+        self.known.setdefault((), 0.0)
+        left = [key for key in dict.fromkeys(keys) if key not in self.known]
+        done = len(keys) - len(left)
+        if done:
+            yield done
+        batches = max(1, SAMPLES // self.trials.samples.size)
+        for number, found in self.run([dict(key) for key in left], batches):
+            self.known[left[number]] = _adds_up(found)
+            done += 1
+            yield done
+        self.measured |= {key: self.known[key] for key in keys}  # in one order, whichever was done first
 
     @property
     def towers(self) -> tuple[int, ...]:
@@ -111,13 +116,17 @@ class TokenTrials:
         return fit_surface(shares, np.array(list(known.values())), self.towers)
 
 
-def open_token_trials(study: Study, settings: Ratios, trials: Trials) -> TokenTrials | None:
+def _adds_up(damage: Mapping[str, float]) -> float:
+    return damage["kl"] if "kl" in damage else damage["relative_error"] ** 2
+
+
+def open_token_trials(study: Study, settings: Ratios, trials: Trials, run: Schedules) -> TokenTrials | None:
     """What measures merging in a model; None where no block can merge."""
     tokens = study_tokens(study)
     if not tokens.mergeable:
         return None
     macs = MergedMacs(study, tokens, settings.tokens.metric, settings.tokens.unread)
-    return TokenTrials(study, tokens, settings, trials, macs) if macs.blocks else None
+    return TokenTrials(study, tokens, settings, trials, macs, run) if macs.blocks else None
 
 
 def trials_needed(trials: TokenTrials) -> int:
@@ -144,19 +153,17 @@ def explore(trials: TokenTrials, share: float, progress: Progress | None = None)
     def cost(shares: Array) -> float:
         return macs.smooth(shares) / macs.dense
 
-    def measure(shares: Array) -> None:
+    def measure(every: Sequence[Array]) -> None:
         nonlocal done
-        trials.damage(_some(macs, shares))
-        done += 1
-        if progress is not None:
-            progress(done, trials_needed(trials), f"tokens: schedule {done}")
+        for count in trials.measure([_some(macs, shares) for shares in every]):
+            if progress is not None:
+                progress(done + count, trials_needed(trials), f"tokens: schedule {done + count}", None)
+        done += len(every)
 
     shapes = [(aim, start, decay) for aim, decays in ((share, DECAYS), ((1 + share) / 2, (0.0,)))
               for start in STARTS for decay in decays]  # fmt: skip
-    for aim, start, decay in shapes:
-        shares = within(_shape(trials.towers, start, decay), cost, aim)
-        if shares is not None:
-            measure(shares)
+    simple = [within(_shape(trials.towers, start, decay), cost, aim) for aim, start, decay in shapes]
+    measure([shares for shares in simple if shares is not None])
     if not trials.measured:
         raise ConfigError(_unreachable(macs, share))
 
@@ -167,12 +174,11 @@ def explore(trials: TokenTrials, share: float, progress: Progress | None = None)
         return macs.shares(_some(macs, found))
 
     at = best()
-    measure(at)
-    for k in range(at.size):
-        other = at.copy()
-        other[k] = at[k] * SMALLER if at[k] > LARGE else max(at[k] * FACTOR, at[k] + MORE)
-        measure(other)
-    measure(best())
+    around = np.tile(at, (at.size, 1))
+    np.fill_diagonal(around, np.where(at > LARGE, at * SMALLER, np.maximum(at * FACTOR, at + MORE)))
+    measure([at])
+    measure(list(around))
+    measure([best()])
     return trials.surface()
 
 

@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from toast_onnx.errors import ConfigError
-from toast_onnx.matching.study import Study
+from toast_onnx.matching.study import Study, study
+from toast_onnx.model import load_model, model_files
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.planning.width_costs import TOKENS, Part
-from toast_onnx_calibration.calibrating import CalibrationOptions, Progress, calibrate
-from toast_onnx_calibration.labels import open_labels
+from toast_onnx_calibration.calibrating import CalibrationOptions, Progress
+from toast_onnx_calibration.calibrating_shards import calibrate_on
+from toast_onnx_calibration.executing import Alone, Executor, Find, Here, Pool, Report
+from toast_onnx_calibration.forecast import Forecast, Spent, cost_behind
+from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.planning import statistics_for
-from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
-from toast_onnx_calibration.sensitivity_trials import Solver, Trial, identity_of, merged_alone
+from toast_onnx_calibration.prepared import silent
+from toast_onnx_calibration.room import check_room, drawn, trial_bytes
+from toast_onnx_calibration.sensitivity_stream import Trials, chosen_output, read_samples, span_of
+from toast_onnx_calibration.sensitivity_trials import Solver, Trial, identity_of, merged, merged_alone
 from toast_onnx_calibration.statistics import CalibratedStatistics
+from toast_onnx_calibration.stored import Samples
+
+#: Pieces that trials are divided into for every worker, at least, so that all are busy to the end.
+PIECES = 4
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Tokens merged, all widths dense; a task beside trials.
+
+    Attributes:
+        removed: block number -> tokens merged away behind its attention.
+        batches: judge by the first so many batches of samples; None takes all.
+    """
+
+    removed: dict[int, int]
+    batches: int | None
 
 
 @dataclass(frozen=True)
@@ -45,11 +74,79 @@ class Work:
         trials: runs new weights.
         narrowing: what makes new weights; None where only tokens are merged.
         settings: how parts would be pruned.
+        labels: class numbers, None without.
+        pool: who measures; None for this process.
+        forecast: learns how long trials take.
     """
 
     trials: Trials
     narrowing: Narrowing | None
     settings: Ratios
+    labels: Labels | None = None
+    pool: Pool | None = None
+    forecast: Forecast = field(default_factory=Forecast)
+
+    def damages(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, dict[str, float]]]:
+        """Measure trials, given block by block: every trial with its damage, in the order in which they are done."""
+        pool = self.pool or Alone(self)
+        pieces = _pieces(trials, pool.workers)
+        for number, found in pool.do(pieces):
+            for trial, (damage, spent) in zip(pieces[number], found, strict=True):
+                self.forecast.spent.append(spent)
+                yield trial, damage
+
+    def left(self, trials: Iterable[Trial]) -> float | None:
+        """Seconds that trials will take; None before the first was measured."""
+        workers = 1 if self.pool is None else self.pool.workers
+        return self.forecast.seconds([(t.part, self.cost(t)) for t in trials], workers=workers)
+
+    @cached_property
+    def _behind(self) -> Callable[[str | None], float]:
+        return cost_behind(self.trials.study)
+
+    def cost(self, trial: Trial) -> float:
+        """Share of the dense model that runs for a trial."""
+        return self._behind(None if trial.part == TOKENS else self.trials.start_of(trial.block))
+
+    def merged(
+        self, schedules: Sequence[Mapping[int, int]], batches: int | None = None
+    ) -> Iterator[tuple[int, dict[str, float]]]:
+        """Measure schedules of merging: number and damage of each, in the order in which they are done.
+
+        Args:
+            schedules: block number -> tokens merged away behind its attention.
+            batches: judge by the first so many batches of samples; None takes all.
+        """
+        yield from (self.pool or Alone(self)).do([Merging(dict(removed), batches) for removed in schedules])
+
+    def do(self, task: tuple[Trial, ...] | Merging, _report: Report) -> Any:
+        """The damages of some trials and what they took, or the damage of a schedule of merging."""
+        if isinstance(task, Merging):
+            return self.trials.damage_of(merged(self.trials.study, self.settings, task.removed), task.batches)
+        return [self._timed(trial) for trial in task]
+
+    def _timed(self, trial: Trial) -> tuple[dict[str, float], Spent]:
+        """A trial's damage, and what it took."""
+        start, ran = time.perf_counter(), self.trials.running
+        damage = self.damage(trial)
+        running = self.trials.running - ran
+        return damage, Spent(trial.part, self.cost(trial), time.perf_counter() - start - running, running)
+
+    def order(self) -> WorkOrder:
+        """What another process opens the same from."""
+        trials, samples = self.trials, self.trials.samples
+        feeds = {name: np.asarray(array) for name, array in samples.feeds.items()}
+        return WorkOrder(
+            trials.study.view.model.path.absolute(),
+            trials.study.given,
+            None if self.narrowing is None else self.narrowing.statistics.file.path.absolute(),
+            replace(samples, feeds=feeds),
+            np.asarray(trials.dense),
+            trials.output,
+            self.labels,
+            self.settings,
+            replace(trials.options, threads=trials.options.threads or 1, note=silent),
+        )
 
     def identity(self) -> dict[str, Any]:
         """What results measured with this belong to."""
@@ -67,6 +164,84 @@ class Work:
         return self.trials.damage(self.narrowing.solver.weights({trial.block: kept}))
 
 
+@dataclass(frozen=True)
+class WorkOrder:
+    """Work as it is sent to workers.
+
+    Attributes:
+        model: file of the dense model.
+        given: the concrete shapes that were asked for.
+        statistics: file of measurements, None where only tokens are merged.
+        samples: what to run on.
+        dense: (batches, *shape) outputs of the dense model.
+        output: name of the output to measure at.
+        labels: class numbers, None without.
+        settings: how parts would be pruned.
+        options: provider and threads.
+    """
+
+    model: Path
+    given: Mapping[str, Sequence[int]]
+    statistics: Path | None
+    samples: Samples
+    dense: NDArray[Any]
+    output: str
+    labels: Labels | None
+    settings: Ratios
+    options: CalibrationOptions
+
+    @property
+    def files(self) -> tuple[tuple[Path, ...], ...]:
+        """The model, and statistics."""
+        model = tuple(model_files(self.model))
+        return (model,) if self.statistics is None else (model, (self.statistics,))
+
+    @property
+    def threads(self) -> int:
+        """Of ONNX Runtime."""
+        return self.options.threads or 1
+
+    @property
+    def provider(self) -> str:
+        """Of ONNX Runtime."""
+        return self.options.provider
+
+    @contextmanager
+    def open(self, find: Find, folder: Path) -> Iterator[Work]:
+        """The same work in a process of its own."""
+        dense = study(load_model(find(self.model)), self.given)
+        trials = Trials(dense, self.samples, self.options, folder, self.output, self.labels, self.dense)
+        narrowing = None
+        if self.statistics is not None:
+            narrowing = _narrowing(dense, self.settings, find(self.statistics))
+        yield Work(trials, narrowing, self.settings, self.labels)
+
+
+def working_bytes(dense: Study, data: str | Path, options: CalibrationOptions, output: str | None = None) -> int:
+    """Bytes that trials keep on the disk while they work; those of the model alone where samples are not counted."""
+    fronts = {span.start for b in dense.match.blocks if (span := span_of(dense, dense.facts, b)) is not None}
+    return trial_bytes(dense, drawn(data, options) or 0, fronts, chosen_output(dense, output))
+
+
+def _narrowing(dense: Study, settings: Ratios, path: Path) -> Narrowing:
+    """What makes new weights from a file of statistics."""
+    found = CalibratedStatistics(dense, path)
+    return Narrowing(Solver(dense, settings, found), found, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _pieces(trials: Sequence[Trial], workers: int) -> list[tuple[Trial, ...]]:
+    """Trials in pieces of one block each: where a block begins is computed once by whoever has a piece of it."""
+    blocks = [list(each) for _, each in groupby(trials, lambda t: t.block)]
+    if workers == 1 or not blocks:
+        return [(trial,) for trial in trials]
+    parts = -(-PIECES * workers // len(blocks))
+    found = []
+    for each in blocks:
+        size = -(-len(each) // parts)
+        found += [tuple(each[k : k + size]) for k in range(0, len(each), size)]
+    return found
+
+
 @contextmanager
 def open_work(
     dense: Study,
@@ -79,6 +254,7 @@ def open_work(
     output: str | None = None,
     calibrating: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
     note: Callable[[str], object] = lambda _: None,
+    executor: Executor | None = None,
 ) -> Iterator[Work]:
     """Statistics, samples and the dense model's answers, in a folder that is removed at the end.
 
@@ -93,6 +269,7 @@ def open_work(
         output: name of the output to measure at; None leaves the choice to `sensitivity_stream.chosen_output`.
         calibrating: opens what is called after every batch of calibration.
         note: called with what the user should know of the samples.
+        executor: who measures; None for this process.
 
     Raises:
         ConfigError: nothing can be pruned.
@@ -103,20 +280,19 @@ def open_work(
     if narrow and not wanted:
         raise ConfigError(f"no block has a prunable part among {', '.join(narrow)}; see `toast-onnx inspect`")
     known = None if labels is None else open_labels(labels, str(data))
+    check_room(working_bytes(dense, data, options, output))
     with TemporaryDirectory(prefix="toast-planning-") as name:
         folder = Path(name)
         path = statistics
         if path is None and narrow:
             path = folder / "statistics.npz"
             with calibrating() as progress:
-                calibrate(dense, data, path, wanted, options, progress)
-        found = CalibratedStatistics(dense, path) if path is not None and narrow else None
+                calibrate_on(executor or Here(), dense, data, path, wanted, options, progress)
         samples = read_samples(dense, data, options, folder)
         for text in samples.notes:
             note(text)
         trials = Trials(dense, samples, options, folder, output, known)
-        if path is None or found is None:
-            yield Work(trials, None, settings)
-            return
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        yield Work(trials, Narrowing(Solver(dense, settings, found), found, digest), settings)
+        narrowing = _narrowing(dense, settings, path) if path is not None and narrow else None
+        work = Work(trials, narrowing, settings, known)
+        with (executor or Here()).open(work) as pool:
+            yield replace(work, pool=pool)

@@ -1,7 +1,8 @@
-"""`toast-onnx calibrate`: images in, activation statistics out; or shards of them added up."""
+"""`toast-onnx calibrate`: images in, activation statistics out."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from toast_onnx.planning.presets import read_ratios
 from toast_onnx_cli.calibration_options import (
     DATA_HELP,
     calibration_options,
-    check_sample_options,
     gather_options,
     sample_progress,
 )
@@ -21,9 +21,20 @@ from toast_onnx_cli.console import format_bytes, print_json, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.store import Header
+
+
+def _shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """(i, n) of `i/n`, i from 1 to n."""
+    if value is None:
+        return None
+    number, slash, of = value.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise click.BadParameter(f"'{value}' is no shard such as 2/4, the second of four")
+    return int(number), int(of)
 
 
 @click.command("calibrate")
@@ -31,16 +42,16 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="DATA", help=DATA_HELP)
 @click.option("--ratios", metavar="FILE", help="Measure only what pruning with these ratios needs.")
 @click.option(
-    "--merge",
-    "shards",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Add up statistics of the same model taken on other samples, instead of measuring; may be repeated.",
+    "--shard",
+    callback=_shard,
+    metavar="I/N",
+    help="Measure the I-th of N equal parts of the samples, such as 2/4; `statistics merge` adds them up.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Statistics; default MODEL.statistics.npz.")
 @calibration_options
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default.")
 @shape_option
+@workers_option
 @links_option
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
@@ -48,7 +59,8 @@ def command(
     model: Path,
     data: str | None,
     ratios: str | None,
-    shards: tuple[Path, ...],
+    shard: tuple[int, int] | None,
+    ray: str | None,
     output: Path | None,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
@@ -60,29 +72,28 @@ def command(
     No labels are read. The file names the model by its hash; `toast-onnx prune --statistics` takes it for that model
     only.
     """
-    from toast_onnx_calibration.calibrating import calibrate
+    from toast_onnx_calibration.calibrating_shards import calibrate_on
     from toast_onnx_calibration.needs import needed
-    from toast_onnx_calibration.store import merge_statistics
 
-    out = output or model.with_name(f"{model.stem}.statistics.npz")
-    check_destinations([*read_files(model), ratios, data, given["preprocess"], *shards], {"-o": out})
+    ending = "" if shard is None else f".{shard[0]}-of-{shard[1]}"
+    out = output or model.with_name(f"{model.stem}{ending}.statistics.npz")
+    check_destinations([*read_files(model), ratios, data, given["preprocess"]], {"-o": out})
     settings = None if ratios is None else read_ratios(ratios)
     data = data or (settings.calibration.data if settings is not None else None)
-    if bool(shards) == (data is not None):
-        raise click.UsageError("give either --data to measure, or --merge to add up statistics")
-    check_sample_options(given, data)
+    if data is None:
+        raise click.UsageError("give samples with --data")
+    if shard is not None and ray is not None:
+        raise click.UsageError("--shard is for machines without Ray, and --ray makes shards of its own: give one")
     dense = study(load_model(model), shapes)
-    if shards:
-        header = merge_statistics(shards, out, dense.view.model.path)
-    else:
-        assert data is not None
-        wanted = None if settings is None else needed(dense, settings)
-        with sample_progress("calibrating") as show:
-            header = calibrate(dense, data, out, wanted, gather_options(settings, seed, given), show)
-    _print(header, out, as_json)
+    wanted = None if settings is None else needed(dense, settings)
+    options = replace(gather_options(settings, seed, given), shard=shard)
+    with open_executor(ray) as executor, sample_progress("calibrating") as show:
+        header = calibrate_on(executor, dense, data, out, wanted, options, show)
+    print_header(header, out, as_json)
 
 
-def _print(header: Header, out: Path, as_json: bool) -> None:
+def print_header(header: Header, out: Path, as_json: bool) -> None:
+    """Say what a statistics file holds."""
     from dataclasses import asdict
 
     if as_json:
@@ -90,6 +101,9 @@ def _print(header: Header, out: Path, as_json: bool) -> None:
         return
     for note in header.notes:
         say_note(note)
+    if header.share is not None and header.share.missing:
+        numbers, missing = (", ".join(map(str, n)) for n in (header.share.numbers, header.share.missing))
+        say_note(f"{out} holds shard {numbers} of {header.share.of}; `statistics merge` adds up the others: {missing}")
     click.echo(
         f"{out}: {header.samples} samples, {len(header.parts)} blocks, {format_bytes(out.stat().st_size)}"
         + (f"; class token weighted {header.class_weight:g}" if header.class_weight != 1 else "")

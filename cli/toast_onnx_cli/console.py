@@ -23,8 +23,11 @@ PLAIN_INTERVAL = 10.0  # seconds between two progress lines where stderr is a fi
 class Advance(Protocol):
     """Reports work done; what `progress` hands out."""
 
-    def __call__(self, steps: int = 1, note: str = "") -> None:
-        """Adds `steps` to what is done; `note` (a block, a file) is shown beside it."""
+    def __call__(self, steps: int = 1, note: str = "", left: float | None = None) -> None:
+        """Adds `steps` to what is done; `note` (a block, a file) is shown beside it.
+
+        `left` are the seconds that the rest will take; without it, every step takes as long as those that are done.
+        """
 
 
 @contextmanager
@@ -42,7 +45,7 @@ def progress(label: str, total: int | None = None) -> Iterator[Advance]:
         A function to call after each step.
     """
     if is_quiet():
-        yield lambda steps=1, note="": None
+        yield lambda steps=1, note="", left=None: None
         return
     show = _bar if sys.stderr.isatty() else _lines
     with show(label, total) as advance:
@@ -59,7 +62,6 @@ def _bar(label: str, total: int | None) -> Iterator[Advance]:
         Progress,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
 
     columns = (
@@ -67,14 +69,18 @@ def _bar(label: str, total: int | None) -> Iterator[Advance]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(escape(label), total=total, note="")
+        task = bar.add_task(escape(label), total=total, note="", left="")
+        started, done = time.monotonic(), 0
 
-        def advance(steps: int = 1, note: str = "") -> None:
-            bar.update(task, advance=steps, note=note)
+        def advance(steps: int = 1, note: str = "", left: float | None = None) -> None:
+            nonlocal done
+            done += steps
+            seconds = _remaining(started, done, total) if left is None else left
+            bar.update(task, advance=steps, note=note, left=time_left(seconds))
 
         yield advance
 
@@ -86,15 +92,34 @@ def _lines(label: str, total: int | None) -> Iterator[Advance]:
     of_total = "" if total is None else f"/{total}"
     click.echo(f"{label} ...", err=True)
 
-    def advance(steps: int = 1, note: str = "") -> None:
+    def advance(steps: int = 1, note: str = "", left: float | None = None) -> None:
         nonlocal done, last
         done += steps
         if time.monotonic() - last >= PLAIN_INTERVAL:
             last = time.monotonic()
-            click.echo(f"{label}: {done}{of_total} {note}".rstrip(), err=True)
+            seconds = _remaining(started, done, total) if left is None else left
+            words = (f"{label}: {done}{of_total}", note, time_left(seconds))
+            click.echo(" ".join(word for word in words if word), err=True)
 
     yield advance
     click.echo(f"{label}: done in {time.monotonic() - started:.1f} s", err=True)
+
+
+def _remaining(started: float, done: int, total: int | None) -> float | None:
+    """Seconds left where every step takes the same; None where nobody knows."""
+    return (time.monotonic() - started) * (total - done) / done if total and done else None
+
+
+def time_left(seconds: float | None) -> str:
+    """Such as `~4 min left`; nothing where it is not known, or over."""
+    return "" if not seconds else f"~{format_seconds(seconds)} left"
+
+
+def format_seconds(seconds: float) -> str:
+    """Such as `40 s`, `4 min` or `2.5 h`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def line_width() -> int | None:

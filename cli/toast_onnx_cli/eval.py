@@ -12,6 +12,7 @@ from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.console import Advance, print_json, print_table, progress, say_note
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.pixels import max_pixels_option
+from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.evaluating import Evaluation
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--samples", type=click.IntRange(1), help="Draw so many samples instead of taking all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
+@workers_option
 @links_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
@@ -44,6 +46,7 @@ def command(
     samples: int | None,
     seed: int,
     threads: int | None,
+    ray: str | None,
     as_json: bool,
 ) -> None:
     """Measure MODEL: top-1 and top-5 accuracy on labelled images, or your own metric on all outputs.
@@ -57,8 +60,11 @@ def command(
 
     if metric is not None and output is not None:
         raise click.UsageError("--output chooses the class scores; a metric gets every output")
+    if metric is not None and ray is not None:
+        raise click.UsageError("a metric sees all results one after another, so --ray cannot divide it; leave one out")
     refuse_links(model)
     with ExitStack() as stack:
+        executor = stack.enter_context(open_executor(ray))
         advance: Advance | None = None
         seen = 0
 
@@ -84,6 +90,7 @@ def command(
             threads=threads,
             progress=show,
             note=say_note,
+            executor=executor,
         )
     if as_json:
         print_json({"model": str(model), "model_sha256": model_hash(model), **result.to_json()})

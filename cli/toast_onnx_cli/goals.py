@@ -23,6 +23,7 @@ from toast_onnx_cli.planning_options import with_ties
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
+    from toast_onnx_calibration.executing import Executor
     from toast_onnx_calibration.goals import Goal, Judged
     from toast_onnx_calibration.planning import Budget
     from toast_onnx_calibration.plans import Planner
@@ -161,12 +162,15 @@ def holdable(data: str | None, settings: Ratios, given: Mapping[str, Any], wishe
     return wished if drawn >= FEWEST else None
 
 
-def measure_all(dense: Study, data: str, path: Path, options: CalibrationOptions) -> Path:
+def measure_all(
+    dense: Study, data: str, path: Path, options: CalibrationOptions, executor: Executor | None = None
+) -> Path:
     """Statistics of everything that plans and their weights may need, measured once into a file."""
-    from toast_onnx_calibration.calibrating import calibrate
+    from toast_onnx_calibration.calibrating_shards import calibrate_on
+    from toast_onnx_calibration.executing import Here
 
     with sample_progress("calibrating") as show:
-        calibrate(dense, data, path, None, options, show)
+        calibrate_on(executor or Here(), dense, data, path, None, options, show)
     return path
 
 

@@ -23,6 +23,7 @@ from toast_onnx_cli.words import WORDS
 SUBCOMMANDS: dict[str, str] = {
     "inspect": "Show a model's blocks: widths, MACs, what can be pruned and why not.",
     "calibrate": "Measure a model's activations on images, for pruning.",
+    "statistics": "Add up what `calibrate` measured on several machines, or on other samples.",
     "analyze": "Show how redundant the feed-forward networks are: dead channels, R2, effective rank.",
     "sensitivity": "Prune one part of one block at a time and measure what breaks.",
     "plan": "Find the ratios that fit a budget and hurt the output least.",

@@ -18,10 +18,12 @@ from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import (
     comma_list,
+    dry_run_option,
     fractions,
     gather_planning,
     planning_inputs,
     planning_options,
+    show_foreseen,
     target_option,
     with_ties,
 )
@@ -66,6 +68,7 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
 @click.option("--costs", type=click.Path(path_type=Path), help="Latency table that `costs` wrote, here or elsewhere.")
 @click.option("--no-timing", is_flag=True, help="Trust the table: it was measured on another machine.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Ratios file; default MODEL.ratios.yaml.")
+@dry_run_option
 @links_option
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
@@ -83,6 +86,7 @@ def command(
     costs: Path | None,
     no_timing: bool,
     output: Path | None,
+    dry_run: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -93,6 +97,7 @@ def command(
     """
     from toast_onnx_calibration.planning import Budget
     from toast_onnx_calibration.reachable import check_reachable
+    from toast_onnx_calibration.sensitivity_trials import known, missing, trial_grid
 
     given_budgets = {"macs": macs, "params": params, "latency": latency}
     chosen = [Budget(kind, value) for kind, value in given_budgets.items() if value is not None]  # type: ignore[arg-type]
@@ -119,6 +124,11 @@ def command(
     planning = replace(planning, settings=with_ties(planning.settings, target, tie))
     dense = study(load_model(model), planning.shapes)
     check_reachable(dense, planning.settings, chosen[0], parts)
+    if dry_run:
+        narrow = tuple(p for p in parts if p != TOKENS)
+        grid = missing(trial_grid(dense, planning.settings, narrow, points), known(results))
+        show_foreseen(dense, planning, parts, grid, as_json, planned=True)
+        return
     with open_planner(dense, planning, parts, points, results, chosen[0].kind, costs, no_timing) as planner:
         plan = planner.plan(chosen[0])
     if plan.missed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from toast_onnx.planning.cost_table import CostTable, read_table, write_table
 from toast_onnx.planning.width_costs import TOKENS
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx_cli.console import progress, say_note
-from toast_onnx_cli.planning_options import Planning, counted, open_trials
+from toast_onnx_cli.planning_options import Counted, Planning, counted, open_trials
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.costs import Runtime
@@ -102,6 +102,6 @@ def _timed(study: Study, table: CostTable, parts: tuple[str, ...]) -> tuple[str,
 
 
 @contextmanager
-def _measuring(trials: int) -> Iterator[Callable[[int, int, str], None]]:
+def _measuring(trials: int) -> Iterator[Counted]:
     with progress("measuring", trials) as advance:
         yield counted(advance)

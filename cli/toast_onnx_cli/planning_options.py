@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -14,12 +16,14 @@ from toast_onnx.matching.study import Study
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
-from toast_onnx_cli.console import Advance, say_note
+from toast_onnx_cli.console import Advance, format_bytes, format_seconds, print_json, say_note
 from toast_onnx_cli.numbers import percentage
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
+    from toast_onnx_calibration.sensitivity_trials import Trial
     from toast_onnx_calibration.work import Work
 
 
@@ -45,13 +49,20 @@ def fractions(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return found
 
 
-def counted(advance: Advance) -> Callable[[int, int, str], None]:
-    """Turns a running count (done, total, note) into steps of a progress display."""
+class Counted(Protocol):
+    """A running count; what `counted` hands out."""
+
+    def __call__(self, done: int, total: int, note: str, left: float | None = None) -> None:
+        """`done` steps of `total`, what was done last, and the seconds that are left where they are known."""
+
+
+def counted(advance: Advance) -> Counted:
+    """Turns a running count (done, total, note, seconds left) into steps of a progress display."""
     seen = 0
 
-    def show(done: int, _total: int, note: str) -> None:
+    def show(done: int, total: int, note: str, left: float | None = None) -> None:
         nonlocal seen
-        advance(done - seen, note)
+        advance(done - seen, note, left)
         seen = done
 
     return show
@@ -79,6 +90,7 @@ def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
         calibration_options,
         click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default."),
         shape_option,
+        workers_option,
     )
     for option in reversed(options):
         function = option(function)
@@ -97,6 +109,7 @@ class Planning:
         output: name of the output to measure at; None leaves the choice to `sensitivity_stream.chosen_output`.
         shapes: concrete input shapes.
         calibration: how samples are read and run.
+        ray: what `--ray` says.
     """
 
     data: str
@@ -106,6 +119,7 @@ class Planning:
     output: str | None
     shapes: dict[str, tuple[int, ...]]
     calibration: CalibrationOptions
+    ray: str | None = None
 
 
 def planning_inputs(given: Mapping[str, Any]) -> list[Path | str | None]:
@@ -131,6 +145,7 @@ def gather_planning(given: dict[str, Any]) -> Planning:
         given["output_name"],
         given["shapes"],
         gather_options(settings, given["seed"], given),
+        given["ray"],
     )
 
 
@@ -177,21 +192,80 @@ def with_ties(settings: Ratios, target: str, tie: bool | None = None) -> Ratios:
     return settings.model_copy(update={"attention": settings.attention.model_copy(update={"tie": tie})})
 
 
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Say how many trials, seconds and bytes of disk it takes; measure a few of them."
+)
+
+
+def show_foreseen(
+    dense: Study,
+    planning: Planning,
+    parts: tuple[str, ...],
+    trials: Sequence[Trial],
+    as_json: bool,
+    planned: bool = False,
+) -> None:
+    """Say what measuring trials will take.
+
+    Args:
+        dense: the model.
+        planning: what is measured.
+        parts: tokens, heads, qk, vo, fc1, fc2.
+        trials: to be measured.
+        as_json: print one JSON document.
+        planned: whether a plan is made of them.
+    """
+    from toast_onnx_calibration.foreseeing import foresee
+
+    found = foresee(
+        dense,
+        planning.data,
+        planning.settings,
+        parts,
+        trials,
+        planning.calibration,
+        planning.statistics,
+        planning.output,
+        planned,
+    )
+    place = tempfile.gettempdir()
+    free = shutil.disk_usage(place).free
+    if as_json:
+        print_json(
+            {
+                "trials": found.trials,
+                "seconds": found.seconds,
+                "disk_bytes": found.disk,
+                "free_bytes": free,
+                "samples": found.samples,
+                "measured_on": found.tried,
+            }
+        )
+        return
+    click.echo(f"trials: {found.trials}, on {found.samples} samples each")
+    click.echo(f"time: {format_seconds(found.seconds)} in one process, by one trial a part on {found.tried} samples")
+    click.echo(f"disk: {format_bytes(found.disk)} of working files in {place}, where {format_bytes(free)} are free")
+
+
 @contextmanager
 def open_trials(dense: Study, planning: Planning, parts: tuple[str, ...]) -> Iterator[Work]:
     """As `toast_onnx_calibration.work.open_work`, with its progress and notes shown."""
     from toast_onnx_calibration.work import open_work
 
-    with open_work(
-        dense,
-        planning.data,
-        planning.settings,
-        parts,
-        planning.calibration,
-        planning.statistics,
-        planning.labels,
-        planning.output,
-        lambda: sample_progress("calibrating"),
-        say_note,
-    ) as work:
+    with (
+        open_executor(planning.ray) as executor,
+        open_work(
+            dense,
+            planning.data,
+            planning.settings,
+            parts,
+            planning.calibration,
+            planning.statistics,
+            planning.labels,
+            planning.output,
+            lambda: sample_progress("calibrating"),
+            say_note,
+            executor,
+        ) as work,
+    ):
         yield work

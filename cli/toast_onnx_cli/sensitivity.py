@@ -16,11 +16,13 @@ from toast_onnx_cli.links import links_option
 from toast_onnx_cli.planning_options import (
     comma_list,
     counted,
+    dry_run_option,
     fractions,
     gather_planning,
     open_trials,
     planning_inputs,
     planning_options,
+    show_foreseen,
 )
 
 DEFAULT_RATIOS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
@@ -35,6 +37,7 @@ ALL_PARTS = "tokens,qk,vo,fc1,fc2,fc1+fc2"
 @click.option("--blocks", callback=comma_list, help="Numbers of blocks, such as 0,5,11; all by default.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Results; default MODEL.sensitivity.json.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves of every block to this image file.")
+@dry_run_option
 @links_option
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
@@ -45,6 +48,7 @@ def command(
     blocks: tuple[str, ...],
     output: Path | None,
     plot: Path | None,
+    dry_run: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -56,6 +60,7 @@ def command(
     """
     from toast_onnx_calibration.sensitivity_trials import (
         TRIAL_PARTS,
+        known,
         measure,
         missing,
         resume,
@@ -78,13 +83,16 @@ def command(
     if not grid:
         raise ConfigError("nothing to try: no block has a prunable part that these ratios would make smaller")
     single = tuple(dict.fromkeys(p for t in grid for p in t.kept))
+    if dry_run:
+        show_foreseen(dense, planning, single, missing(grid, known(out)), as_json)
+        return
     with open_trials(dense, planning, single) as work:
         metric = "kl" if work.trials.classes else "relative_error"
         found = resume(out, work.identity(), metric, work.trials.dense_top1())
         if found.trials:
             say_note(f"{out} holds {len(found.trials)} trials already; going on from there")
         with progress("measuring", len(missing(grid, found))) as advance:
-            measure(work.damage, grid, found, out, counted(advance))
+            measure(work.damages, grid, found, out, counted(advance), work.left)
     write_results(found, out)
     if plot is not None:
         from toast_onnx.report.sensitivity import plot_sensitivity

@@ -28,6 +28,7 @@ from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import Planning, fractions, target_option, with_ties
 from toast_onnx_cli.prune_run import Job, run_job
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
@@ -54,6 +55,7 @@ def _shares(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--no-images", is_flag=True, help="Keep no pictures of samples whose answers changed.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
+@workers_option
 @collection_options
 @links_option
 @overwrite_option
@@ -70,6 +72,7 @@ def command(
     no_images: bool,
     seed: int | None,
     shapes: dict[str, tuple[int, ...]],
+    ray: str | None,
     sort: str | None,
     as_csv: bool,
     as_json: bool,
@@ -106,7 +109,7 @@ def command(
     same += ["--split-shared"] * split_shared + ["--no-images"] * no_images
     problems: dict[Goal, str] = {}
     with blame_model(model), ExitStack() as stack:
-        planner = None
+        planner, executor = None, stack.enter_context(open_executor(ray))
         statistics = folder / "statistics.npz"
         for goal in goals:
             out = paths[goal]
@@ -117,8 +120,8 @@ def command(
                 refuse_unreachable(dense, settings, goal)
                 if planner is None:
                     if not statistics.is_file():
-                        measure_all(dense, data, statistics, reading)
-                    planning = Planning(data, settings, statistics, None, None, shapes, reading)
+                        measure_all(dense, data, statistics, reading, executor)
+                    planning = Planning(data, settings, statistics, None, None, shapes, reading, ray)
                     opened = open_planner(dense, planning, results=folder / "sensitivity.json")
                     planner = stack.enter_context(opened)
                 ratios = out.with_name(f"{out.stem}.ratios.yaml")

@@ -60,7 +60,7 @@ def test_metric_is_the_fisher_information_of_the_module(
         assert found.file.count(f"{index}.{GRADIENT}") == DRAWS * 3 * (19 + tokens)
         scale = expected / (3 * (19 + tokens))
         assert np.linalg.norm(metric - scale) < 0.4 * np.linalg.norm(scale)  # so many draws are as near as that
-    merge_statistics([tmp_path / "s.npz"], tmp_path / "merged.npz", path)
+    merge_statistics([tmp_path / "s.npz"], tmp_path / "merged.npz")
     assert open_statistics(tmp_path / "merged.npz").header.parts["0"] == [GRADIENT, "hidden"]
 
 

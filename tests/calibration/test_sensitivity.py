@@ -26,8 +26,10 @@ from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.labels import Labels
 from toast_onnx_calibration.sensitivity_stream import Trials, chosen_output, read_samples
 from toast_onnx_calibration.sensitivity_trials import (
+    Damages,
     Solver,
     Trial,
+    in_turn,
     measure,
     read_results,
     resume,
@@ -145,8 +147,8 @@ def test_the_grid_leaves_out_what_repeats(vit: Study) -> None:
     assert all(set(t.kept) == {"fc1", "fc2"} for t in grid if t.part == "fc1+fc2")
 
 
-def weighed(trials: Trials, solver: Solver) -> Callable[[Trial], dict[str, float]]:
-    return lambda t: trials.damage(solver.weights({t.block: dict(t.kept)}))  # type: ignore[dict-item]
+def weighed(trials: Trials, solver: Solver) -> Damages:
+    return in_turn(lambda t: trials.damage(solver.weights({t.block: dict(t.kept)})))  # type: ignore[dict-item]
 
 
 @pytest.fixture
@@ -157,7 +159,7 @@ def interrupted(vit: Study, tmp_path: Path) -> tuple[Trials, Solver, list[Trial]
     grid = trial_grid(vit, SETTINGS, ["qk", "vo"], [0.5])
     path = tmp_path / "results.json"
 
-    def stop(done: int, total: int, note: str) -> None:
+    def stop(done: int, *_: object) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
@@ -171,7 +173,7 @@ def test_a_stopped_run_goes_on(interrupted: tuple[Trials, Solver, list[Trial], P
     assert len(read_results(path)["trials"]) == 2
     found = resume(path, {"model": {"sha256": "a"}}, "kl", None)
     seen: list[str] = []
-    measure(weighed(trials, solver), grid, found, path, lambda done, total, note: seen.append(f"{done}/{total}"))
+    measure(weighed(trials, solver), grid, found, path, lambda done, total, *_: seen.append(f"{done}/{total}"))
     assert seen == ["1/2", "2/2"]
     assert [t["kept"] for t in read_results(path)["trials"]] == [t.kept for t in grid]
     assert found.measured(1, "vo") == {grid[3].kept["vo"]: found.trials[3].damage["kl"]}

@@ -16,7 +16,7 @@ from tests import zoo
 from tests.calibration.reference import Reference, image_keys, moments, query_moments, references, seen_keys
 from tests.pace import mostly_slow
 from tests.pruning import look
-from toast_onnx.errors import DataError
+from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.importance.activation import attended_magnitude, token_channel_scores
 from toast_onnx.importance.moments import Moments
 from toast_onnx.matching.class_token import class_token
@@ -265,7 +265,7 @@ def test_shards_in_any_order(order: tuple[int, ...], exported: Exported, tmp_pat
     for number, (start, end) in enumerate(bounds):
         shard = {name: array[start:end] for name, array in feeds.items()}
         measure(study, shard, tmp_path / f"{number}.npz", frozenset(PARTS))
-    header = merge_statistics([tmp_path / f"{k}.npz" for k in order], tmp_path / "merged.npz", path)
+    header = merge_statistics([tmp_path / f"{k}.npz" for k in order], tmp_path / "merged.npz")
     merged = CalibratedStatistics(study, tmp_path / "merged.npz")
     assert header.samples == 7
     for index in range(2):
@@ -281,10 +281,84 @@ def test_shards_must_belong_together(exported: Exported, tmp_path: Path) -> None
     measure(study, feeds, tmp_path / "a.npz")
     measure(study, zoo.inputs(path, 2, seed=1), tmp_path / "b.npz", class_weight=5.0)
     with pytest.raises(DataError, match="class_weight is 5"):
-        merge_statistics([tmp_path / "a.npz", tmp_path / "b.npz"], tmp_path / "m.npz", path)
+        merge_statistics([tmp_path / "a.npz", tmp_path / "b.npz"], tmp_path / "m.npz")
     with pytest.raises(DataError, match="the same samples"):
-        merge_statistics([tmp_path / "a.npz", tmp_path / "a.npz"], tmp_path / "m.npz", path)
+        merge_statistics([tmp_path / "a.npz", tmp_path / "a.npz"], tmp_path / "m.npz")
     assert not (tmp_path / "m.npz").exists()
+
+
+def shards(study: Study, data: Path, of: int, **options: object) -> list[Path]:
+    """Statistics of every shard of a run."""
+    paths = [data.with_name(f"{number}-of-{of}.npz") for number in range(1, of + 1)]
+    for number, path in enumerate(paths, start=1):
+        run_of(study, data, path, shard=(number, of), **options)
+    return paths
+
+
+def run_of(study: Study, data: Path, out: Path, **options: object) -> None:
+    """Statistics of one block, two samples a batch."""
+    settings = CalibrationOptions(**{"batch": 2, "threads": 1} | options)
+    calibrate(study, data, out, {1: frozenset({"qk", "context", "fc2"})}, settings)
+
+
+def test_shards_add_up_to_one_run(exported: Exported, tmp_path: Path) -> None:
+    """In float64 to 1e-12; in the file, whose covariances are float32, to the last bit but for ties of rounding."""
+    path, data = exported(zoo.Case("timm-vit")), tmp_path / "x.npz"
+    study = look(path)
+    np.savez(data, **zoo.inputs(path, 7))
+    (exact,) = map(open_statistics, shards(study, data, 1))
+    run_of(study, data, tmp_path / "whole.npz")
+    parts = shards(study, data, 3)
+    assert [open_statistics(p).header.samples for p in parts] == [2, 2, 3]
+    merge_statistics([parts[2], parts[0]], tmp_path / "some.npz")
+    assert open_statistics(tmp_path / "some.npz").header.share.missing == [2]
+    merge_statistics([tmp_path / "some.npz", parts[1]], tmp_path / "late.npz")
+    for name, order in (("a", (0, 1, 2)), ("b", (2, 0, 1))):
+        merge_statistics([parts[k] for k in order], tmp_path / f"{name}.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    whole, merged = open_statistics(tmp_path / "whole.npz"), open_statistics(tmp_path / "a.npz")
+    assert merged.header == whole.header == open_statistics(tmp_path / "late.npz").header
+    assert merged.names() == whole.names()
+    pieces = [open_statistics(p) for p in parts]
+    for name in exact.names():
+        key, _, quantity = name.rpartition(".")
+        a, b = whole.array(name), merged.array(name)
+        assert a.dtype == b.dtype
+        assert np.linalg.norm(a - b) <= (1e-7 if quantity == "covariance" else 1e-12) * np.linalg.norm(a)
+        if quantity == "covariance":
+            sums = [p.moments(key).gram for p in pieces]
+            gram = exact.moments(key).gram
+            assert np.linalg.norm(sum(sums) - gram) <= 1e-12 * np.linalg.norm(gram)
+
+
+def test_shards_of_different_runs_are_refused(exported: Exported, tmp_path: Path) -> None:
+    path, data = exported(zoo.Case("timm-vit")), tmp_path / "x.npz"
+    study = look(path)
+    np.savez(data, **zoo.inputs(path, 6))
+    np.savez(tmp_path / "y.npz", **zoo.inputs(path, 2, seed=1))
+    one, two = shards(study, data, 2)
+    third, whole, other = (tmp_path / f"{name}.npz" for name in ("third", "whole", "seed"))
+    run_of(study, data, third, shard=(3, 3))
+    run_of(study, tmp_path / "y.npz", whole)
+    run_of(study, data, other, shard=(2, 2), seed=1)
+    for files, words in (
+        ([one, one], "the same shard, 1 of 2"),
+        ([one, third], "one of 3 shards of 6 samples .* one of 2"),
+        ([one, whole], "shards of the same run only"),
+        ([one, other], "seed is 1, but .* has 0"),
+    ):
+        with pytest.raises(DataError, match=words):
+            merge_statistics(files, tmp_path / "m.npz")
+    merge_statistics([one, two], tmp_path / "m.npz")
+    with pytest.raises(DataError, match="shards of the same run only"):
+        merge_statistics([one, tmp_path / "m.npz"], tmp_path / "n.npz")
+
+
+def test_samples_of_a_function_are_not_divided(exported: Exported, tmp_path: Path) -> None:
+    study = look(exported(zoo.Case("timm-vit")))
+    options = CalibrationOptions(threads=1, shard=(1, 2))
+    with pytest.raises(ConfigError, match="the samples of a function cannot be divided"):
+        calibrate(study, "numpy:ones", tmp_path / "s.npz", options=options)
 
 
 def test_another_model_is_refused_by_both_hashes(exported: Exported, tmp_path: Path) -> None:

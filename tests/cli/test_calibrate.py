@@ -34,6 +34,10 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, [*arguments, "--threads", "1"])
 
 
+def merge(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["statistics", "merge", *arguments])
+
+
 def test_it_is_a_command() -> None:
     assert "calibrate" in SUBCOMMANDS
 
@@ -108,14 +112,34 @@ def test_sequential_statistics_need_samples(files: Path) -> None:
     assert "each block behind the pruned ones" in result.stdout
 
 
-def test_merging_shards(files: Path) -> None:
+def test_adding_up_other_samples(files: Path) -> None:
     x = np.load(files / "x.npy")
     for name, part in (("a", x[:2]), ("b", x[2:])):
         np.save(files / f"{name}.npy", part)
         assert run("calibrate", "m.onnx", "--data", f"{name}.npy", "-o", f"{name}.npz").exit_code == 0
-    result = run("calibrate", "m.onnx", "--merge", "a.npz", "--merge", "b.npz", "-o", "m.npz")
+    result = merge("a.npz", "b.npz", "-o", "m.npz")
     assert result.exit_code == 0, result.stderr
     assert "6 samples" in result.stdout
+
+
+def test_shards_of_one_run(files: Path) -> None:
+    given = ("calibrate", "m.onnx", "--data", "x.npy", "--batch", "2")
+    for number, other in ((1, 2), (2, 1)):
+        result = run(*given, "--shard", f"{number}/2")
+        assert result.exit_code == 0, result.stderr
+        assert f"holds shard {number} of 2; `statistics merge` adds up the others: {other}" in result.stderr
+    assert run(*given).exit_code == 0
+    result = merge("m.2-of-2.statistics.npz", "m.1-of-2.statistics.npz", "-o", "all.npz", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert (document["samples"], document["share"]) == (6, None)
+    assert open_statistics(files / "all.npz").header == open_statistics(files / "m.statistics.npz").header
+    assert (files / "all.npz").stat().st_size == (files / "m.statistics.npz").stat().st_size
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_shards_that_are_none(shard: str, files: Path) -> None:
+    assert run("calibrate", "m.onnx", "--data", "x.npy", "--shard", shard).exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -124,7 +148,7 @@ def test_merging_shards(files: Path) -> None:
         (["prune", "m.onnx", "--ratios", "r.yaml", "--statistics", "absent.npz"], "absent.npz does not exist"),
         (["prune", "m.onnx", "--ratios", "r.yaml", "--statistics", "x.npy"], "no statistics file"),
         (["calibrate", "m.onnx", "--data", "absent"], "absent"),
-        (["calibrate", "m.onnx", "--merge", "absent.npz"], "absent.npz does not exist"),
+        (["calibrate", "m.onnx", "--data", "x.npy", "--shard", "1/2"], "1 batches of 16 make no 2 shards"),
         (["calibrate", "m.onnx", "--data", "x.npy", "-o", "absent/s.npz"], "absent"),
     ],
 )
@@ -147,7 +171,7 @@ def test_statistics_of_another_model_are_refused(files: Path, exported: Exported
 
 def test_wrong_usage_is_status_two(files: Path) -> None:
     assert run("calibrate", "m.onnx").exit_code == 2
-    assert run("calibrate", "m.onnx", "--data", "x.npy", "--merge", "s.npz").exit_code == 2
+    assert merge("-o", "s.npz").exit_code == 2
     assert run("calibrate", "m.onnx", "--data", "x.npy", "--tokens", "2").exit_code == 2
     assert run("prune", "m.onnx", "--ratios", "r.yaml", "--data", "x.npy", "--statistics", "s.npz").exit_code == 2
 

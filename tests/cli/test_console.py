@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from toast_onnx_cli import console
 from toast_onnx_cli.console import format_bytes, format_count, print_json, print_table, progress
 
 FACTORS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -49,6 +50,25 @@ def test_print_table_takes_cells_literally_and_cuts_nothing(capsys: pytest.Captu
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["[red]name[/red]", "1.25", "G"] for line in lines)
     assert any(long in line and line.endswith("5 M") for line in lines)
+
+
+def test_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that take the same, unless somebody knows better."""
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with progress("solving", 10) as advance:
+        now[0] = 20.0
+        advance(2, "block 1")
+        now[0] = 300.0
+        advance(1, left=7000.0)
+        now[0] = 320.0
+        advance(7)
+    assert capsys.readouterr().err.splitlines()[1:-1] == [
+        "solving: 2/10 block 1 ~80 s left",
+        "solving: 3/10 ~1.9 h left",
+        "solving: 10/10",
+    ]
+    assert console.format_seconds(240) == "4 min"
 
 
 def test_progress_off_a_terminal_is_plain_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

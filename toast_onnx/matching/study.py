@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.blocks import Match
@@ -34,6 +34,7 @@ class Study(Probe):
         source: the model as it came.
         spelled_out: the nodes that are spelled out in `view`.
         notes: what a person should know of the shapes that were taken.
+        given: the concrete shapes that were asked for.
     """
 
     counted: Facts
@@ -43,6 +44,7 @@ class Study(Probe):
     source: Model
     spelled_out: tuple[SpelledOut, ...] = ()
     notes: tuple[str, ...] = ()
+    given: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Study:
@@ -61,6 +63,7 @@ def study(model: Model, given: Mapping[str, Sequence[int]] | None = None) -> Stu
 
 def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     view = GraphView(join_split_biases(model))
+    asked = given
     shapes, counted, usual, note = counted_shapes(view, given)
     named, given = bool(given), given if usual else shapes
     contracted = spell_contractions(view, counted)
@@ -96,7 +99,7 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     other.trust(facts)
     match = find_blocks(Probe(view, facts, other))
     notes = () if note is None else (note,)
-    return Study(view, facts, other, counted, shapes, dynamic_batch, match, model, spelled, notes)
+    return Study(view, facts, other, counted, shapes, dynamic_batch, match, model, spelled, notes, asked)
 
 
 def _other_facts(view: GraphView, given: Mapping[str, Sequence[int]], facts: Facts, dynamic_batch: bool) -> Facts:

@@ -1,0 +1,82 @@
+"""Room on the disk for working files, counted before the work begins."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx.helper
+
+from toast_onnx.errors import ConfigError
+from toast_onnx.matching.study import Study
+from toast_onnx.model import stored_bytes
+from toast_onnx_calibration.chain import Link
+from toast_onnx_calibration.sources import count_samples
+
+if TYPE_CHECKING:
+    from toast_onnx_calibration.calibrating import CalibrationOptions
+
+
+def drawn(data: str | Path, options: CalibrationOptions) -> int | None:
+    """How many samples will be read; None where nobody knows beforehand."""
+    count = count_samples(data)
+    return options.samples if count is None else min(count, options.samples or count)
+
+
+def check_room(needed: int) -> None:
+    """Make sure that working files fit on the disk.
+
+    Args:
+        needed: bytes.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    place = tempfile.gettempdir()
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ConfigError(
+            f"working files need {needed / 1e9:.1f} GB in {place}, where {free / 1e9:.1f} GB are free: free space, set "
+            "TMPDIR to another folder, or take fewer --samples"
+        )
+
+
+def spool_bytes(study: Study, links: Sequence[Link], samples: int) -> int:
+    """Bytes of the activations that the passes of a calibration leave for one another, at their most.
+
+    Args:
+        study: the model.
+        links: the passes.
+        samples: that are measured.
+    """
+    return samples * max((_sample_bytes(study, {*link.takes, *link.leaves}) for link in links), default=0)
+
+
+def trial_bytes(study: Study, samples: int, fronts: Collection[str], output: str) -> int:
+    """Bytes of the working files of trials: samples, activations in front of a block, answers, graphs.
+
+    Args:
+        study: the model.
+        samples: that are run.
+        fronts: activations in front of each block; two of them are on the disk at a time.
+        output: where damage is measured.
+    """
+    inputs = _sample_bytes(study, {i.name for i in study.view.model.proto.graph.input} - set(study.view.initializers))
+    front = max((_sample_bytes(study, {name}) for name in fronts), default=0)
+    return samples * (inputs + 2 * front + _sample_bytes(study, {output})) + 3 * stored_bytes(study.view.model.path)
+
+
+def _sample_bytes(study: Study, tensors: Collection[str]) -> int:
+    """Bytes of some tensors for one sample; those of unknown shape count nothing."""
+    found = 0
+    for name in tensors:
+        shape = study.counted.shape(name)
+        if shape is not None:
+            kind = study.counted.elem_type(name) or onnx.TensorProto.FLOAT
+            found += prod(shape) * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+    batch = max((study.counted_shapes[n][0] for n in study.counted_shapes if study.counted_shapes[n]), default=1)
+    return found // max(batch, 1)
