@@ -256,26 +256,23 @@ def test_a_softmax_that_weighs_activations_says_that_it_has_no_scores(tmp_path: 
     assert said(match) == {"'pool' (Softmax)": "the scores before this Softmax are no product of two activations"}
 
 
-def _talking_heads(graph: Graph, probabilities: str, values: str) -> str:
-    """CaiT: heads are mixed by a matrix."""
+def _mixed_tokens(graph: Graph, probabilities: str, values: str) -> str:
+    """A learned matrix over keys; only heads may be mixed."""
+    mixed = graph.add("MatMul", probabilities, graph.random(TOKENS, TOKENS), name="over_keys")
+    return graph.add("MatMul", mixed, values)
+
+
+def _weighted_by_something(graph: Graph, probabilities: str, values: str) -> str:
+    """Heads added up with weights that come from elsewhere."""
     last = graph.add("Transpose", probabilities, perm=[0, 2, 3, 1], name="heads_last")
-    mixed = graph.add("MatMul", last, graph.random(HEADS, HEADS))
+    gates = graph.add("Sigmoid", graph.add("ReduceMean", "x", axes=[1, 2], keepdims=1))
+    mixed = graph.add("MatMul", graph.add("Mul", last, gates), graph.random(HEADS, HEADS))
     return graph.add("MatMul", graph.add("Transpose", mixed, perm=[0, 3, 1, 2]), values)
-
-
-def _differential(graph: Graph, probabilities: str, values: str) -> str:
-    """Differential attention: the probabilities of one head less those of another."""
-    picked = [graph.constant(heads) for heads in ([0, 0], [1, 1])]
-    first, second = (graph.add("Gather", probabilities, p, axis=1, name=f"heads_{p}") for p in picked)
-    return graph.add("MatMul", graph.add("Sub", first, second), values)
 
 
 @pytest.mark.parametrize(
     ("weigh", "by"),
-    [
-        (_talking_heads, "heads_last' (Transpose)"),
-        (_differential, "heads_constant"),
-    ],
+    [(_mixed_tokens, "over_keys' (MatMul)"), (_weighted_by_something, "heads_last' (Transpose)")],
 )
 def test_probabilities_that_do_not_weigh_values_as_they_are(weigh: Any, by: str, tmp_path: Path) -> None:
     graph, y = block(weigh=weigh)

@@ -21,7 +21,7 @@ _BETWEEN = frozenset(
 #: Operators that hold a whole attention.
 FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 #: Operators that move scores or probabilities or mix those of different heads.
-_MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv", "Einsum", "LayerNormalization", "BatchNormalization", "Cast"}
+_MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv", "Einsum", "LayerNormalization", "BatchNormalization"}
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,12 @@ def _mixed_products(view: GraphView, facts: Facts, i: int) -> tuple[int, int] | 
     shape = facts.shape(view.nodes[scores[0]].output[0]) or ()
     taken = facts.shape(view.nodes[total[0]].input[0]) or ()
     heads = shape[-3] if len(shape) > 2 else 0
-    matrices = [view.nodes[n] for n in (*scores[1], *total[1]) if view.nodes[n].op_type in ("MatMul", "Gemm", "Conv")]
+    way = (*scores[1], *total[1])
+    matrices = [view.nodes[n] for n in way if view.nodes[n].op_type in ("MatMul", "Gemm", "Conv")]
     sides = [facts.shape(name) or () for node in matrices for name in node.input[:2] if facts.is_constant(name)]
     mixing = all(np.prod(side) == heads * max(side) and heads in side for side in sides)
-    return (scores[0], total[0]) if heads and taken[-2:] == shape[-2:] and mixing else None
+    met = any(view.nodes[n].op_type in _MIXING - MOVEMENT or len(_data(view, facts, n)) > 1 for n in way)
+    return (scores[0], total[0]) if met and mixing and heads and taken[-2:] == shape[-2:] else None
 
 
 def _only_source(view: GraphView, facts: Facts, tensor: str) -> tuple[int, list[int]] | None:
