@@ -137,18 +137,8 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
     if attribute(total, "transB", 0):
         raise Kind.NO_ATTENTION.decline("the values come transposed into the weighted sum")
     k_dim_axis = -1 if attribute(product, "transB", 0) else -2
-    return Core(
-        "matmul",
-        qk,
-        i,
-        av,
-        product.input[0],
-        product.input[1],
-        total.input[1],
-        total.output[0],
-        k_dim_axis,
-        mixed=mixed is not None,
-    )
+    q, k = product.input[:2]
+    return Core("matmul", qk, i, av, q, k, total.input[1], total.output[0], k_dim_axis, mixed=mixed is not None)
 
 
 def _mixed_products(view: GraphView, facts: Facts, i: int) -> tuple[int, int] | None:
@@ -158,12 +148,10 @@ def _mixed_products(view: GraphView, facts: Facts, i: int) -> tuple[int, int] | 
     finished scores, a head's dimensions have been summed before it, and are multiplied into V after it.
     """
     scores = _only_source(view, facts, view.nodes[i].input[0])
-    total = (
-        None
-        if scores is None or not _is_product(view, facts, scores[0])
-        else _only_reader(view, facts, view.nodes[i].output[0])
-    )
-    if scores is None or total is None:
+    if scores is None or not _is_product(view, facts, scores[0]):
+        return None
+    total = _only_reader(view, facts, view.nodes[i].output[0])
+    if total is None:
         return None
     shape = facts.shape(view.nodes[scores[0]].output[0]) or ()
     taken = facts.shape(view.nodes[total[0]].input[0]) or ()
