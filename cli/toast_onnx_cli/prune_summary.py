@@ -108,8 +108,15 @@ def _agreement_lines(found: dict[str, Any] | None) -> _Said:
     return _Said(alarm, tuple(lines))
 
 
+def _idle(document: dict[str, Any]) -> str:
+    """What the first line begins with where every block and every token is left."""
+    kept = (k for block in document["blocks"] for k in block["kept"].values())
+    touched = document["tokens"] is not None or any(k is not None for k in kept)
+    return "" if touched else "NOTHING WAS REMOVED: "
+
+
 def summary(document: dict[str, Any], out: Path, report: Path) -> str:
-    """Lines on what happened, with the hashes of what was read; the first says so where the file grew."""
+    """Lines on what happened, with the hashes of what was read; the first says where nothing went or the file grew."""
     dense, pruned, twin = document["dense"], document["pruned"], document["twin"]
     proof = "not checked" if twin is None else f"twin agrees to {twin['worst']:.1e} of scale"
     more = pruned["bytes"] / dense["bytes"] - 1
@@ -118,7 +125,8 @@ def summary(document: dict[str, Any], out: Path, report: Path) -> str:
     nodes = f" (+{more:.1%}, nodes that were added)" if more > 0 and not loud else ""
     said = _agreement_lines(document["agreement"])
     lines = [
-        f"{said.alarm}{grown}{out}: MACs {format_count(dense['macs'])} -> {format_count(pruned['macs'])}, "
+        f"{said.alarm}{_idle(document)}{grown}{out}: "
+        f"MACs {format_count(dense['macs'])} -> {format_count(pruned['macs'])}, "
         f"parameters {format_count(dense['params'])} -> {format_count(pruned['params'])}, "
         f"file {format_bytes(dense['bytes'])} -> {format_bytes(pruned['bytes'])}{nodes}; {proof}",
         *said.lines,

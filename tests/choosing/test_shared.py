@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from tests.matching.tiny import HIDDEN, WIDTH, Graph
 from tests.pruning import look, prune_file
@@ -17,6 +18,7 @@ from toast_onnx.importance.moments import Moments
 from toast_onnx.planning.macs import graph_params
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
+from toast_onnx_cli.main import main
 from toast_onnx_cli.prune_summary import summary
 
 CASES = Path(__file__).parent.parent / "cases" / "graphs"
@@ -161,7 +163,7 @@ def test_a_larger_file_is_said_as_loud_as_it_matters(size: int, params: int, sta
         "twin": None,
         "statistics": {"source": "none"},
         "tokens": None,
-        "blocks": [],
+        "blocks": [{"kept": {"qk": [[0, 1]], "vo": None}, "predicted_errors": {}}],
         "no_norm_in_front": [],
         "agreement": None,
         "read": [],
@@ -171,3 +173,16 @@ def test_a_larger_file_is_said_as_loud_as_it_matters(size: int, params: int, sta
     assert line.startswith(start)
     assert ("nodes that were added" in line) is bool(end)
     assert end in line
+
+
+def test_a_model_that_was_left_alone_is_named_in_the_first_line(tmp_path: Path) -> None:
+    """No norm stands in front of these blocks, and without data they stay as they are."""
+    ratios, out = tmp_path / "half.yaml", tmp_path / "out.onnx"
+    ratios.write_text("version: 1\nattention: {qk: 0.5, vo: 0.5}\nffn: {fc2: 0.5}\n")
+    asked = ["prune", str(CASES / "yolo_psa.onnx"), "--ratios", str(ratios), "-o", str(out)]
+    result = CliRunner().invoke(main, asked)
+    assert result.exit_code == 0, result.output
+    first = next(line for line in result.output.splitlines() if "MACs" in line)
+    assert first.startswith(f"NOTHING WAS REMOVED: {out}")
+    forced = CliRunner().invoke(main, [*asked, "--force-synthetic", "--overwrite"])
+    assert "NOTHING" not in forced.output
