@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.helper
+import onnx.numpy_helper
 import pytest
 from click.testing import CliRunner
 
 from tests.matching.tiny import TOKENS, Graph, block
 from tests.pruning import UNEVEN, look, prune_file
 from toast_onnx.errors import ModelError
+from toast_onnx.matching import input_shapes
+from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.index_ranges import index_ranges
 from toast_onnx.proof.inputs import twin_inputs
 from toast_onnx.runtime import candidate_inputs
@@ -254,3 +257,31 @@ def _image_model(graph: Graph, y: str, path: Path) -> Path:
     model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("x", 1, ["batch", 3, "h", "w"]))
     onnx.save(model, path)
     return path
+
+
+def test_a_graph_that_no_size_fits_is_given_up_in_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contradiction far behind, and many lengths to try: the nodes walked are bounded, not the attempts."""
+    make = onnx.helper.make_node
+    values = {f"n{n}": onnx.numpy_helper.from_array(np.asarray([n])) for n in range(2, 150)}
+    lengths = [make("Constant", [], [name], value=value) for name, value in values.items()]
+    chain = [make("Relu", ["x" if i == 0 else f"r{i - 1}"], [f"r{i}"]) for i in range(500)]
+    nodes = [*lengths, make("Concat", [*values], ["lengths"], axis=0), *chain]
+    nodes.append(make("MatMul", ["r499", "w"], ["y"]))
+    info = [onnx.helper.make_tensor_value_info(n, 1, a) for n, a in (("x", ["b", "n", 8]), ("y", ["b", "n", 4]))]
+    weights = [onnx.numpy_helper.from_array(np.zeros((9, 4), np.float32), "w")]
+    graph = onnx.helper.make_graph(nodes, "contradiction", info[:1], info[1:], weights)
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
+    walked = 0
+
+    def counted(self: Facts, node: onnx.NodeProto) -> None:
+        nonlocal walked
+        walked += 1
+        walk(self, node)
+
+    walk = Facts._walk
+    monkeypatch.setattr(Facts, "_walk", counted)
+    monkeypatch.setattr(input_shapes, "_STEPS", 5_000)
+    with pytest.raises(ModelError, match="give the shapes with --shape"):
+        look(path)
+    assert 5_000 < walked < 5_000 + 3 * len(nodes)

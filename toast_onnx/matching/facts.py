@@ -47,6 +47,14 @@ class Fact:
     constant: bool = False
 
 
+class Contradiction(ModelError):
+    """Shapes that do not fit a graph, and how many nodes were walked before that was seen."""
+
+    def __init__(self, text: str, walked: int) -> None:
+        super().__init__(text)
+        self.walked = walked
+
+
 class Facts:
     """Facts of all tensors of a graph at given input shapes."""
 
@@ -58,7 +66,7 @@ class Facts:
             shapes: concrete shape of every graph input that is not an initializer.
 
         Raises:
-            ModelError: the shapes contradict the graph.
+            Contradiction: the shapes contradict the graph.
         """
         self.view = view
         self._opsets = {o.domain: o.version for o in view.model.proto.opset_import}
@@ -71,8 +79,11 @@ class Facts:
             self._facts[name] = Fact(
                 tuple(tensor.dims), tensor.data_type, view.model.array(tensor) if small else None, True
             )
-        for node in view.nodes:
-            self._walk(node)
+        for walked, node in enumerate(view.nodes):
+            try:
+                self._walk(node)
+            except ModelError as e:
+                raise Contradiction(str(e), walked) from e
 
     def trust(self, other: Facts) -> None:
         """Count as constants what has the same known value at other input shapes, and what is made of it.

@@ -9,7 +9,7 @@ from itertools import islice, product
 import onnx
 
 from toast_onnx.errors import ModelError
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Contradiction, Facts
 from toast_onnx.matching.graph import GraphView, attribute
 
 Shapes = dict[str, tuple[int, ...]]
@@ -20,6 +20,8 @@ _LONGEST = 4096
 _SIDES = (32, 48, 64, 96, 128, 224, 256, 384, 448, 512)
 #: How many sizes are tried together for two axes that differ.
 _PAIRS = 200
+#: Nodes walked, over all sizes tried: half a minute at most. Sizes that do not fit mostly show at the first Reshape.
+_STEPS = 30_000
 
 
 def counted_shapes(view: GraphView, given: Mapping[str, Sequence[int]]) -> tuple[Shapes, Facts, bool, str | None]:
@@ -38,13 +40,17 @@ def counted_shapes(view: GraphView, given: Mapping[str, Sequence[int]]) -> tuple
     shapes = input_shapes(view, given, 1)
     try:
         return shapes, Facts(view, shapes), True, None
-    except ModelError as e:
+    except Contradiction as e:
         free, batches = _free_axes(view, given)
+        walked = 0
         for sizes in _attempts(view, free, batches):
             tried = input_shapes(view, given, 1, sizes=sizes)
             try:
                 facts = Facts(view, tried)
-            except ModelError:
+            except Contradiction as misfit:
+                walked += misfit.walked
+                if walked > _STEPS:
+                    break
                 continue
             return tried, facts, False, _found(view, shapes, tried)
         if not free and not batches:
