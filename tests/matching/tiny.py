@@ -104,9 +104,10 @@ def block(
     ffn: Bend = straight,
     end: Bend = straight,
     axis: int = -1,
+    activation: str = "Relu",
     residual: bool = True,
 ) -> tuple[Graph, str]:
-    """One pre-norm block with separate Q, K and V layers and a ReLU network.
+    """One pre-norm block with separate Q, K and V layers and a network, of ReLU by default.
 
     Args:
         q: bends the queries (batch, heads, tokens, dim), and so k and v.
@@ -118,6 +119,7 @@ def block(
         ffn: bends fc2's output, before it joins the stream.
         end: bends the block's output.
         axis: the softmax's axis.
+        activation: operator between fc1 and fc2.
         residual: whether the network's output is added to the stream.
 
     Returns:
@@ -134,5 +136,5 @@ def block(
     merged = context(g, g.add("Reshape", mixed, g.constant([0, 0, WIDTH])))
     stream = g.add("Add", "x", branch(g, g.linear(merged, WIDTH, WIDTH, "proj")))
     inner = hidden(g, g.linear(g.norm(stream), WIDTH, HIDDEN, "fc1"))
-    out = ffn(g, g.linear(activated(g, g.add("Relu", inner)), HIDDEN, WIDTH, "fc2"))
+    out = ffn(g, g.linear(activated(g, g.add(activation, inner)), HIDDEN, WIDTH, "fc2"))
     return g, end(g, g.add("Add", stream, out) if residual else out)

@@ -28,8 +28,8 @@ from toast_onnx.importance.synthetic import (
 from toast_onnx.matching.blocks import Block, Branch
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.norms import Norm, norm_before
+from toast_onnx.matching.operators import MOVEMENT, PASSING
 from toast_onnx.matching.piece import cut_piece
-from toast_onnx.matching.probe import MOVEMENT, PASSING
 from toast_onnx.matching.study import Study
 from toast_onnx.model import scratch_folder
 from toast_onnx.planning.ratios import BlockRatios, Ratios

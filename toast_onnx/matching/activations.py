@@ -26,11 +26,6 @@ _SINGLE = {
 _CONTRIB = {"BiasGelu": "gelu", "FastGelu": "gelu_tanh"}
 
 
-def is_activation(node: onnx.NodeProto) -> bool:
-    """Whether a node is a nonlinearity by itself."""
-    return node.op_type in _SINGLE or node.op_type in ("Gelu", "Sigmoid", "Tanh", "Erf", "Softplus")
-
-
 def activation_name(view: GraphView, facts: Facts, nodes: Sequence[int]) -> str | None:
     """Name of the activation that a region of elementwise nodes computes; None when it has no nonlinearity."""
     present = {view.nodes[i].op_type: view.nodes[i] for i in nodes}

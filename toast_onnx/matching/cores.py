@@ -9,7 +9,7 @@ import numpy as np
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.probe import MOVEMENT
+from toast_onnx.matching.operators import ATTENTIONS, MOVEMENT
 from toast_onnx.reasons import Decline, Kind, Reason
 
 #: Operators that may stand between the score product and Softmax: scale, mask, bias, soft cap, shape.
@@ -18,8 +18,6 @@ _BETWEEN = frozenset(
     | {"Squeeze", "Expand", "IsNaN", "Dropout", "IsInf", "Or", "Not", "And"}
     | {"QuantizeLinear", "DequantizeLinear"}  # found, so that it can be declined with the reason
 )
-#: Operators that hold a whole attention.
-FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 #: Operators that move scores or probabilities or mix those of different heads.
 _MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv", "Einsum", "LayerNormalization", "BatchNormalization"}
 
@@ -238,7 +236,7 @@ def _meets(view: GraphView, facts: Facts, i: int) -> bool:
 
 def is_meeting(view: GraphView, facts: Facts, i: int) -> bool:
     """Whether two activations meet in a node: in a product, or inside a fused attention."""
-    return _meets(view, facts, i) or view.nodes[i].op_type in FUSED
+    return _meets(view, facts, i) or view.nodes[i].op_type in ATTENTIONS
 
 
 def _einsum_before(view: GraphView, facts: Facts, tensor: str) -> int | None:

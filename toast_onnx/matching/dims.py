@@ -15,7 +15,8 @@ import numpy as np
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.probe import PASSING, scalar_factor
+from toast_onnx.matching.operators import PASSING
+from toast_onnx.matching.probe import scalar_factor
 from toast_onnx.reasons import Kind
 
 _MOVING = frozenset(

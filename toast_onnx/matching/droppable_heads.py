@@ -17,18 +17,13 @@ from toast_onnx.matching.facts import Probe
 from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.head_region import HeadAxis, HeadRegion
 from toast_onnx.matching.layout import HEAD, Layout
+from toast_onnx.matching.operators import ELEMENTWISE, REDUCTIONS, Effect, operators
 from toast_onnx.reasons import Decline, Kind
 
 _RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
-#: Act on each element, operands broadcast against each other.
-_ELEMENTWISE = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Abs", "Neg", "Reciprocal", "Where", "Cast", "CastLike"}
-    | {"Identity", "Dropout", "Clip", "Max", "Min", "Tanh", "Sigmoid", "Erf", "Relu", "IsNaN", "IsInf", "Not", "And"}
-    | {"Or", "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Sum", "Expand"}
-)
 #: Act along the axes that they name.
-_ALONG = frozenset({"Split", "Slice", "Gather", "Concat", "Softmax", "LogSoftmax", "LpNormalization"})
-_NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
+_ALONG = frozenset({"Split", "Slice", "Gather", "Concat", "Softmax", "LogSoftmax", "LpNormalization"}) | REDUCTIONS
+_NORMS = operators(Effect.NORMS) - {"LpNormalization"}  # which runs along one axis
 _FUSED = frozenset({"Attention", "MultiHeadAttention"})
 
 
@@ -153,9 +148,9 @@ def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
         rank = len(found.shape(node.input[0]))
         perm = list(attribute(node, "perm") or range(rank)[::-1])  # type: ignore[call-overload]
         return {made[0]: HeadAxis(perm.index(first.axis), first.inner)}
-    if op in _ELEMENTWISE:
+    if op in ELEMENTWISE or op == "Expand":
         return {made[0]: _aligned(found, i, inside, len(found.shape(made[0])))}
-    if op in _ALONG or op in _NORMS or op.startswith("Reduce"):
+    if op in _ALONG or op in _NORMS:
         return _along(found, i, made)
     if op in ("MatMul", "FusedMatMul"):
         return {made[0]: _product(found, i, inside)}
@@ -230,8 +225,8 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
     """The axes that a node acts along, not negative."""
     node = found.view.nodes[i]
     op = node.op_type
-    given: object = attribute(node, "axes") if op.startswith("Reduce") else None
-    if op.startswith("Reduce") and given is None:
+    given: object = attribute(node, "axes") if op in REDUCTIONS else None
+    if op in REDUCTIONS and given is None:
         given = found.facts.value(node.input[1]) if len(node.input) > 1 and node.input[1] else range(rank)
     elif op == "Slice":
         starts = found.facts.value(node.input[1]) if len(node.input) > 1 else None
@@ -333,7 +328,7 @@ def _outside(found: _Heads, i: int) -> dict[int, HeadAxis]:
 def _is_setting(op: str, k: int) -> bool:
     """Whether an input says what to do rather than taking part: shapes, axes, indices, bounds."""
     by_inputs = op in _RESHAPING or op in ("Expand", "Split", "Slice", "Gather", "Clip", "CastLike")
-    return k > 0 and (by_inputs or op.startswith("Reduce"))
+    return k > 0 and (by_inputs or op in REDUCTIONS)
 
 
 def _meeting(found: _Heads, i: int, k: int, inside: int) -> tuple[HeadAxis | None, int]:

@@ -8,22 +8,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from toast_onnx.matching.activations import activation_name, is_activation
+from toast_onnx.matching.activations import activation_name
 from toast_onnx.matching.blocks import Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import QUANTIZED, GraphView, attribute
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.probe import MOVEMENT, PASSING, check_readers
+from toast_onnx.matching.operators import ELEMENTWISE, MOVEMENT, PASSING, Effect, operators
+from toast_onnx.matching.probe import check_readers
 from toast_onnx.reasons import Decline, Kind, Reason
 
-_BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu", "Where", "Greater", "Less"})
-_UNARY = frozenset({"Erf", "Tanh", "Exp", "Log", "Sqrt", "Abs", "Neg", "Reciprocal", "Clip", "Softplus", "Not"})
-_REDUCING = frozenset(
-    {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "ReduceMean", "ReduceL2", "ReduceSum"}
-    | {"Softmax", "InstanceNormalization", "GroupNormalization", "ReduceSumSquare", "LpNormalization"}
-)
+_REDUCING = operators(Effect.NORMS) | {
+    "InstanceNormalization", "GroupNormalization", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Softmax"
+}  # fmt: skip
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
-_SUMS = frozenset({"Add", "Sum", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
+_SUMS = operators(Effect.ADDS_AND_NORMS) | {"Add", "Sum"}
 _JOINS = _SUMS | {"Concat"}  # a gate on the stream is no part of it
 _CONTRIB_ACTIVATIONS = frozenset({"Gelu", "FastGelu", "BiasGelu", "QuickGelu"})
 
@@ -137,7 +135,7 @@ def _acts_per_channel(view: GraphView, facts: Facts, i: int) -> bool:
         return bool(weight) and attribute(node, "group", 1) == weight[0] and weight[1] == 1  # type: ignore[index]
     if node.op_type == "BatchNormalization":
         return True
-    return is_activation(node) or node.op_type in _BINARY | _UNARY | MOVEMENT | PASSING | _QDQ
+    return node.op_type in ELEMENTWISE | MOVEMENT | _QDQ
 
 
 def _label(

@@ -12,17 +12,18 @@ import onnx
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.attention import match_attention
 from toast_onnx.matching.blocks import Attention, Block, Ffn, Match
-from toast_onnx.matching.cores import FUSED, find_cores
+from toast_onnx.matching.cores import find_cores
 from toast_onnx.matching.facts import Probe
 from toast_onnx.matching.ffn import match_ffn
 from toast_onnx.matching.graph import QUANTIZED, GraphView
 from toast_onnx.matching.linear import find_linears
+from toast_onnx.matching.operators import ATTENTIONS
 from toast_onnx.reasons import Decline, Kind, Reason
 
 #: Metadata key under which PyTorch's exporter stores the module path of a node.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 #: Operators that a transformer block's layers are made of.
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum", "FusedMatMul", *FUSED)
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum", "FusedMatMul", *ATTENTIONS)
 
 
 def find_blocks(probe: Probe) -> Match:
@@ -69,7 +70,7 @@ def _hidden_in_bodies(view: GraphView) -> dict[str, Reason]:
         ops = Counter(op for a in node.attribute for body in (a.g, *a.graphs) for op in _operators(body))
         products = sum(ops[op] for op in _PRODUCTS)
         if products:
-            softmaxes = sum(ops[op] for op in ("Softmax", *FUSED))
+            softmaxes = sum(ops[op] for op in ("Softmax", *ATTENTIONS))
             hidden[view.label(i)] = Kind.BODY.says(
                 "its body holds {products} matrix products and {softmaxes} attentions or softmaxes, and bodies of "
                 "{operator} are not looked into; export the model without the condition or loop",

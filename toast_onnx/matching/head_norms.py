@@ -16,7 +16,7 @@ import onnx
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.probe import MOVEMENT
+from toast_onnx.matching.operators import MOVEMENT
 from toast_onnx.reasons import Kind
 
 _VECTORS = 16

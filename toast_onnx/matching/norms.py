@@ -9,7 +9,7 @@ import onnx
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.probe import MOVEMENT, PASSING
+from toast_onnx.matching.operators import MOVEMENT, PASSING
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,8 @@ import onnx
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import QUANTIZED, GraphView, attribute
 from toast_onnx.matching.linear import Linear
+from toast_onnx.matching.operators import MOVEMENT, PASSING
 from toast_onnx.reasons import Decline, Kind, Reason
-
-#: Operators that move elements and compute nothing. Their first input is the data (all inputs for Concat).
-MOVEMENT = frozenset(
-    {"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Concat", "Flatten", "Expand"}
-    | {"DepthToSpace", "SpaceToDepth", "Tile", "Pad", "ReverseSequence", "GatherND", "GatherElements", "Reverse"}
-)
-#: Operators that leave every element where it is and what it is, up to precision.
-PASSING = frozenset({"Identity", "Cast", "Dropout"})
 
 
 @dataclass(frozen=True)

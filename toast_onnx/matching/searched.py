@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from toast_onnx.matching.cores import FUSED
+from toast_onnx.matching.operators import ATTENTIONS
 from toast_onnx.matching.study import Study
 
 
 def searched(study: Study) -> str:
     """What was looked for in a graph, and what there is of it: for graphs in which nothing was found."""
     ops = Counter(node.op_type for node in study.view.nodes)
-    attention = sum(ops[op] for op in ("Softmax", *FUSED))
+    attention = sum(ops[op] for op in ("Softmax", *ATTENTIONS))
     most = ", ".join(f"{count} {op}" for op, count in ops.most_common(4))
     kind = " (a convolutional network, which has neither)" if ops["Conv"] and not attention else ""
     return (

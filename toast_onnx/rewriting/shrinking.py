@@ -16,7 +16,7 @@ from toast_onnx.edit import GraphEdit
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.graph import attribute
-from toast_onnx.matching.probe import MOVEMENT
+from toast_onnx.matching.operators import MOVEMENT
 from toast_onnx.rewriting.shapes import restored
 
 Keep = Mapping[str, np.ndarray]

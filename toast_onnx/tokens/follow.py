@@ -16,31 +16,15 @@ import onnx
 
 from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.graph import attribute
-from toast_onnx.matching.probe import MOVEMENT
+from toast_onnx.matching.operators import ELEMENTWISE, MOVEMENT, REDUCTIONS, Effect, operators
 from toast_onnx.model import reads
 from toast_onnx.reasons import Decline, Kind, Reason
 from toast_onnx.tokens.along import Along, read_along, single_index
 from toast_onnx.tokens.uniform import uniform_value
 
-#: Operators that compute each element from the elements at the same place of their operands.
-ELEMENTWISE = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "Mod", "Sum", "PRelu", "Equal", "Greater", "Less"}
-    | {"GreaterOrEqual", "LessOrEqual", "And", "Or", "Not", "Abs", "Neg", "Sqrt", "Reciprocal", "Exp", "Log", "Erf"}
-    | {"Tanh", "Sigmoid", "Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Gelu", "HardSwish", "HardSigmoid", "Mish"}
-    | {"Softplus", "Softsign", "Sin", "Cos", "Clip", "Cast", "CastLike", "Identity", "Dropout", "IsNaN", "IsInf"}
-    | {"Sign", "Floor", "Ceil", "Round", "Swish", "ThresholdedRelu"}
-    | {"FastGelu", "QuickGelu", "BiasGelu"}
-)
-#: Of these, what commutes with a sum of its first operand over tokens: probabilities may pass.
+#: Of those that act on each element, what commutes with a sum of its first operand over tokens: probabilities may pass.
 LINEAR = frozenset({"Mul", "Div", "Cast", "CastLike", "Identity", "Dropout", "Where", "IsNaN"})
-#: Norms over trailing axes.
-NORMS = frozenset(
-    {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization"}
-    | {"SkipSimplifiedLayerNormalization", "LpNormalization"}
-)
-REDUCTIONS = frozenset(
-    {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceL1", "ReduceProd"}
-)
+NORMS = operators(Effect.NORMS, Effect.ADDS_AND_NORMS)
 #: Attention in one node: operands that hold tokens, and where a term on the scores goes.
 FUSED = {"Attention": 3, "MultiHeadAttention": 5}
 

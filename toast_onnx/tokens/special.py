@@ -7,7 +7,7 @@ import onnx
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.probe import MOVEMENT, PASSING
+from toast_onnx.matching.operators import MOVEMENT, PASSING
 
 #: Operators between a sequence's making and its first block that act on every token alone.
 _ALONE = PASSING | {

@@ -1,0 +1,121 @@
+"""The table of operators against ONNX's own reference implementation: each is run, and does what its entry says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.defs
+import onnx.helper
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from toast_onnx.matching.operators import OPERATORS, Effect, operators
+
+#: Of ONNX Runtime, or newer than the reference.
+CONTRIB = {"BiasGelu", "FastGelu", "QuickGelu", "SimplifiedLayerNormalization"} | operators(Effect.ADDS_AND_NORMS)
+BOOLEAN = {"And", "Or", "Not"}
+SHAPE = (3, 4, 5)
+ATTRIBUTES: dict[str, dict[str, Any]] = {"Cast": {"to": onnx.TensorProto.FLOAT}, "Mod": {"fmod": 1}}
+
+
+def known(*effects: Effect) -> list[str]:
+    """Operators of some effects that the installed ONNX defines."""
+    return sorted(op for op in operators(*effects) - CONTRIB if onnx.defs.has(op))
+
+
+def run(op: str, inputs: list[np.ndarray], opset: int = 22, **attributes: Any) -> np.ndarray:
+    names = [f"i{k}" for k in range(len(inputs))]
+    info = [
+        onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+        for n, x in zip(names, inputs, strict=True)
+    ]
+    node = onnx.helper.make_node(op, names, ["y"], **(ATTRIBUTES.get(op, {}) | attributes))
+    graph = onnx.helper.make_graph([node], "one", info, [onnx.ValueInfoProto(name="y")])
+    opset = max(opset, onnx.defs.get_schema(op).since_version)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    (made,) = ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True)))
+    return np.asarray(made)
+
+
+def operands(op: str) -> list[np.ndarray]:
+    """As many as the operator needs, positive so that every one is defined there."""
+    rng = np.random.default_rng(0)
+    schema = onnx.defs.get_schema(op)
+    count = max(schema.min_input, min(2, schema.max_input) if op in ("Max", "Min", "Sum") else 1)
+    made = [rng.uniform(0.1, 0.9, SHAPE).astype(np.float32) for _ in range(count)]
+    if op in BOOLEAN or op == "Where":
+        made = [x > 0.5 if op in BOOLEAN or k == 0 else x for k, x in enumerate(made)]
+    return made
+
+
+@pytest.mark.parametrize("op", known(Effect.PASSES, Effect.KEEPS))
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_what_keeps_an_axis_treats_each_place_alone(op: str, axis: int) -> None:
+    given = operands(op)
+    order = np.roll(np.arange(SHAPE[axis]), 1)
+    before, after = run(op, given), run(op, [np.take(x, order, axis) for x in given])
+    assert before.shape == SHAPE
+    np.testing.assert_array_equal(after, np.take(before, order, axis))
+    first = run(op, [np.take(x, [0], axis) for x in given])
+    np.testing.assert_array_equal(first, np.take(before, [0], axis))
+
+
+@pytest.mark.parametrize("op", known(Effect.PASSES))
+def test_what_passes_changes_nothing(op: str) -> None:
+    (x,) = operands(op)
+    np.testing.assert_array_equal(run(op, [x]), x)
+
+
+@pytest.mark.parametrize("op", known(Effect.REDUCES))
+def test_what_reduces_makes_one_of_an_axis(op: str) -> None:
+    (x,) = operands(op)
+    kept = run(op, [x, np.asarray([1])], keepdims=1)
+    assert kept.shape == (3, 1, 5)
+    np.testing.assert_allclose(run(op, [x[::-1], np.asarray([1])], keepdims=1), kept[::-1], rtol=1e-6)
+    np.testing.assert_allclose(run(op, [x[:, ::-1], np.asarray([1])], keepdims=1), kept, rtol=1e-5)
+    assert not np.array_equal(run(op, [x[:, :2], np.asarray([1])], keepdims=1), kept)
+
+
+@pytest.mark.parametrize("op", known(Effect.NORMS))
+def test_what_norms_mixes_its_axis_alone(op: str) -> None:
+    (x,) = operands(op)[:1]
+    rest = [] if op == "LpNormalization" else [np.ones(SHAPE[-1], np.float32)]
+    made = run(op, [x, *rest])
+    np.testing.assert_allclose(run(op, [x[::-1], *rest]), made[::-1], rtol=1e-6)
+    np.testing.assert_allclose(run(op, [x[:1], *rest]), made[:1], rtol=1e-6)
+    assert not np.allclose(run(op, [x[..., :3], *(r[:3] for r in rest)]), made[..., :3])
+
+
+MOVES: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "Concat": ([], {"axis": 1}),
+    "DepthToSpace": ([], {"blocksize": 2}),
+    "Expand": ([[2, 1, 4, 2, 2]], {}),
+    "Flatten": ([], {}),
+    "Gather": ([[1, 0]], {"axis": 1}),
+    "GatherElements": ([np.zeros((1, 4, 2, 2), int)], {"axis": 1}),
+    "GatherND": ([[[0, 1], [0, 2]]], {}),
+    "Reshape": ([[4, 4]], {}),
+    "Slice": ([[1], [3], [1]], {}),
+    "SpaceToDepth": ([], {"blocksize": 2}),
+    "Squeeze": ([[0]], {}),
+    "Tile": ([[2, 1, 1, 1]], {}),
+    "Transpose": ([], {"perm": [3, 2, 1, 0]}),
+    "Unsqueeze": ([[1]], {}),
+}
+
+
+@pytest.mark.parametrize("op", MOVES)
+def test_what_moves_makes_no_new_number(op: str) -> None:
+    x = np.arange(1, 17, dtype=np.float32).reshape(1, 4, 2, 2)
+    more, attributes = MOVES[op]
+    made = run(op, [x, *(np.asarray(v, np.int64) for v in more)], **attributes)
+    assert OPERATORS[op] == Effect.MOVES
+    assert set(made.reshape(-1)) <= set(x.reshape(-1))
+
+
+def test_every_operator_stands_once() -> None:
+    from toast_onnx.matching.operators import _TABLE
+
+    assert sum(len(names.split()) for names in _TABLE.values()) == len(OPERATORS)
