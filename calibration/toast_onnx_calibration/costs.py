@@ -9,9 +9,12 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,7 +22,8 @@ from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import BackendError, MatchError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
-from toast_onnx.model import Model, file_hash, save_model
+from toast_onnx.matching.study import study as study_of
+from toast_onnx.model import Model, file_hash, load_model, model_files, save_model
 from toast_onnx.planning.cost_table import CostTable, MergedTime, PartTimes, alike, table_widths
 from toast_onnx.planning.merged_macs import MergedMacs
 from toast_onnx.planning.planned import planned_ratios
@@ -31,6 +35,7 @@ from toast_onnx.planning.width_costs import TOKENS, Part, dense_widths, prunable
 from toast_onnx.pruning import prune
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx.tokens.schedule import exact_shares
+from toast_onnx_calibration.executing import Executor, Find, Here, Report
 
 #: Variants timed in turns with the dense model; all their sessions are open together.
 GROUP = 4
@@ -57,11 +62,13 @@ class Runtime:
         timer: times model files.
         description: program, version, provider, threads, machine.
         batch: items in one call.
+        again: makes the same on another machine; None where that is not to be had.
     """
 
     timer: Timer
     description: dict[str, str]
     batch: int
+    again: Callable[[], Runtime] | None = None
 
 
 def onnxruntime_runtime(
@@ -95,7 +102,8 @@ def onnxruntime_runtime(
         "threads": str(threads or "one a core"),
         "machine": platform.processor() or platform.machine(),
     }
-    return Runtime(timer, described, batch)
+    again = partial(onnxruntime_runtime, batch, threads, provider, rounds, shapes)
+    return Runtime(timer, described, batch, again)
 
 
 def trtexec_runtime(
@@ -137,7 +145,64 @@ def trtexec_runtime(
         "provider": "tensorrt",
         "machine": cuda.gpu_name() or "unknown GPU",
     }
-    return Runtime(timer, described, batch)
+    return Runtime(timer, described, batch, partial(trtexec_runtime, batch, path, rounds, duration, shapes))
+
+
+@dataclass(frozen=True)
+class TimingOrder:
+    """Timing as it is sent to machines.
+
+    Attributes:
+        model: file of the dense model.
+        given: the concrete shapes that were asked for.
+        runtime: makes what latencies are measured with.
+        provider: as for `toast-onnx bench`.
+    """
+
+    model: Path
+    given: Mapping[str, Sequence[int]]
+    runtime: Callable[[], Runtime]
+    provider: str
+    threads: ClassVar[int] = 0
+
+    @property
+    def files(self) -> tuple[tuple[Path, ...], ...]:
+        """The model."""
+        return (tuple(model_files(self.model)),)
+
+    @contextmanager
+    def open(self, find: Find, _folder: Path) -> Iterator[Timing]:
+        """The same on a machine of its own."""
+        yield Timing(study_of(load_model(find(self.model)), self.given), self.runtime())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Variants timed in turns with the dense model.
+
+    Attributes:
+        study: the dense model.
+        runtime: what to measure with.
+    """
+
+    study: Study
+    runtime: Runtime
+
+    def do(self, task: Sequence[_Width | _Merged], _report: Report) -> tuple[dict[str, str], list[float]]:
+        """What was measured with, and the latencies of the dense model and of some variants."""
+        with tempfile.TemporaryDirectory(prefix="toast-costs-") as name:
+            paths = [self.study.view.model.path]
+            for each in task:
+                path = Path(name) / f"{len(paths)}.onnx"
+                save_model(each.model(self.study), path, check=False)
+                paths.append(path)
+            return self.runtime.description, self.runtime.timer(paths)
+
+    def order(self) -> TimingOrder:
+        """What another machine opens the same from."""
+        assert self.runtime.again is not None
+        path = self.study.view.model.path.absolute()
+        return TimingOrder(path, self.study.given, self.runtime.again, self.runtime.description["provider"])
 
 
 def measure_costs(
@@ -147,6 +212,7 @@ def measure_costs(
     align: Align | None = None,
     most: int = 24,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> CostTable:
     """Time the model at every width of every part, blocks of the same shape changed together, and with tokens merged.
 
@@ -157,8 +223,10 @@ def measure_costs(
         align: the multiples that widths are.
         most: widths a part at most; more are thinned out evenly.
         progress: called after every group of variants.
+        executor: whose machines time, each alone and all of the same kind; None for this process.
 
     Raises:
+        BackendError: machines differ.
         MatchError: there is nothing to prune, or the alignment leaves no smaller width.
     """
     steps = align or Align()
@@ -176,19 +244,21 @@ def measure_costs(
         raise MatchError(no_smaller_width(blocks, parts, steps) or "a table needs at least one width a part")
     times: dict[_Width | _Merged, float] = {}
     baselines: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="toast-costs-") as name:
-        for batch in _groups(wanted):
-            paths = [study.view.model.path]
-            for each in batch:
-                path = Path(name) / f"{len(paths)}.onnx"
-                save_model(each.model(study), path, check=False)
-                paths.append(path)
-            base, *others = runtime.timer(paths)
+    groups_of = list(_groups(wanted))
+    with (executor or Here()).open(Timing(study, runtime)) as pool:
+        for number, (described, (base, *others)) in pool.do(groups_of):
+            batch = groups_of[number]
+            if described != runtime.description:
+                raise BackendError(
+                    f"times on {described} cannot be held against those on {runtime.description}; time on machines of "
+                    "one kind"
+                )
             baselines.append(base)
             # As a share of the dense model in the same rounds: the machine's speed drifts between groups.
             times |= {each: milliseconds / base for each, milliseconds in zip(batch, others, strict=True)}
             if progress is not None:
                 progress(len(times), len(wanted), batch[-1].label)
+    times = {each: times[each] for each in wanted}  # in one order, whichever was done first
     typical = median(baselines)
     path = study.view.model.path
     return CostTable(

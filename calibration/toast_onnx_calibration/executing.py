@@ -38,7 +38,7 @@ class Order(Protocol):
 
     Attributes:
         files: what it reads from files; the first of each tuple is named, the others lie in its folder.
-        threads: a worker uses.
+        threads: a worker uses; 0 for all of its machine, on which it is alone.
         provider: a key of `toast_onnx.providers.PROVIDERS`.
     """
 

@@ -65,7 +65,7 @@ def foresee(
     Raises:
         ToastError: as for `open_work`.
     """
-    count = drawn(data, options)
+    count = drawn(data, options.samples)
     tried = min(options.batch, count or options.batch)
     longer = 1.0 if count is None else count / tried
     running = 0.0

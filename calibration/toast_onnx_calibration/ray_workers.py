@@ -68,7 +68,7 @@ class RayExecutor:
 
     @contextmanager
     def open(self, job: Job) -> Iterator[Pool]:
-        """Workers for a job: one for each GPU where the provider runs on one, else as many as the CPUs hold.
+        """Workers for a job: as many as the CPUs hold, one a GPU where the provider runs on one, or one a machine.
 
         Raises:
             BackendError: the cluster has no such GPU.
@@ -76,15 +76,20 @@ class RayExecutor:
         ray, order = self._ray, job.order()
         have = ray.cluster_resources()
         on_gpu = order.provider in GPU_PROVIDERS
-        workers = int(have.get("GPU", 0)) if on_gpu else int(have.get("CPU", 0)) // order.threads
+        machines = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
+        cpus = order.threads or int(min((machine["CPU"] for machine in machines), default=1))
+        if order.threads == 0:
+            workers = sum(machine.get("GPU", 0) >= on_gpu for machine in machines)
+        else:
+            workers = int(have.get("GPU", 0)) if on_gpu else int(have.get("CPU", 0)) // cpus
         if workers < 1:
-            wanted = f"a GPU for --provider {order.provider}" if on_gpu else f"{order.threads} CPUs in one place"
+            wanted = f"a GPU for --provider {order.provider}" if on_gpu else f"{cpus} CPUs in one place"
             raise BackendError(f"the Ray cluster has not {wanted}; leave --ray out, or add a machine to it")
         if workers == 1 and len(ray.nodes()) == 1:
             yield Alone(job)
             return
         sent = [ray.put(order)], Rules.present(), _send(ray, order)  # kept until the end, for workers that start again
-        resources = {"num_cpus": order.threads, "num_gpus": 1 if on_gpu else 0}
+        resources = {"num_cpus": cpus, "num_gpus": 1 if on_gpu else 0, "scheduling_strategy": "SPREAD"}
         kind = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **resources)(_Worker)
         tally = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Tally).remote()
         actors = [kind.remote(*sent, tally) for _ in range(workers)]

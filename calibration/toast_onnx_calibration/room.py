@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Collection, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx.helper
 
@@ -17,14 +16,11 @@ from toast_onnx.model import stored_bytes
 from toast_onnx_calibration.chain import Link
 from toast_onnx_calibration.sources import count_samples
 
-if TYPE_CHECKING:
-    from toast_onnx_calibration.calibrating import CalibrationOptions
 
-
-def drawn(data: str | Path, options: CalibrationOptions) -> int | None:
-    """How many samples will be read; None where nobody knows beforehand."""
+def drawn(data: str | Path, samples: int | None) -> int | None:
+    """How many samples will be read of data where so many are asked for, None for all; None where nobody knows."""
     count = count_samples(data)
-    return options.samples if count is None else min(count, options.samples or count)
+    return samples if count is None else min(count, samples or count)
 
 
 def check_room(needed: int) -> None:

@@ -220,7 +220,7 @@ class WorkOrder:
 def working_bytes(dense: Study, data: str | Path, options: CalibrationOptions, output: str | None = None) -> int:
     """Bytes that trials keep on the disk while they work; those of the model alone where samples are not counted."""
     fronts = {span.start for b in dense.match.blocks if (span := span_of(dense, dense.facts, b)) is not None}
-    return trial_bytes(dense, drawn(data, options) or 0, fronts, chosen_output(dense, output))
+    return trial_bytes(dense, drawn(data, options.samples) or 0, fronts, chosen_output(dense, output))
 
 
 def _narrowing(dense: Study, settings: Ratios, path: Path) -> Narrowing:

@@ -17,6 +17,7 @@ from toast_onnx_cli.destinations import check_destinations, overwrite_option, re
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.planning_options import comma_list, counted
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.workers import machines_option, open_executor
 
 
 @click.command("costs")
@@ -37,6 +38,7 @@ from toast_onnx_cli.shapes import shape_option
 @click.option("--threads", type=click.IntRange(1), help="Threads inside one operator (onnxruntime).")
 @click.option("--trtexec", "trtexec_path", help="Path of trtexec; PATH and NVIDIA's usual places otherwise.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default MODEL.costs.json.")
+@machines_option
 @shape_option
 @links_option
 @overwrite_option
@@ -54,6 +56,7 @@ def command(
     threads: int | None,
     trtexec_path: str | None,
     output: Path | None,
+    ray: str | None,
     shapes: dict[str, tuple[int, ...]],
     as_json: bool,
 ) -> None:
@@ -73,9 +76,9 @@ def command(
         with_ = trtexec_runtime(batch, trtexec_path, rounds or 3, shapes=shapes)
     else:
         with_ = onnxruntime_runtime(batch, threads, provider, rounds or 15, shapes)
-    with progress("timing widths") as advance:
+    with open_executor(ray) as executor, progress("timing widths") as advance:
         align = Align(head_dim=align_heads, width=align_width)
-        table = measure_costs(dense, with_, parts, align, widths, counted(advance))
+        table = measure_costs(dense, with_, parts, align, widths, counted(advance), executor)
     write_table(table, out)
     if as_json:
         print_json(table.model_dump(mode="json"))

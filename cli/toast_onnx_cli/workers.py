@@ -19,6 +19,15 @@ workers_option = click.option(
 )
 
 
+#: Of `costs`: two models that are timed on one machine at the same time disturb each other.
+machines_option = click.option(
+    "--ray",
+    metavar="auto|ADDRESS",
+    help="Divide the variants among the machines of a Ray cluster, which have to be of one kind; one machine times one "
+    "model after another, with --ray or without. Needs the extra `ray`.",
+)
+
+
 @contextmanager
 def open_executor(address: str | None) -> Iterator[Executor]:
     """Who does the work: this process, or Ray's workers.

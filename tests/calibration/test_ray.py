@@ -25,7 +25,6 @@ from toast_onnx_calibration.sensitivity_trials import trial_grid
 from toast_onnx_calibration.store import open_statistics
 from toast_onnx_calibration.work import open_work
 
-ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
 pytestmark = pytest.mark.slow
 
 Exported = Callable[[zoo.Case], Path]
@@ -36,6 +35,7 @@ PARTS = ["tokens", "qk", "vo", "fc2"]
 
 @pytest.fixture(scope="module")
 def executor() -> Iterator[RayExecutor]:
+    pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two workers need two cores")
     with ray_executor("local") as found:
@@ -43,6 +43,8 @@ def executor() -> Iterator[RayExecutor]:
 
 
 def test_trials_while_a_worker_is_killed(executor: RayExecutor, exported: Exported, tmp_path: Path) -> None:
+    import ray
+
     path = exported(zoo.Case("timm-vit"))
     dense, data = look(path), tmp_path / "x.npy"
     np.save(data, zoo.inputs(path, 32)["input"])
