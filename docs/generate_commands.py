@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from toast_onnx_cli.commands import ToastCommand, folded
 from toast_onnx_cli.main import SUBCOMMANDS, main
 
 PAGE = Path(__file__).resolve().parent / "commands.md"
@@ -31,8 +32,15 @@ appear whole or not at all. `toast-onnx COMMAND --help` says what this page says
 | 2 | wrong usage |
 | 130 | interrupted |
 
-`toast-onnx -v COMMAND ...` logs what is done, `-vv` every detail; `-q` leaves progress and notes out. `NO_COLOR` is
-respected. Every option has a default of the user's own in `TOAST_COMMAND_OPTION`, as in `TOAST_PRUNE_THREADS=2`.
+`toast-onnx -v COMMAND ...` logs what is done, `-vv` every detail; `-q`, before or behind the command, leaves progress and
+notes out. `NO_COLOR` is respected, and tables fit terminals from 60 columns on. Every option has a default of the user's own in `TOAST_COMMAND_OPTION`, as in `TOAST_PRUNE_THREADS=2`.
+
+`-` stands for standard input where a ratios file is read (`prune --ratios -`, `calibrate --ratios -`, `plan --settings -`), and for
+standard output where a document is written (`prune --report -`, `finetune --report -`, `plan -o -`); nothing else is printed there then:
+
+```bash
+toast-onnx plan model.onnx --data images/ --macs 0.6 -o - | toast-onnx prune model.onnx --ratios - --data images/
+```
 
 The shell completes commands and options after one of these lines in its start-up file:
 
@@ -59,6 +67,9 @@ def section(command: click.Command, context: click.Context) -> str:
     """One command: its usage, what it does, its options."""
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     lines = [f"## {context.info_name}", "", "```text", usage, "```", "", inspect.cleandoc(command.help or ""), ""]
+    if isinstance(command, ToastCommand):
+        shown = [line for example in command.examples for line in folded(f"toast-onnx {example}", 100)]
+        lines += ["```bash", *shown, "```", ""]
     lines += ["| option | what it does |", "|---|---|"]
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context) if isinstance(parameter, click.Option) else None

@@ -9,7 +9,6 @@ import click
 
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
-from toast_onnx.planning.presets import read_ratios
 from toast_onnx_cli.calibration_options import (
     DATA_HELP,
     calibration_options,
@@ -17,19 +16,29 @@ from toast_onnx_cli.calibration_options import (
     gather_options,
     sample_progress,
 )
+from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import format_bytes, print_json, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.streams import ratios_given
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.store import Header
 
 
-@click.command("calibrate")
+@toast_command(
+    "calibrate",
+    "calibrate model.onnx --data images/",
+    "calibrate model.onnx --data images/ --ratios ratios.yaml -o small.npz",
+)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", metavar="DATA", help=DATA_HELP)
-@click.option("--ratios", metavar="FILE", help="Measure only what pruning with these ratios needs.")
+@click.option(
+    "--ratios",
+    metavar="FILE",
+    help="Measure only what pruning with these ratios needs; - for standard input.",
+)
 @click.option(
     "--merge",
     "shards",
@@ -43,7 +52,7 @@ if TYPE_CHECKING:
 @shape_option
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+@json_option
 def command(
     model: Path,
     data: str | None,
@@ -66,7 +75,7 @@ def command(
 
     out = output or model.with_name(f"{model.stem}.statistics.npz")
     check_destinations([*read_files(model), ratios, data, given["preprocess"], *shards], {"-o": out})
-    settings = None if ratios is None else read_ratios(ratios)
+    settings = None if ratios is None else ratios_given(ratios)
     data = data or (settings.calibration.data if settings is not None else None)
     if bool(shards) == (data is not None):
         raise click.UsageError("give either --data to measure, or --merge to add up statistics")

@@ -11,7 +11,7 @@ from toast_onnx.model import load_model
 from toast_onnx.planning.cost_table import CostTable, write_table
 from toast_onnx.planning.schema import Align
 from toast_onnx.planning.width_costs import PARTS, TOKENS
-from toast_onnx.providers import PROVIDERS
+from toast_onnx_cli.commands import json_option, provider_option, toast_command
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
@@ -19,7 +19,7 @@ from toast_onnx_cli.planning_options import comma_list, counted
 from toast_onnx_cli.shapes import shape_option
 
 
-@click.command("costs")
+@toast_command("costs", "costs model.onnx --threads 1 --widths 8")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--runtime", type=click.Choice(["onnxruntime", "trtexec"]), default="onnxruntime", show_default=True,
@@ -33,14 +33,14 @@ from toast_onnx_cli.shapes import shape_option
 @click.option("--align-width", type=click.IntRange(1), default=8, show_default=True, help="Step of FFN widths.")
 @click.option("--widths", type=click.IntRange(2), default=24, show_default=True, help="Widths a part at most.")
 @click.option("--rounds", type=click.IntRange(1), help="Timed rounds; 15 for onnxruntime, 3 for trtexec.")
-@click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
+@provider_option
 @click.option("--threads", type=click.IntRange(1), help="Threads inside one operator (onnxruntime).")
 @click.option("--trtexec", "trtexec_path", help="Path of trtexec; PATH and NVIDIA's usual places otherwise.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default MODEL.costs.json.")
 @shape_option
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+@json_option
 def command(
     model: Path,
     runtime: str,

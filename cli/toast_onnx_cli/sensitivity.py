@@ -10,6 +10,7 @@ import click
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
+from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json, progress, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
@@ -27,7 +28,7 @@ DEFAULT_RATIOS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
 ALL_PARTS = "tokens,qk,vo,fc1,fc2,fc1+fc2"
 
 
-@click.command("sensitivity")
+@toast_command("sensitivity", "sensitivity model.onnx --data images/ --parts qk,fc2 --ratios 0.3,0.6")
 @click.argument("model", type=click.Path(path_type=Path))
 @planning_options
 @click.option("--ratios", callback=fractions, default=DEFAULT_RATIOS, show_default=True, help="Fractions removed.")
@@ -37,7 +38,7 @@ ALL_PARTS = "tokens,qk,vo,fc1,fc2,fc1+fc2"
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves of every block to this image file.")
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@json_option
 def command(
     model: Path,
     ratios: tuple[float, ...],
