@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -253,8 +253,7 @@ def _choose(model_path: Path | None, option: str | None, metadata: Mapping[str, 
         recipe = parse_recipe(parse_json(metadata[METADATA], where), where)
         return RecipeChoice(recipe, where, (f"preprocessing as kept in the model: {recipe.describe()}",))
     if model_path is not None:
-        for name, ours in (("preprocessor_config.json", _is_hugging_face), ("config.json", _is_timm)):
-            beside = model_path.parent / name
+        for beside, ours in _beside(model_path):
             if beside.is_file() and ours(_json_or_none(beside)):
                 found = load_recipe(beside)
                 note = f"preprocessing from {beside}: {found.recipe.describe()}"
@@ -262,6 +261,14 @@ def _choose(model_path: Path | None, option: str | None, metadata: Mapping[str, 
     standard = NAMED["imagenet"]
     note = f"no preprocessing was given and no config lies beside the model: using imagenet ({standard.describe()})"
     return RecipeChoice(standard, "imagenet", (note,), guessed=True)
+
+
+def _beside(model_path: Path) -> Iterator[tuple[Path, Callable[[Any], bool]]]:
+    """Files that may hold a model's recipe; exporters put graphs into a folder `onnx`, and leave these above it."""
+    folder = model_path.parent
+    for place in (folder, folder.parent) if folder.name == "onnx" else (folder,):
+        yield place / "preprocessor_config.json", _is_hugging_face
+        yield place / "config.json", _is_timm
 
 
 def _is_timm(data: Any) -> bool:

@@ -28,6 +28,7 @@ from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json, progress, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shape_option
 
@@ -44,7 +45,7 @@ PARTS = ("inputs", "hidden")
     "analyze model.onnx --data images/",
     "analyze model.onnx --statistics model.statistics.npz --plot redundancy.png",
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--data", metavar="DATA", help=data_help("Measure activations on"))
 @click.option("--statistics", type=click.Path(path_type=Path), help=STATISTICS_HELP)
 @click.option(

@@ -14,6 +14,7 @@ from toast_onnx_cli.commands import json_option, provider_option, toast_command
 from toast_onnx_cli.console import print_json, print_table, progress, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shapes_option
 
@@ -31,7 +32,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 @toast_command("bench", "bench model.onnx model.pruned.onnx --batch 1,8")
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True, type=MODEL)
 @click.option("--runtime", type=click.Choice(["onnxruntime", "trtexec"]), default="onnxruntime", show_default=True)
 @click.option("--batch", type=sizes, default="1", show_default=True, help="Batch sizes, such as 1,8,64.")
 @click.option("--rounds", type=click.IntRange(1), help="Turns of each model; 30 for onnxruntime, 3 for trtexec.")

@@ -14,6 +14,7 @@ from toast_onnx_cli.commands import json_option, preprocess_option, toast_comman
 from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.shapes import shapes_option
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def size(text: str) -> int:
     "build model.pruned.onnx -o model.engine --precision fp16",
     "build model.pruned.onnx --format onnx --precision fp16",
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option(
     "-o",
     "--output",
@@ -134,7 +135,7 @@ def command(
     if verbose:
         logging.getLogger("toast_onnx.engines").setLevel(logging.DEBUG)
     suffix = {"onnx": f".{precision}.onnx", "ep-context": ".context.onnx"}.get(form, f".{form}")
-    target = output or model.with_suffix(suffix)
+    target = output or beside(model, suffix)
     outputs = {"--timing-cache": timing_cache, "-o": target, "--polygraphy": polygraphy}
     check_destinations([*read_files(model), data, preprocess], outputs, ["--timing-cache"])
     if polygraphy is not None and form != "engine":

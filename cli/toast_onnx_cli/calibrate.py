@@ -20,6 +20,7 @@ from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import format_bytes, print_json, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.shapes import shape_option
 from toast_onnx_cli.streams import ratios_given
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     "calibrate model.onnx --data images/",
     "calibrate model.onnx --data images/ --ratios ratios.yaml -o small.npz",
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--data", metavar="DATA", help=DATA_HELP)
 @click.option(
     "--ratios",
@@ -73,7 +74,7 @@ def command(
     from toast_onnx_calibration.needs import needed
     from toast_onnx_calibration.store import merge_statistics
 
-    out = output or model.with_name(f"{model.stem}.statistics.npz")
+    out = output or beside(model, ".statistics.npz")
     check_destinations([*read_files(model), ratios, data, given["preprocess"], *shards], {"-o": out})
     settings = None if ratios is None else ratios_given(ratios)
     data = data or (settings.calibration.data if settings is not None else None)

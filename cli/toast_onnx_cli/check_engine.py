@@ -17,6 +17,7 @@ from toast_onnx_cli.commands import json_option, preprocess_option, toast_comman
 from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @toast_command("check-engine", "check-engine model.engine model.pruned.onnx --data images/")
 @click.argument("engine", type=click.Path(path_type=Path))
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--data", metavar="DATA", help=f"{DATA_HELP} Random inputs without.")
 @preprocess_option
 @max_pixels_option

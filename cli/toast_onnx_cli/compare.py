@@ -18,6 +18,7 @@ from toast_onnx_cli.commands import json_option, preprocess_option, provider_opt
 from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     "compare model.onnx model.pruned.onnx --data images/",
     "compare model.onnx small.onnx tiny.onnx --data images/ --html page.html",
 )
-@click.argument("dense", type=click.Path(path_type=Path))
-@click.argument("pruned", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("dense", type=MODEL)
+@click.argument("pruned", type=MODEL, nargs=-1, required=True)
 @click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
 @preprocess_option
 @max_pixels_option

@@ -15,12 +15,13 @@ from toast_onnx_cli.commands import json_option, provider_option, toast_command
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.planning_options import comma_list, counted
 from toast_onnx_cli.shapes import shape_option
 
 
 @toast_command("costs", "costs model.onnx --threads 1 --widths 8")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option(
     "--runtime", type=click.Choice(["onnxruntime", "trtexec"]), default="onnxruntime", show_default=True,
     help="What to time with; trtexec builds an engine of every variant and needs a GPU.",
@@ -66,7 +67,7 @@ def command(
 
     if not parts or any(p not in (*PARTS, TOKENS) for p in parts):
         raise click.UsageError(f"--parts takes some of {', '.join((TOKENS, *PARTS))}")
-    out = output or model.with_name(f"{model.stem}.costs.json")
+    out = output or beside(model, ".costs.json")
     check_destinations(read_files(model), {"-o": out})
     dense = study(load_model(model), shapes)
     if runtime == "trtexec":

@@ -12,6 +12,7 @@ from toast_onnx_cli.calibration_options import DATA_HELP, LABELS_HELP
 from toast_onnx_cli.commands import json_option, preprocess_option, provider_option, toast_command
 from toast_onnx_cli.console import Advance, print_json, print_table, progress, say_note
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @toast_command("eval", "eval model.onnx --data images/ --labels folders")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
 @click.option("--labels", metavar="LABELS", help=LABELS_HELP)
 @click.option("--metric", help="Python module:function that gets all outputs, instead of top-1 and top-5.")

@@ -16,6 +16,7 @@ from toast_onnx_cli.commands import json_option, preprocess_option, toast_comman
 from toast_onnx_cli.console import print_json, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 from toast_onnx_cli.shapes import shape_option
@@ -47,7 +48,7 @@ def _two_defaults(option: str, text: str) -> str:
 
 _path = click.Path(path_type=Path)
 _data_options = _options(
-    click.option("--teacher", type=_path, help="The dense model that PRUNED was pruned from."),
+    click.option("--teacher", type=MODEL, help="The dense model that PRUNED was pruned from."),
     click.option("--data", required=True, metavar="DATA", help=DATA_HELP),
     click.option("--labels", metavar="LABELS", help=LABELS_HELP),
     preprocess_option,
@@ -152,7 +153,7 @@ _training_options = _options(
 
 
 @toast_command("finetune", "finetune model.pruned.onnx --teacher model.onnx --data images/ --epochs 2")
-@click.argument("pruned", type=_path)
+@click.argument("pruned", type=MODEL)
 @_data_options
 @_output_options
 @_loss_options
@@ -185,7 +186,7 @@ def command(
         torch.set_num_threads(threads)
     from toast_onnx_calibration.finetuning import Job, finetune
 
-    out: Path = given["output"] or pruned.with_name(f"{pruned.stem}.finetuned.onnx")
+    out: Path = given["output"] or beside(pruned, ".finetuned.onnx")
     job = Job(
         pruned=pruned,
         teacher=given["teacher"],

@@ -15,6 +15,7 @@ from toast_onnx_cli.commands import json_option, preprocess_option, toast_comman
 from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.pixels import max_pixels_option
 from toast_onnx_cli.shapes import shape_option
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @toast_command("inspect", "inspect model.onnx", "inspect model.onnx --data images/ --contact-sheet seen.png")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @shape_option
 @click.option("--data", metavar="DATA", help=data_help("Also say what the first layer sees of"))
 @click.option(

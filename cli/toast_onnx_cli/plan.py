@@ -15,6 +15,7 @@ from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import (
@@ -36,7 +37,7 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
     "plan model.onnx --data images/ --macs 0.6",
     "plan model.onnx --data images/ --latency 0.7 --costs model.costs.json",
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--macs", type=share, help="Multiply-accumulates to keep, as a fraction of the whole model's.")
 @click.option("--params", type=share, help="Parameters to keep, as a fraction of the whole model's.")
 @click.option("--latency", type=share, help="Latency to keep, as a fraction of the dense model's.")
@@ -121,7 +122,7 @@ def command(
         raise click.UsageError("--costs and --no-timing go with --latency")
     if no_timing and costs is None:
         raise click.UsageError("--no-timing needs a table: give --costs")
-    out = output or model.with_name(f"{model.stem}.ratios.yaml")
+    out = output or beside(model, ".ratios.yaml")
     # the two files that a plan may add to are no place for its result either
     check_destinations(
         [*read_files(model), *planning_inputs(given)],

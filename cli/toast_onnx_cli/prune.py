@@ -40,6 +40,7 @@ from toast_onnx_cli.goals import (
     write_plan,
 )
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import Planning, target_option, with_ties
 from toast_onnx_cli.prune_run import Job, run_job
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     "prune model.onnx --max-drop 2 --data images/",
     "prune model.onnx --ratios ratios.yaml -o small.onnx",
 )
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=MODEL, required=False)
 @click.option("--replay", "repeated", type=click.Path(path_type=Path), metavar="JSON", help="Repeat a report's run.")
 @click.option("--ratios", metavar="FILE", help="File, - for standard input, or a preset such as paper:deit_small@2.7.")
 @goal_options
@@ -131,7 +132,7 @@ def command(
     if data is not None and statistics is not None:
         raise click.UsageError("give either --data or --statistics")
     goal = gather_goal(given, ratios, data)
-    out = output or model.with_name(f"{model.stem}.pruned.onnx")
+    out = output or beside(model, ".pruned.onnx")
     report = report or out.with_suffix(".json")
     planned = None if goal is None else out.with_name(f"{out.stem}.ratios.yaml")
     check_destinations(

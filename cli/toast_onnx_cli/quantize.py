@@ -15,6 +15,7 @@ from toast_onnx_cli.commands import json_option, preprocess_option, toast_comman
 from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -23,7 +24,7 @@ SAMPLES = 64
 
 
 @toast_command("quantize", "quantize model.pruned.onnx --data images/ --dense model.onnx")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--data", required=True, metavar="DATA", help=data_help("Measure ranges on"))
 @click.option("--to", type=click.Choice(["int8", "fp8"]), default="int8", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Quantized model; default MODEL.int8.onnx.")
@@ -35,7 +36,7 @@ SAMPLES = 64
 @click.option("--no-equalize", is_flag=True, help="Leave the channels of LayerNorm as they are.")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Linear layers that stay, by node name.")
 @click.option("--ends", is_flag=True, help="Quantize the first and the last layer, too.")
-@click.option("--dense", type=click.Path(path_type=Path), help="The dense model: a step more in the table.")
+@click.option("--dense", type=MODEL, help="The dense model: a step more in the table.")
 @click.option("--eval-data", metavar="DATA", help="What the steps are compared on; --data by default.")
 @click.option("--labels", metavar="LABELS", help=f"Of --eval-data: {LABELS_HELP}")
 @preprocess_option
@@ -82,7 +83,7 @@ def command(
     """
     from toast_onnx_calibration.quantizing import QuantizeOptions, quantize, table_of_steps
 
-    out = output or model.with_suffix(f".{to}.onnx")
+    out = output or beside(model, f".{to}.onnx")
     others = [] if dense is None else read_files(dense)
     check_destinations([*read_files(model), *others, data, eval_data, labels, preprocess], {"-o": out})
     pruned_with = read_measured(model)

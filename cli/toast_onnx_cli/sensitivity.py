@@ -14,6 +14,7 @@ from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json, progress, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.planning_options import (
     comma_list,
     counted,
@@ -29,7 +30,7 @@ ALL_PARTS = "tokens,qk,vo,fc1,fc2,fc1+fc2"
 
 
 @toast_command("sensitivity", "sensitivity model.onnx --data images/ --parts qk,fc2 --ratios 0.3,0.6")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @planning_options
 @click.option("--ratios", callback=fractions, default=DEFAULT_RATIOS, show_default=True, help="Fractions removed.")
 @click.option("--parts", callback=comma_list, default=ALL_PARTS, show_default=True, help="What to prune in turn.")
@@ -67,7 +68,7 @@ def command(
     unknown = [p for p in parts if p not in TRIAL_PARTS]
     if unknown:
         raise click.UsageError(f"--parts knows {', '.join(TRIAL_PARTS)}, not {unknown[0]}")
-    out = output or model.with_name(f"{model.stem}.sensitivity.json")
+    out = output or beside(model, ".sensitivity.json")
     check_destinations([*read_files(model), *planning_inputs(given)], {"-o": out, "--plot": plot}, ["-o"])
     planning = gather_planning(given)
     if plot is not None:

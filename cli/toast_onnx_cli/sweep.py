@@ -25,6 +25,7 @@ from toast_onnx_cli.console import say_note
 from toast_onnx_cli.destinations import check_destinations, is_overwriting, overwrite_option, read_files
 from toast_onnx_cli.goals import HELD, holdable, measure_all, planned_settings, refuse_unreachable, save_plan
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import Planning, fractions, target_option, with_ties
 from toast_onnx_cli.prune_run import Job, run_job
@@ -43,7 +44,7 @@ def _shares(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 
 @toast_command("sweep", "sweep model.onnx --macs 0.8,0.6 --data images/")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--macs", callback=_shares, metavar="SHARES", help="Multiply-accumulates to keep, such as 0.8,0.6,0.5.")
 @click.option("--params", callback=_shares, metavar="SHARES", help="Parameters to keep, instead.")
 @click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
@@ -88,7 +89,7 @@ def command(
         raise click.UsageError("say the sizes once: --macs 0.8,0.6 or --params 0.8,0.6")
     if as_csv and as_json:
         raise click.UsageError("give either --csv or --json")
-    folder = output or model.with_name(f"{model.stem}.sweep")
+    folder = output or beside(model, ".sweep")
     page, record = folder / "report.html", folder / "sweep.json"
     drawn = can_draw()
     goals = [Goal("macs" if macs else "params", share) for share in macs or params]
