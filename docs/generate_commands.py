@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from toast_onnx_cli.commands import ToastCommand, folded
 from toast_onnx_cli.main import SUBCOMMANDS, main
 
 PAGE = Path(__file__).resolve().parent / "commands.md"
@@ -31,8 +32,21 @@ appear whole or not at all. `toast-onnx COMMAND --help` says what this page says
 | 2 | wrong usage |
 | 130 | interrupted |
 
-`toast-onnx -v COMMAND ...` logs what is done, `-vv` every detail; `-q` leaves progress and notes out. `NO_COLOR` is
-respected. Every option has a default of the user's own in `TOAST_COMMAND_OPTION`, as in `TOAST_PRUNE_THREADS=2`.
+`toast-onnx -v COMMAND ...` logs what is done, `-vv` every detail; `-q`, before or behind the command, leaves progress
+and notes out. `NO_COLOR` is respected, and tables fit terminals from 60 columns on. Every option has a default of the
+user's own in `TOAST_COMMAND_OPTION`, as in `TOAST_PRUNE_THREADS=2`.
+
+A model is a file, or `hf:ORG/NAME` of the Hugging Face hub (`hf:ORG/NAME:FILE.onnx` where it holds several graphs) with
+the `hub` extra: it is fetched once, with its weights and its preprocessing, and results go to the present folder.
+
+`-` stands for standard input where a ratios file is read (`prune --ratios -`, `calibrate --ratios -`,
+`plan --settings -`), and for standard output where a document is written (`prune --report -`, `finetune --report -`,
+`plan -o -`); nothing else is printed there then:
+
+```bash
+toast-onnx plan model.onnx --data images/ --macs 0.6 -o - > ratios.yaml
+toast-onnx presets paper:deit_tiny@0.8 | toast-onnx prune deit_tiny.onnx --ratios -
+```
 
 The shell completes commands and options after one of these lines in its start-up file:
 
@@ -76,6 +90,9 @@ def section(command: click.Command, context: click.Context) -> str:
         inspect.cleandoc(command.help or ""),
         "",
     ]
+    if isinstance(command, ToastCommand):
+        shown = [line for example in command.examples for line in folded(f"toast-onnx {example}", 100)]
+        lines += ["```bash", *shown, "```", ""]
     lines += ["| option | what it does |", "|---|---|"]
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context) if isinstance(parameter, click.Option) else None

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import toast_onnx.matching.study as matching_study
-from toast_onnx import pruning
+from toast_onnx import hub, pruning
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.files import write_bytes
 from toast_onnx.importance.statistics import Statistics
@@ -133,13 +133,15 @@ def load(path: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]] | Non
     """Read a model and find its blocks.
 
     Args:
-        path: of the ONNX file; weights in external files stay there until they are needed.
+        path: of the ONNX file, or `hf:ORG/NAME[:FILE.onnx]`; external weights stay in their files until they are
+            needed.
         shapes: input name -> concrete shape, where axes are symbolic.
 
     Raises:
         ModelError: it cannot be read, or a shape contradicts it.
     """
-    found = matching_study.study(load_model(path), shapes)
+    name = hub.parse(os.fspath(path))
+    found = matching_study.study(load_model(path if name is None else hub.fetch(name)), shapes)
     return Study(**{f.name: getattr(found, f.name) for f in fields(found)})
 
 

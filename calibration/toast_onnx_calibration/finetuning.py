@@ -24,6 +24,7 @@ from toast_onnx.report.pruning import json_bytes
 from toast_onnx_calibration.augment import augmentation
 from toast_onnx_calibration.feeds import batch_size
 from toast_onnx_calibration.labels import Labels, open_labels
+from toast_onnx_calibration.prepared import SHOWN, Note, Values, seen_text, silent
 from toast_onnx_calibration.recipe_files import check_fit, recipe_for
 from toast_onnx_calibration.samples import NumberedSamples, open_samples
 from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs
@@ -41,7 +42,7 @@ class Job:
         teacher: the model it was pruned from; None trains on labels alone.
         data: as for `sources.open_source`.
         out: the model to write.
-        report: its JSON report.
+        report: its JSON report; None keeps it out of files.
         labels: as for `labels.open_labels`; None trains without.
         settings: how to train; `steps` is replaced where `epochs` is given.
         epochs: passes over the training samples.
@@ -65,7 +66,7 @@ class Job:
     teacher: Path | None
     data: str
     out: Path
-    report: Path
+    report: Path | None
     settings: Settings
     labels: str | None = None
     epochs: float | None = None
@@ -118,6 +119,7 @@ def finetune(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    note: Note = silent,
 ) -> Finetuned:
     """Fine-tune a pruned model and write it, its report and what else was asked for.
 
@@ -125,6 +127,7 @@ def finetune(
         job: what to do.
         should_stop: asked after every step; True ends training with the best weights so far.
         progress: called after every step with the steps done, all steps and a note.
+        note: told what the user should know of the samples before the training begins.
 
     Raises:
         ToastError: its children say what is wrong with a model, the data or an option.
@@ -142,6 +145,8 @@ def finetune(
     pruned = study(model, job.shapes)
     dense = None if job.teacher is None else study(load_model(job.teacher), job.shapes)
     data = _open_data(job, model, hold_out)
+    for text in data.notes:
+        note(text)
     targets = choose_targets(pruned, dense, job.distil, data.labels is not None)
     if class_token(pruned.view, pruned.facts) is not None:
         targets = replace(targets, class_token=job.class_token)
@@ -199,6 +204,9 @@ def _open_data(job: Job, model: Model, hold_out: Callable[[int, float, int], Any
     batch = batch_size(inputs, min(job.settings.batch, len(train)))
     fixed = any(isinstance(i.shape[0], int) for i in inputs)
     notes = list(choice.notes) if samples.recipe else []
+    if choice.guessed and samples.recipe:
+        shown = [samples.read(row, None)[inputs[0].name] for row in train[:SHOWN]]
+        notes.append(seen_text(Values.of(shown), choice))
     if not samples.recipe and job.augment != "none":
         notes.append("the samples are ready tensors, so they are not augmented")
     notes += labels.notes if labels else ()

@@ -15,7 +15,7 @@ from toast_onnx.model import file_hash
 from toast_onnx.planning.cost_table import CostTable
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.planned import planned_ratios
-from toast_onnx.planning.ratios import Ratios, dump_ratios
+from toast_onnx.planning.ratios import Ratios, dump_ratios, format_ratios
 from toast_onnx.planning.search import Found, PartChoice
 from toast_onnx.planning.width_costs import TOKENS, Part, dense_widths
 from toast_onnx.pruning import merge_tokens
@@ -91,6 +91,10 @@ class Plan:
             ConfigError: it cannot be written.
         """
         dump_ratios(self.ratios, path, _comment(self.document))
+
+    def yaml(self) -> str:
+        """The text of that file."""
+        return format_ratios(self.ratios, _comment(self.document))
 
     def report(self) -> dict[str, Any]:
         """The plan as plain data."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from toast_onnx_calibration.recipe_files import RecipeChoice, check_fit, recipe_for
 from toast_onnx_calibration.sessions import ModelInput
@@ -15,6 +18,43 @@ from toast_onnx_calibration.sources import Source, is_callable, open_source
 Note = Callable[[str], object]
 #: Samples whose values are told where the recipe is a guess.
 SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Values:
+    """Range, mean and standard deviation of what an input gets: a wrong recipe shows in them.
+
+    Attributes:
+        low: the smallest value.
+        high: the largest value.
+        mean: over all values of all samples.
+        std: likewise.
+        samples: how many were looked at.
+    """
+
+    low: float
+    high: float
+    mean: float
+    std: float
+    samples: int
+
+    @classmethod
+    def of(cls, arrays: Sequence[NDArray[Any]]) -> Values:
+        """Of samples, each of any shape."""
+        values = np.concatenate([np.asarray(a, np.float64).ravel() for a in arrays]) if arrays else np.zeros(1)
+        return cls(float(values.min()), float(values.max()), float(values.mean()), float(values.std()), len(arrays))
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return (
+            f"values from {self.low:.3g} to {self.high:.3g}, mean {self.mean:.3g}, standard deviation {self.std:.3g} "
+            f"({self.samples} samples)"
+        )
+
+    def to_json(self) -> dict[str, float]:
+        """As plain data."""
+        return {"min": self.low, "max": self.high, "mean": self.mean, "std": self.std}
 
 
 def silent(_: str) -> None:
@@ -85,16 +125,15 @@ def open_prepared(
 
 
 def _seen(source: Source, wanted: ModelInput, choice: RecipeChoice) -> str:
-    """What the first layer gets: a wrong recipe shows in its range, mean and standard deviation."""
-    arrays, count = [], 0
+    """What the first layer gets."""
+    found: list[NDArray[Any]] = []
     for chunk in source:
-        arrays.append(np.asarray(chunk.arrays[wanted.name], np.float64).ravel())
-        count += len(chunk.rows)
-        if count >= SHOWN:
+        found += list(chunk.arrays[wanted.name])
+        if len(found) >= SHOWN:
             break
-    values = np.concatenate(arrays) if arrays else np.zeros(1)
-    return (
-        f"with {choice.source} the first layer sees values from {values.min():.3g} to {values.max():.3g}, mean "
-        f"{values.mean():.3g}, standard deviation {values.std():.3g} ({count} samples); another recipe goes with "
-        "--preprocess"
-    )
+    return seen_text(Values.of(found), choice)
+
+
+def seen_text(values: Values, choice: RecipeChoice) -> str:
+    """What to say of the values that a guessed recipe leads to."""
+    return f"with {choice.source} the first layer sees {values.text}; another recipe goes with --preprocess"

@@ -332,7 +332,7 @@ def table_of_steps(
     """Agreement of every step with the first one, and accuracy where labels are given.
 
     Args:
-        steps: model files by the name of the step; the recipe is that of the first.
+        steps: model files by the name of the step; the recipe is what one of them keeps.
         data: as for `sources.open_source`.
         labels: as for `labels.open_labels`.
         preprocess: as for `recipe_files.recipe_for`.
@@ -350,7 +350,7 @@ def table_of_steps(
     inputs, output = model_inputs(session), classifier_output(session)
     known = None if labels is None else open_labels(labels, data)
     only = known.by_row.keys() if known is not None else None
-    metadata = session.get_modelmeta().custom_metadata_map
+    metadata = {e.key: e.value for path in steps.values() for e in load_model(path).proto.metadata_props}
     source, _ = open_prepared(first, data, inputs, preprocess, metadata=metadata, threads=threads, only=only)
     reference: NDArray[np.int64] | None = None
     rows = []

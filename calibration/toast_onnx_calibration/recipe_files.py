@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -46,15 +46,11 @@ class RecipeChoice:
     written: Recipe | None = None
 
 
-#: Files beside a model that say how its images are prepared.
-BESIDE = ("preprocessor_config.json", "config.json")
-
-
 def recipe_sources(model: Path, option: str | None) -> tuple[Path, ...]:
     """The files that `recipe_for` may read: the one that was asked for, or those beside the model that are there."""
     if option is not None:
         return (Path(option).absolute(),) if Path(option).is_file() else ()
-    return tuple(model.parent / name for name in BESIDE if (model.parent / name).is_file())
+    return tuple(path for path, _ in _beside(model) if path.is_file())
 
 
 def recipe_for(
@@ -264,8 +260,7 @@ def _choose(model_path: Path | None, option: str | None, metadata: Mapping[str, 
         recipe = parse_recipe(parse_json(metadata[METADATA], where), where)
         return RecipeChoice(recipe, where, (f"preprocessing as kept in the model: {recipe.describe()}",))
     if model_path is not None:
-        for name, ours in zip(BESIDE, (_is_hugging_face, _is_timm), strict=True):
-            beside = model_path.parent / name
+        for beside, ours in _beside(model_path):
             if beside.is_file() and ours(_json_or_none(beside)):
                 found = load_recipe(beside)
                 note = f"preprocessing from {beside}: {found.recipe.describe()}"
@@ -273,6 +268,14 @@ def _choose(model_path: Path | None, option: str | None, metadata: Mapping[str, 
     standard = NAMED["imagenet"]
     note = f"no preprocessing was given and no config lies beside the model: using imagenet ({standard.describe()})"
     return RecipeChoice(standard, "imagenet", (note,), guessed=True)
+
+
+def _beside(model_path: Path) -> Iterator[tuple[Path, Callable[[Any], bool]]]:
+    """Files that may hold a model's recipe; exporters put graphs into a folder `onnx`, and leave these above it."""
+    folder = model_path.parent
+    for place in (folder, folder.parent) if folder.name == "onnx" else (folder,):
+        yield place / "preprocessor_config.json", _is_hugging_face
+        yield place / "config.json", _is_timm
 
 
 def _is_timm(data: Any) -> bool:

@@ -15,16 +15,20 @@ from toast_onnx.importance.redundancy import DEAD
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model
 from toast_onnx.report.analysis import analysis
+from toast_onnx.report.tables import Table
 from toast_onnx_cli.calibration_options import (
-    DATA_HELP,
+    STATISTICS_HELP,
     calibration_options,
     check_sample_options,
+    data_help,
     gather_options,
     sample_progress,
 )
-from toast_onnx_cli.console import print_json, print_table, progress, say_note
+from toast_onnx_cli.commands import json_option, toast_command
+from toast_onnx_cli.console import print_json, progress, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shape_option
 
@@ -36,10 +40,14 @@ COLUMNS = ("block", "name", "layer", "width", "nearly dead", "mean R2", "median 
 PARTS = ("inputs", "hidden")
 
 
-@click.command("analyze")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", metavar="DATA", help=f"Measure activations on: {DATA_HELP[0].lower()}{DATA_HELP[1:]}")
-@click.option("--statistics", type=click.Path(path_type=Path), help="Statistics that `calibrate` wrote, not --data.")
+@toast_command(
+    "analyze",
+    "analyze model.onnx --data images/",
+    "analyze model.onnx --statistics model.statistics.npz --plot redundancy.png",
+)
+@click.argument("model", type=MODEL)
+@click.option("--data", metavar="DATA", help=data_help("Measure activations on"))
+@click.option("--statistics", type=click.Path(path_type=Path), help=STATISTICS_HELP)
 @click.option(
     "--dead",
     type=FiniteRange(0, 1),
@@ -53,7 +61,7 @@ PARTS = ("inputs", "hidden")
 @shape_option
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     model: Path,
     data: str | None,
@@ -94,7 +102,8 @@ def command(
         return
     rows = [_row(block, layer) for block in document["blocks"] for layer in ("fc1", "fc2")]
     align = ("right", "left", "left", *("right",) * 6)
-    print_table(COLUMNS, rows, title=f"{document['model']}: {document['source']}", align=align)  # type: ignore[arg-type]
+    title = f"{document['model']}: {document['source']}"
+    show_table(Table(title, COLUMNS, rows, align, spare=("of width", "median R2", "width", "name")))  # type: ignore[arg-type]
 
 
 @contextmanager

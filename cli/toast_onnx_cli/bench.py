@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from toast_onnx.errors import BackendError
-from toast_onnx.providers import PROVIDERS
-from toast_onnx.report.tables import busy
-from toast_onnx_cli.console import print_json, print_table, progress
+from toast_onnx.report.tables import Table, busy
+from toast_onnx_cli.commands import json_option, provider_option, toast_command
+from toast_onnx_cli.console import print_json, print_table, progress, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shapes_option
 
@@ -30,8 +31,8 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-@click.command("bench")
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@toast_command("bench", "bench model.onnx model.pruned.onnx --batch 1,8")
+@click.argument("models", nargs=-1, required=True, type=MODEL)
 @click.option("--runtime", type=click.Choice(["onnxruntime", "trtexec"]), default="onnxruntime", show_default=True)
 @click.option("--batch", type=sizes, default="1", show_default=True, help="Batch sizes, such as 1,8,64.")
 @click.option("--rounds", type=click.IntRange(1), help="Turns of each model; 30 for onnxruntime, 3 for trtexec.")
@@ -39,7 +40,7 @@ def sizes(text: str) -> tuple[int, ...]:
     "--warmup", type=click.IntRange(0), help="Untimed rounds (onnxruntime, 5) or milliseconds (trtexec, 200)."
 )
 @shapes_option("--shape", "--shapes", "shapes", help_text="Full shape of an input with more open dimensions.")
-@click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
+@provider_option
 @click.option("--threads", type=click.IntRange(1), help="Threads inside one operator (onnxruntime).")
 @click.option("--trtexec", "trtexec_path", help="Path of trtexec; PATH and NVIDIA's usual places otherwise.")
 @click.option(
@@ -54,7 +55,7 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option("--script", type=click.Path(path_type=Path), help="Write trtexec's commands to this file too.")
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     models: tuple[Path, ...],
     runtime: str,
@@ -191,7 +192,8 @@ def _print(results: list[dict[str, Any]]) -> None:
         ]
         for r in results
     ]
-    print_table(["model", "batch", "median ms", "spread", "images/s", "speed-up (quartiles)"], rows)
+    columns = ("model", "batch", "median ms", "spread", "images/s", "speed-up (quartiles)")
+    show_table(Table(None, columns, rows, spare=("images/s",)))
     for r in results:
         if (said := busy(r["spread"])) is not None:
             click.echo(f"Warning: {r['model']} at batch {r['batch']}: {said}", err=True)

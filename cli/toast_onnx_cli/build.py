@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import ConfigError
+from toast_onnx_cli.commands import json_option, preprocess_option, toast_command
 from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.shapes import shapes_option
 
 if TYPE_CHECKING:
@@ -34,8 +36,12 @@ def size(text: str) -> int:
     return int(digits) * _UNITS[plain[len(digits) :]]
 
 
-@click.command("build")
-@click.argument("model", type=click.Path(path_type=Path))
+@toast_command(
+    "build",
+    "build model.pruned.onnx -o model.engine --precision fp16",
+    "build model.pruned.onnx --format onnx --precision fp16",
+)
+@click.argument("model", type=MODEL)
 @click.option(
     "-o",
     "--output",
@@ -48,7 +54,7 @@ def size(text: str) -> int:
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--data", metavar="DATA", help="With --precision fp16: samples on which to look for values above 65504.")
-@click.option("--preprocess", metavar="RECIPE", help="Of images: imagenet, clip, dinov2, mae, none, or a file.")
+@preprocess_option
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many of them to draw.")
 @click.option("--fp16-io", is_flag=True, help="float16 inputs and outputs too, with --precision fp16.")
 @click.option("--batch", help="MIN:OPT:MAX of an open first dimension, or one number; 1:8:32 where none is given.")
@@ -84,7 +90,7 @@ def size(text: str) -> int:
 @overwrite_option
 @click.option("--verbose", is_flag=True, help="Show all that TensorRT logs.")
 @links_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     model: Path,
     output: Path | None,
@@ -129,7 +135,7 @@ def command(
     if verbose:
         logging.getLogger("toast_onnx.engines").setLevel(logging.DEBUG)
     suffix = {"onnx": f".{precision}.onnx", "ep-context": ".context.onnx"}.get(form, f".{form}")
-    target = output or model.with_suffix(suffix)
+    target = output or beside(model, suffix)
     outputs = {"--timing-cache": timing_cache, "-o": target, "--polygraphy": polygraphy}
     check_destinations([*read_files(model), data, preprocess], outputs, ["--timing-cache"])
     if polygraphy is not None and form != "engine":

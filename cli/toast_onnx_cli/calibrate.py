@@ -10,17 +10,19 @@ import click
 
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
-from toast_onnx.planning.presets import read_ratios
 from toast_onnx_cli.calibration_options import (
     DATA_HELP,
     calibration_options,
     gather_options,
     sample_progress,
 )
+from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import format_bytes, print_json, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.streams import ratios_given
 from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
@@ -37,10 +39,19 @@ def _shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
     return int(number), int(of)
 
 
-@click.command("calibrate")
-@click.argument("model", type=click.Path(path_type=Path))
+@toast_command(
+    "calibrate",
+    "calibrate model.onnx --data images/",
+    "calibrate model.onnx --data images/ --ratios ratios.yaml -o small.npz",
+    "calibrate model.onnx --data images/ --shard 2/4",
+)
+@click.argument("model", type=MODEL)
 @click.option("--data", metavar="DATA", help=DATA_HELP)
-@click.option("--ratios", metavar="FILE", help="Measure only what pruning with these ratios needs.")
+@click.option(
+    "--ratios",
+    metavar="FILE",
+    help="Measure only what pruning with these ratios needs; - for standard input.",
+)
 @click.option(
     "--shard",
     callback=_shard,
@@ -54,7 +65,7 @@ def _shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
 @workers_option
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+@json_option
 def command(
     model: Path,
     data: str | None,
@@ -76,9 +87,9 @@ def command(
     from toast_onnx_calibration.needs import needed
 
     ending = "" if shard is None else f".{shard[0]}-of-{shard[1]}"
-    out = output or model.with_name(f"{model.stem}{ending}.statistics.npz")
+    out = output or beside(model, f"{ending}.statistics.npz")
     check_destinations([*read_files(model), ratios, data, given["preprocess"]], {"-o": out})
-    settings = None if ratios is None else read_ratios(ratios)
+    settings = None if ratios is None else ratios_given(ratios)
     data = data or (settings.calibration.data if settings is not None else None)
     if data is None:
         raise click.UsageError("give samples with --data")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from toast_onnx.planning.ratios import Ratios
-from toast_onnx.providers import PROVIDERS
+from toast_onnx_cli.commands import preprocess_option, provider_option
 from toast_onnx_cli.console import Advance, progress, say_note
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
 
 DATA_HELP = "Image folder, .npy or .npz file, or a Python module:function."
+LABELS_HELP = "CSV with columns file and label, the word 'folders', or a .npz with 'labels'."
+STATISTICS_HELP = "Statistics that `calibrate` wrote, instead of measuring now."
+
+
+def data_help(purpose: str) -> str:
+    """The help of `--data` where it should be said what samples are for."""
+    return f"{purpose}: {DATA_HELP[0].lower()}{DATA_HELP[1:]}"
 
 
 def parse_tokens(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
@@ -36,9 +43,7 @@ def parse_tokens(_ctx: click.Context, _param: click.Parameter, value: str | None
 def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator that adds every option of `gather_options`; None stands for one that was not given."""
     options = (
-        click.option(
-            "--preprocess", metavar="RECIPE", help="imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."
-        ),
+        preprocess_option,
         max_pixels_option,
         click.option("--samples", type=click.IntRange(1), help="Draw so many samples; 256 by default."),
         click.option("--tokens", callback=parse_tokens, metavar="all|FRACTION", help="Tokens that count; default all."),
@@ -47,7 +52,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=FiniteRange(0, min_open=True),
             help="Weight of the class token where the output reads nothing else; 20 by default.",
         ),
-        click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True),
+        provider_option,
         click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run."),
         click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding."),
         click.option(

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import BackendError
-from toast_onnx_cli.calibration_options import check_sample_options
-from toast_onnx_cli.console import print_json, print_table, say_note
+from toast_onnx.report.tables import Table
+from toast_onnx_cli.calibration_options import DATA_HELP, check_sample_options
+from toast_onnx_cli.commands import json_option, preprocess_option, toast_command
+from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -24,11 +27,11 @@ if TYPE_CHECKING:
     Feeds = dict[str, np.ndarray]
 
 
-@click.command("check-engine")
+@toast_command("check-engine", "check-engine model.engine model.pruned.onnx --data images/")
 @click.argument("engine", type=click.Path(path_type=Path))
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", help="Image folder, .npy or .npz file, or module:function; random inputs where none is given.")
-@click.option("--preprocess", help="Recipe for images: imagenet, clip, dinov2, mae, none, or a file.")
+@click.argument("model", type=MODEL)
+@click.option("--data", metavar="DATA", help=f"{DATA_HELP} Random inputs without.")
+@preprocess_option
 @max_pixels_option
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many inputs to compare on.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Inputs a run, where it is free.")
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 @click.option("--script", type=click.Path(path_type=Path), help="Without a GPU: write the command to this file too.")
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     engine: Path,
     model: Path,
@@ -151,4 +154,5 @@ def _print(result: dict[str, Any]) -> None:
             ]
         )
     title = f"{'same' if result['passed'] else 'DIFFERENT'} within {result['tolerance']:g}, {result['items']} inputs"
-    print_table(["output", "difference/scale", "largest", "scale", "same largest entry"], rows, title=title)
+    columns = ("output", "difference/scale", "largest", "scale", "same largest entry")
+    show_table(Table(title, columns, rows, spare=("largest", "scale")))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toast_onnx.providers import PROVIDERS
 from toast_onnx_cli.calibration_options import DATA_HELP, sample_progress
 from toast_onnx_cli.collections import (
     check_collection_page,
@@ -15,26 +14,30 @@ from toast_onnx_cli.collections import (
     show_collection,
     write_collection_page,
 )
+from toast_onnx_cli.commands import json_option, preprocess_option, provider_option, toast_command
 from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.pixels import max_pixels_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.comparison import Comparison
 
 
-@click.command("compare")
-@click.argument("dense", type=click.Path(path_type=Path))
-@click.argument("pruned", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
-@click.option(
-    "--preprocess", metavar="RECIPE", help="imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."
+@toast_command(
+    "compare",
+    "compare model.onnx model.pruned.onnx --data images/",
+    "compare model.onnx small.onnx tiny.onnx --data images/ --html page.html",
 )
+@click.argument("dense", type=MODEL)
+@click.argument("pruned", type=MODEL, nargs=-1, required=True)
+@click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
+@preprocess_option
 @max_pixels_option
 @click.option("--samples", type=click.IntRange(1), help="Draw so many samples instead of taking all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
-@click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
+@provider_option
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run, where it is free.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
 @click.option("--rounds", type=click.IntRange(0), default=20, show_default=True, help="Timed runs; 0 for no latency.")
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--html", type=click.Path(path_type=Path), help="Page with a chart of agreement against cost.")
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     dense: Path,
     pruned: tuple[Path, ...],

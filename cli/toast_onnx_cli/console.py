@@ -16,6 +16,7 @@ from toast_onnx.files import files_read
 from toast_onnx.report.tables import Table
 from toast_onnx.report.tables import format_bytes as format_bytes
 from toast_onnx.report.tables import format_count as format_count
+from toast_onnx_cli.commands import QUIET
 
 PLAIN_INTERVAL = 10.0  # seconds between two progress lines where stderr is a file or a pipe
 
@@ -130,7 +131,7 @@ def line_width() -> int | None:
 def is_quiet() -> bool:
     """Whether progress and notes are unwanted."""
     context = click.get_current_context(silent=True)
-    return context is not None and bool(context.meta.get("toast_onnx_cli.quiet"))
+    return context is not None and bool(context.meta.get(QUIET))
 
 
 def say_note(text: str) -> None:
@@ -173,6 +174,17 @@ def print_table(
         title: A line above the table.
         align: For each column, "left" or "right"; the first left and the others right by default.
     """
+    click.echo("\n".join(table_lines(columns, rows, title, align, line_width())))
+
+
+def table_lines(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str | None,
+    align: Sequence[Literal["left", "right"]] | None,
+    width: int | None,
+) -> list[str]:
+    """The lines of a table, cells folded where they are too wide for a line of `width`; as `print_table`."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -185,11 +197,10 @@ def print_table(
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     # Off a terminal rich assumes 80 columns and would fold; a wide page keeps each row on one line for grep.
-    console = Console(file=sys.stdout, width=line_width() or 1000, highlight=False)
+    console = Console(file=sys.stdout, width=width or 1000, highlight=False)
     with console.capture() as capture:
         console.print(table)
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    click.echo("\n".join(lines))
+    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 def show_table(table: Table) -> None:

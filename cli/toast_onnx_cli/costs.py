@@ -11,17 +11,18 @@ from toast_onnx.model import load_model
 from toast_onnx.planning.cost_table import CostTable, write_table
 from toast_onnx.planning.schema import Align
 from toast_onnx.planning.width_costs import PARTS, TOKENS
-from toast_onnx.providers import PROVIDERS
+from toast_onnx_cli.commands import json_option, provider_option, toast_command
 from toast_onnx_cli.console import print_json, print_table, progress
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.planning_options import comma_list, counted
 from toast_onnx_cli.shapes import shape_option
 from toast_onnx_cli.workers import machines_option, open_executor
 
 
-@click.command("costs")
-@click.argument("model", type=click.Path(path_type=Path))
+@toast_command("costs", "costs model.onnx --threads 1 --widths 8")
+@click.argument("model", type=MODEL)
 @click.option(
     "--runtime", type=click.Choice(["onnxruntime", "trtexec"]), default="onnxruntime", show_default=True,
     help="What to time with; trtexec builds an engine of every variant and needs a GPU.",
@@ -34,7 +35,7 @@ from toast_onnx_cli.workers import machines_option, open_executor
 @click.option("--align-width", type=click.IntRange(1), default=8, show_default=True, help="Step of FFN widths.")
 @click.option("--widths", type=click.IntRange(2), default=24, show_default=True, help="Widths a part at most.")
 @click.option("--rounds", type=click.IntRange(1), help="Timed rounds; 15 for onnxruntime, 3 for trtexec.")
-@click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
+@provider_option
 @click.option("--threads", type=click.IntRange(1), help="Threads inside one operator (onnxruntime).")
 @click.option("--trtexec", "trtexec_path", help="Path of trtexec; PATH and NVIDIA's usual places otherwise.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default MODEL.costs.json.")
@@ -42,7 +43,7 @@ from toast_onnx_cli.workers import machines_option, open_executor
 @shape_option
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+@json_option
 def command(
     model: Path,
     runtime: str,
@@ -69,7 +70,7 @@ def command(
 
     if not parts or any(p not in (*PARTS, TOKENS) for p in parts):
         raise click.UsageError(f"--parts takes some of {', '.join((TOKENS, *PARTS))}")
-    out = output or model.with_name(f"{model.stem}.costs.json")
+    out = output or beside(model, ".costs.json")
     check_destinations(read_files(model), {"-o": out})
     dense = study(load_model(model), shapes)
     if runtime == "trtexec":

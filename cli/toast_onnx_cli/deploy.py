@@ -14,6 +14,7 @@ import click
 
 from toast_onnx.errors import BackendError
 from toast_onnx.external import links_followed
+from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json, print_table
 from toast_onnx_cli.links import links_option
 
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from toast_onnx.deploy import Finished
 
 
-@click.command("deploy")
+@toast_command("deploy", "deploy deploy.yaml --dry-run", "deploy deploy.yaml")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--redo", multiple=True, metavar="STEP", help="Run this step even where it is done; may be repeated.")
 @click.option("--partial", is_flag=True, help="Status 0 even where steps wait for a machine that can run them.")
 @click.option("--allow-code", is_flag=True, help="Run Python code that CONFIG names as module:function.")
 @links_option
 @click.option("--dry-run", is_flag=True, help="Print the steps' commands and stop.")
-@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+@json_option
 def command(config: Path, redo: tuple[str, ...], partial: bool, allow_code: bool, dry_run: bool, as_json: bool) -> None:
     """Prune, convert, build, measure and check in one go, as CONFIG, a YAML file, says.
 

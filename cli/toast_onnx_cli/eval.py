@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toast_onnx.providers import PROVIDERS
+from toast_onnx_cli.calibration_options import DATA_HELP, LABELS_HELP
+from toast_onnx_cli.commands import json_option, preprocess_option, provider_option, toast_command
 from toast_onnx_cli.console import Advance, print_json, print_table, progress, say_note
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.pixels import max_pixels_option
 from toast_onnx_cli.workers import open_executor, workers_option
 
@@ -18,22 +20,22 @@ if TYPE_CHECKING:
     from toast_onnx_calibration.evaluating import Evaluation
 
 
-@click.command("eval")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="Image folder, .npy or .npz file, or a Python module:function.")
-@click.option("--labels", help="CSV with columns file and label, the word 'folders', or a .npz with 'labels'.")
+@toast_command("eval", "eval model.onnx --data images/ --labels folders")
+@click.argument("model", type=MODEL)
+@click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
+@click.option("--labels", metavar="LABELS", help=LABELS_HELP)
 @click.option("--metric", help="Python module:function that gets all outputs, instead of top-1 and top-5.")
-@click.option("--preprocess", help="Recipe: imagenet, imagenet-inception, clip, dinov2, mae, none, or a file.")
+@preprocess_option
 @max_pixels_option
-@click.option("--output", help="Name of the output with the class scores; the first 2-D one by default.")
-@click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
+@click.option("--output-name", "output", metavar="NAME", help="Output with the class scores; the first 2-D one.")
+@provider_option
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run, where it is free.")
 @click.option("--samples", type=click.IntRange(1), help="Draw so many samples instead of taking all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
 @workers_option
 @links_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     model: Path,
     data: str,
@@ -59,7 +61,7 @@ def command(
     from toast_onnx_calibration.evaluating import evaluate
 
     if metric is not None and output is not None:
-        raise click.UsageError("--output chooses the class scores; a metric gets every output")
+        raise click.UsageError("--output-name chooses the class scores; a metric gets every output")
     if metric is not None and ray is not None:
         raise click.UsageError("a metric sees all results one after another, so --ray cannot divide it; leave one out")
     refuse_links(model)

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import ModelError
+from toast_onnx_cli.calibration_options import DATA_HELP, LABELS_HELP
+from toast_onnx_cli.commands import json_option, preprocess_option, toast_command
 from toast_onnx_cli.console import print_json, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.streams import as_file
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.finetuning import Finetuned, Job
@@ -44,10 +48,10 @@ def _two_defaults(option: str, text: str) -> str:
 
 _path = click.Path(path_type=Path)
 _data_options = _options(
-    click.option("--teacher", type=_path, help="The dense model that PRUNED was pruned from."),
-    click.option("--data", required=True, help="Image folder, .npy or .npz file, or a Python module:function."),
-    click.option("--labels", help="CSV with columns file and label, the word 'folders', or a .npz with 'labels'."),
-    click.option("--preprocess", help="Recipe: imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."),
+    click.option("--teacher", type=MODEL, help="The dense model that PRUNED was pruned from."),
+    click.option("--data", required=True, metavar="DATA", help=DATA_HELP),
+    click.option("--labels", metavar="LABELS", help=LABELS_HELP),
+    preprocess_option,
     max_pixels_option,
     click.option("--samples", type=click.IntRange(2), help="Draw so many samples instead of taking all."),
     click.option(
@@ -64,7 +68,7 @@ _data_options = _options(
 )
 _output_options = _options(
     click.option("-o", "--output", type=_path, help="Trained model; default PRUNED.finetuned.onnx."),
-    click.option("--report", type=_path, help="JSON report; default beside the trained model."),
+    click.option("--report", type=_path, help="JSON; default beside the trained model, - for standard output."),
     click.option("--checkpoint", type=_path, help="Checkpoints; default beside the trained model, gone at the end."),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint."),
     click.option("--torch-export", type=_path, metavar="FILE", help="Also write through torch.onnx.export."),
@@ -148,8 +152,8 @@ _training_options = _options(
 )
 
 
-@click.command("finetune")
-@click.argument("pruned", type=_path)
+@toast_command("finetune", "finetune model.pruned.onnx --teacher model.onnx --data images/ --epochs 2")
+@click.argument("pruned", type=MODEL)
 @_data_options
 @_output_options
 @_loss_options
@@ -157,7 +161,7 @@ _training_options = _options(
 @shape_option
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option
 def command(
     pruned: Path,
     shapes: dict[str, tuple[int, ...]],
@@ -182,13 +186,13 @@ def command(
         torch.set_num_threads(threads)
     from toast_onnx_calibration.finetuning import Job, finetune
 
-    out: Path = given["output"] or pruned.with_name(f"{pruned.stem}.finetuned.onnx")
+    out: Path = given["output"] or beside(pruned, ".finetuned.onnx")
     job = Job(
         pruned=pruned,
         teacher=given["teacher"],
         data=given["data"],
         out=out,
-        report=given["report"] or out.with_suffix(".json"),
+        report=as_file(given["report"] or out.with_suffix(".json")),
         settings=_settings(given, torch),
         labels=given["labels"],
         epochs=None if given["steps"] else given["epochs"] or 10.0,
@@ -209,12 +213,12 @@ def command(
     )
     _check_destinations(job)
     with _stop_on_signals() as should_stop, _training_progress() as show:
-        result = finetune(job, should_stop=should_stop, progress=show)
+        result = finetune(job, should_stop=should_stop, progress=show, note=say_note)
     if result.document is None:
         return  # another process tells
     for note in result.notes:
         say_note(note)
-    print_json(result.document) if as_json else click.echo(summary(result, job.out, job.report))
+    print_json(result.document) if as_json or job.report is None else click.echo(summary(result, job.out, job.report))
     if result.outcome.reason == "diverged":
         raise ModelError(
             f"{result.outcome.message}; {out} holds the best weights before that (step {result.outcome.best_step})"

@@ -15,7 +15,7 @@ from toast_onnx.model import save_model
 from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import prune
-from toast_onnx_cli.calibration_options import sample_progress
+from toast_onnx_cli.calibration_options import LABELS_HELP, sample_progress
 from toast_onnx_cli.console import is_quiet, say_note
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planners import PARTS
@@ -54,7 +54,7 @@ def goal_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=FiniteRange(0, min_open=True),
             help="The same for outputs that are no class scores: their largest relative error.",
         ),
-        click.option("--labels", metavar="LABELS", help="For --max-drop: CSV with file and label, or 'folders'."),
+        click.option("--labels", metavar="LABELS", help=f"For --max-drop: {LABELS_HELP}"),
         click.option(
             "--sensitivity", type=click.Path(path_type=Path), help="Results of `sensitivity` that plans start from."
         ),

@@ -16,6 +16,7 @@ import click
 from toast_onnx import __version__
 from toast_onnx.errors import ConfigError, ToastError
 from toast_onnx.files import check_text, remember_files
+from toast_onnx_cli.commands import QUIET
 from toast_onnx_cli.words import WORDS
 
 # Name -> line in --help. `toast_onnx_cli/<name>.py` (a dash becomes an underscore) holds it as `command`; the help
@@ -51,9 +52,6 @@ EXIT_TERMINATED = 143
 
 #: Least address space, in bytes: libraries and their threads map some 300 MiB on a machine of few cores.
 ADDRESS_SPACE = 1 << 30
-
-#: Under which the click context keeps whether `--quiet` was given.
-QUIET = "toast_onnx_cli.quiet"
 
 logger = logging.getLogger(__name__)
 

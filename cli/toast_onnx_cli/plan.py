@@ -11,9 +11,11 @@ import click
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.width_costs import PARTS, TOKENS
+from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import (
@@ -27,12 +29,17 @@ from toast_onnx_cli.planning_options import (
     target_option,
     with_ties,
 )
+from toast_onnx_cli.streams import as_file, is_stream
 
 share = FiniteRange(0, 1, min_open=True, max_open=True)
 
 
-@click.command("plan")
-@click.argument("model", type=click.Path(path_type=Path))
+@toast_command(
+    "plan",
+    "plan model.onnx --data images/ --macs 0.6",
+    "plan model.onnx --data images/ --latency 0.7 --costs model.costs.json",
+)
+@click.argument("model", type=MODEL)
 @click.option("--macs", type=share, help="Multiply-accumulates to keep, as a fraction of the whole model's.")
 @click.option("--params", type=share, help="Parameters to keep, as a fraction of the whole model's.")
 @click.option("--latency", type=share, help="Latency to keep, as a fraction of the dense model's.")
@@ -67,11 +74,16 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
 )
 @click.option("--costs", type=click.Path(path_type=Path), help="Latency table that `costs` wrote, here or elsewhere.")
 @click.option("--no-timing", is_flag=True, help="Trust the table: it was measured on another machine.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Ratios file; default MODEL.ratios.yaml.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Default MODEL.ratios.yaml; - for standard output.",
+)
 @dry_run_option
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@json_option
 def command(
     model: Path,
     macs: float | None,
@@ -101,6 +113,8 @@ def command(
 
     given_budgets = {"macs": macs, "params": params, "latency": latency}
     chosen = [Budget(kind, value) for kind, value in given_budgets.items() if value is not None]  # type: ignore[arg-type]
+    if is_stream(output) and as_json:
+        raise click.UsageError("-o - and --json both print a document; give one of them")
     if len(chosen) != 1:
         raise click.UsageError("give one budget: --macs, --params or --latency")
     if not parts or any(p not in (*PARTS, TOKENS) for p in parts):
@@ -113,11 +127,11 @@ def command(
         raise click.UsageError("--costs and --no-timing go with --latency")
     if no_timing and costs is None:
         raise click.UsageError("--no-timing needs a table: give --costs")
-    out = output or model.with_name(f"{model.stem}.ratios.yaml")
+    out = output or beside(model, ".ratios.yaml")
     # the two files that a plan may add to are no place for its result either
     check_destinations(
         [*read_files(model), *planning_inputs(given)],
-        {"--sensitivity": results, "--costs": costs, "-o": out},
+        {"--sensitivity": results, "--costs": costs, "-o": as_file(out)},
         ["--sensitivity", "--costs"],
     )
     planning = gather_planning(given)
@@ -133,6 +147,9 @@ def command(
         plan = planner.plan(chosen[0])
     if plan.missed:
         say_note(plan.missed)
+    if is_stream(out):
+        click.echo(plan.yaml(), nl=False)
+        return
     plan.save(out)
     if as_json:
         print_json({"ratios_file": str(out), **plan.report()})

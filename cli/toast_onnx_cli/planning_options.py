@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from toast_onnx.matching.study import Study
-from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
-from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options, sample_progress
+from toast_onnx_cli.calibration_options import (
+    DATA_HELP,
+    LABELS_HELP,
+    STATISTICS_HELP,
+    calibration_options,
+    gather_options,
+    sample_progress,
+)
 from toast_onnx_cli.console import Advance, format_bytes, format_seconds, print_json, say_note
 from toast_onnx_cli.numbers import percentage
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.streams import ratios_given
 from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
@@ -82,10 +89,8 @@ def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--align-heads", type=click.IntRange(1), help="Multiple that kept head dimensions are; default 8."
         ),
         click.option("--align-width", type=click.IntRange(1), help="Multiple that kept FFN widths are; default 8."),
-        click.option(
-            "--statistics", type=click.Path(path_type=Path), help="What `calibrate` wrote; measured now without it."
-        ),
-        click.option("--labels", metavar="LABELS", help="CSV with columns file and label, or 'folders'; adds top-1."),
+        click.option("--statistics", type=click.Path(path_type=Path), help=STATISTICS_HELP),
+        click.option("--labels", metavar="LABELS", help=f"Adds top-1: {LABELS_HELP}"),
         click.option("--output-name", metavar="NAME", help="Output to measure at; the class scores, else the first."),
         calibration_options,
         click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default."),
@@ -155,7 +160,7 @@ def _prepare_settings(
     """The ratios file's settings with what the command line says on top."""
     from toast_onnx_calibration.planning import check_settings
 
-    settings = Ratios() if path is None else read_ratios(path)
+    settings = Ratios() if path is None else ratios_given(path)
     check_settings(settings)
     changes: dict[str, Any] = {}
     if align_heads is not None or align_width is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from toast_onnx.planning.presets import Preset, find_preset, list_presets
 from toast_onnx.planning.ratios import format_ratios
+from toast_onnx.report.tables import Side, Table
+from toast_onnx_cli.commands import json_option, toast_command
+from toast_onnx_cli.console import show_table
 
 _NOTE = """\
 Every schedule expects fine-tuning: the top-1 here is what the paper reports after it. Pruned by one of them and not
@@ -22,9 +24,9 @@ computed); the static graph that prune writes, where fc1 shrinks on both sides. 
 reports after fine-tuning (ImageNet-1k; H100, batch 128)."""
 
 
-@click.command("presets")
+@toast_command("presets", "presets", "presets paper:deit_small@2.7")
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with every schedule's ratios.")
+@json_option
 def command(name: str | None, as_json: bool) -> None:
     """List the paper's published schedules, or print the ratios file of one.
 
@@ -41,8 +43,9 @@ def command(name: str | None, as_json: bool) -> None:
         )
         click.echo(format_ratios(preset.ratios(), comment), nl=False)
     else:
-        header = ("preset", "model", "dense", "paper", "static", "dense top-1", "top-1", "speed-up")
-        click.echo(_table([header, *map(_row, presets)]))
+        columns = ("preset", "model", "dense", "paper", "static", "dense top-1", "top-1", "speed-up")
+        align: tuple[Side, ...] = ("left", "left", *("right",) * 6)
+        show_table(Table(None, columns, [_row(p) for p in presets], align, spare=("model", "dense top-1", "speed-up")))
         click.echo(f"\n{_NOTE}")
 
 
@@ -56,18 +59,6 @@ def _row(preset: Preset) -> tuple[str, ...]:
         f"{preset.dense_top1:.2f}",
         f"{preset.top1:.2f}",
         f"{preset.speedup:.2f}x",
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Lays rows out in columns, the first two flush left and the figures flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
     )
 
 

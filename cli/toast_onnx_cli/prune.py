@@ -15,7 +15,14 @@ from toast_onnx.planning.presets import PREFIX, find_preset, read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.solving.compensations import COMPENSATIONS
 from toast_onnx.wellformed import blame_model
-from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, check_sample_options, gather_options
+from toast_onnx_cli.calibration_options import (
+    STATISTICS_HELP,
+    calibration_options,
+    check_sample_options,
+    data_help,
+    gather_options,
+)
+from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.goals import (
@@ -33,27 +40,38 @@ from toast_onnx_cli.goals import (
     write_plan,
 )
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import Planning, target_option, with_ties
 from toast_onnx_cli.prune_run import Job, run_job
 from toast_onnx_cli.prune_summary import summary
 from toast_onnx_cli.replay import replay
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.streams import as_file, is_stream, ratios_given
 from toast_onnx_cli.words import given_words
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.goals import Judged
 
 
-@click.command("prune")
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@toast_command(
+    "prune",
+    "prune model.onnx --macs 0.6 --data images/",
+    "prune model.onnx --max-drop 2 --data images/",
+    "prune model.onnx --ratios ratios.yaml -o small.onnx",
+)
+@click.argument("model", type=MODEL, required=False)
 @click.option("--replay", "repeated", type=click.Path(path_type=Path), metavar="JSON", help="Repeat a report's run.")
-@click.option("--ratios", metavar="FILE", help="Ratios file, or a preset such as paper:deit_small@2.7.")
+@click.option("--ratios", metavar="FILE", help="File, - for standard input, or a preset such as paper:deit_small@2.7.")
 @goal_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Pruned model; default MODEL.pruned.onnx.")
-@click.option("--report", type=click.Path(path_type=Path), help="JSON report; default beside the pruned model.")
-@click.option("--data", metavar="DATA", help=f"Measure activations on: {DATA_HELP[0].lower()}{DATA_HELP[1:]}")
-@click.option("--statistics", type=click.Path(path_type=Path), help="Statistics that `calibrate` wrote, not --data.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="JSON; default beside the pruned model, - for standard output.",
+)
+@click.option("--data", metavar="DATA", help=data_help("Measure activations on"))
+@click.option("--statistics", type=click.Path(path_type=Path), help=STATISTICS_HELP)
 @calibration_options
 @click.option(
     "--compensation",
@@ -71,7 +89,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option
 def command(
     model: Path | None,
     repeated: Path | None,
@@ -114,7 +132,7 @@ def command(
     if data is not None and statistics is not None:
         raise click.UsageError("give either --data or --statistics")
     goal = gather_goal(given, ratios, data)
-    out = output or model.with_name(f"{model.stem}.pruned.onnx")
+    out = output or beside(model, ".pruned.onnx")
     report = report or out.with_suffix(".json")
     planned = None if goal is None else out.with_name(f"{out.stem}.ratios.yaml")
     check_destinations(
@@ -123,11 +141,11 @@ def command(
         {
             "-o": out,
             "-o (its weights)": out.with_name(f"{out.name}.data"),
-            "--report": report,
+            "--report": as_file(report),
             "-o (its ratios)": planned,
         },
     )
-    settings = Ratios() if ratios is None else read_ratios(ratios)
+    settings = Ratios() if ratios is None else ratios_given(ratios)
     data = data or (settings.calibration.data if statistics is None else None)
     check_sample_options(given, data or settings.calibration.data)
     dense = study(load_model(model), shapes)
@@ -178,8 +196,8 @@ def command(
             else {goal.kind: goal.value, "judged": None if judged is None else judged.text},
             "expects": find_preset(ratios).expects if published and ratios is not None else None,
         }
-        document = run_job(job, settings, out, report, told, given_words())
-    if as_json:
+        document = run_job(job, settings, out, as_file(report), told, given_words())
+    if as_json or is_stream(report):
         print_json(document)
     else:
         click.echo(summary(document, out, report))

@@ -64,7 +64,7 @@ class Job:
 
 
 def run_job(
-    job: Job, settings: Ratios, out: Path, report: Path, told: Mapping[str, Any], words: Sequence[str]
+    job: Job, settings: Ratios, out: Path, report: Path | None, told: Mapping[str, Any], words: Sequence[str]
 ) -> dict[str, Any]:
     """Prune, prove, see what became of the answers, and write model and report.
 
@@ -72,7 +72,7 @@ def run_job(
         job: what is worked on.
         settings: what goes.
         out: the pruned model.
-        report: its JSON.
+        report: its JSON; None keeps it out of files.
         told: what else the report's options hold.
         words: the command that repeats the run, without the program's name.
 

@@ -9,10 +9,13 @@ import click
 
 from toast_onnx.errors import ToastError
 from toast_onnx.report.measured import read_measured
-from toast_onnx_cli.calibration_options import DATA_HELP
-from toast_onnx_cli.console import print_json, print_table, say_note
+from toast_onnx.report.tables import Table
+from toast_onnx_cli.calibration_options import LABELS_HELP, data_help
+from toast_onnx_cli.commands import json_option, preprocess_option, toast_command
+from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.pixels import max_pixels_option
 
@@ -20,9 +23,9 @@ from toast_onnx_cli.pixels import max_pixels_option
 SAMPLES = 64
 
 
-@click.command("quantize")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", required=True, metavar="DATA", help=f"For the ranges of activations: {DATA_HELP}")
+@toast_command("quantize", "quantize model.pruned.onnx --data images/ --dense model.onnx")
+@click.argument("model", type=MODEL)
+@click.option("--data", required=True, metavar="DATA", help=data_help("Measure ranges on"))
 @click.option("--to", type=click.Choice(["int8", "fp8"]), default="int8", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Quantized model; default MODEL.int8.onnx.")
 @click.option(
@@ -33,12 +36,10 @@ SAMPLES = 64
 @click.option("--no-equalize", is_flag=True, help="Leave the channels of LayerNorm as they are.")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Linear layers that stay, by node name.")
 @click.option("--ends", is_flag=True, help="Quantize the first and the last layer, too.")
-@click.option("--dense", type=click.Path(path_type=Path), help="The dense model: a step more in the table.")
+@click.option("--dense", type=MODEL, help="The dense model: a step more in the table.")
 @click.option("--eval-data", metavar="DATA", help="What the steps are compared on; --data by default.")
-@click.option("--labels", help="Labels of --eval-data, for accuracies; as for `eval`.")
-@click.option(
-    "--preprocess", metavar="RECIPE", help="imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."
-)
+@click.option("--labels", metavar="LABELS", help=f"Of --eval-data: {LABELS_HELP}")
+@preprocess_option
 @max_pixels_option
 @click.option(
     "--samples",
@@ -51,7 +52,7 @@ SAMPLES = 64
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     model: Path,
     data: str,
@@ -82,7 +83,7 @@ def command(
     """
     from toast_onnx_calibration.quantizing import QuantizeOptions, quantize, table_of_steps
 
-    out = output or model.with_suffix(f".{to}.onnx")
+    out = output or beside(model, f".{to}.onnx")
     others = [] if dense is None else read_files(dense)
     check_destinations([*read_files(model), *others, data, eval_data, labels, preprocess], {"-o": out})
     pruned_with = read_measured(model)
@@ -136,10 +137,10 @@ def command(
             [r["step"], r["file"], *("-" if r[k] is None else f"{r[k]:.2%}" for k in ("agreement", "top1"))]
             for r in rows
         ]
-        print_table(["step", "file", "agrees with first", "top-1"], cells, align=["left", "left", "right", "right"])
-    if sensitivity:
-        print_table(
-            ["layer", "alone in 8 bits: relative error of the output"],
-            [[name, f"{damage:.2e}"] for name, damage in result.damages.items()],
+        show_table(
+            Table(None, ("step", "file", "agrees with first", "top-1"), cells, ("left", "left", "right", "right"))
         )
+    if sensitivity:
+        alone = [[name, f"{damage:.2e}"] for name, damage in result.damages.items()]
+        show_table(Table(None, ("layer", "alone in 8 bits: error of the output"), alone))
         click.echo("--keep NAME leaves a layer as it is")

@@ -11,11 +11,12 @@ import click
 from toast_onnx.errors import ConfigError
 from toast_onnx.report.page_sources import Sources
 from toast_onnx_cli.collections import can_draw, collection_options, show_collection, write_collection_page
+from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.links import links_option
 
 
-@click.command("report")
+@toast_command("report", "report model.pruned.json", "report model.sweep/ --sort macs")
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Page; RUN's name with .html, or report.html.")
 @click.option(
@@ -30,7 +31,7 @@ from toast_onnx_cli.links import links_option
 @links_option
 @click.option("--no-images", is_flag=True, help="Show no pictures of samples whose answers changed.")
 @click.option("--title", help="Heading; the pruned file's name otherwise.")
-@click.option("--json", "as_json", is_flag=True, help="Print the table of many runs as JSON.")
+@json_option
 def command(
     runs: tuple[Path, ...],
     output: Path | None,

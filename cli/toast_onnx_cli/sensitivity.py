@@ -10,9 +10,11 @@ import click
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
+from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json, progress, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.planning_options import (
     comma_list,
     counted,
@@ -29,8 +31,8 @@ DEFAULT_RATIOS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
 ALL_PARTS = "tokens,qk,vo,fc1,fc2,fc1+fc2"
 
 
-@click.command("sensitivity")
-@click.argument("model", type=click.Path(path_type=Path))
+@toast_command("sensitivity", "sensitivity model.onnx --data images/ --parts qk,fc2 --ratios 0.3,0.6")
+@click.argument("model", type=MODEL)
 @planning_options
 @click.option("--ratios", callback=fractions, default=DEFAULT_RATIOS, show_default=True, help="Fractions removed.")
 @click.option("--parts", callback=comma_list, default=ALL_PARTS, show_default=True, help="What to prune in turn.")
@@ -40,7 +42,7 @@ ALL_PARTS = "tokens,qk,vo,fc1,fc2,fc1+fc2"
 @dry_run_option
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@json_option
 def command(
     model: Path,
     ratios: tuple[float, ...],
@@ -71,7 +73,7 @@ def command(
     unknown = [p for p in parts if p not in TRIAL_PARTS]
     if unknown:
         raise click.UsageError(f"--parts knows {', '.join(TRIAL_PARTS)}, not {unknown[0]}")
-    out = output or model.with_name(f"{model.stem}.sensitivity.json")
+    out = output or beside(model, ".sensitivity.json")
     check_destinations([*read_files(model), *planning_inputs(given)], {"-o": out, "--plot": plot}, ["-o"])
     planning = gather_planning(given)
     if plot is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from toast_onnx_cli.calibrate import print_header
+from toast_onnx_cli.commands import ToastCommand, json_option
 from toast_onnx_cli.destinations import check_destinations, overwrite_option
 
 
@@ -15,11 +16,15 @@ def command() -> None:
     """Work with statistics files that `calibrate` wrote."""
 
 
-@command.command("merge")
+@command.command(
+    "merge",
+    cls=ToastCommand,
+    examples=("statistics merge model.1-of-2.statistics.npz model.2-of-2.statistics.npz -o all.npz",),
+)
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILES...")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="The statistics of all.")
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+@json_option
 def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Add up statistics of one model: the shards of a run, or runs on different samples.
 

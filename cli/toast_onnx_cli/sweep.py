@@ -20,10 +20,12 @@ from toast_onnx.planning.strict_json import read_json
 from toast_onnx.wellformed import blame_model
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options
 from toast_onnx_cli.collections import can_draw, collection_options, show_collection, write_collection_page
+from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import say_note
 from toast_onnx_cli.destinations import check_destinations, is_overwriting, overwrite_option, read_files
 from toast_onnx_cli.goals import HELD, holdable, measure_all, planned_settings, refuse_unreachable, save_plan
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import Planning, fractions, target_option, with_ties
 from toast_onnx_cli.prune_run import Job, run_job
@@ -42,8 +44,8 @@ def _shares(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     return tuple(dict.fromkeys(fractions(ctx, param, value))) if value is not None else ()
 
 
-@click.command("sweep")
-@click.argument("model", type=click.Path(path_type=Path))
+@toast_command("sweep", "sweep model.onnx --macs 0.8,0.6 --data images/")
+@click.argument("model", type=MODEL)
 @click.option("--macs", callback=_shares, metavar="SHARES", help="Multiply-accumulates to keep, such as 0.8,0.6,0.5.")
 @click.option("--params", callback=_shares, metavar="SHARES", help="Parameters to keep, instead.")
 @click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
@@ -59,7 +61,7 @@ def _shares(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @collection_options
 @links_option
 @overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     model: Path,
     macs: tuple[float, ...],
@@ -90,7 +92,7 @@ def command(
         raise click.UsageError("say the sizes once: --macs 0.8,0.6 or --params 0.8,0.6")
     if as_csv and as_json:
         raise click.UsageError("give either --csv or --json")
-    folder = output or model.with_name(f"{model.stem}.sweep")
+    folder = output or beside(model, ".sweep")
     page, record = folder / "report.html", folder / "sweep.json"
     drawn = can_draw()
     goals = [Goal("macs" if macs else "params", share) for share in macs or params]

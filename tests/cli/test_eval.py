@@ -66,7 +66,7 @@ def test_a_metric(files: Path) -> None:
         ([], "accuracy needs labels"),
         (["--labels", "absent.csv"], "no such labels file"),
         (["--labels", "folders", "--preprocess", "imagnet"], "give one of imagenet"),
-        (["--labels", "folders", "--output", "x"], "no output 'x'"),
+        (["--labels", "folders", "--output-name", "x"], "no output 'x'"),
         (["--metric", "absent_module:f"], "cannot import 'absent_module'"),
     ],
 )
@@ -81,7 +81,7 @@ def test_failures_are_one_line_and_status_one(files: Path, arguments: list[str],
 
 def test_wrong_usage_is_status_two(files: Path) -> None:
     assert run("--labels", "folders", "--provider", "tpu").exit_code == 2
-    assert run("--metric", "a:b", "--output", "x").exit_code == 2
+    assert run("--metric", "a:b", "--output-name", "x").exit_code == 2
     assert run("--batch", "0").exit_code == 2
 
 

@@ -19,7 +19,7 @@ import yaml
 from toast_onnx.errors import ConfigError
 from toast_onnx.files import read_limited, write_bytes
 
-_MAX_BYTES = 1 << 18
+MAX_BYTES = 1 << 18
 _MAX_VALUES = 20_000  # aliases can repeat a value without writing it, so the file's size does not bound this
 _MAX_DEPTH = 16
 _MAX_NUMBER = 40  # characters
@@ -80,7 +80,15 @@ def read_document(path: str | os.PathLike[str]) -> object:
         ConfigError: The file cannot be read, is not YAML, repeats a key, nests deeper than 16 levels, or uses tags.
     """
     source = Path(path)
-    text = _read_text(source)
+    return parse_document(read_limited(source, MAX_BYTES, ConfigError, "give the YAML file"), source)
+
+
+def parse_document(data: bytes, source: Path) -> object:
+    """As `read_document`, of bytes that are at hand; `source` stands for them in messages."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{source} is not a text file in UTF-8; give the YAML file") from e
     try:
         node = yaml.compose(text, Loader=_CoreLoader)
     except yaml.YAMLError as e:
@@ -108,14 +116,6 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
         ConfigError: The destination cannot be written.
     """
     write_bytes(Path(path), text.encode(), ConfigError)
-
-
-def _read_text(source: Path) -> str:
-    data = read_limited(source, _MAX_BYTES, ConfigError, "give the YAML file")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{source} is not a text file in UTF-8; give the YAML file") from e
 
 
 def _describe(error: yaml.YAMLError, text: str) -> str:

@@ -77,7 +77,7 @@ def save_with_report(
     source: dict[str, Any],
     options: dict[str, Any],
     out: Path,
-    report: Path,
+    report: Path | None,
     *,
     check: bool = True,
     more: Callable[[Path], Mapping[str, Any]] = lambda _: {},
@@ -90,7 +90,7 @@ def save_with_report(
         source: where the statistics came from.
         options: the options of the run.
         out: the model's file.
-        report: the report's file.
+        report: the report's file; None writes the model alone, for a caller that shows the report.
         check: have ONNX Runtime load the model before it is kept.
         more: called with the written model before it has its name; gives what else the report holds.
 
