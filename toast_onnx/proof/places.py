@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toast_onnx.matching.blocks import Block, Ffn
+from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.solving.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights, ProjWeights
+from toast_onnx.proof.filling import fillings
+from toast_onnx.solving.weights import AttentionWeights, BlockWeights, HeadWeights, ProjWeights
 
 Array = NDArray[Any]
 
@@ -62,41 +63,16 @@ def places(twin: GraphView, block: Block, new: BlockWeights) -> dict[str, Place]
         new: its new weights.
     """
     found: dict[str, Place] = {}
-
-    def put(part: str, output: str, weight: tuple[Any, Any], bias: tuple[Any, Any]) -> None:
-        names = _initializers(twin, output)
-        for name, tensor, (index, free) in zip(("weight", "bias"), names, (weight, bias), strict=True):
-            if tensor is not None:
-                found[f"{part}.{name}"] = Place(tensor, index, free)
-
-    every = np.s_[:]
-    a, attention = block.attention, new.attention
-    if a is not None and attention is not None:
-        for part, branch in (("q", a.q), ("k", a.k), ("v", a.v)):
-            heads: HeadWeights | None = getattr(attention, part)
-            if branch is not None and heads is not None:
-                columns = heads.channels(branch.layout.channels)  # (heads, kept)
-                put(part, branch.linear.output, (np.s_[:, columns],) * 2, (columns,) * 2)
-        if a.proj is not None and attention.proj is not None and attention.v is not None:
-            rows = attention.v.channels(a.proj.layout.channels, a.vo_groups)
-            put("proj", a.proj.linear.output, (rows, rows), (every, every))
-    if block.ffn is not None and new.ffn is not None:
-        shrinks = new.ffn.units is not None and not block.ffn.selects_at_exit
-        if shrinks or new.ffn.entries is not None:
-            for k, entry in enumerate(block.ffn.entries):
-                rows = np.arange(entry.in_features) if new.ffn.inputs is None else new.ffn.inputs
-                columns = _columns(block.ffn, new.ffn if shrinks else FfnWeights(), k, entry.out_features)
-                put(f"entry{k}", entry.output, (rows, np.ix_(rows, columns)), (every, columns))
-        if new.ffn.fc2 is not None:
-            rows = np.arange(block.ffn.width) if new.ffn.units is None else new.ffn.units
-            put("fc2", block.ffn.fc2.output, (rows, rows), (every, every))
+    for each in fillings(block, new):
+        if each.new is None and each.gone is None:
+            continue
+        stays = None if each.gone is None else np.setdiff1d(np.arange(each.linear.out_features), each.gone)
+        weight, bias = _initializers(twin, each.linear.output)
+        free = each.index if stays is None else np.ix_(each.index, stays)
+        found[f"{each.part}.weight"] = Place(weight, each.index, free)
+        if bias is not None:
+            found[f"{each.part}.bias"] = Place(bias, each.outputs, each.outputs if stays is None else stays)
     return found
-
-
-def _columns(ffn: Ffn, new: FfnWeights, k: int, out_features: int) -> Array:
-    """Columns of an entry that make a kept hidden unit, and those that make none at all."""
-    gone = np.setdiff1d(np.arange(ffn.width), new.units if new.units is not None else np.arange(ffn.width))
-    return np.setdiff1d(np.arange(out_features), ffn.units[k][gone].reshape(-1))
 
 
 def _initializers(twin: GraphView, output: str) -> tuple[str, str | None]:

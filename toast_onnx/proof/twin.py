@@ -16,16 +16,17 @@ import onnx.helper
 
 from toast_onnx.edit import GraphEdit
 from toast_onnx.errors import TwinError
-from toast_onnx.matching.blocks import Attention, Block, Branch, Ffn
+from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.head_norms import HeadNorm
 from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.proof.decisions import Decision
+from toast_onnx.proof.filling import Filling, fillings
 from toast_onnx.proof.precision import to_float32
 from toast_onnx.runtime import batch_sizes, run_model
-from toast_onnx.solving.weights import AttentionWeights, BlockWeights, FfnWeights, HeadWeights
+from toast_onnx.solving.weights import BlockWeights, HeadWeights
 
 #: Largest allowed difference, as a fraction of the compared tensor's largest magnitude.
 TOLERANCE = 1e-4
@@ -82,13 +83,12 @@ def padded_twin(view: GraphView, facts: Facts, blocks: Sequence[Block], new: Map
         if change is None:
             continue
         padded: dict[str, _Padded] = {}
+        for filling in fillings(block, change):
+            _pad(view, facts, filling, padded)
         if change.attention is not None and block.attention is not None:
-            _pad_attention(view, facts, block.attention, change.attention, padded)
             for norm, part in zip(block.attention.norms, (change.attention.q, change.attention.k), strict=False):
                 if part is not None and part.kept < block.attention.qk_dim:
                     _scale_norm(edit, norm, part, f"{block.name}/twin")
-        if change.ffn is not None and block.ffn is not None:
-            _pad_ffn(view, facts, block.ffn, change.ffn, padded)
         for p in padded.values():
             b = p.bias if p.linear.bias is not None or p.bias.any() else None
             edit.remove(p.linear.nodes)
@@ -171,49 +171,16 @@ def _start(view: GraphView, facts: Facts, linear: Linear, padded: dict[str, _Pad
     return padded[linear.output]
 
 
-def _pad_attention(
-    view: GraphView, facts: Facts, attention: Attention, new: AttentionWeights, padded: dict[str, _Padded]
-) -> None:
-    for branch, part in ((attention.q, new.q), (attention.k, new.k), (attention.v, new.v)):
-        if branch is not None and part is not None:
-            _pad_heads(view, facts, branch, part, padded)
-    if attention.proj is not None and new.proj is not None and new.v is not None:
-        p = _start(view, facts, attention.proj.linear, padded)
-        rows = new.v.channels(attention.proj.layout.channels, attention.vo_groups)
-        p.weight[:] = 0
-        p.weight[rows] = new.proj.weight
-        p.bias[:] = new.proj.bias
-
-
-def _pad_heads(view: GraphView, facts: Facts, branch: Branch, part: HeadWeights, padded: dict[str, _Padded]) -> None:
-    p = _start(view, facts, branch.linear, padded)
-    channels = branch.layout.channels
-    p.weight[:, channels.reshape(-1)] = 0
-    p.bias[channels.reshape(-1)] = 0
-    columns = part.channels(channels)  # (heads, kept)
-    p.weight[:, columns] = part.weight
-    p.bias[columns] = part.bias
-
-
-def _pad_ffn(view: GraphView, facts: Facts, ffn: Ffn, new: FfnWeights, padded: dict[str, _Padded]) -> None:
-    for k, entry in enumerate(ffn.entries):
-        p = _start(view, facts, entry, padded)
-        if new.entries is not None:
-            w, b = new.entries[k]
-            rows = np.arange(entry.in_features) if new.inputs is None else new.inputs
-            p.weight[:] = 0
-            p.weight[rows] = w
-            p.bias[:] = b
-        if new.units is not None and not ffn.selects_at_exit:
-            gone = np.setdiff1d(np.arange(ffn.width), new.units)
-            p.weight[:, ffn.units[k][gone].reshape(-1)] = 0
-            p.bias[ffn.units[k][gone].reshape(-1)] = 0
-    if new.fc2 is not None:
-        p = _start(view, facts, ffn.fc2, padded)
-        rows = np.arange(ffn.width) if new.units is None else new.units
-        p.weight[:] = 0
-        p.weight[rows] = new.fc2[0]
-        p.bias[:] = new.fc2[1]
+def _pad(view: GraphView, facts: Facts, filling: Filling, padded: dict[str, _Padded]) -> None:
+    """Put new weights among zeros (in place)."""
+    p = _start(view, facts, filling.linear, padded)
+    if filling.new is not None:
+        p.weight[:, filling.cleared] = 0
+        p.bias[filling.cleared] = 0
+        p.weight[filling.index], p.bias[filling.outputs] = filling.new
+    if filling.gone is not None:
+        p.weight[:, filling.gone] = 0
+        p.bias[filling.gone] = 0
 
 
 def compare_with_twin(
