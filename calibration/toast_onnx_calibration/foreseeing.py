@@ -105,4 +105,4 @@ def foresee(
         seconds += work.forecast.seconds(ahead, longer) or 0.0
     wanted = statistics_for(dense, settings, [p for p in parts if p != TOKENS])  # type: ignore[misc]
     spool = spool_bytes(dense, pass_links(dense, wanted, options), count or 0) if wanted and statistics is None else 0
-    return Foreseen(number, seconds, max(spool, working_bytes(dense, data, options, output)), count or 0, tried)
+    return Foreseen(number, seconds, max(spool, working_bytes(dense, count, output)), count or 0, tried)

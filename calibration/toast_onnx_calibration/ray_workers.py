@@ -88,13 +88,13 @@ class RayExecutor:
         if workers == 1 and len(ray.nodes()) == 1:
             yield Alone(job)
             return
-        sent = [ray.put(order)], Rules.present(), _send(ray, order)  # kept until the end, for workers that start again
+        sent = [ray.put(order)], _send(ray, order)
         resources = {"num_cpus": cpus, "num_gpus": 1 if on_gpu else 0, "scheduling_strategy": "SPREAD"}
         kind = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **resources)(_Worker)
         tally = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Tally).remote()
-        actors = [kind.remote(*sent, tally) for _ in range(workers)]
+        actors = [kind.remote(Rules.present(), tally) for _ in range(workers)]
         try:
-            yield _RayPool(ray, actors, tally)
+            yield _RayPool(ray, actors, tally, sent)
         finally:
             for actor in (*actors, tally):
                 ray.kill(actor)
@@ -103,8 +103,8 @@ class RayExecutor:
 class _RayPool:
     """Actors that do the tasks of one job."""
 
-    def __init__(self, ray: Any, actors: Sequence[Any], tally: Any) -> None:
-        self._ray, self._actors, self._tally = ray, actors, tally
+    def __init__(self, ray: Any, actors: Sequence[Any], tally: Any, sent: tuple[Any, ...]) -> None:
+        self._ray, self._actors, self._tally, self._sent = ray, actors, tally, sent
         self._rounds = 0
 
     @property
@@ -119,7 +119,7 @@ class _RayPool:
 
         pool, self._rounds = ActorPool(self._actors), self._rounds + 1
         for number, task in enumerate(tasks):
-            pool.submit(lambda actor, value: actor.do.remote(*value), (self._rounds, number, task))
+            pool.submit(lambda actor, value: actor.do.remote(*value), (self._sent, self._rounds, number, task))
         while pool.has_next():
             try:
                 yield pool.get_next_unordered(timeout=INTERVAL)
@@ -152,13 +152,13 @@ class _Tally:
 class _Worker:
     """One process that opens a job with its first task and keeps it open."""
 
-    def __init__(self, order: Sequence[Any], rules: Rules, files: Mapping[Path, Any], tally: Any) -> None:
-        self._sent, self._rules, self._files, self._tally = order, rules, files, tally
+    def __init__(self, rules: Rules, tally: Any) -> None:
+        self._rules, self._tally = rules, tally
         self._stack = ExitStack()
         self._job: Job | None = None
 
-    def do(self, number: int, at: int, task: Any) -> tuple[int, Any]:
-        """Number and result of a task."""
+    def do(self, sent: tuple[Any, ...], number: int, at: int, task: Any) -> tuple[int, Any]:
+        """Number and result of a task; what was sent with it opens the job the first time."""
         if self._job is None:
             self._rules.keep()
             if self._rules.version != __version__:
@@ -168,8 +168,9 @@ class _Worker:
             folder = self._stack.enter_context(scratch_folder("toast-worker-"))
             import ray
 
-            order: Order = ray.get(self._sent[0])
-            self._job = self._stack.enter_context(order.open(_place(self._files, order, folder, ray.get), folder))
+            (reference,), files = sent
+            order: Order = ray.get(reference)
+            self._job = self._stack.enter_context(order.open(_place(files, order, folder, ray.get), folder))
         return at, self._job.do(task, _reporter(lambda done: self._tally.tell.remote(number, at, done)))
 
 

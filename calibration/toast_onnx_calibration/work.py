@@ -210,6 +210,7 @@ class WorkOrder:
     def open(self, find: Find, folder: Path) -> Iterator[Work]:
         """The same work in a process of its own."""
         dense = study(load_model(find(self.model)), self.given)
+        check_room(working_bytes(dense, len(self.samples.rows), self.output))
         trials = Trials(dense, self.samples, self.options, folder, self.output, self.labels, self.dense)
         narrowing = None
         if self.statistics is not None:
@@ -217,10 +218,10 @@ class WorkOrder:
         yield Work(trials, narrowing, self.settings, self.labels)
 
 
-def working_bytes(dense: Study, data: str | Path, options: CalibrationOptions, output: str | None = None) -> int:
+def working_bytes(dense: Study, samples: int | None, output: str | None = None) -> int:
     """Bytes that trials keep on the disk while they work; those of the model alone where samples are not counted."""
     fronts = {span.start for b in dense.match.blocks if (span := span_of(dense, dense.facts, b)) is not None}
-    return trial_bytes(dense, drawn(data, options.samples) or 0, fronts, chosen_output(dense, output))
+    return trial_bytes(dense, samples or 0, fronts, chosen_output(dense, output))
 
 
 def _narrowing(dense: Study, settings: Ratios, path: Path) -> Narrowing:
@@ -280,7 +281,7 @@ def open_work(
     if narrow and not wanted:
         raise ConfigError(f"no block has a prunable part among {', '.join(narrow)}; see `toast-onnx inspect`")
     known = None if labels is None else open_labels(labels, str(data))
-    check_room(working_bytes(dense, data, options, output))
+    check_room(working_bytes(dense, drawn(data, options.samples), output))
     with TemporaryDirectory(prefix="toast-planning-") as name:
         folder = Path(name)
         path = statistics

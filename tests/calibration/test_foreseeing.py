@@ -72,7 +72,7 @@ def test_a_full_disk_is_told_before_the_work(
     dense = look(path)
     np.save(tmp_path / "x.npy", zoo.inputs(path, 8)["input"])
     options = CalibrationOptions(threads=1, budget=1)
-    needed = working_bytes(dense, tmp_path / "x.npy", options)
+    needed = working_bytes(dense, 8)
     width = dense.match.blocks[0].ffn.in_features  # type: ignore[union-attr]
     tokens = dense.counted.shape(block_span(dense.view, dense.facts, dense.match.blocks[0]).start)[1]  # type: ignore[index]
     x = np.load(tmp_path / "x.npy")
