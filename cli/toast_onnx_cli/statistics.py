@@ -19,7 +19,7 @@ def command() -> None:
 @command.command(
     "merge",
     cls=ToastCommand,
-    examples=("statistics merge model.1-of-2.statistics.npz model.2-of-2.statistics.npz -o all.npz",),
+    examples=("statistics merge a.npz b.npz -o all.npz",),
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILES...")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="The statistics of all.")

@@ -104,8 +104,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run(["prune", "model.onnx", "--ratios", "ratios.yaml"])
-        for share in ("1/2", "2/2"):
-            run(["calibrate", "model.onnx", "--data", "images", "--samples", "32", "--shard", share])
+        for share, name in (("1/2", "a.npz"), ("2/2", "b.npz")):
+            run(["calibrate", "model.onnx", "--data", "images", "--samples", "32", "--shard", share, "-o", name])
     for name, suffix in itertools.product(("small", "tiny"), (".onnx", ".json")):
         shutil.copy(folder / f"model.pruned{suffix}", folder / f"{name}{suffix}")
     return folder
@@ -155,7 +155,7 @@ def test_every_command_has_examples_that_fit_a_narrow_terminal(name: str, comman
     text = " ".join(" ".join(lines).replace("\\", " ").split())
     assert text == " ".join(f"toast-onnx {line}" for line in command.examples)
     for line in command.examples:
-        assert line.startswith(f"{name} ")
+        assert f"{line} ".startswith(f"{name} ")
         known = {option for p in command.params for option in p.opts}
         assert {word for word in line.split() if word.startswith("-")} <= known
 
