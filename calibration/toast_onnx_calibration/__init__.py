@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from toast_onnx_calibration.comparing import compare
     from toast_onnx_calibration.evaluating import evaluate
     from toast_onnx_calibration.front import calibrate, plan, sensitivity
+    from toast_onnx_calibration.looking import look
 
-__all__ = ["calibrate", "plan", "sensitivity", "compare", "evaluate"]
+__all__ = ["calibrate", "plan", "sensitivity", "compare", "evaluate", "look"]
 
-_HOMES = {"compare": "comparing", "evaluate": "evaluating"}
+_HOMES = {"compare": "comparing", "evaluate": "evaluating", "look": "looking"}
 
 
 def __getattr__(name: str) -> Any:

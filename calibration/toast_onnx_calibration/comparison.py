@@ -96,8 +96,11 @@ class Comparison:
             ("block", "name", "branch", "cosine", "relative error"),
             rows,
             ("right", "left", "left", "right", "right"),
+            spare=("name",),
         )
-        costs = Table(None, ("", "dense", "pruned", "pruned / dense"), _costs(self), None, _noise(self.latency))
+        costs = Table(
+            None, ("", "dense", "pruned", "pruned / dense"), _costs(self), None, _noise(self.latency), ("dense",)
+        )
         return [costs, outputs, *([branches] if rows else [])]
 
     def report(self) -> dict[str, Any]:

@@ -143,8 +143,8 @@ def enlarged(image: Image.Image) -> Image.Image:
     return image
 
 
-def image_bytes(image: Image.Image, path: Path) -> bytes:
-    """A picture in the format that a file's name asks for.
+def picture_format(path: Path) -> str:
+    """Pillow's name of the format that a file's name asks for.
 
     Raises:
         ConfigError: nothing is written under such a name.
@@ -152,6 +152,11 @@ def image_bytes(image: Image.Image, path: Path) -> bytes:
     form = Image.registered_extensions().get(path.suffix.lower())
     if form not in ("PNG", "JPEG", "WEBP"):
         raise ConfigError(f"{path}: no picture is written under this name; end it in .png, .jpg or .webp")
+    return form
+
+
+def image_bytes(image: Image.Image, path: Path) -> bytes:
+    """A picture in the format that a file's name asks for; raises as `picture_format`."""
     out = io.BytesIO()
-    image.save(out, form)
+    image.save(out, picture_format(path))
     return out.getvalue()

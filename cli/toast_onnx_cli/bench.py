@@ -193,7 +193,7 @@ def _print(results: list[dict[str, Any]]) -> None:
         for r in results
     ]
     columns = ("model", "batch", "median ms", "spread", "images/s", "speed-up (quartiles)")
-    show_table(Table(None, columns, rows, spare=("images/s",)))
+    show_table(Table(None, columns, rows, spare=("images/s", "spread")))
     for r in results:
         if (said := busy(r["spread"])) is not None:
             click.echo(f"Warning: {r['model']} at batch {r['batch']}: {said}", err=True)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
+from click.core import ParameterSource
 
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx_cli.commands import preprocess_option, provider_option
@@ -104,12 +105,13 @@ def check_sample_options(given: Mapping[str, Any], data: str | None) -> None:
         data: where samples are, None where there are none.
 
     Raises:
-        click.UsageError: one of them was given.
+        click.UsageError: one of them was given; a default of the user's own (`TOAST_*`) waits for samples.
     """
-    if data is not None:
+    context = click.get_current_context(silent=True)
+    if data is not None or context is None:
         return
     for name in ("preprocess", "samples", "tokens", "class_weight", "memory"):
-        if given.get(name) is not None:
+        if given.get(name) is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} is about samples, and none are given; add --data")
 
 

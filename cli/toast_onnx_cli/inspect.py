@@ -57,6 +57,10 @@ def command(
     if contact_sheet is not None and data is None:
         raise click.UsageError("--contact-sheet shows samples; add --data images/")
     check_destinations([*read_files(model), data, preprocess], {"--contact-sheet": contact_sheet})
+    if contact_sheet is not None:
+        from toast_onnx_calibration.looking import picture_format
+
+        picture_format(contact_sheet)  # before the work, not after it
     document = inspection(study(load_model(model), shapes))
     seen = None if data is None else _look(model, data, preprocess, samples, contact_sheet)
     if as_json:

@@ -32,6 +32,19 @@ ELSEWHERE = {
     "check-engine": "GPU",
     "deploy deploy.yaml": "elsewhere.sh",
 }
+#: The user's own defaults (`TOAST_COMMAND_OPTION`) while examples run: enough to see that they do.
+FEW = {
+    "SENSITIVITY_SAMPLES": "8",
+    "PLAN_SAMPLES": "8",
+    "SWEEP_SAMPLES": "8",
+    "PRUNE_SAMPLES": "64",
+    "ANALYZE_SAMPLES": "16",
+    "COMPARE_SAMPLES": "32",
+    "COMPARE_ROUNDS": "2",
+    "BENCH_ROUNDS": "2",
+    "COSTS_ROUNDS": "2",
+    "FINETUNE_SAMPLES": "16",
+}
 #: Examples that take more than a second or two; a run of each of these commands is in the fast tests elsewhere.
 DEAR = (
     "analyze",
@@ -44,7 +57,7 @@ DEAR = (
     "prune",
     "quantize",
     "report",
-    "sensitiv",
+    "sensitivity",
     "sweep",
 )
 FAST = ("prune model.onnx --ratios", "compare model.onnx model.pruned.onnx --data", "deploy deploy.yaml --dry-run")
@@ -98,7 +111,8 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of these files to work in."""
     folder = shutil.copytree(made, tmp_path / "place")
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, value in FEW.items():
+        monkeypatch.setenv(f"TOAST_{name}", value)
     return folder
 
 
@@ -111,8 +125,6 @@ def run(words: Sequence[str], **settings: Any) -> Any:
 
 def prepare(line: str, place: Path) -> None:
     """What an earlier example of the same command's help, or another command, would have left."""
-    if "model.statistics.npz" in line:
-        run(["calibrate", "model.onnx", "--data", "images/", "--samples", "16"])
     if "model.costs.json" in line:
         run(["costs", "model.onnx", "--threads", "1", "--widths", "2", "--rounds", "2"])
     if "model.sweep/" in line:

@@ -74,6 +74,9 @@ MISTAKES: dict[str, tuple[Callable[[], None], str, str]] = {
     "a quantized model": (_quantized, "prune q.onnx --ratios r.yaml", "prune first, then quantize"),
     "a convolutional network": (_convolutional, "prune cnn.onnx --ratios r.yaml", "looked for attention"),
     "samples for a model": (_nothing, "prune d.npz --ratios r.yaml", "is not an ONNX file"),
+    "half a name on the hub": (_nothing, "inspect hf:deit", "write hf:ORG/NAME"),
+    "a sheet without samples": (_nothing, "inspect m.onnx --contact-sheet s.png", "add --data images/"),
+    "a picture of no kind": (_nothing, "inspect m.onnx --data d.npz --preprocess none --contact-sheet s.txt", ".png"),
     "a shape without a name": (_nothing, "inspect m.onnx --shape 1x1x28x28", "input=1x3x224x224"),
     "a budget below all widths": (_nothing, "plan m.onnx --data d.npz --preprocess none --params 0.01", "at least 0."),
 }
