@@ -43,7 +43,7 @@ PARTS = ("inputs", "hidden")
 @toast_command(
     "analyze",
     "analyze model.onnx --data images/",
-    "analyze model.onnx --statistics model.statistics.npz --plot redundancy.png",
+    "analyze model.onnx --data images/ --plot redundancy.png",
 )
 @click.argument("model", type=MODEL)
 @click.option("--data", metavar="DATA", help=data_help("Measure activations on"))

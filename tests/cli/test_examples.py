@@ -130,8 +130,6 @@ def run(words: Sequence[str], **settings: Any) -> Any:
 
 def prepare(line: str, place: Path) -> None:
     """What an earlier example of the same command's help, or another command, would have left."""
-    if "model.statistics.npz" in line:
-        run(["calibrate", "model.onnx", "--data", "images/", "--samples", "16"])
     if "model.costs.json" in line:
         run(["costs", "model.onnx", "--threads", "1", "--widths", "2", "--rounds", "2"])
     if "model.sweep/" in line:

@@ -188,7 +188,7 @@ class Collection:
             lines.append(f"answers on {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} samples")
         if (said := busy(max((p.spread or 0.0 for p in self.points), default=0.0))) is not None:
             lines.append(f"speed: this machine was busy, {said}")
-        return Table(None, columns, cells, None, tuple(lines), ("KL", "parameters", "", "file"))
+        return Table(None, columns, cells, None, tuple(lines), ("KL", "parameters", "", "file", "relative error"))
 
     def _cell(self, column: Column, point: Point) -> str:
         value = column.of(point)
