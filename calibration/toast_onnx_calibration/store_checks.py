@@ -77,6 +77,20 @@ def value_problem(name: str, value: Array, mean: Array | None) -> str | None:
     return next((problem for m in matrices if (problem := _not_a_moment(m, offset)) is not None), None)
 
 
+def nearest_moments(matrices: Array) -> Array:
+    """(..., n, n) made symmetric and, where rounding made them indefinite, the nearest that are not.
+
+    Sums that are a difference of larger ones (keys around what each query sees, where it sees but one) keep the rounding
+    of those. Frobenius norm; Higham, Linear Algebra and its Applications 103 (1988).
+    """
+    found = (matrices + np.swapaxes(matrices, -1, -2)) / 2
+    for index in np.ndindex(found.shape[:-2]):
+        if _not_a_moment(found[index], np.zeros(found.shape[-1])) is not None:
+            values, vectors = np.linalg.eigh(found[index])
+            found[index] = vectors * np.maximum(values, 0) @ vectors.T
+    return found
+
+
 def _not_a_moment(matrix: Array, offset: Array) -> str | None:
     """Why (n, n) is no covariance to rounding, given (n,) squared means; None where it is one."""
     size = float(np.max(np.abs(np.diag(matrix)) + offset))

@@ -12,17 +12,21 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import pytest
 
+from tests.end_to_end.command import DIGITS
 from tests.matching.tiny import TOKENS, WIDTH, block
 from tests.pruning import look
 from toast_onnx.errors import DataError
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
-from toast_onnx_calibration.calibrating import calibrate
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.store import open_statistics
+from toast_onnx_calibration.store_checks import nearest_moments
 
 EVERY_PART = ("qk", "context", "hidden", "inputs", "fc1", "fc2")
 Entries = dict[str, np.ndarray]
@@ -227,3 +231,36 @@ def test_a_part_that_the_header_does_not_name(part: str, tmp_path: Path) -> None
     ratios = {"version": 1, "align": 1, "attention": {"qk": 0.5, "vo": 0.5}}
     with pytest.raises(DataError, match="cannot be solved with these statistics"):
         prune(look(measured()[0]), parse_ratios(ratios), found)
+
+
+@pytest.mark.parametrize("factor", [10, 30])
+def test_attention_that_sees_one_key_a_query_is_measured_and_opens(factor: float, tmp_path: Path) -> None:
+    """Keys around what each query sees are then a difference of nearly equal sums, whose rounding is all that is left."""
+    model = onnx.load(DIGITS)
+    for tensor in model.graph.initializer:
+        weight = onnx.numpy_helper.to_array(tensor)
+        if weight.ndim == 2 and weight.shape[1] == 3 * len(weight):  # queries, keys, values
+            sharp = weight * np.repeat(np.asarray([factor, factor, 1], np.float32), len(weight))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(sharp, tensor.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    study, options = look(tmp_path / "model.onnx"), CalibrationOptions(samples=16, preprocess="none", threads=1)
+    data = DIGITS.with_name("digits_calibration.npz")
+    calibrate(study, data, tmp_path / "s.npz", everything(study), options)
+    file = open_statistics(tmp_path / "s.npz")
+    for name in file.names():
+        file.array(name)
+
+
+def test_moments_are_kept_as_they_are_and_others_are_the_nearest() -> None:
+    """The nearest in the Frobenius norm: no eigenvalue below zero, the others where they were."""
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((3, 4, 4))
+    right = root @ np.swapaxes(root, -1, -2)
+    assert np.array_equal(nearest_moments(right), (right + np.swapaxes(right, -1, -2)) / 2)
+    values, vectors = np.linalg.eigh(right)
+    values[:, 0] = -1
+    spoiled = (vectors * values[:, None]) @ np.swapaxes(vectors, -1, -2)
+    values[:, 0] = 0
+    expected = (vectors * values[:, None]) @ np.swapaxes(vectors, -1, -2)
+    skew = np.triu(np.ones((4, 4)), 1)
+    assert nearest_moments(spoiled + skew - skew.T) == pytest.approx(expected, abs=1e-12)
