@@ -235,7 +235,7 @@ def test_a_part_that_the_header_does_not_name(part: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("factor", [10, 30])
 def test_attention_that_sees_one_key_a_query_is_measured_and_opens(factor: float, tmp_path: Path) -> None:
-    """Keys around what each query sees are then a difference of nearly equal sums, whose rounding is all that is left."""
+    """Keys around what each query sees are then a difference of nearly equal sums, and mostly rounding."""
     model = onnx.load(DIGITS)
     for tensor in model.graph.initializer:
         weight = onnx.numpy_helper.to_array(tensor)
