@@ -104,7 +104,8 @@ def test_expected_follows_the_configuration(family: str, attentions: object, ffn
     assert zoo.expected(family) == Expected(attentions, ffns)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Seeding knows no family; one of each library will do.
+@pytest.mark.parametrize("family", ["timm-swin", "hf-vitmae", "hf-bert", "torchvision-vit", "kind-einsum"])
 def test_same_seed_gives_the_same_weights_and_no_weight_is_constant(family: str) -> None:
     try:
         first, second = (zoo.build(family).module.state_dict() for _ in range(2))

@@ -80,7 +80,8 @@ def value_problem(name: str, value: Array, mean: Array | None) -> str | None:
 def nearest_moments(matrices: Array) -> Array:
     """(..., n, n) made symmetric and, where rounding made them indefinite, the nearest that are not.
 
-    Differences of larger sums (keys around what each query sees, where it sees one) keep the rounding of those. Frobenius norm; Higham, Linear Algebra and its Applications 103 (1988).
+    Differences of larger sums (keys around what each query sees, where it sees one) keep the rounding of those. Nearest
+    in the Frobenius norm: Higham, Linear Algebra and its Applications 103 (1988).
     """
     found = (matrices + np.swapaxes(matrices, -1, -2)) / 2
     for index in np.ndindex(found.shape[:-2]):
