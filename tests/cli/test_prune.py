@@ -65,7 +65,7 @@ def test_a_published_schedule_says_that_it_expects_training(
     path = exported(zoo.Case("timm-vit"))
     np.save(tmp_path / "x.npy", zoo.inputs(path, 4)["input"])
     short = preset("paper:deit_tiny@0.8").model_copy(update={"attention": Ratios().attention, "ffn": Ratios().ffn})
-    monkeypatch.setattr("toast_onnx_cli.prune.read_ratios", lambda _: short)  # for a model of two blocks
+    monkeypatch.setattr("toast_onnx_cli.prune.ratios_given", lambda _: short)  # for a model of two blocks
     words = ["prune", str(path), "--ratios", "paper:deit_tiny@0.8", "--data", str(tmp_path / "x.npy"), *option]
     result = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "o.onnx")])
     assert result.exit_code == 0, result.stderr

@@ -230,11 +230,14 @@ def test_inspect_document_and_table(model: Path) -> None:
     assert {"model", "opset", "producer", "macs", "params", "blocks", "declined"} <= set(document)
     block = document["blocks"][0]
     assert set(block) == {"index", "name", "attention", "ffn", "tokens"}
-    assert block["tokens"] == {"mergeable": True, "reason": None, "count": 17, "special": 1, "unread": False}
+    merging = {"mergeable": True, "reason": None, "kind": None, "node": None}
+    assert block["tokens"] == merging | {"count": 17, "special": 1, "unread": False}
     assert set(block["attention"]) == {"heads", "qk_dim", "vo_dim", "heads_prunable", "qk", "vo", "macs", "params"}
     assert set(block["ffn"]) == {"in_features", "width", "activation", "gated", "fc1", "fc2", "macs", "params"}
     for part, names in (("attention", ("heads_prunable", "qk", "vo")), ("ffn", ("fc1", "fc2"))):
-        assert all(block[part][name] == {"prunable": True, "reason": None} for name in names)
+        assert all(
+            block[part][name] == {"prunable": True, "reason": None, "kind": None, "node": None} for name in names
+        )
     assert (block["attention"]["heads"], block["attention"]["qk_dim"], block["ffn"]["width"]) == (3, 32, 384)
     assert block["ffn"]["activation"] == "gelu"
     # 17 tokens of 96 channels: qkv and proj, two products of 3 heads; two layers of 384

@@ -17,8 +17,8 @@ def _output(*arguments: str) -> str:
 
 
 def test_the_table_has_a_line_for_every_schedule() -> None:
-    lines = _output().splitlines()
-    rows = [line.split() for line in lines if line.startswith("paper:")]
+    lines = _output().strip().splitlines()
+    rows = [line.split() for line in lines if line.lstrip().startswith("paper:")]
     assert [row[0] for row in rows] == [schedule.name for schedule in list_presets()]
     assert rows[4] == [
         "paper:deit_small@2.7",
