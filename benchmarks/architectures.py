@@ -125,9 +125,16 @@ FIXED: dict[str, dict[str, torch.Tensor]] = {
 }
 PLAIN = {"num_classes": 10, "dim": 192, "depth": 2, "heads": 3, "mlp_dim": 384}
 VIT = PLAIN | {"image_size": 64, "patch_size": 16}
-STAGED = {"num_classes": 10, "dim": (64, 128), "depth": (1, 2)}
 NAMED = {"img_size": 64, "embedding_dim": 192, "num_layers": 2, "num_heads": 3, "num_classes": 10}
-LEVIT = STAGED | {"image_size": 112, "stages": 2, "depth": 2, "heads": (2, 4), "mlp_mult": 2}
+LEVIT = {
+    "image_size": 112,
+    "num_classes": 10,
+    "stages": 2,
+    "dim": (64, 128),
+    "depth": 2,
+    "heads": (2, 4),
+    "mlp_mult": 2,
+}
 MOBILE = {
     "image_size": (64, 64),
     "dims": [64, 80, 96],
@@ -163,8 +170,6 @@ VIT_PYTORCH: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "pit": ("PiT", VIT | {"depth": (1, 2)}, (3, 64, 64)),
     "regionvit": ("RegionViT", {"num_classes": 10, "depth": (1, 1, 2, 1)}, (3, 224, 224)),
     "rvt": ("RvT", VIT, (3, 64, 64)),
-    "scalable_vit": ("ScalableViT", STAGED | {"heads": (2, 4), "reduction_factor": (4, 2)}, (3, 64, 64)),
-    "sep_vit": ("SepViT", STAGED | {"heads": (2, 4)}, (3, 112, 112)),
     "simple_uvit": ("SimpleUViT", VIT, (3, 64, 64)),
     "simple_vit": ("SimpleViT", VIT, (3, 64, 64)),
     "simple_vit_with_qk_norm": ("SimpleViT", VIT, (3, 64, 64)),
