@@ -30,8 +30,7 @@ def ray_executor(address: str) -> Iterator[RayExecutor]:
 
     Args:
         address: `local` starts Ray here and stops it at the end, `auto` takes the one that runs here, and anything else
-            is the address of one. Inside another such context it is
-            that one's.
+            is the address of one. Inside another such context it is that one's.
 
     Raises:
         BackendError: Ray is not installed, or there is none at that address.
