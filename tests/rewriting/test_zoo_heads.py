@@ -38,6 +38,15 @@ DECLINED = {
         for family in ("timm-hiera", "hf-segformer")
         for batch in ("static", "dynamic")
     },
+    **{
+        (family, batch): {kind: 2}
+        for family, kind in (
+            ("timm-cait", Kind.MEET),
+            ("kind-grouped-queries", Kind.GROUPED),
+            ("kind-convolved-values", Kind.CONVOLVED),
+        )
+        for batch in ("static", "dynamic")
+    },
     # queries that are pooled as an image, heads and dimensions being its channels
     **{("timm-sam2", batch): {Kind.ONE_HEAD: 1, Kind.UNKNOWN: 3} for batch in ("static", "dynamic")},
 }
