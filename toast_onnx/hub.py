@@ -163,7 +163,7 @@ def _weights(path: Path) -> list[str]:
     except Exception:  # whoever loads it next says what is wrong with it
         return []
     outside = (t for t in all_tensors(proto) if external.uses_external_data(t))
-    return sorted({e.value for t in outside for e in t.external_data if e.key == "location"})
+    return sorted({external.ExternalDataInfo(t).location for t in outside})
 
 
 def _reason(error: Exception) -> str:

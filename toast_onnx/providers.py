@@ -24,6 +24,7 @@ class Provider:
         package: what installs it.
         helpers: short names of those that take the nodes it cannot run, in order.
         plugin: module that ONNX Runtime loads it from, where it is not built in.
+        nvidia: whether it runs on NVIDIA's GPUs, which schedulers count.
         shape_prefix: of its options that give the shapes of one engine for all inputs; none for most.
     """
 
@@ -32,18 +33,22 @@ class Provider:
     helpers: tuple[str, ...] = ("cpu",)
     plugin: str | None = None
     shape_prefix: str | None = None
+    nvidia: bool = False
 
 
 #: Short name to provider; the only list there is.
 PROVIDERS: dict[str, Provider] = {
     "cpu": Provider("CPUExecutionProvider", "onnxruntime", ()),
-    "cuda": Provider("CUDAExecutionProvider", "onnxruntime-gpu"),
-    "tensorrt": Provider("TensorrtExecutionProvider", "onnxruntime-gpu", ("cuda", "cpu"), shape_prefix="trt"),
+    "cuda": Provider("CUDAExecutionProvider", "onnxruntime-gpu", nvidia=True),
+    "tensorrt": Provider(
+        "TensorrtExecutionProvider", "onnxruntime-gpu", ("cuda", "cpu"), shape_prefix="trt", nvidia=True
+    ),
     "tensorrt-rtx": Provider(
         "NvTensorRTRTXExecutionProvider",
         "onnxruntime-ep-nv-tensorrt-rtx",
         plugin="onnxruntime_ep_nv_tensorrt_rtx",
         shape_prefix="nv",
+        nvidia=True,
     ),
     "openvino": Provider("OpenVINOExecutionProvider", "onnxruntime-openvino"),
     "coreml": Provider("CoreMLExecutionProvider", "onnxruntime on macOS"),

@@ -20,14 +20,14 @@ from toast_onnx.model import Model, file_hash, scratch_folder
 from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.chain import Link, Spool, chain, cut
-from toast_onnx_calibration.executing import divided
+from toast_onnx_calibration.executing_files import placed_recipe
 from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.gradients import BATCH, SAMPLES, measure_gradients
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.room import check_room, spool_bytes
 from toast_onnx_calibration.sessions import ModelInput, graph_inputs, model_inputs, model_session, run
-from toast_onnx_calibration.sources import Source
+from toast_onnx_calibration.sources import Source, shares_of
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
 from toast_onnx_calibration.store import Header, Share, StatisticsWriter, per_head, write_statistics
 from toast_onnx_calibration.store_checks import nearest_moments
@@ -74,6 +74,30 @@ class CalibrationOptions:
     hold: int = 0
     shard: tuple[int, int] | None = None
     note: Note = silent
+
+    def sent(self, model: Path) -> CalibrationOptions:
+        """The same for a worker elsewhere: one thread unless more were asked for, a recipe's file by its whole path."""
+        return replace(self, preprocess=placed_recipe(model, self.preprocess), threads=self.threads or 1, note=silent)
+
+
+class ByOptions:
+    """An order (`executing.Order`) whose workers keep to calibration options.
+
+    Attributes:
+        options: as they were sent.
+    """
+
+    options: CalibrationOptions
+
+    @property
+    def threads(self) -> int:
+        """Of ONNX Runtime and of image decoding."""
+        return self.options.threads or 1
+
+    @property
+    def provider(self) -> str:
+        """Of ONNX Runtime."""
+        return self.options.provider
 
 
 def calibrate(
@@ -174,9 +198,7 @@ def shard_of(source: Source, shard: tuple[int, int], batch: int) -> tuple[Source
         ConfigError: there are fewer batches than shards, or nobody knows how many.
     """
     number, of = shard
-    count = source.part(0, 0).count if source.count is None else source.count
-    assert count is not None
-    parts = divided(count, batch, of)
+    parts = shares_of(source, batch, of)
     if of > len(parts):
         runs = len(parts)
         raise ConfigError(

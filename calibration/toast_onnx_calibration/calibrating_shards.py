@@ -10,13 +10,13 @@ from pathlib import Path
 
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, scratch_folder
-from toast_onnx_calibration.calibrating import CalibrationOptions, Progress, calibrate, open_samples
-from toast_onnx_calibration.executing import Executor, Find, Report, divided
+from toast_onnx_calibration.calibrating import ByOptions, CalibrationOptions, Progress, calibrate, open_samples
+from toast_onnx_calibration.executing import Executor, Find, Report
 from toast_onnx_calibration.executing_files import found_recipe, placed, reading_files
 from toast_onnx_calibration.feeds import batch_size
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
-from toast_onnx_calibration.prepared import silent
 from toast_onnx_calibration.sessions import graph_inputs
+from toast_onnx_calibration.sources import shares_of
 from toast_onnx_calibration.store import Header, merge_statistics
 
 #: Name of the file that shows a worker whether it sees the folder that results go to.
@@ -79,19 +79,12 @@ class Calibration:
 
     def order(self) -> CalibrationOrder:
         """What another process opens the same from."""
-        options = replace(
-            self.options,
-            preprocess=None if self.options.preprocess is None else placed(self.options.preprocess),
-            threads=self.options.threads or 1,
-            note=silent,
-        )
-        return CalibrationOrder(
-            self.study.view.model.path.absolute(), self.study.given, placed(self.data), self.wanted, options
-        )
+        path = self.study.view.model.path.absolute()
+        return CalibrationOrder(path, self.study.given, placed(self.data), self.wanted, self.options.sent(path))
 
 
 @dataclass(frozen=True)
-class CalibrationOrder:
+class CalibrationOrder(ByOptions):
     """Calibration as it is sent to workers.
 
     Attributes:
@@ -112,16 +105,6 @@ class CalibrationOrder:
     def files(self) -> tuple[tuple[Path, ...], ...]:
         """The model, and where a recipe may stand."""
         return reading_files(self.model, self.options.preprocess)
-
-    @property
-    def threads(self) -> int:
-        """Of ONNX Runtime and of image decoding."""
-        return self.options.threads or 1
-
-    @property
-    def provider(self) -> str:
-        """Of ONNX Runtime."""
-        return self.options.provider
 
     @contextmanager
     def open(self, find: Find, _folder: Path) -> Iterator[Calibration]:
@@ -160,9 +143,8 @@ def calibrate_on(
             return calibrate(dense, data, out, wanted, options, progress)
         inputs = graph_inputs(dense.source)
         source, _ = open_samples(dense.source, data, inputs, options)
-        count = source.part(0, 0).count if source.count is None else source.count
-        assert count is not None
-        shards = len(divided(count, batch_size(inputs, options.batch), pool.workers))
+        parts = shares_of(source, batch_size(inputs, options.batch), pool.workers)
+        shards, count = len(parts), parts[-1][1]
         total = count * len(passes(dense, {b: p - {GRADIENT} for b, p in wanted.items()}, options.budget))
 
         def report(done: int) -> None:

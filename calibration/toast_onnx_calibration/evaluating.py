@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from toast_onnx.errors import ConfigError, DataError, ToastError
 from toast_onnx.providers import one_line
 from toast_onnx_calibration.accuracy import Accuracy, added, label_ranks
-from toast_onnx_calibration.executing import Executor, Find, Here, Report, divided
-from toast_onnx_calibration.executing_files import found_recipe, placed, reading_files
+from toast_onnx_calibration.executing import Executor, Find, Here, Report
+from toast_onnx_calibration.executing_files import found_recipe, placed, placed_recipe, reading_files
 from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.images import ReadReport
 from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, run
-from toast_onnx_calibration.sources import Source, load_callable
+from toast_onnx_calibration.sources import Source, load_callable, shares_of
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -125,7 +125,7 @@ def evaluate(
         assert known is not None
         job = Classification(
             EvaluationOrder(
-                Path(model).absolute(), placed(data), known, preprocess if preprocess is None else placed(preprocess),
+                Path(model).absolute(), placed(data), known, placed_recipe(Path(model), preprocess),
                 output, provider, batch, samples, seed, threads, hold,
             ),
             session, inputs, source,
@@ -286,9 +286,8 @@ def classify_on(executor: Executor, job: Classification, progress: Progress | No
         if pool.workers == 1:
             ((_, (whole, _)),) = pool.do([None], None if progress is None else lambda done: progress(done, count))
             return cast(Accuracy, whole)
-        count = source.part(0, 0).count if count is None else count
-        assert count is not None
-        tasks = divided(count, batch_size(job.inputs, job.asked.batch), PARTS * pool.workers)
+        tasks = shares_of(source, batch_size(job.inputs, job.asked.batch), PARTS * pool.workers)
+        count = tasks[-1][1]
         if progress is not None:
             progress(0, count)
         results = dict(pool.do(tasks, None if progress is None else lambda done: progress(done, count)))

@@ -24,6 +24,14 @@ def found_recipe(preprocess: str | None, find: Find) -> str | None:
     return str(find(Path(preprocess)))
 
 
+def placed_recipe(model: Path, preprocess: str | None) -> str | None:
+    """The recipe that was asked for: its name, or its file as another process finds it."""
+    if preprocess is None:
+        return None
+    (found,) = recipe_sources(model, preprocess) or (preprocess,)
+    return str(found)
+
+
 def placed(name: str | Path) -> str:
     """A name as another process finds it, wherever it was started; what names no file stays as it is."""
     return str(Path(name).absolute()) if Path(name).exists() else str(name)

@@ -13,15 +13,13 @@ from toast_onnx import __version__
 from toast_onnx.errors import BackendError, ModelError
 from toast_onnx.files import sha256_of
 from toast_onnx.model import scratch_folder
-from toast_onnx.providers import one_line
+from toast_onnx.providers import known_provider, one_line
 from toast_onnx_calibration.executing import Alone, Job, Order, Pool, Report, Rules
 
 #: How often a task whose worker was lost is done again, before it is given up.
 RETRIES = 3
 #: Seconds between two looks at how far the workers are.
 INTERVAL = 0.5
-#: Providers that run on a GPU of NVIDIA's, which Ray counts.
-GPU_PROVIDERS = ("cuda", "tensorrt", "tensorrt-rtx")
 
 
 @contextmanager
@@ -74,7 +72,7 @@ class RayExecutor:
         """
         ray, order = self._ray, job.order()
         have = ray.cluster_resources()
-        on_gpu = order.provider in GPU_PROVIDERS
+        on_gpu = known_provider(order.provider).nvidia
         machines = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
         cpus = order.threads or int(min((machine["CPU"] for machine in machines), default=1))
         if order.threads == 0:

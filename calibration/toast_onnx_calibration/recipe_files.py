@@ -14,6 +14,7 @@ import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.hub import CONFIGS
 from toast_onnx.planning.strict_json import parse_json, read_json
 from toast_onnx.planning.strict_yaml import read_document
 from toast_onnx_calibration.recipes import NAMED, Dim, Recipe, adapt, misfit, parse_recipe, show, takes_images
@@ -49,7 +50,7 @@ class RecipeChoice:
 def recipe_sources(model: Path, option: str | None) -> tuple[Path, ...]:
     """The files that `recipe_for` may read: the one that was asked for, or those beside the model that are there."""
     if option is not None:
-        return (Path(option).absolute(),) if Path(option).is_file() else ()
+        return (Path(option).absolute(),) if option not in NAMED and Path(option).is_file() else ()
     return tuple(path for path, _ in _beside(model) if path.is_file())
 
 
@@ -274,8 +275,7 @@ def _beside(model_path: Path) -> Iterator[tuple[Path, Callable[[Any], bool]]]:
     """Files that may hold a model's recipe; exporters put graphs into a folder `onnx`, and leave these above it."""
     folder = model_path.parent
     for place in (folder, folder.parent) if folder.name == "onnx" else (folder,):
-        yield place / "preprocessor_config.json", _is_hugging_face
-        yield place / "config.json", _is_timm
+        yield from zip((place / name for name in CONFIGS), (_is_hugging_face, _is_timm), strict=True)
 
 
 def _is_timm(data: Any) -> bool:

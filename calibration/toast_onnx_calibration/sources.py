@@ -18,6 +18,7 @@ from PIL import Image
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.planning.settings import names_code
 from toast_onnx.providers import one_line
+from toast_onnx_calibration.executing import divided
 from toast_onnx_calibration.images import ReadReport, choose, find_images, read_images
 from toast_onnx_calibration.npy import check_npy, read_npz_arrays, refused
 from toast_onnx_calibration.recipes import Recipe, adapt
@@ -268,6 +269,16 @@ def count_samples(spec: str | Path) -> int | None:
         with refused(path):
             return int(np.load(path, mmap_mode="r", allow_pickle=False).shape[0])
     return len(find_images(path))
+
+
+def shares_of(source: Source, batch: int, parts: int) -> list[tuple[int, int]]:
+    """(start, stop) of parts of some samples in whole batches, as `executing.divided`.
+
+    Raises:
+        ConfigError: they cannot be counted.
+    """
+    counted = source.part(0, 0) if source.count is None else source  # which says why
+    return divided(counted.count or 0, batch, parts)
 
 
 def is_callable(spec: str | Path) -> bool:

@@ -21,13 +21,12 @@ from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, model_files
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.planning.width_costs import TOKENS, Part
-from toast_onnx_calibration.calibrating import CalibrationOptions, Progress
+from toast_onnx_calibration.calibrating import ByOptions, CalibrationOptions, Progress
 from toast_onnx_calibration.calibrating_shards import calibrate_on
 from toast_onnx_calibration.executing import Alone, Executor, Find, Here, Pool, Report
 from toast_onnx_calibration.forecast import Forecast, Spent, cost_behind
 from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.planning import statistics_for
-from toast_onnx_calibration.prepared import silent
 from toast_onnx_calibration.room import check_room, drawn, trial_bytes
 from toast_onnx_calibration.sensitivity_stream import Trials, chosen_output, read_samples, span_of
 from toast_onnx_calibration.sensitivity_trials import Solver, Trial, identity_of, merged, merged_alone
@@ -136,8 +135,9 @@ class Work:
         """What another process opens the same from."""
         trials, samples = self.trials, self.trials.samples
         feeds = {name: np.asarray(array) for name, array in samples.feeds.items()}
+        path = trials.study.view.model.path.absolute()
         return WorkOrder(
-            trials.study.view.model.path.absolute(),
+            path,
             trials.study.given,
             None if self.narrowing is None else self.narrowing.statistics.file.path.absolute(),
             replace(samples, feeds=feeds),
@@ -145,7 +145,7 @@ class Work:
             trials.output,
             self.labels,
             self.settings,
-            replace(trials.options, threads=trials.options.threads or 1, note=silent),
+            trials.options.sent(path),
         )
 
     def identity(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class WorkOrder:
+class WorkOrder(ByOptions):
     """Work as it is sent to workers.
 
     Attributes:
@@ -195,16 +195,6 @@ class WorkOrder:
         """The model, and statistics."""
         model = tuple(model_files(self.model))
         return (model,) if self.statistics is None else (model, (self.statistics,))
-
-    @property
-    def threads(self) -> int:
-        """Of ONNX Runtime."""
-        return self.options.threads or 1
-
-    @property
-    def provider(self) -> str:
-        """Of ONNX Runtime."""
-        return self.options.provider
 
     @contextmanager
     def open(self, find: Find, folder: Path) -> Iterator[Work]:

@@ -49,6 +49,17 @@ def test_parts_are_whole_batches(count: int, batch: int, parts: int, expected: l
     assert divided(count, batch, parts) == expected
 
 
+def test_a_recipe_goes_by_its_name_unless_it_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is called as a recipe is, as that of the images may be, is none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "none").write_text("size: 8\n")
+    (tmp_path / "own.yaml").write_text("size: 8\n")
+    asked = ("imagenet", "none", "own.yaml", None)
+    sent = [CalibrationOptions(preprocess=name).sent(tmp_path / "m.onnx").preprocess for name in asked]
+    assert sent == ["imagenet", "none", str(tmp_path / "own.yaml"), None]
+
+
 def test_one_process_reports_all_tasks_as_one() -> None:
     class Counting:
         def do(self, task: int, report: Report) -> int:
