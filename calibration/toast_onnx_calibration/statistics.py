@@ -48,7 +48,9 @@ class CalibratedStatistics:
         weight = f", class token weighted {header.class_weight:g}" if header.class_weight != 1 else ""
         counted = header.data.startswith(f"{header.samples} ")  # `64 images of photos` has said how many
         data = header.data if counted else f"{header.samples} samples: {header.data}"
-        return f"{data} (seed {header.seed}{weight})"
+        share = header.share
+        part = f", {share.text} alone" if share is not None and share.missing else ""
+        return f"{data}{part} (seed {header.seed}{weight})"
 
     def to_document(self) -> dict[str, Any]:
         """Plain data for the report."""

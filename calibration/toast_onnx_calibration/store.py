@@ -56,6 +56,11 @@ class Share:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @property
+    def text(self) -> str:
+        """Such as `shard 1 of 2`."""
+        return f"shard {', '.join(map(str, self.numbers))} of {self.of}"
+
+    @property
     def missing(self) -> list[int]:
         """The shards that are not at hand."""
         return [number for number in range(1, self.of + 1) if number not in self.numbers]

@@ -113,8 +113,8 @@ def print_header(header: Header, out: Path, as_json: bool) -> None:
     for note in header.notes:
         say_note(note)
     if header.share is not None and header.share.missing:
-        numbers, missing = (", ".join(map(str, n)) for n in (header.share.numbers, header.share.missing))
-        say_note(f"{out} holds shard {numbers} of {header.share.of}; `statistics merge` adds up the others: {missing}")
+        missing = ", ".join(map(str, header.share.missing))
+        say_note(f"{out} holds {header.share.text}; `statistics merge` adds up the others: {missing}")
     click.echo(
         f"{out}: {header.samples} samples, {len(header.parts)} blocks, {format_bytes(out.stat().st_size)}"
         + (f"; class token weighted {header.class_weight:g}" if header.class_weight != 1 else "")

@@ -309,6 +309,7 @@ def test_shards_add_up_to_one_run(exported: Exported, tmp_path: Path) -> None:
     (exact,) = map(open_statistics, shards(study, data, 1))
     run_of(study, data, tmp_path / "whole.npz")
     parts = shards(study, data, 3)
+    assert "shard 1 of 3 alone" in CalibratedStatistics(study, parts[0]).source
     assert [open_statistics(p).header.samples for p in parts] == [2, 2, 3]
     merge_statistics([parts[2], parts[0]], tmp_path / "some.npz")
     assert open_statistics(tmp_path / "some.npz").header.share.missing == [2]
