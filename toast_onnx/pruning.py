@@ -26,11 +26,11 @@ from toast_onnx.model import Model
 from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
 from toast_onnx.proof.decisions import follow_decisions
 from toast_onnx.proof.inputs import Feeds, as_proven, twin_inputs
-from toast_onnx.proof.twin import TwinResult, compare_with_twin, padded_twin
+from toast_onnx.proof.twin import TwinResult, compare_with_twin, padded_twin, together
 from toast_onnx.rewriting.norms import normalize_layer_norms
 from toast_onnx.rewriting.rewrite import rewritten
 from toast_onnx.rewriting.sharing import share_weights
-from toast_onnx.selection.plan import Selection, plan_selections, settled_widths, static_widths
+from toast_onnx.selection.plan import Selection, among_merged, plan_selections, settled_widths, static_widths
 from toast_onnx.selection.rewrite import Chosen, select_at_run_time
 from toast_onnx.selection.twin import check_scores, masked_twin
 from toast_onnx.solving.weights import BlockWeights
@@ -162,11 +162,6 @@ def prune(
         raise ConfigError(
             "compensation: local trains weights, which mode: runtime chooses anew for every batch; use ridge"
         )
-    if selections and ratios.tokens.merges:
-        raise ConfigError(
-            "mode: runtime scores channels on single tokens and on the class token's attention to them, which are no "
-            "longer there once tokens are merged: use mode: static, or leave tokens.merge out"
-        )
     feeds: list[Feeds] = []
     notes: tuple[str, ...] = ()
     unproven: ModelError | None = None
@@ -208,15 +203,19 @@ def prune(
     model = rewritten(study, weights) if weights or selections else study.source
     if sharing and weights:
         model = share_weights(model, study.view)
-    model, chosen = select_at_run_time(study, model, selections)
+    merging_too = bool(ratios.tokens.merges)
+    model, chosen = select_at_run_time(study, model, () if merging_too else selections)
     normalized = 0
     if normalize:
         model, normalized = normalize_layer_norms(model, study.counted_shapes)
     twin = _prove(study, model, weights, chosen, feeds) if check else None
     merges: tuple[WrittenMerge, ...] = ()
     merging: MergeProof | None = None
-    if ratios.tokens.merges:
+    if merging_too:
         model, merges, merging = _merge(study, model, ratios, feeds, skip_unprunable)
+        if selections:
+            model, selections, chose = _select_among_merged(study, model, selections, merges, ratios, seed, feeds)
+            twin = together(twin, chose) if twin is not None and chose is not None else chose
     progress("twin" if check else "no twin")
     source = statistics.source
     return Pruned(
@@ -296,6 +295,22 @@ def _merge(
     if not feeds or not merges:
         return merged, merges, None
     return merged, merges, prove_merging(pruned, merged, merges, feeds)
+
+
+def _select_among_merged(
+    study: Study,
+    model: Model,
+    selections: Sequence[Selection],
+    merges: Sequence[WrittenMerge],
+    ratios: Ratios,
+    seed: int,
+    feeds: Sequence[Feeds],
+) -> tuple[Model, tuple[Selection, ...], TwinResult | None]:
+    """Let the networks of a merged model select while they run, and prove that against the merged model, masked."""
+    merged = study_model(model, study.counted_shapes)
+    selections = among_merged(merged, selections, merges, ratios, seed)
+    selecting, chosen = select_at_run_time(merged, model, selections)
+    return selecting, selections, _prove(merged, selecting, {}, chosen, feeds) if feeds else None
 
 
 def merge_tokens(

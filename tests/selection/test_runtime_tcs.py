@@ -48,7 +48,7 @@ def run_and_choose(pruned: Pruned, x: np.ndarray, folder: Path) -> tuple[np.ndar
     path = folder / "pruned.onnx"
     save_model(pruned.model, path)
     proto = onnx.load(path)
-    tops = [n.output[1] for n in proto.graph.node if n.op_type == "TopK"]
+    tops = [n.output[1] for n in proto.graph.node if n.op_type == "TopK" and "/ffn/" in n.name]
     found = ort.InferenceSession(expose(proto, tops).SerializeToString()).run(None, {proto.graph.input[0].name: x})
     order = sorted(pruned.selections, key=lambda s: (s.block, s.part))
     kept = {(s.block, s.part): np.sort(chosen[: s.kept]) for s, chosen in zip(order, found[-len(tops) :], strict=True)}

@@ -188,12 +188,6 @@ def test_bases_of_their_own_for_every_head_go_with_tokens(exported: Exported, tm
         assert pruned.merging.worst < 1e-4
 
 
-def test_channels_chosen_from_single_tokens_do_not_go_with_merging(exported: Exported) -> None:
-    ratios = {"version": 1, "ffn": {"fc2": 0.5, "mode": "runtime"}, "tokens": {"merge": 0.1}}
-    with pytest.raises(ConfigError, match=r"scores channels on single tokens.*use mode: static"):
-        prune_file(exported(zoo.Case("timm-vit")), ratios)
-
-
 @pytest.mark.parametrize(
     ("family", "reason"),
     [

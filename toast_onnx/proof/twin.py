@@ -68,6 +68,16 @@ class TwinResult:
         return asdict(self)
 
 
+def together(*results: TwinResult) -> TwinResult:
+    """One outcome of several comparisons; of a tensor compared more than once, the largest difference."""
+    worst: dict[str, Difference] = {}
+    for each in (d for result in results for d in result.differences):
+        if each.tensor not in worst or not each.relative <= worst[each.tensor].relative:
+            worst[each.tensor] = each
+    first = results[0]
+    return TwinResult(first.batches, first.tolerance, max(r.worst for r in results), tuple(worst.values()))
+
+
 def padded_twin(view: GraphView, facts: Facts, blocks: Sequence[Block], new: Mapping[int, BlockWeights]) -> Model:
     """The original graph with new weights padded back to the old shapes.
 

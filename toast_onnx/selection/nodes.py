@@ -15,6 +15,8 @@ import onnx.helper
 from toast_onnx.edit import GraphEdit
 from toast_onnx.importance.activation import CLASS_WEIGHT
 from toast_onnx.selection.plan import Selection
+from toast_onnx.tokens.nodes import Writer, write_sums
+from toast_onnx.tokens.rewrite import WrittenMerge
 
 
 def write_scores(edit: GraphEdit, at: int, selection: Selection, scored: str) -> str:
@@ -50,7 +52,9 @@ def _token_weights(write: _Writer, selection: Selection, tokens: np.ndarray) -> 
     """
     assert selection.probabilities is not None
     zero, columns = write.constant("class_row", np.asarray([0])), write.constant("columns", tokens)
-    row = write.emit("Gather", [selection.probabilities, zero], axis=-2)
+    row = write.emit("Gather", [selection.probabilities, zero], axis=-2)  # (batch, heads, 1, tokens) or folded
+    if selection.merge is not None:
+        row = _of_those_left(Writer(write.edit, write.at, selection.name), row, selection.heads, selection.merge)
     seen = write.emit("Cast", [write.emit("Gather", [row, columns], axis=-1)], to=onnx.TensorProto.FLOAT)
     rows = write.emit("Reshape", [seen, write.constant("row_shape", np.asarray([-1, tokens.size]))])
     attention = write.mean(rows, [0], keep=True)  # (1, sampled)
@@ -59,6 +63,17 @@ def _token_weights(write: _Writer, selection: Selection, tokens: np.ndarray) -> 
     patches = write.emit("Mul", [attention, write.constant("patch_share", share)])
     boosted = write.constant("class_share", np.asarray([[CLASS_WEIGHT / total]], np.float32))
     return write.emit("Concat", [boosted, patches], axis=1)
+
+
+def _of_those_left(w: Writer, row: str, heads: int, merge: WrittenMerge) -> str:
+    """(batch, heads, tokens left) the attention that merged tokens get together, from each one's (batch..., tokens)."""
+    counts = merge.counts
+    rows = w.reshape(w.cast(row, onnx.TensorProto.FLOAT), [-1, heads, counts.count], "by_head")
+    if merge.matched is None:
+        front = w.slice(rows, 2, 0, counts.front, what="front")
+        return w.one("Concat", [front, w.slice(rows, 2, counts.count - counts.back, what="back")], "special", axis=2)
+    each = w.one("Transpose", [rows], "tokens_first", perm=[0, 2, 1])
+    return w.one("Transpose", [write_sums(w, each, merge.matched, counts)], "tokens_last", perm=[0, 2, 1])
 
 
 def write_choice(edit: GraphEdit, at: int, selection: Selection, scores: str, spare: int = 0) -> str:
@@ -172,12 +187,12 @@ class _Writer:
     """Inserts nodes at one place under one module path."""
 
     def __init__(self, edit: GraphEdit, at: int, name: str) -> None:
-        self._edit, self._at, self._name = edit, at, name
+        self.edit, self.at, self.name = edit, at, name
 
     def constant(self, name: str, value: np.ndarray) -> str:
         """Add an initializer; integers become int64."""
         value = value.astype(np.int64) if value.dtype.kind in "iu" else value
-        return self._edit.constant(f"{self._name}/{name}", value)
+        return self.edit.constant(f"{self.name}/{name}", value)
 
     def precise(self, name: str, value: np.ndarray, dtype: np.dtype[Any]) -> str:
         """Add an initializer that half precision would round: kept in float32 and cast where the graph is half."""
@@ -188,18 +203,18 @@ class _Writer:
 
     def emit(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
         """Insert a node with one output; returns the output's name."""
-        output = self._edit.fresh(f"{self._name}/{op}_output")
-        return self._edit.emit(self._at, op, inputs, output, f"{self._name}/{op}", **attributes)
+        output = self.edit.fresh(f"{self.name}/{op}_output")
+        return self.edit.emit(self.at, op, inputs, output, f"{self.name}/{op}", **attributes)
 
     def mean(self, x: str, axes: list[int], *, keep: bool = False) -> str:
         """ReduceMean, whose axes became an input with opset 18."""
-        if self._edit.opset < 18:
+        if self.edit.opset < 18:
             return self.emit("ReduceMean", [x], axes=axes, keepdims=int(keep))
         return self.emit("ReduceMean", [x, self.constant("axes", np.asarray(axes))], keepdims=int(keep))
 
     def total(self, x: str, axes: list[int]) -> str:
         """ReduceSum that keeps its axes, which became an input with opset 13."""
-        if self._edit.opset < 13:
+        if self.edit.opset < 13:
             return self.emit("ReduceSum", [x], axes=axes, keepdims=1)
         return self.emit("ReduceSum", [x, self.constant("axes", np.asarray(axes))], keepdims=1)
 
@@ -210,7 +225,7 @@ class _Writer:
     def product(self, x: str, w: str, b: np.ndarray | None, output: str) -> None:
         """MatMul, and Add where there is a bias, into a tensor of the given name."""
         if b is None:
-            self._edit.emit(self._at, "MatMul", [x, w], output, f"{self._name}/MatMul")
+            self.edit.emit(self.at, "MatMul", [x, w], output, f"{self.name}/MatMul")
             return
         y = self.emit("MatMul", [x, w])
-        self._edit.emit(self._at, "Add", [y, self.constant("bias", b)], output, f"{self._name}/Add")
+        self.edit.emit(self.at, "Add", [y, self.constant("bias", b)], output, f"{self.name}/Add")

@@ -24,6 +24,7 @@ from toast_onnx.matching.span import residual_sum
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import BlockRatios, Ratios
 from toast_onnx.planning.schema import Residual
+from toast_onnx.tokens.rewrite import WrittenMerge
 
 Part = Literal["fc1", "fc2"]
 
@@ -47,6 +48,8 @@ class Selection:
         patches: tokens of one image without the class token; 0 where there is no class token.
         probabilities: attention probabilities (..., tokens, tokens) that weight the patches; None without class token.
         residual: for fc1, whether the dropped channels are zeroed in the residual stream, too, or it is kept.
+        heads: of that attention.
+        merge: the merge of tokens between that attention and the network; None where its tokens are the same.
     """
 
     block: int
@@ -59,6 +62,8 @@ class Selection:
     patches: int = 0
     probabilities: str | None = None
     residual: Residual = "kept"
+    heads: int = 1
+    merge: WrittenMerge | None = None
 
 
 def static_widths(width: Widths, setting: BlockRatios) -> Widths:
@@ -108,6 +113,32 @@ def plan_selections(
     return tuple(found)
 
 
+def among_merged(
+    study: Study, selections: Sequence[Selection], merges: Sequence[WrittenMerge], ratios: Ratios, seed: int
+) -> tuple[Selection, ...]:
+    """The same selections in the graph with merged tokens: scored on those that are left, drawn among them.
+
+    Args:
+        study: the merged graph.
+        selections: as planned for the unmerged one.
+        merges: what was merged.
+        ratios: how to sample tokens.
+        seed: of the sampled tokens.
+
+    Raises:
+        MatchError: a layer cannot select there, with the reason.
+    """
+    found = []
+    for each in selections:
+        block = study.match.blocks[each.block]
+        if block.ffn is None:
+            raise MatchError(f"block {block.index} ({block.name}): its network is not found once tokens are merged")
+        merge = next((m for m in merges if m.block == each.block), None)
+        among = _Among(each.probabilities is not None, merge)
+        found.append(_selection(study, block, block.ffn, each.part, each.kept, ratios, seed, among))
+    return tuple(found)
+
+
 def settled_widths(
     settings: Sequence[BlockRatios], widths: Sequence[Widths], selections: Sequence[Selection]
 ) -> tuple[Widths, ...]:
@@ -125,7 +156,24 @@ def settled_widths(
     )
 
 
-def _selection(study: Study, block: Block, ffn: Ffn, part: Part, kept: int, ratios: Ratios, seed: int) -> Selection:
+@dataclass(frozen=True)
+class _Among:
+    """What is known of merged tokens: whether the first one is a class token, and the merge in front of a network."""
+
+    classed: bool
+    merge: WrittenMerge | None
+
+
+def _selection(
+    study: Study,
+    block: Block,
+    ffn: Ffn,
+    part: Part,
+    kept: int,
+    ratios: Ratios,
+    seed: int,
+    among: _Among | None = None,
+) -> Selection:
     label = f"block {block.index} ({block.name}): {part} cannot select at run time"
     masks = part == "fc1" and ratios.ffn.residual == "masked"
     linear = ffn.fc2 if part == "fc2" else ffn.entries[0]
@@ -133,8 +181,10 @@ def _selection(study: Study, block: Block, ffn: Ffn, part: Part, kept: int, rati
     if linear.channel_axis != -1:
         raise MatchError(f"{label}: it is a convolution; use mode: static")
     count = _token_count(study, scored, label)
-    cls = class_token(study.view, study.facts)
-    classed = cls is not None and cls.tokens == count
+    if among is None:
+        cls = class_token(study.view, study.facts)
+        among = _Among(cls is not None and cls.tokens == count, None)
+    classed = among.classed and count > 1
     tokens = _draw(ratios.ffn.tokens, count - classed, classed, seed, block.index, part)
     if tokens is not None and not _fixed(study, scored):
         raise MatchError(f"{label}: the number of tokens varies, so none can be drawn; export with a fixed image size")
@@ -147,8 +197,10 @@ def _selection(study: Study, block: Block, ffn: Ffn, part: Part, kept: int, rati
         kept=kept,
         tokens=tokens,
         patches=count - 1 if classed else 0,
-        probabilities=_probabilities(study, block, count, label) if classed else None,
+        probabilities=_probabilities(study, block, count, label, among.merge) if classed else None,
         residual="masked" if masks else "kept",
+        heads=block.attention.num_heads if classed and block.attention is not None else 1,
+        merge=among.merge if classed else None,
     )
 
 
@@ -180,8 +232,9 @@ def _fixed(study: Study, tensor: str) -> bool:
     return shape[1:-1] == other[1:-1]
 
 
-def _probabilities(study: Study, block: Block, count: int, label: str) -> str:
+def _probabilities(study: Study, block: Block, count: int, label: str, merge: WrittenMerge | None) -> str:
     """The attention probabilities of the block, whose row 0 says what the class token looks at."""
+    seen = count if merge is None else merge.counts.count
     core = None if block.attention is None else block.attention.core
     if core is None or core.kind != "matmul":
         raise MatchError(
@@ -189,7 +242,8 @@ def _probabilities(study: Study, block: Block, count: int, label: str) -> str:
             "without attention fusion"
         )
     tensor = study.view.nodes[core.softmax].output[0]
-    if (study.facts.shape(tensor) or ())[-2:] != (count, count):
+    queries = count if merge is not None and merge.matched is None else seen
+    if (study.facts.shape(tensor) or ())[-2:] != (queries, seen):
         raise MatchError(f"{label}: its attention does not run over the network's tokens; use mode: static")
     return str(tensor)
 

@@ -23,6 +23,8 @@ from toast_onnx.proof.precision import to_float32
 from toast_onnx.runtime import run_model
 from toast_onnx.selection.plan import Selection
 from toast_onnx.selection.rewrite import Chosen, Target, move_stream, open_target
+from toast_onnx.tokens.rewrite import WrittenMerge
+from toast_onnx.tokens.twin import merged_numbers
 
 #: How far the worst kept score may lie below the best dropped one, as a fraction of it: float32 sums, and ties.
 SCORE_TOLERANCE = 1e-4
@@ -94,6 +96,8 @@ def check_scores(pruned: Model, chosen: Sequence[Chosen], feeds: Sequence[Mappin
         TwinError: a dropped channel scores higher than a kept one.
     """
     names = {n for c in chosen for n in (c.kept, c.scored, c.selection.probabilities) if n is not None}
+    choices = [c.selection.merge.matched for c in chosen if c.selection.merge is not None]
+    names |= {name for each in choices if each is not None for name in each.names}
     draft = to_float32(pruned)
     with scratch_folder("toast-twin-") as folder:
         path = write_draft(draft, folder, "model.onnx")
@@ -117,16 +121,31 @@ def selection_scores(selection: Selection, scored: np.ndarray, probabilities: np
     Args:
         selection: what is scored.
         scored: (batch, ..., channels).
-        probabilities: (batch..., tokens, tokens) attention probabilities, heads included; None where none count.
+        probabilities: (batch..., tokens) attention that the class token pays, heads included; None where none count.
     """
     x = scored.astype(np.float64).reshape(scored.shape[0], -1, selection.channels)
     tokens = np.arange(x.shape[1]) if selection.tokens is None else selection.tokens
     if probabilities is None:
         return token_channel_scores(attended_magnitude(x[:, tokens]))
-    rows = probabilities.astype(np.float64)[..., 0, tokens].reshape(-1, tokens.size)
+    rows = probabilities.astype(np.float64)[..., tokens].reshape(-1, tokens.size)
     patches = attended_magnitude(x[:, tokens], rows)
     return token_channel_scores(patches, np.abs(x[:, 0]).mean(axis=0), selection.patches)
 
 
 def _row(selection: Selection, tensors: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    return None if selection.probabilities is None else tensors[selection.probabilities]
+    """What the class token looks at, of the tokens that are left."""
+    if selection.probabilities is None:
+        return None
+    row = tensors[selection.probabilities][..., 0, :]
+    return row if selection.merge is None else _of_those_left(row, selection.merge, tensors)
+
+
+def _of_those_left(row: np.ndarray, merge: WrittenMerge, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The attention that merged tokens got together, heads averaged where there are any, from (batch..., tokens)."""
+    counts = merge.counts
+    if merge.matched is None:
+        special = np.r_[0 : counts.front, counts.count - counts.back : counts.count]
+        return row[..., special]
+    numbers = merged_numbers(merge, tensors)
+    each = row.astype(np.float64).reshape(len(numbers), -1, counts.count).mean(1)
+    return np.stack([np.bincount(n, p) for n, p in zip(numbers, each, strict=True)])

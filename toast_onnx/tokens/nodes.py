@@ -192,6 +192,23 @@ def write_merge(w: Writer, x: str, size: str, matched: Matched, merge: Merge) ->
         Merged tokens and sizes: front ones, sources that stay, targets, back ones.
     """
     total = w.one("Concat", [w.one("Mul", [x, size], "times_size"), size], "totals", axis=-1)
+    merged = write_sums(w, total, matched, merge)
+    sizes = w.slice(merged, 2, -1, what="sizes")
+    return w.one("Div", [w.slice(merged, 2, 0, -1, what="sums"), sizes], "means"), sizes
+
+
+def write_sums(w: Writer, total: str, matched: Matched, merge: Merge) -> str:
+    """Add up what tokens hold that become one.
+
+    Args:
+        w: writer.
+        total: (batch, tokens, channels), float32.
+        matched: what goes into what.
+        merge: counts.
+
+    Returns:
+        (batch, tokens left, channels): front ones, sources that stay, targets, back ones.
+    """
     stop = merge.count - merge.back
     a = w.slice(total, 1, merge.front + 1, stop, 2, "source_totals")
     b = w.slice(total, 1, merge.front, stop, 2, "target_totals")
@@ -204,9 +221,7 @@ def write_merge(w: Writer, x: str, size: str, matched: Matched, merge: Merge) ->
     parts += [w.rows(a, matched.stays, "staying")] if matched.stays is not None else []
     parts += [grown]
     parts += [w.slice(total, 1, merge.count - merge.back, what="back")] if merge.back else []
-    merged = w.one("Concat", parts, "merged_totals", axis=1)
-    sizes = w.slice(merged, 2, -1, what="sizes")
-    return w.one("Div", [w.slice(merged, 2, 0, -1, what="sums"), sizes], "means"), sizes
+    return w.one("Concat", parts, "merged_totals", axis=1)
 
 
 def write_places(w: Writer, matched: Matched, merge: Merge, before: str | None) -> str:

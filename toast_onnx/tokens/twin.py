@@ -204,11 +204,10 @@ def compose(merges: Sequence[WrittenMerge], made: Arrays) -> dict[str, Groups]:
     for merge in merges:
         if merge.matched is None:
             continue
-        gone, stays, into = _choices(made, merge.matched)
+        step = merged_numbers(merge, made)
         start = merge.sequence.start
-        first = np.broadcast_to(np.arange(merge.sequence.count), (gone.shape[0], merge.sequence.count))
+        first = np.broadcast_to(np.arange(merge.sequence.count), (len(step), merge.sequence.count))
         before = present.get(start, first)
-        step = np.stack([_step(merge.counts, *each) for each in zip(gone, stays, into, strict=True)])
         present[start] = np.take_along_axis(step, before, 1)
         found[merge.tensor] = Groups(before, present[start])
     return found
@@ -219,6 +218,12 @@ def _choices(made: Mapping[str, np.ndarray], matched: Matched) -> tuple[np.ndarr
     gone, into = made[matched.gone], made[matched.into]
     stays = np.zeros((len(gone), 0), np.int64) if matched.stays is None else made[matched.stays]
     return gone, stays, into
+
+
+def merged_numbers(merge: WrittenMerge, made: Arrays) -> np.ndarray:
+    """(batch, tokens) the number behind a merge of every token in front of it, by the graph's choices `made`."""
+    assert merge.matched is not None
+    return np.stack([_step(merge.counts, *each) for each in zip(*_choices(made, merge.matched), strict=True)])
 
 
 def _step(counts: Merge, gone: np.ndarray, stays: np.ndarray, into: np.ndarray) -> np.ndarray:
