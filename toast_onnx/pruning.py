@@ -23,7 +23,7 @@ from toast_onnx.matching.searched import searched
 from toast_onnx.matching.study import Study
 from toast_onnx.matching.study import study as study_model
 from toast_onnx.model import Model
-from toast_onnx.planning.ratios import BlockRatios, Ratios, resolve
+from toast_onnx.planning.ratios import BlockRatios, Ratios, own_merges, resolve
 from toast_onnx.proof.decisions import follow_decisions
 from toast_onnx.proof.inputs import Feeds, as_proven, twin_inputs
 from toast_onnx.proof.twin import TwinResult, compare_with_twin, padded_twin, together
@@ -203,7 +203,7 @@ def prune(
     model = rewritten(study, weights) if weights or selections else study.source
     if sharing and weights:
         model = share_weights(model, study.view)
-    merging_too = bool(ratios.tokens.merges)
+    merging_too = ratios.merges_tokens
     model, chosen = select_at_run_time(study, model, () if merging_too else selections)
     normalized = 0
     if normalize:
@@ -334,7 +334,9 @@ def merge_tokens(
     if len(pruned.match.blocks) != len(study.match.blocks):
         raise MatchError("the pruned graph shows other blocks, so no tokens can be merged in it; set tokens.merge to 0")
     tokens = study_tokens(pruned)
-    removed = removed_counts(tokens, ratios.tokens.merge, skip_unprunable)
+    blocks = study.match.blocks
+    own = own_merges(ratios, [b.name for b in blocks], [b.node_names for b in blocks])
+    removed = removed_counts(tokens, ratios.tokens.merge, own, skip_unprunable)
     merged, merges = write_merging(pruned, tokens, removed, ratios.tokens.metric, ratios.tokens.unread)
     return pruned, merged, merges
 

@@ -210,8 +210,26 @@ def test_windows_and_tables_are_declined_with_the_reason(family: str, reason: st
 
 def test_one_block_that_cannot_merge_is_named(exported: Exported) -> None:
     path = exported(zoo.Case("timm-siglip"))
-    with pytest.raises(MatchError, match="behind block 2: nothing is added"):
-        prune_file(path, {"version": 1, "tokens": {"merge": [0, 0, 0.1]}})
+    for document in ({"tokens": {"merge": [0, 0, 0.1]}}, {"blocks": {2: {"tokens": {"merge": 0.1}}}}):
+        with pytest.raises(MatchError, match="behind block 2: nothing is added"):
+            prune_file(path, {"version": 1} | document)
+
+
+@pytest.mark.parametrize(
+    ("document", "counts"),
+    [
+        ({"blocks": {1: {"tokens": {"merge": 0.2}}}}, {1: 3}),
+        ({"tokens": {"merge": 0.1}, "blocks": {0: {"tokens": {"merge": 0}}}}, {1: 2}),
+        ({"tokens": {"merge": [0.2, 0, 0]}, "blocks": {"*blocks.0*": {"tokens": {"merge": 0.1}}}}, {0: 2}),
+        ({"tokens": {"merge": 0.1}, "blocks": {"*": {"tokens": {"merge": 0.2}}, 1: {"ffn": {"fc2": 0}}}}, {0: 3, 1: 3}),
+    ],
+)
+def test_a_block_may_have_a_share_of_its_own(
+    document: dict[str, Any], counts: dict[int, int], exported: Exported
+) -> None:
+    """Of 17 tokens, rounded; the last block drops what nothing reads, which is no share."""
+    _, pruned = prune_file(exported(zoo.Case("timm-deit")), {"version": 1} | document)
+    assert {m.block: m.counts.removed for m in pruned.merges if m.matched is not None} == counts
 
 
 @pytest.mark.parametrize(
@@ -226,6 +244,15 @@ def test_one_block_that_cannot_merge_is_named(exported: Exported) -> None:
 def test_settings_are_read_strictly(tokens: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_ratios({"version": 1, "tokens": tokens})
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [({"merge": [0.1, 0.2]}, "give one number"), ({"metric": "keys"}, "unknown key 'metric'"), (0.1, "is 0.1")],
+)
+def test_shares_of_single_blocks_are_read_strictly(own: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_ratios({"version": 1, "blocks": {0: {"tokens": own}}})
 
 
 # --- what the proof catches: each of these is a way to write a wrong graph ---

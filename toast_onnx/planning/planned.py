@@ -70,8 +70,8 @@ def exact_ratio(width: int, kept: int, align: int) -> Decimal:
 def _without_ratios(ratios: Ratios) -> dict[Any, Any]:
     document: dict[Any, Any] = {"version": ratios.version, **plain(ratios, given_only=True)}
     overrides = document.pop("blocks", {})
-    document.get("tokens", {}).pop("merge", None)
     for section in (document, *overrides.values()):
+        section.get("tokens", {}).pop("merge", None)
         for part, name in _SECTIONS.items():
             section.get(name, {}).pop(part, None)
         for name in ("attention", "ffn", "tokens"):

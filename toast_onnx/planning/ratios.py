@@ -34,6 +34,7 @@ __all__ = [
     "dump_ratios",
     "format_ratios",
     "load_ratios",
+    "own_merges",
     "parse_ratios",
     "resolve",
 ]
@@ -156,6 +157,25 @@ def resolve(ratios: Ratios, block_names: Sequence[str], node_names: Sequence[Seq
             raise ConfigError(f"block {index} ({name}) {e}") from e
         blocks.append(BlockRatios(index=index, name=name, defaults=frozenset(known - names), **values))
     return tuple(blocks)
+
+
+def own_merges(ratios: Ratios, block_names: Sequence[str], node_names: Sequence[Sequence[str]]) -> dict[int, Decimal]:
+    """Block number -> share of the tokens to merge there, for blocks whose overrides give one; later ones win.
+
+    Args:
+        ratios: The settings.
+        block_names: One name a block, in model order.
+        node_names: For each block the names of its nodes; patterns match these and the block's name.
+
+    Raises:
+        ConfigError: A block number that does not exist, or a pattern that matches nothing.
+    """
+    return {
+        index: override.tokens.merge
+        for override in ratios.blocks
+        if override.tokens.merge is not None
+        for index in _addressed(override.block, block_names, node_names)
+    }
 
 
 def _common(ratios: Ratios, index: int, count: int) -> dict[str, Any]:

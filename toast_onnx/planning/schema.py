@@ -198,6 +198,12 @@ class FfnOverride(Section):
     mode: Mode | None = None
 
 
+class TokensOverride(Section):
+    """The share of the tokens that goes behind some blocks' attentions; None leaves what holds for all."""
+
+    merge: Ratio | None = None
+
+
 class BlockOverride(Section):
     """Settings for the blocks that `block` addresses: a block number, or a pattern over block and node names."""
 
@@ -206,6 +212,7 @@ class BlockOverride(Section):
     block: int | str
     attention: AttentionOverride = AttentionOverride()
     ffn: FfnOverride = FfnOverride()
+    tokens: TokensOverride = TokensOverride()
 
 
 class Align(Section):
@@ -252,11 +259,6 @@ class Tokens(Section):
     metric: Annotated[str, PlainValidator(_metric)] = AUTO
     unread: bool = True
 
-    @property
-    def merges(self) -> bool:
-        """Whether any tokens are merged."""
-        return any(self.merge) if isinstance(self.merge, tuple) else bool(self.merge)
-
 
 class Calibration(Section):
     """Where calibration samples come from; the command line's options override each of these.
@@ -300,7 +302,7 @@ def _overrides(value: object) -> object:
         if block in overrides:
             raise invalid(f"names block {block} twice; keep one")
         if isinstance(settings, Mapping) and "block" in settings:
-            raise invalid("has the unknown key 'block'. Known keys: attention, ffn", suffix=f"[{key!r}]")
+            raise invalid("has the unknown key 'block'. Known keys: attention, ffn, tokens", suffix=f"[{key!r}]")
         overrides[block] = {**settings, "block": block} if isinstance(settings, Mapping) else settings
     return tuple(overrides.values())
 
@@ -337,6 +339,13 @@ class Ratios(Section):
         if self.rounding == "paper" and (self.align.head_dim, self.align.width) != (1, 1):
             raise invalid("has rounding: paper with an align other than 1; remove one of the two")
         return self
+
+    @property
+    def merges_tokens(self) -> bool:
+        """Whether any tokens are merged."""
+        merge = self.tokens.merge
+        everywhere = any(merge) if isinstance(merge, tuple) else bool(merge)
+        return everywhere or any(override.tokens.merge for override in self.blocks)
 
     def given(self, key: str) -> bool:
         """Returns whether a setting such as `attention.score` was given rather than defaulted, overrides aside."""

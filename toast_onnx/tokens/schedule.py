@@ -11,7 +11,10 @@ from toast_onnx.tokens.points import TokenStudy
 
 
 def removed_counts(
-    tokens: TokenStudy, merge: Decimal | Sequence[Decimal], skip_unprunable: bool = False
+    tokens: TokenStudy,
+    merge: Decimal | Sequence[Decimal],
+    own: Mapping[int, Decimal] | None = None,
+    skip_unprunable: bool = False,
 ) -> dict[int, int]:
     """Tokens merged away behind each block's attention.
 
@@ -19,6 +22,7 @@ def removed_counts(
         tokens: where tokens can be merged.
         merge: share of the tokens that enter the network, one number for every block that can merge, or one for each
             block. Rounded to the nearest whole token, ties up; at most half of those that may still be merged.
+        own: block number -> share of a block that has one of its own.
         skip_unprunable: leave blocks alone that are named but cannot merge.
 
     Returns:
@@ -27,10 +31,12 @@ def removed_counts(
     Raises:
         MatchError: a block is asked to merge and cannot, or none of them can; the list has another length.
     """
+    own = own or {}
     alike = isinstance(merge, Decimal)
     shares = [merge] * len(tokens.points) if isinstance(merge, Decimal) else list(merge)
     if len(shares) != len(tokens.points):
         raise MatchError(f"tokens.merge lists {len(shares)} entries, but the model has {len(tokens.points)} blocks")
+    shares = [own.get(point.block, share) for point, share in zip(tokens.points, shares, strict=True)]
     if not any(shares):
         return {}
     if alike and not tokens.mergeable and not skip_unprunable:
@@ -42,7 +48,7 @@ def removed_counts(
         if not share:
             continue
         if point.reason is not None:
-            if alike or skip_unprunable:
+            if skip_unprunable or (alike and point.block not in own):
                 continue
             raise MatchError(f"tokens cannot be merged behind block {point.block}: {point.reason}")
         sequence = tokens.sequences[point.sequence]
