@@ -1,12 +1,15 @@
 """Why a fast test may be skipped. Any other reason is a failure: something that the `test` extra should have brought.
 
-A pytest plugin, loaded by conftest.py. Slow tests may be skipped for any reason.
+A pytest plugin, loaded by conftest.py. Slow tests may be skipped for any reason. Where TOAST_SKIPPED names a file, the
+tests that were skipped are listed there, one a line, for a later run that has what they miss.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,3 +58,10 @@ def pytest_make_collect_report() -> Generator[None, Any, pytest.CollectReport]:
     report: pytest.CollectReport = yield
     _refused(report)
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped, for whom it concerns; called once, however many processes ran the tests."""
+    if "TOAST_SKIPPED" in os.environ:
+        skipped = dict.fromkeys(report.nodeid for report in terminalreporter.stats.get("skipped", []))
+        Path(os.environ["TOAST_SKIPPED"]).write_text("".join(f"{name}\n" for name in skipped), encoding="utf-8")

@@ -50,10 +50,12 @@ def test_never():
 """
 
 
-def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_pytest(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow: takes long\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.skips", "-p", "no:cacheprovider", "-q", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    environment = (
+        os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""} | variables
+    )
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -81,6 +83,17 @@ def test_a_file_that_skips_itself_fails_the_run(options: tuple[str, ...], tmp_pa
     done = run_pytest(tmp_path, *options)
     assert done.returncode in (1, 2), done.stdout
     assert "a plotting library is not installed" in done.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("-p", "xdist", "-n", "2")], ids=["alone", "in two processes"])
+def test_what_was_skipped_can_be_run_later(options: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(SKIPS)
+    done = run_pytest(tmp_path, *options, TOAST_SKIPPED=str(tmp_path / "skipped"))
+    assert done.returncode == 0, done.stdout
+    names = (tmp_path / "skipped").read_text().splitlines()
+    assert sorted(names) == ["test_some.py::test_slow", "test_some.py::test_with_leave"]
+    again = run_pytest(tmp_path, *names)
+    assert "2 skipped" in again.stdout
 
 
 def test_this_run_is_watched(request: pytest.FixtureRequest) -> None:
