@@ -135,6 +135,22 @@ def test_results_go_to_the_present_folder_and_python_takes_names_too(served: Pat
     assert cached.source.path.parent.name == COMMIT
 
 
+def test_a_deployment_takes_a_name(served: Path) -> None:
+    publish(served, "org/digits", "onnx/model.onnx", outside=True)
+    shutil.copy(DIGITS.with_name("ratios.yaml"), "r.yaml")
+    data = DIGITS.with_name("digits_test.npz")
+    Path("d.yaml").write_text(
+        f"version: 1\nmodel: hf:org/digits\npreprocess: none\nprune: {{ratios: r.yaml}}\neval: {{data: {data}}}\n"
+    )
+    result = CliRunner().invoke(main, ["deploy", "d.yaml"])
+    assert result.exit_code == 0, result.output
+    assert Path("d", "model.pruned.onnx").is_file()
+    Path("d.yaml").write_text("version: 1\nmodel: hf:org/absent\nprune: {ratios: r.yaml}\n")
+    result = CliRunner().invoke(main, ["deploy", "d.yaml", "--dry-run"])
+    assert result.exit_code == 1
+    assert "Error: hf:org/absent: the hub shows no such model" in result.stderr
+
+
 def test_what_was_fetched_is_there_offline(served: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     publish(served, "org/digits", "model.onnx", outside=True)
     name = hub.parse("hf:org/digits")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from toast_onnx import hub
 from toast_onnx.errors import ConfigError
 from toast_onnx.planning.settings import Section, explain, invalid, names_code
 from toast_onnx.planning.strict_yaml import read_document
@@ -202,7 +203,7 @@ class Deployment(Section):
     """One deployment file.
 
     Attributes:
-        model: The dense ONNX file.
+        model: The dense ONNX file; of `hf:ORG/NAME[:FILE.onnx]` loading makes the file in the hub's cache.
         output: Folder of everything that is written; by default the file's name without its ending.
         precision: Of what ships; `fp16` and `bf16` add a step that converts the graph.
         preprocess: The recipe of every step that reads images. By default a `preprocessor_config.json` beside the
@@ -262,7 +263,7 @@ def _code_named(config: Deployment) -> str | None:
 
 
 def load_deployment(path: str | os.PathLike[str], *, allow_code: bool = False) -> Deployment:
-    """Reads a deployment file.
+    """Reads a deployment file; a model that it names on the hub is fetched.
 
     Args:
         path: The file.
@@ -270,6 +271,7 @@ def load_deployment(path: str | os.PathLike[str], *, allow_code: bool = False) -
 
     Raises:
         ConfigError: In one line, the file, the key at fault, its value and what is allowed.
+        ToastError: Its other children say why a name on the hub leads to no model.
     """
     source, document = Path(path), read_document(path)
     if not isinstance(document, Mapping):
@@ -286,4 +288,5 @@ def load_deployment(path: str | os.PathLike[str], *, allow_code: bool = False) -
         raise ConfigError(
             f"{source}: {named} is Python code, which this would run; give --allow-code where you trust the file"
         )
-    return config
+    name = hub.parse(config.model)
+    return config if name is None else config.model_copy(update={"model": str(hub.fetch(name))})
