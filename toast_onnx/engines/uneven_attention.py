@@ -14,7 +14,7 @@ import onnx.helper
 
 from toast_onnx.edit import GraphEdit
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.matching.input_shapes import input_shapes
 from toast_onnx.model import Model
 
@@ -50,7 +50,7 @@ def spell_out_uneven(model: Model) -> tuple[Model, int]:
 
 
 def _is_attention(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Attention" and node.domain in ("", "ai.onnx")
+    return node.op_type == "Attention" and is_standard(node)
 
 
 def _is_uneven(facts: Facts, node: onnx.NodeProto) -> bool:

@@ -16,7 +16,7 @@ import onnx.helper
 
 from toast_onnx.matching.cores import scores_of_softmax, weighs
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.model import Model
 
 
@@ -131,7 +131,7 @@ _SPARE = "ZYXWVUTSRQPONM"
 
 def _spelled(view: GraphView, facts: Facts, i: int) -> _Spelling | None:
     node = view.nodes[i]
-    if node.op_type != "Einsum" or node.domain not in ("", "ai.onnx"):
+    if node.op_type != "Einsum" or not is_standard(node):
         return None
     shapes = [facts.shape(name) for name in node.input]
     if any(shape is None for shape in shapes):

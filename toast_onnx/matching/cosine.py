@@ -12,8 +12,8 @@ import onnx
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.operators import PASSING
 
-_AFTER = frozenset({"Transpose", "Cast", "Identity"})
 _GUARDS = frozenset({"Clip", "Max", "Add"})
 
 
@@ -64,8 +64,7 @@ def length_division(view: GraphView, facts: Facts, tensor: str, operand: str) ->
 
 def _readers(view: GraphView, tensor: str) -> dict[str, onnx.NodeProto]:
     """The nodes that read a tensor's values, not just its shape, by operator; none where two are of one kind."""
-    nodes = [view.nodes[i] for i in view.consumers.get(tensor, [])]
-    nodes = [node for node in nodes if node.op_type not in ("Shape", "Size")]
+    nodes = [view.nodes[i] for i in view.readers(tensor)]
     found = {node.op_type: node for node in nodes}
     return found if len(found) == len(nodes) else {}
 
@@ -83,7 +82,7 @@ def _moved(view: GraphView, source: str, target: str) -> bool:
     """Whether `target` is `source`, transposed at most."""
     while target != source:
         node = view.producer_of(target)
-        if node is None or node.op_type not in _AFTER:
+        if node is None or node.op_type not in PASSING | {"Transpose"}:
             return False
         target = node.input[0]
     return True

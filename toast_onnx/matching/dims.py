@@ -14,16 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.operators import PASSING
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
+from toast_onnx.matching.operators import MEASURING, PASSING, Trait, having
 from toast_onnx.matching.probe import scalar_factor
 from toast_onnx.reasons import Kind
 
-_MOVING = frozenset(
-    {"Reshape", "Transpose", "Split", "Slice", "Gather", "GatherND", "Squeeze", "Unsqueeze", "Concat", "Flatten"}
-    | {"Expand", "Tile"}
-)
-_LINEAR = frozenset({"Mul", "Div", "Add", "Sub", "Neg"})
+_MOVING, _LINEAR = having(Trait.CUTS), having(Trait.LINEAR)
 #: Pool tokens, each dimension for itself (the queries of Hiera and SAM 2).
 _POOLING = frozenset({"ReduceMax", "MaxPool"})
 
@@ -170,13 +166,13 @@ def _follow(
         name = pending.pop()
         if name in view.outputs:
             raise Kind.OUTPUT.decline("'{tensor}' is also an output of the graph", tensor=name)
-        for i in view.consumers.get(name, []):
+        for i in view.readers(name):
             node = view.nodes[i]
-            if i in nodes or node.op_type in ("Shape", "Size") or (i in core and name == operand.end):
+            if i in nodes or (i in core and name == operand.end):
                 continue
             if node.op_type in ("MatMul", "Einsum"):
                 tables.append(_table(view, facts, i, name))
-            elif node.domain in ("", "ai.onnx") and node.op_type in _MOVING | PASSING | _LINEAR | _POOLING:
+            elif is_standard(node) and node.op_type in _MOVING | PASSING | _LINEAR | _POOLING:
                 nodes.add(i)
                 made = [t for t in node.output if t and t not in tensors]
                 tensors.update(made)
@@ -225,7 +221,7 @@ def _check_tables(
         if name in layers or name in inside:
             raise Kind.DIMENSIONS.decline("{part} meets a tensor that is made of Q, K or V", part=operand.what)
         i = view.producer.get(name, -1)
-        if i > floor and name not in seen and view.nodes[i].op_type not in ("Shape", "Size"):
+        if i > floor and name not in seen and view.nodes[i].op_type not in MEASURING:
             pending.extend(view.nodes[i].input)
         seen.add(name)
 

@@ -17,12 +17,17 @@ from toast_onnx.matching.facts import Probe
 from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.head_region import HeadAxis, HeadRegion
 from toast_onnx.matching.layout import HEAD, Layout
-from toast_onnx.matching.operators import ELEMENTWISE, REDUCTIONS, Effect, operators
+from toast_onnx.matching.operators import ELEMENTWISE, MEASURING, REDUCTIONS, RESHAPING, Effect, operators
 from toast_onnx.reasons import Decline, Kind
 
-_RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 #: Act along the axes that they name.
-_ALONG = frozenset({"Split", "Slice", "Gather", "Concat", "Softmax", "LogSoftmax", "LpNormalization"}) | REDUCTIONS
+_ALONG = operators(Effect.SUMS, Effect.REDUCES, Effect.SHARES) | {
+    "Split",
+    "Slice",
+    "Gather",
+    "Concat",
+    "LpNormalization",
+}
 _NORMS = operators(Effect.NORMS) - {"LpNormalization"}  # which runs along one axis
 _FUSED = frozenset({"Attention", "MultiHeadAttention"})
 
@@ -69,7 +74,7 @@ def match_heads(probe: Probe, attention: Attention) -> HeadRegion:
         i = heapq.heappop(pending)
         if i in nodes[-1:]:
             continue
-        if view.nodes[i].op_type in ("Shape", "Size"):
+        if view.nodes[i].op_type in MEASURING:
             _check_extent(found, i, view.nodes[i].input[0], starts)
             continue
         nodes.append(i)
@@ -85,7 +90,7 @@ def match_heads(probe: Probe, attention: Attention) -> HeadRegion:
         raise Kind.MEET.decline("the heads do not arrive at the output projection as they left Q, K and V")
     for name in (context, *(name for i in branches[3].walk.nodes for name in view.nodes[i].output)):
         for i in view.consumers.get(name, []):
-            if view.nodes[i].op_type in ("Shape", "Size"):
+            if view.nodes[i].op_type in MEASURING:
                 _check_extent(found, i, context, ())
     operands = {(i, k): axis for i in nodes for k, axis in _outside(found, i).items()}
     return HeadRegion(tuple(nodes), found.axes, operands)
@@ -142,7 +147,7 @@ def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
         raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=view.label(i))
     first = found.axes.get(node.input[0])
     made = [name for name in node.output if name]
-    if op in _RESHAPING and first is not None:
+    if op in RESHAPING and first is not None:
         return {made[0]: _reshaped(found, i, first)}
     if op == "Transpose" and first is not None:
         rank = len(found.shape(node.input[0]))
@@ -239,7 +244,7 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
         given = range(axis % rank, rank)
     elif given is None:
         default = {"Split": 0, "Gather": 0}.get(op, -1)
-        if op in ("Softmax", "LogSoftmax") and found.view.model.opset < 13:
+        if op in operators(Effect.SHARES) and found.view.model.opset < 13:
             given = range(int(attribute(node, "axis", 1)) % rank, rank)  # type: ignore[call-overload]
         else:
             given = [attribute(node, "axis", default)]
@@ -327,7 +332,7 @@ def _outside(found: _Heads, i: int) -> dict[int, HeadAxis]:
 
 def _is_setting(op: str, k: int) -> bool:
     """Whether an input says what to do rather than taking part: shapes, axes, indices, bounds."""
-    by_inputs = op in _RESHAPING or op in ("Expand", "Split", "Slice", "Gather", "Clip", "CastLike")
+    by_inputs = op in RESHAPING or op in ("Expand", "Split", "Slice", "Gather", "Clip", "CastLike")
     return k > 0 and (by_inputs or op in REDUCTIONS)
 
 

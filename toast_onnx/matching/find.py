@@ -15,9 +15,9 @@ from toast_onnx.matching.blocks import Attention, Block, Ffn, Match
 from toast_onnx.matching.cores import find_cores
 from toast_onnx.matching.facts import Probe
 from toast_onnx.matching.ffn import match_ffn
-from toast_onnx.matching.graph import QUANTIZED, GraphView
+from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import find_linears
-from toast_onnx.matching.operators import ATTENTIONS
+from toast_onnx.matching.operators import ATTENTIONS, QUANTIZED
 from toast_onnx.reasons import Decline, Kind, Reason
 
 #: Metadata key under which PyTorch's exporter stores the module path of a node.

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import onnx
 
+from toast_onnx.matching.operators import MEASURING
 from toast_onnx.model import Model, reads
 
 #: Floating-point element types.
 FLOATS = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
-)
-#: Operators that quantize, dequantize or compute on quantized numbers: of ONNX, and of ONNX Runtime (com.microsoft).
-QUANTIZED = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul", "MatMulInteger", "QLinearConv"}
-    | {"ConvInteger", "QGemm", "QAttention", "QLinearAdd", "QLinearMul", "QLinearSoftmax", "DynamicQuantizeMatMul"}
-    | {"MatMulIntegerToFloat", "MatMulNBits", "MatMulBnb4", "QOrderedMatMul", "QOrderedAttention"}
 )
 
 
@@ -49,10 +44,19 @@ class GraphView:
         i = self.producer.get(tensor)
         return None if i is None else self.nodes[i]
 
+    def readers(self, tensor: str) -> list[int]:
+        """Positions of the nodes that read what a tensor holds, and not its shape alone."""
+        return [i for i in self.consumers.get(tensor, []) if self.nodes[i].op_type not in MEASURING]
+
     def label(self, i: int) -> str:
         """How a node is called in messages: its name, or its first output when it has none."""
         node = self.nodes[i]
         return f"'{node.name or node.output[0]}' ({node.op_type})"
+
+
+def is_standard(node: onnx.NodeProto) -> bool:
+    """Whether a node's operator is one of ONNX's own."""
+    return node.domain in ("", "ai.onnx")
 
 
 def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:

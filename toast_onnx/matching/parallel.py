@@ -20,7 +20,9 @@ from toast_onnx.matching.cores import is_meeting
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.linear import Linear, bias, find_linears, weights
+from toast_onnx.matching.operators import MEASURING
 from toast_onnx.matching.probe import is_plain
+from toast_onnx.matching.walks import downstream
 from toast_onnx.model import Model
 
 
@@ -166,7 +168,7 @@ def _slices(view: GraphView, facts: Facts, linear: Linear) -> tuple[list[int], l
         return None
     for i in view.consumers.get(linear.output, []):
         node = view.nodes[i]
-        if node.op_type in ("Shape", "Size"):
+        if node.op_type in MEASURING:
             return None
         taken = _taken(facts, node, axis, linear.out_features)
         if taken is None:
@@ -200,18 +202,11 @@ def _taken(facts: Facts, node: onnx.NodeProto, axis: int, width: int) -> list[tu
 
 def _reaches_attention(view: GraphView, facts: Facts, tensor: str, readers: set[int]) -> bool | None:
     """Whether a product of activations is met before the next layer; None where neither is."""
-    pending, seen = [tensor], {tensor}
     layer = False
-    while pending:
-        for i in view.consumers.get(pending.pop(), []):
-            if is_meeting(view, facts, i):
-                return True
-            if i in readers:
-                layer = True
-                continue
-            fresh = [name for name in view.nodes[i].output if name and name not in seen]
-            seen.update(fresh)
-            pending.extend(fresh)
+    for i, _ in downstream(view, [tensor], lambda i: i not in readers):
+        if is_meeting(view, facts, i):
+            return True
+        layer = layer or i in readers
     return False if layer else None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from toast_onnx.matching.blocks import Branch, ValueSide
 from toast_onnx.matching.facts import Facts, Probe
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.matching.layout import Layout, check_spelling, read_layout
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.probe import check_readers, data_inputs, is_plain, passes, propagate
@@ -96,7 +96,7 @@ def _moved_from(view: GraphView, tensor: str, goal: str) -> tuple[str, list[int]
 
 def _acts_per_channel(view: GraphView, facts: Facts, i: int) -> bool:
     node = view.nodes[i]
-    if node.domain not in ("", "ai.onnx"):
+    if not is_standard(node):
         return False
     if node.op_type == "Conv":
         weight = facts.shape(node.input[1]) if facts.is_constant(node.input[1]) else None

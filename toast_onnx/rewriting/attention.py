@@ -234,11 +234,10 @@ def _divide_unexpanded(edit: GraphEdit, view: GraphView, expand: int | None, div
     """Let a division broadcast the length itself: an Expand would spread it to the old head_dim."""
     if expand is None:
         return
-    node = onnx.NodeProto()
-    node.CopyFrom(view.nodes[division])
+    node = edit.copy(division)
     node.input[1] = view.nodes[expand].input[0]
-    edit.remove([expand, division])
-    edit.insert(division, node)
+    edit.remove([expand])
+    edit.replace(division, node)
 
 
 def _shrink_region(
@@ -249,7 +248,6 @@ def _shrink_region(
     q: HeadWeights,
 ) -> None:
     """Cut everything between a layer and the scores to the dimensions that all heads keep."""
-    view, facts = probe.view, probe.facts
     assert attention.units is not None
     if not (q.slots == q.slots[:1]).all() or q.is_basis:
         raise MatchError("all heads must keep the same dimensions where they share a rotary embedding or a table")
@@ -258,12 +256,12 @@ def _shrink_region(
     for i in region.nodes:
         shrink_node(edit, probe, region.axes, keep, i)
     for table in region.tables:
-        node = onnx.NodeProto()
-        node.CopyFrom(view.nodes[table.node])
+        node = edit.copy(table.node)
         kept = keep[node.input[1 - table.operand]]
-        node.input[table.operand] = shrunk_operand(edit, facts, table.node, node.input[table.operand], table.axis, kept)
-        edit.remove([table.node])
-        edit.insert(table.node, node)
+        node.input[table.operand] = shrunk_operand(
+            edit, probe.facts, table.node, node.input[table.operand], table.axis, kept
+        )
+        edit.replace(table.node, node)
     keep_own_shapes(edit, probe, region.unit_of)
 
 

@@ -17,7 +17,7 @@ import onnx.helper
 from toast_onnx.edit import GraphEdit
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import FLOATS, GraphView, attribute
+from toast_onnx.matching.graph import FLOATS, GraphView, attribute, is_standard
 from toast_onnx.model import Model
 
 #: First opset with the LayerNormalization operator.
@@ -193,4 +193,4 @@ def _applied(view: GraphView, facts: Facts, i: int, op: str, channels: int) -> t
 
 
 def _is(node: onnx.NodeProto, *ops: str) -> bool:
-    return node.op_type in ops and node.domain in ("", "ai.onnx")
+    return node.op_type in ops and is_standard(node)
