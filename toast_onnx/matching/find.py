@@ -112,12 +112,11 @@ def _group(view: GraphView, parts: Sequence[Attention | Ffn]) -> list[Block]:
 def _attention_nodes(attention: Attention | None) -> list[int]:
     if attention is None:
         return []
-    branches = [b for b in (attention.q, attention.k, attention.v, attention.proj) if b is not None]
-    return sorted({*attention.core.nodes, *(i for b in branches for i in b.linear.nodes)})
+    return sorted({*attention.core.nodes, *(i for linear in attention.linears for i in linear.nodes)})
 
 
 def _ffn_nodes(ffn: Ffn | None) -> list[int]:
-    return [] if ffn is None else [i for linear in (*ffn.entries, ffn.fc2) for i in linear.nodes]
+    return [] if ffn is None else [i for linear in ffn.linears for i in linear.nodes]
 
 
 def _block_name(view: GraphView, nodes: Sequence[int], index: int) -> str:

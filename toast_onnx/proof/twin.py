@@ -16,6 +16,7 @@ import onnx.helper
 
 from toast_onnx.edit import GraphEdit, PlaceWriter
 from toast_onnx.errors import TwinError
+from toast_onnx.filling import Filling, fillings
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
@@ -23,7 +24,6 @@ from toast_onnx.matching.head_norms import HeadNorm
 from toast_onnx.matching.linear import Linear, bias, weights
 from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.proof.decisions import Decision
-from toast_onnx.proof.filling import Filling, fillings
 from toast_onnx.proof.precision import to_float32
 from toast_onnx.runtime import batch_sizes, run_model
 from toast_onnx.solving.weights import BlockWeights, HeadWeights

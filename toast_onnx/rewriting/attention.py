@@ -75,15 +75,14 @@ def rewrite_attention(edit: GraphEdit, probe: Probe, attention: Attention, new: 
         MatchError: a layer shares weights with an operand that is not understood.
     """
     view, facts = probe.view, probe.facts
-    given = {"Q": new.q, "K": new.k, "V": new.v}
-    branches = {"Q": attention.q, "K": attention.k, "V": attention.v}
-    changed = {b.linear.output for n, b in branches.items() if b is not None and given[n] is not None}
-    parts = []
-    for what, branch in branches.items():
-        if branch is None or branch.linear.output not in changed:
-            continue
-        weight = given[what] or head_weights(view, facts, branch)
-        parts.append(_Part(what.lower(), branch, weight, attention.side if what == "V" else None))
+    branches = {part: branch for part, branch in attention.branches.items() if part != "proj"}
+    changed = {branches[part].linear.output for part in new.heads if part in branches}
+    sides = {"v": attention.side}
+    parts = [
+        _Part(part, branch, new.heads.get(part) or head_weights(view, facts, branch), sides.get(part))
+        for part, branch in branches.items()
+        if branch.linear.output in changed
+    ]
     _write_heads(edit, probe, parts, name)
     if new.q is not None and new.q.kept != attention.qk_dim:
         _freeze_fused_scale(edit, view, attention)
