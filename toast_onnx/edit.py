@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear
-from toast_onnx.model import Model, reads
+from toast_onnx.model import Model, reads, stub
 from toast_onnx.nodes import NodeWriter
 
 
@@ -161,13 +161,10 @@ class GraphEdit:
         known = {t.name: t for t in graph.initializer}
         arrays = dict(source.arrays)
         for name, value in self._arrays.items():
-            stub = onnx.TensorProto(
-                name=name, data_type=onnx.helper.np_dtype_to_tensor_dtype(value.dtype), dims=value.shape
-            )
             if name in known:
-                known[name].CopyFrom(stub)
+                known[name].CopyFrom(stub(name, value))
             else:
-                graph.initializer.append(stub)
+                graph.initializer.append(stub(name, value))
             arrays[name] = value
         model = Model(proto, source.path, arrays)
         tidy(model)

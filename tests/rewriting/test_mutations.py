@@ -227,11 +227,16 @@ MUTATIONS: dict[str, tuple[Any, str, str, Callable[[Path], dict[str, Any]]]] = {
         "np.sort(indices)[::-1].astype(np.int64)",
         saved(BOTH),
     ),
-    "fc1's bias of other units": (ffn._write_entry, "b[keep[entry.output]]", "b[keep[entry.output][::-1]]", saved(FFN)),
+    "fc1's bias of other units": (
+        ffn._replace,
+        "np.delete(b, layer.gone)",
+        "np.delete(b, b.size - 1 - layer.gone)",
+        saved(FFN),
+    ),
     "fc1's weights of other units": (
-        ffn._write_entry,
-        "w[:, keep[entry.output]]",
-        "w[:, keep[entry.output][::-1]]",
+        ffn._replace,
+        "np.delete(w, layer.gone, axis=1)",
+        "np.delete(w, w.shape[1] - 1 - layer.gone, axis=1)",
         saved(FFN),
     ),
     "nodes between fc1 and fc2 skipped": (

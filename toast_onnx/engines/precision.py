@@ -116,7 +116,7 @@ def convert_precision(
     _check_in_memory(proto)
     draft = onnx.ModelProto()
     draft.CopyFrom(proto)
-    _name_nodes(draft.graph)
+    name_nodes(draft.graph)
     _constants_to_initializers(draft.graph)
     floats = [t for t in draft.graph.initializer if t.data_type == TensorProto.FLOAT]
     exact = {t.name: numpy_helper.to_array(t) for t in floats} if precision == "bf16" else {}
@@ -170,8 +170,8 @@ def infer_types(proto: onnx.ModelProto) -> None:
     proto.graph.value_info.extend(inferred.graph.value_info)
 
 
-def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Give every node a name of its own: the converter leaves nodes out by name."""
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Give every node a name of its own, by which converters pick nodes (in place)."""
     seen: set[str] = set()
     for number, node in enumerate(graph.node):
         if not node.name or node.name in seen:

@@ -10,7 +10,7 @@ import onnx
 import onnx.helper
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute, is_standard
+from toast_onnx.matching.graph import GraphView, attribute, is_standard, rewired
 from toast_onnx.matching.operators import PASSING
 from toast_onnx.model import Model
 
@@ -25,18 +25,11 @@ def turn_products(view: GraphView, facts: Facts) -> Model:
     Returns:
         A model that computes the same under the same names; the same model where there is nothing to turn.
     """
-    model = view.model
     turned = {i: nodes for i in range(len(view.nodes)) if (nodes := _turned(view, facts, i)) is not None}
     if not turned:
-        return model
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    del proto.graph.node[:]
+        return view.model
     unread = {view.producer[view.nodes[i].input[1]] for i in turned if _read_once(view, view.nodes[i].input[1])}
-    for i, node in enumerate(view.nodes):
-        if i not in unread:
-            proto.graph.node.extend(turned.get(i, [node]))
-    return Model(proto, model.path, dict(model.arrays))
+    return rewired(view, turned, unread)
 
 
 def _turned(view: GraphView, facts: Facts, i: int) -> list[onnx.NodeProto] | None:

@@ -11,9 +11,10 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from toast_onnx.matching.blocks import Attention, Branch
-from toast_onnx.matching.facts import Probe
+from toast_onnx.matching.facts import Probe, reduced_axes
 from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.head_region import HeadAxis, HeadRegion
 from toast_onnx.matching.layout import HEAD, Layout
@@ -230,9 +231,9 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
     """The axes that a node acts along, not negative."""
     node = found.view.nodes[i]
     op = node.op_type
-    given: object = attribute(node, "axes") if op in REDUCTIONS else None
-    if op in REDUCTIONS and given is None:
-        given = found.facts.value(node.input[1]) if len(node.input) > 1 and node.input[1] else range(rank)
+    given: Any = None
+    if op in REDUCTIONS:
+        given = reduced_axes(found.facts, node, rank)
     elif op == "Slice":
         starts = found.facts.value(node.input[1]) if len(node.input) > 1 else None
         if starts is None:
@@ -242,7 +243,7 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
     elif op in _NORMS:
         axis = int(attribute(node, "axis", -1))  # type: ignore[call-overload]
         given = range(axis % rank, rank)
-    elif given is None:
+    else:
         default = {"Split": 0, "Gather": 0}.get(op, -1)
         if op in operators(Effect.SHARES) and found.view.model.opset < 13:
             given = range(int(attribute(node, "axis", 1)) % rank, rank)  # type: ignore[call-overload]
@@ -250,7 +251,7 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
             given = [attribute(node, "axis", default)]
     if given is None:
         raise Kind.CONTENTS.decline("the axes of {node} depend on the input's contents", node=found.view.label(i))
-    return [int(a) % rank for a in given]  # type: ignore[attr-defined]
+    return [int(a) % rank for a in given]
 
 
 def _product(found: _Heads, i: int, inside: list[str]) -> HeadAxis:

@@ -261,6 +261,16 @@ def _overlooked(node: onnx.NodeProto, facts: Sequence[Fact], made: tuple[int, ..
     return None
 
 
+def reduced_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> list[int] | None:
+    """The axes that a reduction of a tensor of `rank` axes runs over, not negative; None where the input tells them."""
+    given: object = attribute(node, "axes")
+    if given is None and any(node.input[1:]):
+        given = facts.value(node.input[1])
+        if given is None:
+            return None
+    return list(range(rank)) if given is None else [int(a) % rank for a in np.asarray(given).reshape(-1)]
+
+
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )

@@ -14,7 +14,7 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.operators import ELEMENTWISE, MOVEMENT, NORMS, PASSING, QUANTIZED, Effect, operators
-from toast_onnx.matching.probe import check_readers
+from toast_onnx.matching.probe import carried, check_readers
 from toast_onnx.reasons import Decline, Kind, Reason
 
 _NORMS = operators(Effect.NORMS, Effect.NORMS_IMAGES)
@@ -178,15 +178,9 @@ def _move(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarr
     node = view.nodes[i]
     if node.op_type == "Concat":
         raise Kind.JOINED.decline("{node} puts hidden channels together", node=view.label(i))
-    if node.input[0] not in labels:
-        return
-    operands = [facts.value(name) if name else None for name in node.input[1:]]
-    if any(v is None and name for v, name in zip(operands, node.input[1:], strict=True)):
-        raise Kind.CONTENTS.decline("an operand of {node} depends on the input's contents", node=view.label(i))
-    results = [facts.evaluate(node, [array, *operands]) for array in labels[node.input[0]]]
-    for k, name in enumerate(node.output):
-        if name:
-            labels[name] = _distinct([r[k] for r in results])
+    if node.input[0] in labels:
+        moved = carried(view, facts, i, labels[node.input[0]])
+        labels.update({name: _distinct(arrays) for name, arrays in moved.items()})
 
 
 def _distinct(arrays: list[np.ndarray]) -> list[np.ndarray]:

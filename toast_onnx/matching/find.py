@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import os.path
 from collections import Counter
-from collections.abc import Iterator, Sequence
-
-import onnx
+from collections.abc import Sequence
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.attention import match_attention
@@ -18,6 +16,7 @@ from toast_onnx.matching.ffn import match_ffn
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import find_linears
 from toast_onnx.matching.operators import ATTENTIONS, QUANTIZED
+from toast_onnx.model import all_nodes
 from toast_onnx.reasons import Decline, Kind, Reason
 
 #: Metadata key under which PyTorch's exporter stores the module path of a node.
@@ -67,7 +66,7 @@ def _hidden_in_bodies(view: GraphView) -> dict[str, Reason]:
     """Control flow whose bodies hold attention or products, which no search here enters: node label -> reason."""
     hidden = {}
     for i, node in enumerate(view.nodes):
-        ops = Counter(op for a in node.attribute for body in (a.g, *a.graphs) for op in _operators(body))
+        ops = Counter(inner.op_type for inner in all_nodes([node]) if inner is not node)
         products = sum(ops[op] for op in _PRODUCTS)
         if products:
             softmaxes = sum(ops[op] for op in ("Softmax", *ATTENTIONS))
@@ -80,15 +79,6 @@ def _hidden_in_bodies(view: GraphView) -> dict[str, Reason]:
                 softmaxes=softmaxes,
             )
     return hidden
-
-
-def _operators(graph: onnx.GraphProto) -> Iterator[str]:
-    """Operator types of a graph's nodes and of all bodies inside."""
-    for node in graph.node:
-        yield node.op_type
-        for a in node.attribute:
-            for body in (a.g, *a.graphs):
-                yield from _operators(body)
 
 
 def _group(view: GraphView, parts: Sequence[Attention | Ffn]) -> list[Block]:

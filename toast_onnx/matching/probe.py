@@ -352,6 +352,20 @@ def propagate(view: GraphView, facts: Facts, nodes: Iterable[int], seed: str) ->
     return labels
 
 
+def carried(view: GraphView, facts: Facts, i: int, arrays: Iterable[np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """What a movement node makes of each of several arrays of labels, by the name of its output.
+
+    Raises:
+        Decline: where it moves them to depends on the input's contents.
+    """
+    node = view.nodes[i]
+    operands = [facts.value(name) if name else None for name in node.input[1:]]
+    if any(v is None and name for v, name in zip(operands, node.input[1:], strict=True)):
+        raise Kind.CONTENTS.decline("an operand of {node} depends on the input's contents", node=view.label(i))
+    results = [facts.evaluate(node, [array, *operands]) for array in arrays]
+    return {name: [each[k] for each in results] for k, name in enumerate(node.output) if name}
+
+
 def _operand(view: GraphView, facts: Facts, i: int, name: str) -> np.ndarray | None:
     """Shape or index operand of a movement node; data that does not come from the seed counts as zeros."""
     if not name:

@@ -22,7 +22,7 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.head_norms import HeadNorm
 from toast_onnx.matching.linear import Linear, bias, weights
-from toast_onnx.model import Model, scratch_folder, write_draft
+from toast_onnx.model import Model, scratch_folder, stub, write_draft
 from toast_onnx.proof.decisions import Decision
 from toast_onnx.proof.precision import to_float32
 from toast_onnx.runtime import batch_sizes, run_model
@@ -126,8 +126,7 @@ def _rounded_alike(pruned: Model, twin: Model) -> Model:
             source = frozen[node.output[0]]
             node.CopyFrom(onnx.helper.make_node("Identity", [source], list(node.output), name=node.name))
             value = arrays[source] = twin.arrays[source]
-            kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-            proto.graph.initializer.append(onnx.TensorProto(name=source, data_type=kind, dims=value.shape))
+            proto.graph.initializer.append(stub(source, value))
     return Model(proto, pruned.path, arrays)
 
 

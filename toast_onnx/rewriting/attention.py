@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx.helper
 
-from toast_onnx.edit import GraphEdit, OldShape
+from toast_onnx.edit import GraphEdit, OldShape, PlaceWriter
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention, Branch, ValueSide
 from toast_onnx.matching.dims import DimRegion
@@ -199,14 +198,7 @@ def _packed_linear(
         return output, [output]
     sizes = [f.shape[1] for f in flat]
     names = [edit.fresh(f"{path}/{p.name}") for p in group]
-    axis = group[0].branch.layout.channel_axis
-    attributes: dict[str, Any] = {"axis": axis}
-    inputs = [output]
-    if edit.opset >= 13:
-        inputs.append(edit.constant(f"{path}/sizes", np.asarray(sizes, np.int64)))
-    else:
-        attributes["split"] = sizes
-    edit.insert(at, onnx.helper.make_node("Split", inputs, names, name=edit.fresh(f"{path}/Split"), **attributes))
+    PlaceWriter(edit, at, path).split(output, sizes, group[0].branch.layout.channel_axis, names)
     return output, names
 
 
@@ -257,9 +249,8 @@ def _shrink_region(
     for table in region.tables:
         node = edit.copy(table.node)
         kept = keep[node.input[1 - table.operand]]
-        node.input[table.operand] = shrunk_operand(
-            edit, probe.facts, table.node, node.input[table.operand], table.axis, kept
-        )
+        old = node.input[table.operand]
+        node.input[table.operand] = shrunk_operand(edit, probe.facts, table.node, old, table.axis, kept)
         edit.replace(table.node, node)
     keep_own_shapes(edit, probe, region.unit_of)
 

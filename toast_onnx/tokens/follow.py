@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 
-from toast_onnx.matching.facts import Facts, Probe
+from toast_onnx.matching.facts import Facts, Probe, reduced_axes
 from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.operators import (
     ELEMENTWISE,
@@ -570,7 +570,7 @@ class Walker:
     def _reduce(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         name = node.input[0]
         tokens, shape = self.flow.tokens[name], self._shape(name)
-        axes = reduced_axes(self.facts, node, len(shape))
+        axes = averaged_axes(self.facts, node, len(shape))
         keep = node.op_type == "GlobalAveragePool" or bool(attribute(node, "keepdims", 1))
         inside = [a for a in tokens.axes if a.along.axis in axes]
         if any(a.counted for a in tokens.axes):
@@ -596,26 +596,22 @@ class Walker:
                 "{node} takes another statistic than a mean over the tokens", node=self.view.label(i)
             )
         if batch is not None and (
-            batch.axis != 0 or batch.inner != 1 or 0 in reduced_axes(self.facts, node, len(shape))
+            batch.axis != 0 or batch.inner != 1 or 0 in averaged_axes(self.facts, node, len(shape))
         ):
             raise Kind.BATCH.decline("{node} has its batch on another axis", node=self.view.label(i))
         self.flow.weighted.append(i)
 
 
-def reduced_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> set[int]:
-    """The axes that a reduction runs over.
+def averaged_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> set[int]:
+    """The axes that a reduction or a pooling over whole images runs over.
 
     Raises:
         Decline: they are not known.
     """
-    if node.op_type == "GlobalAveragePool":
-        return set(range(2, rank))
-    given: object = attribute(node, "axes")
-    if given is None and len(node.input) > 1 and node.input[1]:
-        given = facts.value(node.input[1])
-        if given is None:
-            raise Kind.CONTENTS.decline("the axes of a reduction are not known")
-    return set(range(rank)) if given is None else {int(a) % rank for a in np.asarray(given).reshape(-1)}
+    axes = range(2, rank) if node.op_type == "GlobalAveragePool" else reduced_axes(facts, node, rank)
+    if axes is None:
+        raise Kind.CONTENTS.decline("the axes of a reduction are not known")
+    return set(axes)
 
 
 def _at_stage(tokens: Tokens, stage: int) -> Tokens:

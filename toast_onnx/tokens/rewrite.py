@@ -24,7 +24,7 @@ from toast_onnx.model import Model
 from toast_onnx.nodes import END
 from toast_onnx.rewriting.fusing import fuse_again
 from toast_onnx.rewriting.shapes import settle_shapes
-from toast_onnx.tokens.follow import FUSED, Flow, TokenAxis, TokenSequence, follow, reduced_axes
+from toast_onnx.tokens.follow import FUSED, Flow, TokenAxis, TokenSequence, averaged_axes, follow
 from toast_onnx.tokens.metrics import Features, candidates, find_features, write_features, write_weights
 from toast_onnx.tokens.nodes import (
     Matched,
@@ -383,7 +383,7 @@ class _Sequence:
         each = tokens.axes[0]
         w = self._writer(i, f"{self._name(i)}/sizes")
         size = self._size(w, each, log=False)
-        axes = sorted(reduced_axes(self.facts, old, len(shape)))
+        axes = sorted(averaged_axes(self.facts, old, len(shape)))
         if old.op_type != "ReduceSum":
             total = w.constant(np.prod([shape[a] for a in axes]), "count", np.float32)
             size = w.one("Div", [size, total], "share")
