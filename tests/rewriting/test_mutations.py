@@ -122,11 +122,11 @@ def scaled(graph: Graph, name: str) -> str:
 MUTATIONS: dict[str, tuple[Any, str, str, Callable[[Path], dict[str, Any]]]] = {
     "q and k in the other's place": (
         attention.rewrite_attention,
-        '"Q": new.q, "K": new.k',
-        '"Q": new.k, "K": new.q',
+        "new.heads.get(part) or",
+        'new.heads.get({"q": "k", "k": "q"}.get(part, part)) or',
         saved(ONLY_QK),
     ),
-    "a part left unwritten": (attention.rewrite_attention, "weight = given[what] or", "weight = None or", saved(BOTH)),
+    "a part left unwritten": (attention.rewrite_attention, "new.heads.get(part) or", "None or", saved(BOTH)),
     "the projection left out": (attention.rewrite_attention, "new.proj is not None", "False", saved(BOTH)),
     "an untouched part with its heads in another order": (
         attention.head_weights,
@@ -250,7 +250,7 @@ MUTATIONS: dict[str, tuple[Any, str, str, Callable[[Path], dict[str, Any]]]] = {
         ffn.rewrite_ffn,
         "mask[new.units] = True",
         "mask[mask.size - 1 - new.units] = True",
-        saved(FFN),
+        saved(FFN, activated=gain),
     ),
     "a gain of other units": (
         shrinking.shrunk_operand,
