@@ -160,9 +160,9 @@ def test_what_is_linear_is_so_in_each_operand(op: str) -> None:
     given = operands(op)
     base = run(op, given)
     for k in range(len(given) if op != "Div" else 1):
-        more = [3 * x if j == k else x for j, x in enumerate(given)]
+        more = [-3 * x if j == k else x for j, x in enumerate(given)]
         zero = [0 * x if j == k else x for j, x in enumerate(given)]
-        np.testing.assert_allclose(run(op, more) - run(op, zero), 3 * (base - run(op, zero)), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(run(op, more) - run(op, zero), -3 * (base - run(op, zero)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("op", sorted(having(Trait.SCALES) - {"IsNaN"}))
