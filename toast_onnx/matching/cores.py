@@ -24,7 +24,7 @@ from toast_onnx.matching.walks import downstream, upstream
 from toast_onnx.reasons import Decline, Kind, Reason
 
 #: What may stand between the score product and Softmax: mask, scale, cap, shape; quantizers, to be declined by name.
-_BETWEEN = having(Trait.MASKS) | RESHAPING - {"Flatten"} | {"Expand", "QuantizeLinear", "DequantizeLinear"}
+_BETWEEN = having(Trait.MASKS) | having(Trait.ROUNDS) | RESHAPING - {"Flatten"} | {"Expand"}
 #: What mixes the scores or probabilities of different heads.
 _MIXING = CONTRACTIONS - {"FusedMatMul"} | operators(Effect.NORMS_CHANNELS) | {"LayerNormalization"}
 #: What may stand there where heads are mixed.

@@ -18,7 +18,7 @@ from toast_onnx.matching.facts import Probe, reduced_axes
 from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.head_region import HeadAxis, HeadRegion
 from toast_onnx.matching.layout import HEAD, Layout
-from toast_onnx.matching.operators import ELEMENTWISE, MEASURING, REDUCTIONS, RESHAPING, Effect, operators
+from toast_onnx.matching.operators import ELEMENTWISE, MEASURING, REDUCTIONS, RESHAPING, SCORE_TERMS, Effect, operators
 from toast_onnx.reasons import Decline, Kind
 
 #: Act along the axes that they name.
@@ -30,7 +30,6 @@ _ALONG = operators(Effect.SUMS, Effect.REDUCES, Effect.SHARES) | {
     "LpNormalization",
 }
 _NORMS = operators(Effect.NORMS) - {"LpNormalization"}  # which runs along one axis
-_FUSED = frozenset({"Attention", "MultiHeadAttention"})
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
         return {made[0]: _product(found, i, inside)}
     if op == "Einsum":
         return {made[0]: _einsum(found, i, inside)}
-    if op in _FUSED or op == "RotaryEmbedding":
+    if op in SCORE_TERMS or op == "RotaryEmbedding":
         return _fused(found, i)
     raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=view.label(i))
 
@@ -296,7 +295,7 @@ def _fused(found: _Heads, i: int) -> dict[str, HeadAxis]:
     node = found.view.nodes[i]
     if any(name for name in node.output[1:]):
         raise Kind.MEET.decline("{node} gives out more than the weighted sum", node=found.view.label(i))
-    for name in node.input[: 3 if node.op_type in _FUSED else 1]:
+    for name in node.input[: 3 if node.op_type in SCORE_TERMS else 1]:
         axis, shape = found.axes.get(name), found.shape(name)
         expected = HeadAxis(1, 1) if len(shape) == 4 else HeadAxis(2, shape[-1] // found.count)
         if axis != expected:
@@ -349,9 +348,9 @@ def _meeting(found: _Heads, i: int, k: int, inside: int) -> tuple[HeadAxis | Non
         terms, _ = _terms(found, i)
         letter = terms[inside][own.axis]
         return (HeadAxis(terms[k].index(letter), own.inner) if letter in terms[k] else None), extent
-    if node.op_type in _FUSED:
+    if node.op_type in SCORE_TERMS:
         # (batch, heads, queries, keys), broadcast: a mask of Attention, a bias of MultiHeadAttention
-        per_head = rank > 2 and (node.op_type == "Attention" or k == 5)
+        per_head = rank > 2 and k == SCORE_TERMS[node.op_type]
         return (HeadAxis(rank - 3, 1) if per_head else None), found.count
     if node.op_type == "RotaryEmbedding":
         return None, extent  # its tables have an angle for each position and pair

@@ -13,13 +13,23 @@ from toast_onnx.matching.blocks import Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.operators import ELEMENTWISE, MOVEMENT, NORMS, PASSING, QUANTIZED, Effect, operators
+from toast_onnx.matching.operators import (
+    ELEMENTWISE,
+    MOVEMENT,
+    NORMS,
+    PASSING,
+    QUANTIZED,
+    Effect,
+    Trait,
+    having,
+    operators,
+)
 from toast_onnx.matching.probe import carried, check_readers
 from toast_onnx.reasons import Decline, Kind, Reason
 
 _NORMS = operators(Effect.NORMS, Effect.NORMS_IMAGES)
 _REDUCING = operators(Effect.SUMS, Effect.SHARES) | _NORMS
-_QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_QDQ = having(Trait.ROUNDS)
 _SUMS = operators(Effect.ADDS_AND_NORMS) | {"Add", "Sum"}
 _JOINS = _SUMS | {"Concat"}  # a gate on the stream is no part of it
 

@@ -74,6 +74,7 @@ class Trait(StrEnum):
     CUTS = "can be cut to some of the channels that it moves"
     RESPELLS = "can be given other numbers of tokens than it was written for"
     MASKS = "makes masks, scales and caps of scores, each of them alone"
+    ROUNDS = "makes quantized numbers of single ones, or single ones of those"
 
 
 _TRAITS = {
@@ -82,6 +83,7 @@ _TRAITS = {
     Trait.CUTS: "Concat Expand Flatten Gather GatherND Reshape Slice Split Squeeze Tile Transpose Unsqueeze",
     Trait.RESPELLS: "Concat Expand Flatten Gather Reshape Slice Split Squeeze Transpose Unsqueeze",
     Trait.MASKS: "Add And Cast Clip Div Dropout Identity IsInf IsNaN Max Min Mul Not Or Sub Tanh Where",
+    Trait.ROUNDS: "DequantizeLinear QuantizeLinear",
 }
 
 
@@ -94,6 +96,9 @@ def having(trait: Trait) -> frozenset[str]:
     """The operators that have a trait."""
     return frozenset(_TRAITS[trait].split())
 
+
+#: Attention in one node that a term may be added to the scores of, and which of its inputs that is.
+SCORE_TERMS = {"Attention": 3, "MultiHeadAttention": 5}
 
 PASSING = operators(Effect.PASSES)
 RESHAPING = operators(Effect.RESHAPES)

@@ -15,6 +15,7 @@ from toast_onnx.matching.blocks import Attention, Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import FLOATS, GraphView, attribute
 from toast_onnx.matching.linear import Linear
+from toast_onnx.matching.operators import ATTENTIONS
 
 
 def graph_macs(view: GraphView, facts: Facts) -> int:
@@ -53,7 +54,7 @@ def macs_at(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None], out:
         return prod(shapes[0]) * prod(shapes[1][1:])
     if op == "Einsum":
         return _einsum(str(attribute(node, "equation", b""), "utf-8"), shapes)  # type: ignore[call-overload]
-    if op in ("Attention", "MultiHeadAttention", "GroupQueryAttention"):
+    if op in ATTENTIONS:
         return _fused_attention(node, shapes, out)
     return 0
 

@@ -22,6 +22,7 @@ from toast_onnx.matching.operators import (
     MOVEMENT,
     NORMS,
     REDUCTIONS,
+    SCORE_TERMS,
     Effect,
     Trait,
     having,
@@ -35,8 +36,6 @@ from toast_onnx.tokens.uniform import uniform_value
 
 _ADDS, _SHARES = operators(Effect.ADDS_AND_NORMS), operators(Effect.SHARES)
 _SCALES, _RESPELLS = having(Trait.SCALES), having(Trait.RESPELLS)
-#: Attention in one node: operands that hold tokens, and where a term on the scores goes.
-FUSED = {"Attention": 3, "MultiHeadAttention": 5}
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ class Walker:
             return self._product(i, node)
         if op in _SHARES:
             return self._softmax(i, node)
-        if op in FUSED and node.domain in ("", "ai.onnx", "com.microsoft"):
+        if op in SCORE_TERMS and node.domain in ("", "ai.onnx", "com.microsoft"):
             return self._fused(i, node)
         if op in REDUCTIONS or op == "GlobalAveragePool":
             return self._reduce(i, node)
@@ -554,7 +553,7 @@ class Walker:
         if any(n for n in node.output[1:]):
             raise Kind.OUTPUT.decline("{node} returns its keys, values or scores", node=self.view.label(i))
         if k.axes[0].stage:
-            place = FUSED[node.op_type]
+            place = SCORE_TERMS[node.op_type]
             for j, name in enumerate(node.input):
                 if j < 3 or not name:
                     continue

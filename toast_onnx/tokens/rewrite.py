@@ -18,13 +18,13 @@ from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention
 from toast_onnx.matching.cores import find_cores
 from toast_onnx.matching.graph import attribute
-from toast_onnx.matching.operators import MEASURING
+from toast_onnx.matching.operators import MEASURING, SCORE_TERMS
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
 from toast_onnx.nodes import END
 from toast_onnx.rewriting.fusing import fuse_again
 from toast_onnx.rewriting.shapes import settle_shapes
-from toast_onnx.tokens.follow import FUSED, Flow, TokenAxis, TokenSequence, averaged_axes, follow
+from toast_onnx.tokens.follow import Flow, TokenAxis, TokenSequence, averaged_axes, follow
 from toast_onnx.tokens.metrics import Features, candidates, find_features, write_features, write_weights
 from toast_onnx.tokens.nodes import (
     Matched,
@@ -329,9 +329,14 @@ class _Sequence:
             flat = w.slice(flat, 1, start, stop, what="sizes/range")
         return w.one("Log", [flat], "log_size") if log else flat
 
+    def _as(self, w: PlaceWriter, x: str, like: str) -> str:
+        """A float32 tensor in the precision of one of the original graph."""
+        elem = self.facts.elem_type(like)
+        return x if elem == onnx.TensorProto.FLOAT else w.cast(x, elem)
+
     def _sized(self, i: int, node: onnx.NodeProto) -> None:
         """Proportional attention: log(size) on the scores of every key."""
-        if node.op_type in FUSED:
+        if node.op_type in SCORE_TERMS:
             self._sized_fused(i, node)
             return
         name = self.view.nodes[i].input[0]
@@ -350,10 +355,7 @@ class _Sequence:
                 heads = w.numbers([1, tokens.batch.inner, 1], "heads")
                 term = w.one("Expand", [line, heads], "by_head")
                 target[0] = -1
-        term = w.reshape(term, target, "on_keys")
-        elem = self.facts.elem_type(name)
-        if elem != onnx.TensorProto.FLOAT:
-            term = w.cast(term, elem)
+        term = self._as(w, w.reshape(term, target, "on_keys"), name)
         node.input[0] = w.one("Add", [node.input[0], term], "Add")
 
     def _sized_fused(self, i: int, node: onnx.NodeProto) -> None:
@@ -367,13 +369,9 @@ class _Sequence:
         if (old.input[0], i) in self.drops:
             rows = self.sequence.front + self.sequence.back
         term = w.one("Expand", [term, w.numbers([1, 1, rows, 1], "queries")], "for_queries")
-        elem = self.facts.elem_type(old.input[0])
-        if elem != onnx.TensorProto.FLOAT:
-            term = w.cast(term, elem)
-        place = FUSED[node.op_type]
-        while len(node.input) <= place:
-            node.input.append("")
-        node.input[place] = term
+        place = SCORE_TERMS[node.op_type]
+        _pad_inputs(node, place + 1)
+        node.input[place] = self._as(w, term, old.input[0])
 
     def _weighted(self, i: int, node: onnx.NodeProto) -> None:
         """A mean over tokens counts each as often as it stands for others."""
@@ -390,10 +388,7 @@ class _Sequence:
         target = [1] * len(shape)
         target[0] = 0 if tokens.batch is not None else 1
         target[each.along.axis] = self._extent(each)
-        size = w.reshape(size, target, "share/Reshape")
-        elem = self.facts.elem_type(name)
-        if elem != onnx.TensorProto.FLOAT:
-            size = w.cast(size, elem)
+        size = self._as(w, w.reshape(size, target, "share/Reshape"), name)
         product = w.one("Mul", [node.input[0], size], "Mul")
         keep = 1 if old.op_type == "GlobalAveragePool" else int(attribute(old, "keepdims", 1))  # type: ignore[call-overload]
         node.CopyFrom(
@@ -425,8 +420,7 @@ class _Sequence:
                 sizes = [(self.facts.shape(n) or ())[axis] for n in old.output]
                 ends = np.cumsum([0, *sizes]) + each.along.first
                 moved = [self.counts.moved(int(p), each.stage) for p in ends]
-                while len(node.input) < 2:
-                    node.input.append("")
+                _pad_inputs(node, 2)
                 node.input[1] = w.numbers(np.diff(moved).tolist(), "split")
                 drop_attributes(node, "num_outputs")
         elif old.op_type == "Gather":
@@ -488,9 +482,12 @@ class _Sequence:
                 w.numbers(new_starts.tolist(), "starts"),
                 w.numbers(new_ends.tolist(), "ends"),
             )
-            while len(node.input) < 4:
-                node.input.append("")
+            _pad_inputs(node, 4)
             node.input[3] = w.numbers([int(a) for a in axes], "axes")
+
+
+def _pad_inputs(node: onnx.NodeProto, count: int) -> None:
+    node.input.extend([""] * (count - len(node.input)))
 
 
 def _substitute(node: onnx.NodeProto, name: str, new: str) -> None:
