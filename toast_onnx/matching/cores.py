@@ -170,7 +170,7 @@ def _mixed_products(view: GraphView, facts: Facts, i: int) -> tuple[int, int] | 
     taken = facts.shape(view.nodes[total[0]].input[0]) or ()
     heads = shape[-3] if len(shape) > 2 else 0
     way = (*scores[1], *total[1])
-    matrices = [view.nodes[n] for n in way if view.nodes[n].op_type in CONTRACTIONS]
+    matrices = [view.nodes[n] for n in way if view.nodes[n].op_type in CONTRACTIONS - {"Einsum"}]
     sides = [facts.shape(name) or () for node in matrices for name in node.input[:2] if facts.is_constant(name)]
     mixing = all(np.prod(side) == heads * max(side) and heads in side for side in sides)
     met = any(view.nodes[n].op_type in _MIXING or len(_data(view, facts, n)) > 1 for n in way)

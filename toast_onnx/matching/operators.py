@@ -8,6 +8,7 @@ of its operators a walker can do more with.
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import cache
 
 
 class Effect(StrEnum):
@@ -87,11 +88,13 @@ _TRAITS = {
 }
 
 
+@cache
 def operators(*effects: Effect) -> frozenset[str]:
     """The operators of some effects."""
     return frozenset(name for name, effect in OPERATORS.items() if effect in effects)
 
 
+@cache
 def having(trait: Trait) -> frozenset[str]:
     """The operators that have a trait."""
     return frozenset(_TRAITS[trait].split())
