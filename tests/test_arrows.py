@@ -90,6 +90,8 @@ def test_files_of_a_room_form_no_circle() -> None:
         ("importance", {"matching", "model", "edit", "rewriting"}),
         ("solving", {"matching", "model", "edit", "rewriting"}),
         ("matching", {"importance", "solving", "planning"}),
+        ("filling", {"edit", "rewriting", "proof"}),
+        ("nodes", {"matching", "model", "edit"}),
     ],
 )
 def test_what_a_room_must_not_know(room: str, unknown: set[str]) -> None:

@@ -14,7 +14,8 @@ import onnx_graphsurgeon as gs
 
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear
-from toast_onnx.model import Model, reads
+from toast_onnx.model import Model, reads, stub
+from toast_onnx.nodes import NodeWriter
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,23 @@ class GraphEdit:
                         names[k] = name
         self.changed.update({k: replace(v, tensor=name) for k, v in self.changed.items() if v.tensor == tensor})
 
-    def set_attribute(self, i: int, name: str, value: object) -> None:
-        """Set one attribute of the node at a position, everything else as it was."""
+    def copy(self, i: int) -> onnx.NodeProto:
+        """A copy of the node at a position, to be changed and given to `replace`."""
         node = onnx.NodeProto()
         node.CopyFrom(self._view.nodes[i])
-        for a in [a for a in node.attribute if a.name == name]:
-            node.attribute.remove(a)
-        node.attribute.append(onnx.helper.make_attribute(name, value))
+        return node
+
+    def replace(self, i: int, node: onnx.NodeProto) -> None:
+        """Put a node in the place of the one at a position, behind what was inserted before it."""
         self.remove([i])
         self.insert(i, node)
+
+    def set_attribute(self, i: int, name: str, value: object) -> None:
+        """Set one attribute of the node at a position, everything else as it was."""
+        node = self.copy(i)
+        drop_attributes(node, name)
+        node.attribute.append(onnx.helper.make_attribute(name, value))
+        self.replace(i, node)
 
     def linear(
         self, at: int, like: Linear, x: str, w: np.ndarray, b: np.ndarray | None, output: str, name: str
@@ -152,17 +161,61 @@ class GraphEdit:
         known = {t.name: t for t in graph.initializer}
         arrays = dict(source.arrays)
         for name, value in self._arrays.items():
-            stub = onnx.TensorProto(
-                name=name, data_type=onnx.helper.np_dtype_to_tensor_dtype(value.dtype), dims=value.shape
-            )
             if name in known:
-                known[name].CopyFrom(stub)
+                known[name].CopyFrom(stub(name, value))
             else:
-                graph.initializer.append(stub)
+                graph.initializer.append(stub(name, value))
             arrays[name] = value
         model = Model(proto, source.path, arrays)
         tidy(model)
         return model
+
+
+class PlaceWriter(NodeWriter):
+    """Writes nodes at one place of a graph under one prefix.
+
+    Attributes:
+        edit: the graph's edit.
+        at: position to insert at.
+        name: prefix of the new names.
+    """
+
+    def __init__(self, edit: GraphEdit, at: int, name: str, numbered: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            edit: the graph's edit.
+            at: position to insert at.
+            name: prefix of the new names.
+            numbered: whether tensors are called by their node and their number in it, rather than by what it does.
+        """
+        self.edit, self.at, self.name, self.opset = edit, at, name, edit.opset
+        self._numbered = numbered
+
+    def node(
+        self, op: str, inputs: Sequence[str], what: str = "", outputs: int | Sequence[str] = 1, **attributes: Any
+    ) -> list[str]:
+        """Insert a node; returns the names of what it makes."""
+        called = f"{self.name}/{what or op}"
+        count = outputs if isinstance(outputs, int) else 0
+        made = [] if isinstance(outputs, int) else list(outputs)
+        if not self._numbered:
+            made += [self.edit.fresh(f"{called}_output") for _ in range(count)]
+        called = self.edit.fresh(called)
+        if self._numbered:
+            made += [self.edit.fresh(f"{called}_output_{k}") for k in range(count)]
+        self.edit.insert(self.at, onnx.helper.make_node(op, list(inputs), made, name=called, **attributes))
+        return made
+
+    def constant(self, value: Any, what: str = "", dtype: Any = None) -> str:
+        """Add an initializer."""
+        return self.edit.constant(f"{self.name}/{what}", np.asarray(value, dtype))
+
+
+def drop_attributes(node: onnx.NodeProto, *names: str) -> None:
+    """Take attributes of some names from a node."""
+    for a in [a for a in node.attribute if a.name in names]:
+        node.attribute.remove(a)
 
 
 def tidy(model: Model) -> None:

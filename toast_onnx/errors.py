@@ -33,3 +33,9 @@ class BackendError(ToastError):
 
 class BudgetError(ConfigError):
     """No widths reach a budget."""
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An exception's message on one line, shortened."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + " ..."

@@ -27,7 +27,7 @@ from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios, parse_ratios
 from toast_onnx.report.inspection import inspection, inspection_table
 from toast_onnx.report.pruning import pruning_report, pruning_table, save_with_report
-from toast_onnx.report.tables import Table
+from toast_onnx.report.tables import Shown, Table
 
 
 class HasRatios(Protocol):
@@ -43,7 +43,7 @@ class HasRatios(Protocol):
 AnyRatios = Ratios | HasRatios | Mapping[str, Any] | str | os.PathLike[str]
 
 
-class Study(matching_study.Study):
+class Study(Shown, matching_study.Study):
     """A model looked at: its blocks, their widths, what can be pruned and why not. Shows itself as a table."""
 
     def report(self) -> dict[str, Any]:
@@ -63,15 +63,9 @@ class Study(matching_study.Study):
         """
         write_bytes(Path(path), (json.dumps(self.report(), indent=1) + "\n").encode())
 
-    def __repr__(self) -> str:
-        return self.table.text()
-
-    def _repr_html_(self) -> str:
-        return self.table.html()
-
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class Pruned(pruning.Pruned):
+class Pruned(Shown, pruning.Pruned):
     """A pruned model, not yet written.
 
     Attributes:
@@ -121,12 +115,6 @@ class Pruned(pruning.Pruned):
         out = Path(path)
         beside = out.with_suffix(".json") if report is None else Path(report)
         return save_with_report(self, self.dense, self.source, self.options, out, beside)
-
-    def __repr__(self) -> str:
-        return self.table.text()
-
-    def _repr_html_(self) -> str:
-        return self.table.html()
 
 
 def load(path: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]] | None = None) -> Study:

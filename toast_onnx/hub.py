@@ -15,9 +15,8 @@ from typing import Any
 import onnx
 import onnx.external_data_helper as external
 
-from toast_onnx.errors import BackendError, ConfigError, ModelError
+from toast_onnx.errors import BackendError, ConfigError, ModelError, one_line
 from toast_onnx.external import all_tensors
-from toast_onnx.providers import one_line
 
 PREFIX = "hf:"
 #: What says how images are prepared, fetched with a model where it is there.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from toast_onnx.errors import BackendError, ConfigError, ModelError
+from toast_onnx.errors import BackendError, ConfigError, ModelError, one_line
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,6 @@ def open_on(
     if session.get_providers()[0] != wanted.name:
         raise BackendError(_missing(provider, "cannot start here"))
     return session
-
-
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An exception's message on one line, shortened."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 def _missing(provider: str, what: str) -> str:

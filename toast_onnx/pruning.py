@@ -136,9 +136,7 @@ def prune(
     blocks = study.match.blocks
     if not blocks:
         raise ModelError(f"{study.view.model.path}: no transformer block was found: {_why_none(study)}")
-    settings = resolve(ratios, [b.name for b in blocks], [b.node_names for b in blocks])
-    local = ratios.compensation.kind == "local"
-    if local and refine is None:
+    if ratios.compensation.kind == "local" and refine is None:
         raise ConfigError(
             "compensation: local trains blocks on calibration samples: give them with --data, or choose kind: ridge"
         )
@@ -147,6 +145,76 @@ def prune(
             "compensation.statistics: sequential measures every block behind the pruned ones: give samples with "
             "--data, or use one-shot"
         )
+    asked = _asked(study, ratios, statistics, seed, skip_unprunable, force_synthetic, split_shared)
+    feeds, notes, unproven = _proof_inputs(study, samples, seed) if check else ([], (), None)
+    weights, errors = _solve_all(study, ratios, asked, statistics, progress)
+    if unproven is not None:
+        raise unproven
+    weights, trained = _refined(ratios, asked, weights, refine)
+    model = rewritten(study, weights) if weights or asked.selections else study.source
+    if asked.sharing and weights:
+        model = share_weights(model, study.view)
+    model, chosen = select_at_run_time(study, model, () if ratios.merges_tokens else asked.selections)
+    model, normalized = normalize_layer_norms(model, study.counted_shapes) if normalize else (model, 0)
+    twin = _prove(study, model, weights, chosen, feeds) if check else None
+    selections, merging = asked.selections, None
+    merges: tuple[WrittenMerge, ...] = ()
+    if ratios.merges_tokens:
+        model, merges, merging = _merge(study, model, ratios, feeds, skip_unprunable)
+        model, selections, choosing = _select_among_merged(study, model, selections, merges, ratios, seed, feeds)
+        twin = together([each for each in (twin, choosing) if each is not None])
+    progress("twin" if check else "no twin")
+    return Pruned(
+        model,
+        weights,
+        asked.widths,
+        asked.settings,
+        twin,
+        statistics.source,
+        local=trained,
+        selections=selections,
+        normalized=normalized,
+        merges=merges,
+        merging=merging,
+        notes=(*notes, *asked.notes),
+        errors=errors,
+        unfounded=asked.unfounded,
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a ratios file asks of a model, settled: see `Pruned` for most of it.
+
+    Attributes:
+        sharing: which blocks share their weights.
+        notes: what a person should know of it.
+    """
+
+    settings: tuple[BlockRatios, ...]
+    widths: tuple[Widths, ...]
+    selections: tuple[Selection, ...]
+    sharing: Sharing
+    unfounded: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def _asked(
+    study: Study,
+    ratios: Ratios,
+    statistics: Statistics | Sequential,
+    seed: int,
+    skip_unprunable: bool,
+    force_synthetic: bool,
+    split_shared: bool,
+) -> _Asked:
+    """Settings and widths of every block, with what ties, shared weights and missing norms make of them.
+
+    Raises:
+        ConfigError: two things are asked for that exclude each other.
+    """
+    blocks = study.match.blocks
+    settings = resolve(ratios, [b.name for b in blocks], [b.node_names for b in blocks])
     widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
     widths, unfounded = (widths, ()) if force_synthetic else founded_widths(study, widths, settings, ratios, statistics)
     sharing = Sharing({}, {}, {}) if split_shared else find_sharing(study)
@@ -157,83 +225,51 @@ def prune(
             "one-shot, or --split-shared"
         )
     selections = plan_selections(study, settings, widths, ratios, seed, skip_unprunable)
-    widths = settled_widths(settings, widths, selections)
-    if local and selections:
+    if ratios.compensation.kind == "local" and selections:
         raise ConfigError(
             "compensation: local trains weights, which mode: runtime chooses anew for every batch; use ridge"
         )
-    feeds: list[Feeds] = []
-    notes: tuple[str, ...] = ()
-    unproven: ModelError | None = None
-    if check:
-        try:
-            feeds, notes = _proof_inputs(study, samples, seed)
-        except ModelError as e:
-            if not _spoiled(study):
-                raise
-            unproven = e  # weights are no numbers: the block that holds them says it better
+    notes = (*sharing_notes(sharing), *kept_whole, *held_by_ties(blocks, settings, ratios))
+    return _Asked(settings, settled_widths(settings, widths, selections), selections, sharing, unfounded, notes)
+
+
+def _solve_all(
+    study: Study, ratios: Ratios, asked: _Asked, statistics: Statistics | Sequential, progress: Progress
+) -> tuple[dict[int, BlockWeights], dict[int, dict[str, float]]]:
+    """New weights of all blocks that change, and the predicted errors of their parts, by block number."""
+    sharing, kind = asked.sharing, ratios.compensation.kind
     weights: dict[int, BlockWeights] = {}
     errors: dict[int, dict[str, float]] = {}
-    for block, whole, setting in zip(blocks, widths, settings, strict=True):
+    for block, whole, setting in zip(study.match.blocks, asked.widths, asked.settings, strict=True):
         width = static_widths(whole, setting)
-        if width == Widths():
-            progress(block.name)
-            continue
-        found = statistics.behind(block.index, weights) if isinstance(statistics, Sequential) else statistics
-        found = Remembered(Pooled(found, sharing))
-        new = _solve_once(study, block, width, setting, ratios, found, sharing, weights)
-        if new is not None:
-            weights[block.index] = new
-            leaders = {sharing.leader(block.index, kind) for kind in ("attention", "ffn")}
-            if block.index in leaders:
-                kind = ratios.compensation.kind
-                errors[block.index] = predicted_errors(study, block, width, setting, kind, found, new)
-            else:  # pooled statistics of the same places once more
-                known = (errors.get(index, {}) for index in sorted(leaders))
-                errors[block.index] = {part: e for each in known for part, e in each.items()}
+        if width != Widths():
+            found = statistics.behind(block.index, weights) if isinstance(statistics, Sequential) else statistics
+            found = Remembered(Pooled(found, sharing))
+            new = _solve_once(study, block, width, setting, ratios, found, sharing, weights)
+            if new is not None:
+                weights[block.index] = new
+                leaders = {sharing.leader(block.index, part) for part in ("attention", "ffn")}
+                if block.index in leaders:
+                    errors[block.index] = predicted_errors(study, block, width, setting, kind, found, new)
+                else:  # pooled statistics of the same places once more
+                    known = (errors.get(index, {}) for index in sorted(leaders))
+                    errors[block.index] = {part: e for each in known for part, e in each.items()}
         progress(block.name)
-    if unproven is not None:
-        raise unproven
-    trained: tuple[LocalResult, ...] = ()
-    # Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.
-    if refine is not None and weights and not selections and ratios.compensation.kind in ("local", "ridge"):
-        shared = {*sharing.attention, *sharing.ffn}  # corrected one by one, they would no longer be the same
-        refined, trained = refine(weights)
-        weights = {index: weights[index] if index in shared else new for index, new in refined.items()}
-    model = rewritten(study, weights) if weights or selections else study.source
-    if sharing and weights:
-        model = share_weights(model, study.view)
-    merging_too = ratios.merges_tokens
-    model, chosen = select_at_run_time(study, model, () if merging_too else selections)
-    normalized = 0
-    if normalize:
-        model, normalized = normalize_layer_norms(model, study.counted_shapes)
-    twin = _prove(study, model, weights, chosen, feeds) if check else None
-    merges: tuple[WrittenMerge, ...] = ()
-    merging: MergeProof | None = None
-    if merging_too:
-        model, merges, merging = _merge(study, model, ratios, feeds, skip_unprunable)
-        if selections:
-            model, selections, chose = _select_among_merged(study, model, selections, merges, ratios, seed, feeds)
-            twin = together(twin, chose) if twin is not None and chose is not None else chose
-    progress("twin" if check else "no twin")
-    source = statistics.source
-    return Pruned(
-        model,
-        weights,
-        widths,
-        settings,
-        twin,
-        source,
-        local=trained,
-        selections=selections,
-        normalized=normalized,
-        merges=merges,
-        merging=merging,
-        notes=(*notes, *sharing_notes(sharing), *kept_whole, *held_by_ties(blocks, settings, ratios)),
-        errors=errors,
-        unfounded=unfounded,
-    )
+    return weights, errors
+
+
+def _refined(
+    ratios: Ratios, asked: _Asked, weights: dict[int, BlockWeights], refine: Refine | None
+) -> tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]:
+    """Weights corrected on samples, where the compensation asks for that, and what it did to each block.
+
+    Means are matched in the weights' own graph, which does not select: with selections there is nothing to match.
+    """
+    if refine is None or not weights or asked.selections or ratios.compensation.kind not in ("local", "ridge"):
+        return weights, ()
+    shared = {*asked.sharing.attention, *asked.sharing.ffn}  # corrected one by one, they would no longer be the same
+    refined, trained = refine(weights)
+    return {index: weights[index] if index in shared else new for index, new in refined.items()}, trained
 
 
 def _solve_once(
@@ -307,6 +343,8 @@ def _select_among_merged(
     feeds: Sequence[Feeds],
 ) -> tuple[Model, tuple[Selection, ...], TwinResult | None]:
     """Let the networks of a merged model select while they run, and prove that against the merged model, masked."""
+    if not selections:
+        return model, (), None
     merged = study_model(model, study.counted_shapes)
     selections = among_merged(merged, selections, merges, ratios, seed)
     selecting, chosen = select_at_run_time(merged, model, selections)
@@ -341,17 +379,26 @@ def merge_tokens(
     return pruned, merged, merges
 
 
-def _proof_inputs(study: Study, samples: Sequence[Feeds], seed: int) -> tuple[list[Feeds], tuple[str, ...]]:
-    """What the proof runs on, and what to say of it; found before the work, which would be in vain without."""
+def _proof_inputs(
+    study: Study, samples: Sequence[Feeds], seed: int
+) -> tuple[list[Feeds], tuple[str, ...], ModelError | None]:
+    """What the proof runs on, what to say of it, and why it cannot run; found before the work, which would be in vain.
+
+    Weights that are no numbers are a reason that the block which holds them says better: it is not raised here.
+    """
     real = as_proven(study, samples)
     try:
-        return [*twin_inputs(study, seed), *real], ()
+        return [*twin_inputs(study, seed), *real], (), None
     except ModelError as e:
-        if not real:
-            raise
-        return real, (f"proven on samples of the data alone: {e}",)
+        if real:
+            return real, (f"proven on samples of the data alone: {e}",), None
+        unproven = e
     except BackendError as e:
-        raise ModelError(f"{study.view.model.path}: {e}") from e
+        unproven = ModelError(f"{study.view.model.path}: {e}")
+        unproven.__cause__ = e
+    if not _spoiled(study):
+        raise unproven
+    return [], (), unproven
 
 
 def _spoiled(study: Study) -> bool:

@@ -11,7 +11,7 @@ import onnx.checker
 import onnx.defs
 import onnx.shape_inference
 
-from toast_onnx.errors import ModelError, ToastError
+from toast_onnx.errors import ModelError, ToastError, one_line
 from toast_onnx.external import all_tensors
 from toast_onnx.ort import ort, session_options
 
@@ -86,7 +86,7 @@ def why_refused(path: Path) -> str | None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as e:  # errors of several kinds, some of them from C++
-        return f"ONNX's checker refuses the graph: {_one_line(e)}"
+        return f"ONNX's checker refuses the graph: {one_line(e)}"
     return why_not_loaded(path)
 
 
@@ -98,7 +98,7 @@ def why_not_loaded(path: Path) -> str | None:
     try:
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as e:  # its exceptions share no base class
-        return f"ONNX Runtime does not load the graph: {_one_line(e)}"
+        return f"ONNX Runtime does not load the graph: {one_line(e)}"
     return None
 
 
@@ -118,8 +118,3 @@ def blame_model(path: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise ModelError(f"{path}: {reason}; export it again") from e
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from toast_onnx.errors import ConfigError, DataError, ToastError
-from toast_onnx.providers import one_line
+from toast_onnx.errors import ConfigError, DataError, ToastError, one_line
 from toast_onnx_calibration.accuracy import Accuracy, added, label_ranks
 from toast_onnx_calibration.executing import Executor, Find, Here, Report
 from toast_onnx_calibration.executing_files import found_recipe, placed, placed_recipe, reading_files

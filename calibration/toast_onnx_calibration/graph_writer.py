@@ -1,4 +1,4 @@
-"""Appending nodes to a copy of a graph: fresh names, constants, reductions in the spelling of the graph's opset."""
+"""Appending nodes to a copy of a graph, whose results become its outputs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import onnx.helper
 import onnx.numpy_helper
 
 from toast_onnx.model import Model
+from toast_onnx.nodes import NodeWriter
 
 PREFIX = "toast"
 
 
-class GraphWriter:
+class GraphWriter(NodeWriter):
     """A copy of a model that grows measuring nodes and, in the end, has only their results as outputs.
 
     Weights in files of their own stay there: the copy refers to them as the model does.
@@ -29,14 +30,17 @@ class GraphWriter:
         self._constants: dict[bytes, str] = {}
         self._count = 0
 
-    def emit(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
-        """Append a node with one output; returns the output's name."""
+    def node(
+        self, op: str, inputs: Sequence[str], what: str = "", outputs: int | Sequence[str] = 1, **attributes: Any
+    ) -> list[str]:
+        """Append a node; returns the names of what it makes."""
         self._count += 1
-        name = f"{PREFIX}/{self._count}/{op}"
-        self.proto.graph.node.append(onnx.helper.make_node(op, list(inputs), [name], name=name, **attributes))
-        return name
+        name = f"{PREFIX}/{self._count}/{what or op}"
+        made = [name, *(f"{name}/{k}" for k in range(1, outputs))] if isinstance(outputs, int) else list(outputs)
+        self.proto.graph.node.append(onnx.helper.make_node(op, list(inputs), made, name=name, **attributes))
+        return made
 
-    def constant(self, value: Any, dtype: Any = np.int64) -> str:
+    def constant(self, value: Any, what: str = "", dtype: Any = None) -> str:
         """Name of an initializer with this value; equal ones are shared."""
         array = np.asarray(value, dtype)
         key = f"{array.dtype.str}{array.shape}".encode() + array.tobytes()
@@ -46,34 +50,13 @@ class GraphWriter:
             self._constants[key] = name
         return self._constants[key]
 
-    def reduce(self, op: str, x: str, axes: Sequence[int], *, keep: bool = False) -> str:
-        """`ReduceSum`, `ReduceMean` or `ReduceMax` over axes (attribute or input, as the opset has it)."""
-        keepdims = int(keep)
-        if self.opset >= (13 if op == "ReduceSum" else 18):
-            return self.emit(op, [x, self.constant(list(axes))], keepdims=keepdims)
-        return self.emit(op, [x], axes=list(axes), keepdims=keepdims)
-
-    def unsqueeze(self, x: str, axes: Sequence[int]) -> str:
-        """`Unsqueeze` in the opset's spelling."""
-        if self.opset >= 13:
-            return self.emit("Unsqueeze", [x, self.constant(list(axes))])
-        return self.emit("Unsqueeze", [x], axes=list(axes))
-
-    def reshape(self, x: str, shape: Sequence[int]) -> str:
-        """`Reshape` to a constant shape (0 copies an extent, -1 is what is left)."""
-        return self.emit("Reshape", [x, self.constant(list(shape))])
-
-    def gather(self, x: str, indices: Any, axis: int) -> str:
-        """`Gather` of constant indices along an axis."""
-        return self.emit("Gather", [x, self.constant(indices)], axis=axis)
-
     def scaled(self, x: str, factor: float) -> str:
         """`x` times a number; `x` itself where the number is one."""
-        return x if factor == 1 else self.emit("Mul", [x, self.constant(factor, np.float32)])
+        return x if factor == 1 else self.one("Mul", [x, self.constant(factor, dtype=np.float32)])
 
     def extent(self, x: str, axis: int) -> str:
         """Extent of an axis as a float, shape (1,)."""
-        return self.emit("Cast", [self.gather(self.emit("Shape", [x]), [axis], 0)], to=onnx.TensorProto.FLOAT)
+        return self.cast(self.gather(self.one("Shape", [x]), [axis], 0), onnx.TensorProto.FLOAT)
 
     def output(self, name: str, x: str) -> None:
         """Make a tensor an output under the given name."""

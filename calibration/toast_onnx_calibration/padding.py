@@ -11,11 +11,10 @@ import onnx
 from toast_onnx.matching.cores import Core
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.upstream import upstream
+from toast_onnx.matching.operators import MEASURING, Effect, operators
+from toast_onnx.matching.walks import upstream
 
-_LAYERS = frozenset(
-    {"MatMul", "Gemm", "Conv", "Einsum", "Softmax", "Attention", "MultiHeadAttention", "GroupQueryAttention"}
-)
+_LAYERS = operators(Effect.CONTRACTS, Effect.SHARES, Effect.ATTENDS)
 
 Kind = Literal["visible", "hidden", "additive", "keys"]
 
@@ -73,7 +72,7 @@ def _between(view: GraphView, facts: Facts, core: Core) -> Iterable[Mask]:
     for i in range(core.qk + 1, core.softmax):
         node = view.nodes[i]
         at = [k for k, name in enumerate(node.input) if name in scores]
-        if not at or node.op_type in ("Shape", "Size", "IsNaN"):
+        if not at or node.op_type in MEASURING | {"IsNaN"}:
             continue
         scores.update(node.output)
         if node.op_type == "Where" and at != [0]:

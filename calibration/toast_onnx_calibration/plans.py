@@ -19,7 +19,7 @@ from toast_onnx.planning.ratios import Ratios, dump_ratios, format_ratios
 from toast_onnx.planning.search import Found, PartChoice
 from toast_onnx.planning.width_costs import TOKENS, Part, dense_widths
 from toast_onnx.pruning import merge_tokens
-from toast_onnx.report.tables import Side, Table, format_count
+from toast_onnx.report.tables import Shown, Side, Table, format_count
 from toast_onnx.rewriting.rewrite import rewritten
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx.tokens.schedule import exact_shares
@@ -54,7 +54,7 @@ from toast_onnx_calibration.work import Work
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Shown):
     """Ratios that fit a budget; `prune` takes it as it takes ratios.
 
     Attributes:
@@ -99,12 +99,6 @@ class Plan:
     def report(self) -> dict[str, Any]:
         """The plan as plain data."""
         return self.document
-
-    def __repr__(self) -> str:
-        return self.table.text()
-
-    def _repr_html_(self) -> str:
-        return self.table.html()
 
 
 @dataclass(frozen=True)

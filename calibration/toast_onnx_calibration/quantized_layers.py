@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from toast_onnx.engines.build import with_weights
 from toast_onnx.engines.casts import sort_nodes
+from toast_onnx.matching.operators import Trait, having
 from toast_onnx.model import Model
 from toast_onnx_calibration.feeds import batches
 from toast_onnx_calibration.sessions import ModelInput, model_session, run
 from toast_onnx_calibration.sources import Source
 
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
+_PAIR = having(Trait.ROUNDS)
 
 
 def with_one_layer(plain: onnx.ModelProto, quantized: onnx.ModelProto, layer: str) -> onnx.ModelProto:

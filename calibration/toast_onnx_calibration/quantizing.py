@@ -27,13 +27,12 @@ from numpy.typing import NDArray
 
 from toast_onnx.edit import GraphEdit
 from toast_onnx.engines.build import with_weights
-from toast_onnx.engines.precision import why_not_converted
-from toast_onnx.errors import BackendError, ConfigError
+from toast_onnx.engines.precision import name_nodes, why_not_converted
+from toast_onnx.errors import BackendError, ConfigError, one_line
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.input_shapes import input_shapes
 from toast_onnx.model import Model, load_model, opset_of, save_model, write_draft
-from toast_onnx.providers import one_line
 from toast_onnx.runtime import expose
 from toast_onnx_calibration.evaluating import classifier_output, classify
 from toast_onnx_calibration.feeds import batches
@@ -124,7 +123,8 @@ def quantize(model_path: Path, data: str | Path, out: Path, options: QuantizeOpt
     given = options or QuantizeOptions()
     model = load_model(model_path)
     _check(model, given)
-    model = Model(_named(with_weights(model)), model.path)
+    model = Model(with_weights(model), model.path)
+    name_nodes(model.proto.graph)
     session = make_session(model_path, threads=given.threads)
     inputs, metadata = model_inputs(session), session.get_modelmeta().custom_metadata_map
     del session
@@ -249,16 +249,6 @@ def _check(model: Model, options: QuantizeOptions) -> None:
     reason = why_not_converted(model.proto)
     if reason is not None:
         raise ConfigError(f"{reason}: give the float32 model")
-
-
-def _named(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Every node with a name of its own, by which the quantizer picks nodes."""
-    seen: set[str] = set()
-    for number, node in enumerate(proto.graph.node):
-        if not node.name or node.name in seen:
-            node.name = f"{node.name or node.op_type}_n{number}"
-        seen.add(node.name)
-    return proto
 
 
 def _quantize_static(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from toast_onnx import __version__
-from toast_onnx.errors import BackendError, ModelError
+from toast_onnx.errors import BackendError, ModelError, one_line
 from toast_onnx.files import sha256_of
 from toast_onnx.model import scratch_folder
-from toast_onnx.providers import known_provider, one_line
+from toast_onnx.providers import known_provider
 from toast_onnx_calibration.executing import Alone, Job, Order, Pool, Report, Rules
 
 #: How often a task whose worker was lost is done again, before it is given up.

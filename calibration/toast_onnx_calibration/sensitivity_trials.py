@@ -29,7 +29,7 @@ from toast_onnx.planning.search import Kept
 from toast_onnx.planning.strict_json import read_json
 from toast_onnx.planning.width_costs import TOKENS, Part, prunable_widths, width_step
 from toast_onnx.planning.widths import kept_count
-from toast_onnx.report.tables import Side, Table
+from toast_onnx.report.tables import Shown, Side, Table
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx.tokens.nodes import Merge
 from toast_onnx.tokens.points import TokenStudy, study_tokens
@@ -77,7 +77,7 @@ class Trial:
 
 
 @dataclass(repr=False)
-class Sensitivity:
+class Sensitivity(Shown):
     """Trials measured on one model, one set of samples and one way of pruning.
 
     Attributes:
@@ -127,12 +127,6 @@ class Sensitivity:
         sides: list[Side] = ["right", "left", *(["right"] * len(columns))]  # type: ignore[list-item]
         title = f"{what} at the output by fraction removed, {samples} samples"
         return Table(title, ["block", "part", *(f"{r:g}" for r in columns)], rows, sides)
-
-    def __repr__(self) -> str:
-        return self.table.text()
-
-    def _repr_html_(self) -> str:
-        return self.table.html()
 
     def measured(self, block: int, part: Part) -> dict[int, float]:
         """Kept count -> damage that adds up, of the trials of one part."""

@@ -12,29 +12,14 @@ import onnx
 import onnx.helper
 from numpy.typing import NDArray
 
-from toast_onnx.errors import BackendError, DataError, ModelError
+from toast_onnx.errors import BackendError, DataError, ModelError, one_line
 from toast_onnx.external import follow_links
-from toast_onnx.model import Model, scratch_folder, write_draft
-from toast_onnx.providers import known_provider, one_line, open_on
+from toast_onnx.model import NUMPY_TYPES, Model, scratch_folder, write_draft
+from toast_onnx.providers import known_provider, open_on
 from toast_onnx_calibration.recipes import Dim
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-_NUMPY_TYPES: dict[str, type[np.generic]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int16)": np.int16,
-    "tensor(int8)": np.int8,
-    "tensor(uint64)": np.uint64,
-    "tensor(uint32)": np.uint32,
-    "tensor(uint16)": np.uint16,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
-}
 
 
 @dataclass(frozen=True)
@@ -115,9 +100,9 @@ def model_inputs(session: ort.InferenceSession) -> list[ModelInput]:
     """
     inputs = []
     for value in session.get_inputs():
-        if value.type not in _NUMPY_TYPES:
+        if value.type not in NUMPY_TYPES:
             raise DataError(f"the model's input '{value.name}' is a {value.type}, which cannot be fed from data files")
-        inputs.append(ModelInput(value.name, tuple(value.shape), np.dtype(_NUMPY_TYPES[value.type])))
+        inputs.append(ModelInput(value.name, tuple(value.shape), np.dtype(NUMPY_TYPES[value.type])))
     return inputs
 
 

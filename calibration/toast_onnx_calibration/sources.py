@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from toast_onnx.errors import ConfigError, DataError
+from toast_onnx.errors import ConfigError, DataError, one_line
 from toast_onnx.planning.settings import names_code
-from toast_onnx.providers import one_line
 from toast_onnx_calibration.executing import divided
 from toast_onnx_calibration.images import ReadReport, choose, find_images, read_images
 from toast_onnx_calibration.npy import check_npy, read_npz_arrays, refused

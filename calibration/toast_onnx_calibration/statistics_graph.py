@@ -142,7 +142,7 @@ class _Build:
             if valid is None:
                 valid = _Padding(seen, batch, shape[-1])
             else:
-                both = self.writer.emit("Mul", [valid.tensor, seen])
+                both = self.writer.one("Mul", [valid.tensor, seen])
                 valid = _Padding(both, max(valid.batch, batch), shape[-1])
         return valid
 
@@ -153,12 +153,12 @@ class _Build:
         w, x = self.writer, mask.tensor
         rank = len(self.study.facts.shape(x) or ())
         if mask.kind == "additive":
-            x = w.emit("Greater", [as_float(w, self.study, x), w.constant(MASKED, np.float32)])
+            x = w.one("Greater", [as_float(w, self.study, x), w.constant(MASKED, dtype=np.float32)])
         elif mask.kind == "hidden":
-            x = w.emit("Not", [x])
+            x = w.one("Not", [x])
         elif mask.kind == "keys":
-            x = w.emit("Cast", [x], to=onnx.TensorProto.BOOL)
-        x = w.emit("Cast", [x], to=onnx.TensorProto.FLOAT)
+            x = w.one("Cast", [x], to=onnx.TensorProto.BOOL)
+        x = w.one("Cast", [x], to=onnx.TensorProto.FLOAT)
         if rank == 2:
             return x if mask.kind == "keys" else w.reduce("ReduceMax", x, [0], keep=True)
         return w.reduce("ReduceMax", x, list(range(1, rank - 1))) if rank > 2 else None
@@ -173,10 +173,10 @@ class _Build:
         w = self.writer
         x = w.unsqueeze(padding.tensor, [2])
         if tokens.axis == 0:
-            x = w.emit("Transpose", [x], perm=[1, 0, 2])
-        leading = w.gather(w.emit("Shape", [tokens.tensor]), [0, 1], 0)
-        shape = w.emit("Concat", [leading, w.constant([1])], axis=0)
-        return w.emit("Expand", [x, shape])
+            x = w.one("Transpose", [x], perm=[1, 0, 2])
+        leading = w.gather(w.one("Shape", [tokens.tensor]), [0, 1], 0)
+        shape = w.one("Concat", [leading, w.numbers([1])], axis=0)
+        return w.one("Expand", [x, shape])
 
     # --- moments ---
 
@@ -188,15 +188,15 @@ class _Build:
         """
         w, weights = self.writer, self._padding_of(tokens, padding)
         shift = w.reduce("ReduceMean", tokens.tensor, list(range(tokens.rank - 1)))
-        x = w.emit("Sub", [tokens.tensor, shift])
+        x = w.one("Sub", [tokens.tensor, shift])
         if weights is not None:
-            x = w.emit("Mul", [x, weights])
+            x = w.one("Mul", [x, weights])
         chosen, alpha, beta = self._chosen(tokens)
         gram_c = total_c = count_c = ""
         if beta:
             assert tokens.axis is not None
             first = w.gather(x, 0, tokens.axis)  # (batch, channels)
-            gram_c = w.emit("Gemm", [first, first], transA=1)
+            gram_c = w.one("Gemm", [first, first], transA=1)
             total_c = w.scaled(w.reduce("ReduceSum", first, [0]), beta)
             count_c = w.scaled(self._count(first, weights and w.gather(weights, 0, tokens.axis)), beta)
         if chosen is not None:
@@ -205,12 +205,12 @@ class _Build:
             weights = weights and w.gather(weights, chosen, tokens.axis)
         flat = w.reshape(x, [-1, tokens.channels])
         flat_weights = weights and w.reshape(weights, [-1, 1])
-        gram = w.emit("Gemm", [flat, flat, *([gram_c] if beta else [])], transA=1, alpha=alpha, beta=float(beta or 1))
+        gram = w.one("Gemm", [flat, flat, *([gram_c] if beta else [])], transA=1, alpha=alpha, beta=float(beta or 1))
         total = w.scaled(w.reduce("ReduceSum", flat, [0]), alpha)
         count = w.scaled(self._count(flat, flat_weights), alpha)
         w.output(f"{key}.gram", gram)
-        w.output(f"{key}.total", w.emit("Add", [total, total_c]) if beta else total)
-        w.output(f"{key}.count", w.emit("Add", [count, count_c]) if beta else count)
+        w.output(f"{key}.total", w.one("Add", [total, total_c]) if beta else total)
+        w.output(f"{key}.count", w.one("Add", [count, count_c]) if beta else count)
         w.output(f"{key}.shift", shift)
 
     def _count(self, flat: str, weights: str | None) -> str:
@@ -260,7 +260,7 @@ class _Build:
         x = as_float(w, self.study, operand)
         weights = self._operand_padding(operand, padding, -2)
         if weights is not None:
-            x = w.emit("Mul", [x, weights])
+            x = w.one("Mul", [x, weights])
         gram = self._product(x, dim, q)
         shape = self.study.facts.shape(operand) or ()
         rank = len(shape)
@@ -268,10 +268,10 @@ class _Build:
         if self.cls is not None and shape[-2] == self.cls.tokens and self.settings.class_weight != 1:
             first = w.gather(x, [0], rank - 2)
             extra = w.scaled(self._product(first, dim, q), self.settings.class_weight - 1)
-            gram = w.emit("Add", [gram, extra])
+            gram = w.one("Add", [gram, extra])
             ones = weights and w.gather(weights, [0], 2)
             more = self._positions(first, rank, attention, ones)
-            count = w.emit("Add", [count, w.scaled(more, self.settings.class_weight - 1)])
+            count = w.one("Add", [count, w.scaled(more, self.settings.class_weight - 1)])
             self.weighted = True
         w.output(f"{key}.qq.gram", gram)
         w.output(f"{key}.qq.count", count)
@@ -294,7 +294,7 @@ class _Build:
         heads = k.layout.num_heads if attention.grouped else None
         count = self._positions(x, rank, attention, weights, heads)
         if attention.cosine:
-            gram = self._product(x if weights is None else w.emit("Mul", [x, weights]), dim, k)
+            gram = self._product(x if weights is None else w.one("Mul", [x, weights]), dim, k)
         else:
             centred = self._centred(x, axis, weights)
             gram = self._seen_by_queries(attention, k, centred, dim, padding) or self._product(centred, dim, k)
@@ -305,10 +305,10 @@ class _Build:
         """Keys around their mean over the tokens that count; the others zero."""
         w = self.writer
         if weights is None:
-            return w.emit("Sub", [x, w.reduce("ReduceMean", x, [axis], keep=True)])
-        total = w.reduce("ReduceSum", w.emit("Mul", [x, weights]), [axis], keep=True)
-        number = w.emit("Max", [w.reduce("ReduceSum", weights, [axis], keep=True), w.constant(1.0, np.float32)])
-        return w.emit("Mul", [w.emit("Sub", [x, w.emit("Div", [total, number])]), weights])
+            return w.one("Sub", [x, w.reduce("ReduceMean", x, [axis], keep=True)])
+        total = w.reduce("ReduceSum", w.one("Mul", [x, weights]), [axis], keep=True)
+        number = w.one("Max", [w.reduce("ReduceSum", weights, [axis], keep=True), w.constant(1.0, dtype=np.float32)])
+        return w.one("Mul", [w.one("Sub", [x, w.one("Div", [total, number])]), weights])
 
     def _seen_by_queries(
         self, attention: Attention, k: Branch, centred: str, dim: int, padding: _Padding | None
@@ -327,15 +327,15 @@ class _Build:
             queries = self._operand_padding(core.q, padding, -2)
             if queries is None or rank != 4:
                 return None
-            p = w.emit("Mul", [p, queries])
+            p = w.one("Mul", [p, queries])
         swap = [*range(rank - 2), rank - 1, rank - 2]
-        flipped = w.emit("Transpose", [centred], perm=swap)
+        flipped = w.one("Transpose", [centred], perm=swap)
         tall, flat = (centred, flipped) if dim == -1 else (flipped, centred)  # (..., tokens, d) and (..., d, tokens)
         received = w.reduce("ReduceSum", p, [rank - 2], keep=True)  # (..., 1, tokens)
-        squares = w.emit("MatMul", [w.emit("Mul", [flat, received]), tall])
-        means = w.emit("MatMul", [p, tall])  # (..., queries, d)
-        between = w.emit("MatMul", [w.emit("Transpose", [means], perm=swap), means])
-        return self._by_head(w.emit("Sub", [squares, between]), k.layout.axes[: rank - 2], k)
+        squares = w.one("MatMul", [w.one("Mul", [flat, received]), tall])
+        means = w.one("MatMul", [p, tall])  # (..., queries, d)
+        between = w.one("MatMul", [w.one("Transpose", [means], perm=swap), means])
+        return self._by_head(w.one("Sub", [squares, between]), k.layout.axes[: rank - 2], k)
 
     def _operand_padding(self, operand: str, padding: _Padding | None, axis: int) -> str | None:
         """Padding weights broadcast against an operand of the core whose tokens lie on `axis` (negative)."""
@@ -355,8 +355,8 @@ class _Build:
         w, axes = self.writer, branch.layout.axes
         rank = len(axes)
         swap = [*range(rank - 2), rank - 1, rank - 2]
-        flipped = w.emit("Transpose", [x], perm=swap)
-        gram = w.emit("MatMul", [flipped, x] if dim == -1 else [x, flipped])
+        flipped = w.one("Transpose", [x], perm=swap)
+        gram = w.one("MatMul", [flipped, x] if dim == -1 else [x, flipped])
         if any(f.source == HEAD for f in axes[dim]):
             return w.reduce("ReduceSum", gram, list(range(rank - 2))) if rank > 2 else gram
         return self._by_head(gram, axes[: rank - 2], branch)
@@ -385,11 +385,11 @@ class _Build:
         w = self.writer
         if weights is not None:  # (batch, 1, tokens, 1), or 1 for the batch
             each = w.reduce("ReduceSum", weights, list(range(1, rank)))  # (batch or 1,)
-            items = w.emit("Shape", [x])
-            return w.reshape(w.reduce("ReduceSum", w.emit("Expand", [each, w.gather(items, [0], 0)]), [0]), [1])
+            items = w.one("Shape", [x])
+            return w.reshape(w.reduce("ReduceSum", w.one("Expand", [each, w.gather(items, [0], 0)]), [0]), [1])
         width = (heads or attention.num_heads) * attention.qk_dim
-        size = w.emit("Cast", [w.emit("Size", [x])], to=onnx.TensorProto.FLOAT)
-        return w.reshape(w.emit("Div", [size, w.constant(width, np.float32)]), [1])
+        size = w.one("Cast", [w.one("Size", [x])], to=onnx.TensorProto.FLOAT)
+        return w.reshape(w.one("Div", [size, w.constant(width, dtype=np.float32)]), [1])
 
     # --- magnitudes, for the paper's token channel selection ---
 
@@ -398,13 +398,13 @@ class _Build:
         w = self.writer
         if tokens.axis is None or not tokens.fixed:
             flat = w.reshape(tokens.tensor, [1, -1, tokens.channels])
-            total = w.reduce("ReduceSum", w.emit("Abs", [flat]), [1])
+            total = w.reduce("ReduceSum", w.one("Abs", [flat]), [1])
             w.output(f"{key}.magnitude", total)  # (1, channels): positions cannot be told apart
             w.output(f"{key}.images", w.extent(w.reshape(tokens.tensor, [-1, tokens.channels]), 0))
             return
-        x, weights = w.emit("Abs", [tokens.tensor]), self._padding_of(tokens, padding)
+        x, weights = w.one("Abs", [tokens.tensor]), self._padding_of(tokens, padding)
         if weights is not None:
-            x = w.emit("Mul", [x, weights])
+            x = w.one("Mul", [x, weights])
         w.output(f"{key}.magnitude", w.reduce("ReduceSum", x, [1 - tokens.axis]))  # (tokens, channels)
         w.output(f"{key}.images", w.extent(x, 1 - tokens.axis))
         if self.cls is not None and attention is not None and tokens.count == self.cls.tokens:

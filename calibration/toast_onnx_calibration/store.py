@@ -20,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from toast_onnx.errors import DataError
+from toast_onnx.errors import DataError, one_line
 from toast_onnx.files import drafts, place, regular_file
 from toast_onnx.importance.moments import Moments, merge
 from toast_onnx.planning.strict_json import parse_json
-from toast_onnx.providers import one_line
 from toast_onnx_calibration.needs import GRADIENT
 from toast_onnx_calibration.npy import Claim, members_of, read_claim, read_member
 from toast_onnx_calibration.store_checks import form_problem, value_problem

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import onnx
 
+from toast_onnx.matching.operators import ELEMENTWISE
 from toast_onnx.matching.study import Study
 from toast_onnx_calibration.graph_writer import GraphWriter
 
 #: Operators that keep the rows of a 2-D tensor: what happens to a token stays with the token.
-_ROW_KEEPING = frozenset(
-    {"Gemm", "MatMul", "Add", "Mul", "Div", "Sub", "Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "Cast", "Identity"}
-)
+_ROW_KEEPING = ELEMENTWISE | {"Gemm", "MatMul"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def as_tokens(writer: GraphWriter, study: Study, tensor: str, channel_axis: int)
     order.append(order.pop(channel_axis % len(shape)))
     x = as_float(writer, study, tensor)
     if order != sorted(order):
-        x = writer.emit("Transpose", [x], perm=order)
+        x = writer.one("Transpose", [x], perm=order)
     shape, other = tuple(shape[k] for k in order), tuple(other[k] for k in order) if other else ()
     channels = shape[-1]
     if len(shape) == 2:
@@ -73,7 +72,7 @@ def as_float(writer: GraphWriter, study: Study, tensor: str) -> str:
     """The tensor in float32: half precision could not hold the sums."""
     if study.facts.elem_type(tensor) in (onnx.TensorProto.FLOAT, 0):
         return tensor
-    return writer.emit("Cast", [tensor], to=onnx.TensorProto.FLOAT)
+    return writer.one("Cast", [tensor], to=onnx.TensorProto.FLOAT)
 
 
 def _rows(writer: GraphWriter, study: Study, tensor: str, x: str, channels: int) -> Tokens:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from toast_onnx_cli.calibration_options import DATA_HELP, LABELS_HELP
+from toast_onnx_cli.calibration_options import DATA_HELP, LABELS_HELP, sample_progress
 from toast_onnx_cli.commands import json_option, preprocess_option, provider_option, toast_command
-from toast_onnx_cli.console import Advance, print_json, print_table, progress, say_note
+from toast_onnx_cli.console import print_json, print_table, say_note
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.models import MODEL
 from toast_onnx_cli.pixels import max_pixels_option
@@ -65,19 +64,7 @@ def command(
     if metric is not None and ray is not None:
         raise click.UsageError("a metric sees all results one after another, so --ray cannot divide it; leave one out")
     refuse_links(model)
-    with ExitStack() as stack:
-        executor = stack.enter_context(open_executor(ray))
-        advance: Advance | None = None
-        seen = 0
-
-        def show(done: int, total: int | None) -> None:
-            # The number of samples is known once the data is open, so the bar starts with the first report.
-            nonlocal advance, seen
-            if advance is None:
-                advance = stack.enter_context(progress("evaluating", total))
-            advance(done - seen)
-            seen = done
-
+    with open_executor(ray) as executor, sample_progress("evaluating") as show:
         result = evaluate(
             model,
             data,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toast_onnx.errors import ModelError
-from toast_onnx_cli.calibration_options import DATA_HELP, LABELS_HELP
+from toast_onnx_cli.calibration_options import DATA_HELP, LABELS_HELP, sample_progress
 from toast_onnx_cli.commands import json_option, preprocess_option, toast_command
-from toast_onnx_cli.console import print_json, progress, say_note
+from toast_onnx_cli.console import print_json, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.models import MODEL, beside
@@ -212,7 +212,7 @@ def command(
         save_module=given["save_module"],
     )
     _check_destinations(job)
-    with _stop_on_signals() as should_stop, _training_progress() as show:
+    with _stop_on_signals() as should_stop, sample_progress("fine-tuning") as show:
         result = finetune(job, should_stop=should_stop, progress=show, note=say_note)
     if result.document is None:
         return  # another process tells
@@ -288,25 +288,6 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _training_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """Progress over steps; the bar starts with the first report, when their number is known."""
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        advance: Any = None
-        seen = 0
-
-        def show(done: int, total: int, note: str) -> None:
-            nonlocal advance, seen
-            if advance is None:
-                advance = stack.enter_context(progress("fine-tuning", total))
-            advance(done - seen, note)
-            seen = done
-
-        yield show
 
 
 def summary(result: Finetuned, out: Path, report: Path) -> str:

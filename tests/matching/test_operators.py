@@ -11,7 +11,7 @@ import onnx.helper
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from toast_onnx.matching.operators import OPERATORS, Effect, operators
+from toast_onnx.matching.operators import MOVEMENT, OPERATORS, RESHAPING, Effect, Trait, having, operators
 
 #: Of ONNX Runtime, or newer than the reference.
 CONTRIB = {"BiasGelu", "FastGelu", "QuickGelu", "SimplifiedLayerNormalization"} | operators(Effect.ADDS_AND_NORMS)
@@ -68,7 +68,7 @@ def test_what_passes_changes_nothing(op: str) -> None:
     np.testing.assert_array_equal(run(op, [x]), x)
 
 
-@pytest.mark.parametrize("op", known(Effect.REDUCES))
+@pytest.mark.parametrize("op", known(Effect.SUMS, Effect.REDUCES))
 def test_what_reduces_makes_one_of_an_axis(op: str) -> None:
     (x,) = operands(op)
     kept = run(op, [x, np.asarray([1])], keepdims=1)
@@ -111,11 +111,75 @@ def test_what_moves_makes_no_new_number(op: str) -> None:
     x = np.arange(1, 17, dtype=np.float32).reshape(1, 4, 2, 2)
     more, attributes = MOVES[op]
     made = run(op, [x, *(np.asarray(v, np.int64) for v in more)], **attributes)
-    assert OPERATORS[op] == Effect.MOVES
+    assert op in MOVEMENT
     assert set(made.reshape(-1)) <= set(x.reshape(-1))
+    assert (op in RESHAPING) == (made.shape != x.shape and np.array_equal(made.reshape(-1), x.reshape(-1)))
+
+
+def test_what_joins_brings_more() -> None:
+    x = np.ones((1, 2), np.float32)
+    assert run("Concat", [x, 2 * x], axis=0).tolist() == [[1, 1], [2, 2]]
+    assert run("Pad", [x, np.asarray([0, 0, 1, 0])]).tolist() == [[1, 1], [0, 0]]
+    assert operators(Effect.JOINS) == {"Concat", "Pad"}
+
+
+@pytest.mark.parametrize("op", known(Effect.SHARES))
+def test_what_shares_adds_up_to_one(op: str) -> None:
+    (x,) = operands(op)
+    made = run(op, [x], axis=1)
+    total = (np.exp(made) if op == "LogSoftmax" else made).sum(axis=1)
+    np.testing.assert_allclose(total, np.ones_like(total), rtol=1e-5)
+
+
+def test_what_norms_images_mixes_what_lies_behind_axis_1() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.1, 0.9, (2, 4, 6)).astype(np.float32)
+    ones = np.ones(4, np.float32)
+    given: dict[str, tuple[list[np.ndarray], dict[str, Any]]] = {
+        "GroupNormalization": ([ones, 0 * ones], {"num_groups": 2}),
+        "InstanceNormalization": ([ones, 0 * ones], {}),
+        "MeanVarianceNormalization": ([], {"axes": [0, 2]}),
+        "BatchNormalization": ([ones, 0 * ones, 0 * ones, 2 * ones], {}),
+    }
+    assert set(given) == operators(Effect.NORMS_IMAGES, Effect.NORMS_CHANNELS)
+    for op, (more, attributes) in given.items():
+        made, behind = (run(op, [a, *more], **attributes) for a in (x, x[..., :3]))
+        assert made.shape == x.shape
+        alone = OPERATORS[op] == Effect.NORMS_CHANNELS  # by stored numbers: no other element counts
+        assert np.allclose(made[..., :3], behind) == alone
+
+
+@pytest.mark.parametrize("op", known(Effect.MEASURES))
+def test_what_measures_reads_no_element(op: str) -> None:
+    (x,) = operands(op)
+    np.testing.assert_array_equal(run(op, [x]), run(op, [0 * x]))
+
+
+@pytest.mark.parametrize("op", sorted(having(Trait.LINEAR)))
+def test_what_is_linear_is_so_in_each_operand(op: str) -> None:
+    given = operands(op)
+    base = run(op, given)
+    for k in range(len(given) if op != "Div" else 1):
+        more = [-3 * x if j == k else x for j, x in enumerate(given)]
+        zero = [0 * x if j == k else x for j, x in enumerate(given)]
+        np.testing.assert_allclose(run(op, more) - run(op, zero), -3 * (base - run(op, zero)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", sorted(having(Trait.SCALES) - {"IsNaN"}))
+def test_what_scales_takes_a_sum_as_its_addends(op: str) -> None:
+    given = operands(op)
+    first = 1 if op == "Where" else 0  # its first operand is a condition
+    again = [3 * x if k == first else 0 * x if op == "Where" and k == 2 else x for k, x in enumerate(given)]
+    once = [0 * x if op == "Where" and k == 2 else x for k, x in enumerate(given)]
+    np.testing.assert_allclose(run(op, again), 3 * run(op, once), rtol=1e-5)
 
 
 def test_every_operator_stands_once() -> None:
     from toast_onnx.matching.operators import _TABLE
 
     assert sum(len(names.split()) for names in _TABLE.values()) == len(OPERATORS)
+
+
+def test_traits_tell_operators_of_the_table_apart() -> None:
+    assert all(having(trait) <= set(OPERATORS) for trait in Trait)
+    assert having(Trait.RESPELLS) < having(Trait.CUTS) < MOVEMENT

@@ -122,11 +122,11 @@ def scaled(graph: Graph, name: str) -> str:
 MUTATIONS: dict[str, tuple[Any, str, str, Callable[[Path], dict[str, Any]]]] = {
     "q and k in the other's place": (
         attention.rewrite_attention,
-        '"Q": new.q, "K": new.k',
-        '"Q": new.k, "K": new.q',
+        "new.heads.get(part) or",
+        'new.heads.get({"q": "k", "k": "q"}.get(part, part)) or',
         saved(ONLY_QK),
     ),
-    "a part left unwritten": (attention.rewrite_attention, "weight = given[what] or", "weight = None or", saved(BOTH)),
+    "a part left unwritten": (attention.rewrite_attention, "new.heads.get(part) or", "None or", saved(BOTH)),
     "the projection left out": (attention.rewrite_attention, "new.proj is not None", "False", saved(BOTH)),
     "an untouched part with its heads in another order": (
         attention.head_weights,
@@ -227,11 +227,16 @@ MUTATIONS: dict[str, tuple[Any, str, str, Callable[[Path], dict[str, Any]]]] = {
         "np.sort(indices)[::-1].astype(np.int64)",
         saved(BOTH),
     ),
-    "fc1's bias of other units": (ffn._write_entry, "b[keep[entry.output]]", "b[keep[entry.output][::-1]]", saved(FFN)),
+    "fc1's bias of other units": (
+        ffn._replace,
+        "np.delete(b, layer.gone)",
+        "np.delete(b, b.size - 1 - layer.gone)",
+        saved(FFN),
+    ),
     "fc1's weights of other units": (
-        ffn._write_entry,
-        "w[:, keep[entry.output]]",
-        "w[:, keep[entry.output][::-1]]",
+        ffn._replace,
+        "np.delete(w, layer.gone, axis=1)",
+        "np.delete(w, w.shape[1] - 1 - layer.gone, axis=1)",
         saved(FFN),
     ),
     "nodes between fc1 and fc2 skipped": (
@@ -245,7 +250,7 @@ MUTATIONS: dict[str, tuple[Any, str, str, Callable[[Path], dict[str, Any]]]] = {
         ffn.rewrite_ffn,
         "mask[new.units] = True",
         "mask[mask.size - 1 - new.units] = True",
-        saved(FFN),
+        saved(FFN, activated=gain),
     ),
     "a gain of other units": (
         shrinking.shrunk_operand,

@@ -184,9 +184,8 @@ class Pooled:
 def _roles(block: Block, kind: str) -> list[Linear]:
     """The layers of a block's attention or network, in a fixed order."""
     if kind == "ffn":
-        return [] if block.ffn is None else [*block.ffn.entries, block.ffn.fc2]
-    a = block.attention
-    return [] if a is None else [b.linear for b in (a.q, a.k, a.v, a.proj) if b is not None]
+        return [] if block.ffn is None else list(block.ffn.linears)
+    return [] if block.attention is None else [branch.linear for branch in block.attention.branches.values()]
 
 
 def _root(study: Study, name: str) -> str:
@@ -211,33 +210,33 @@ def _reused(linears: Sequence[Linear], names: Sequence[str]) -> bool:
 def _alike(study: Study, members: Sequence[int], kind: str) -> bool:
     """Whether blocks with the same weights have the same biases, heads and units."""
     first, *others = (study.match.blocks[index] for index in members)
-    for other in others:
-        for one, two in zip(_roles(first, kind), _roles(other, kind), strict=True):
-            if (one.bias is None) != (two.bias is None):
-                return False
-            if one.bias is not None and two.bias is not None:
-                a, b = study.facts.array(one.bias), study.facts.array(two.bias)
-                if not np.array_equal(a.reshape(-1), b.reshape(-1)):
-                    return False
-        if kind == "ffn":
-            assert first.ffn is not None
-            assert other.ffn is not None
-            pairs = list(zip(first.ffn.units, other.ffn.units, strict=True))
-            if first.ffn.selects_at_exit != other.ffn.selects_at_exit:
-                return False
-        else:
-            assert first.attention is not None
-            assert other.attention is not None
-            names = ("q", "k", "v", "proj")
-            branches = [(getattr(first.attention, n), getattr(other.attention, n)) for n in names]
-            if any((one is None) != (two is None) for one, two in branches):
-                return False
-            if first.attention.cosine != other.attention.cosine or not _normed_alike(first.attention, other.attention):
-                return False
-            pairs = [(one.layout.channels, two.layout.channels) for one, two in branches if one is not None]
-        if not all(np.array_equal(one, two) for one, two in pairs):
-            return False
-    return True
+    formed = _ffns_alike if kind == "ffn" else _attentions_alike
+    return all(formed(first, other) and _biased_alike(study, first, other, kind) for other in others)
+
+
+def _biased_alike(study: Study, one: Block, two: Block, kind: str) -> bool:
+    def values(block: Block) -> list[list[float]]:
+        biases = [each.bias for each in _roles(block, kind)]
+        return [[] if bias is None else study.facts.array(bias).reshape(-1).tolist() for bias in biases]
+
+    return values(one) == values(two)
+
+
+def _ffns_alike(one: Block, two: Block) -> bool:
+    assert one.ffn is not None
+    assert two.ffn is not None
+    pairs = zip(one.ffn.units, two.ffn.units, strict=True)
+    return one.ffn.selects_at_exit == two.ffn.selects_at_exit and all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _attentions_alike(one: Block, two: Block) -> bool:
+    assert one.attention is not None
+    assert two.attention is not None
+    mine, theirs = one.attention.branches, two.attention.branches
+    if mine.keys() != theirs.keys() or one.attention.cosine != two.attention.cosine:
+        return False
+    same = all(np.array_equal(mine[name].layout.channels, theirs[name].layout.channels) for name in mine)
+    return same and _normed_alike(one.attention, two.attention)
 
 
 def _normed_alike(one: Attention, two: Attention) -> bool:

@@ -61,8 +61,7 @@ class SyntheticStatistics:
         if attention is None:
             raise MatchError(f"block {block} has no attention")
         view, facts = self._study.view, self._study.facts
-        branches = {"q": attention.q, "k": attention.k, "v": attention.v}
-        present = {name: b for name, b in branches.items() if b is not None}
+        present = {name: b for name, b in attention.branches.items() if name != "proj"}
         shared = {"k": attention.qk_groups, "v": attention.vo_groups}
         weights = {name: for_each_query(head_weights(view, facts, b), shared.get(name)) for name, b in present.items()}
         self._check(block, *(array for w in weights.values() for array in (w.weight, w.bias)))
@@ -220,7 +219,8 @@ def founded(study: Study, block: Block, part: str) -> bool:
         a = block.attention
         if a.side is not None and part != "qk":
             return False
-        read = [b.linear for b in {"qk": (a.q, a.k), "vo": (a.v,)}.get(part, (a.q, a.k, a.v)) if b is not None]
+        named = {"qk": "qk", "vo": "v"}.get(part, "qkv")
+        read = [branch.linear for name, branch in a.branches.items() if name in named]
     return all(_rests_on_norm(study, each) for each in read)
 
 

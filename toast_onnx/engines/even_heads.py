@@ -172,8 +172,7 @@ def _pad_core(edit: GraphEdit, view: GraphView, facts: Facts, core: Core, uneven
     if uneven.vo_dim < uneven.size:
         wider.setdefault(core.av, {})[core.v] = (-1, uneven.vo_dim)
     for i, operands in wider.items():
-        node = onnx.NodeProto()
-        node.CopyFrom(view.nodes[i])
+        node = edit.copy(i)
         base = node.name or node.output[0]
         for k, tensor in enumerate(node.input):
             if tensor in operands and k < 3:
@@ -184,8 +183,7 @@ def _pad_core(edit: GraphEdit, view: GraphView, facts: Facts, core: Core, uneven
                 node.input[k] = edit.emit(i, "Pad", [tensor, amounts], edit.fresh(f"{base}/padded"), f"{base}/Pad")
         if core.kind == "attention" and not float(attribute(node, "scale", 0.0)):  # type: ignore[arg-type]
             node.attribute.append(onnx.helper.make_attribute("scale", uneven.qk_dim**-0.5))
-        edit.remove([i])
-        edit.insert(i, node)
+        edit.replace(i, node)
         if i == core.av and uneven.vo_dim < uneven.size:
             context = node.output[0]
             node.output[0] = edit.fresh(f"{base}/wide")

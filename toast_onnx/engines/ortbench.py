@@ -18,18 +18,8 @@ import onnx
 from toast_onnx.engines.profiles import InputSpec, Shape, ShapeRange
 from toast_onnx.engines.providers import open_session
 from toast_onnx.errors import BackendError, ConfigError
+from toast_onnx.model import NUMPY_TYPES
 from toast_onnx.providers import known_provider
-
-#: ONNX Runtime's spelling of types that inputs have.
-_DTYPES: dict[str, Any] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-    "tensor(uint8)": np.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -109,11 +99,11 @@ def session_inputs(session: Any) -> list[InputSpec]:
     """
     specs = []
     for value in session.get_inputs():
-        if value.type not in _DTYPES:
+        if value.type not in NUMPY_TYPES:
             raise BackendError(f"input '{value.name}' has type {value.type}, which bench cannot make up")
         dims = tuple(d if isinstance(d, int) and d > 0 else None for d in value.shape)
         symbols = tuple(str(d) if d else "?" for d in value.shape)
-        elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(_DTYPES[value.type]))
+        elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(NUMPY_TYPES[value.type]))
         specs.append(InputSpec(value.name, dims, symbols, elem_type))
     return specs
 

@@ -34,6 +34,7 @@ from toast_onnx.engines.casts import (
 )
 from toast_onnx.engines.sensitive import SENSITIVE_OPS, clipped_weights, nodes_at, ops_without, spelled_out_norms
 from toast_onnx.errors import BackendError, ConfigError, ModelError
+from toast_onnx.matching.operators import Trait, having
 
 #: Precisions a build can be asked for. `tf32` is float32 storage with 10-bit mantissas inside matrix products.
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
@@ -47,7 +48,7 @@ _SHAPE_SIZED = 1024
 
 def why_not_converted(proto: onnx.ModelProto) -> str | None:
     """Why a graph's types stay as they are whatever 16-bit precision is asked for; None where they can change."""
-    if any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in proto.graph.node):
+    if any(n.op_type in having(Trait.ROUNDS) for n in proto.graph.node):
         return "the graph is quantized (it has QuantizeLinear or DequantizeLinear nodes)"
     if not any(t.data_type == TensorProto.FLOAT for t in proto.graph.initializer):
         return "the graph has no float32 weights"
@@ -116,7 +117,7 @@ def convert_precision(
     _check_in_memory(proto)
     draft = onnx.ModelProto()
     draft.CopyFrom(proto)
-    _name_nodes(draft.graph)
+    name_nodes(draft.graph)
     _constants_to_initializers(draft.graph)
     floats = [t for t in draft.graph.initializer if t.data_type == TensorProto.FLOAT]
     exact = {t.name: numpy_helper.to_array(t) for t in floats} if precision == "bf16" else {}
@@ -170,8 +171,8 @@ def infer_types(proto: onnx.ModelProto) -> None:
     proto.graph.value_info.extend(inferred.graph.value_info)
 
 
-def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Give every node a name of its own: the converter leaves nodes out by name."""
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Give every node a name of its own, by which converters pick nodes (in place)."""
     seen: set[str] = set()
     for number, node in enumerate(graph.node):
         if not node.name or node.name in seen:

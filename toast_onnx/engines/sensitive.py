@@ -9,29 +9,12 @@ import numpy as np
 import onnx
 from onnx import NodeProto, numpy_helper
 
+from toast_onnx.matching.operators import NORMS, PASSING, RESHAPING, Effect, operators
+
 #: Operators whose sums, squares or exponentials leave float16's range or lose its 11 bits.
-SENSITIVE_OPS = frozenset(
-    {
-        "BatchNormalization",
-        "GroupNormalization",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "LogSoftmax",
-        "LpNormalization",
-        "MeanVarianceNormalization",
-        "RMSNormalization",
-        "SimplifiedLayerNormalization",
-        "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
-        "Softmax",
-    }
-)
-_REDUCTIONS = frozenset({"ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare"})
-#: What lies between a reduction and the division it is for; movement, where the reduced axis goes and comes back.
-_STEPS = frozenset({"Add", "Cast", "Clip", "Expand", "Identity", "Max", "Pow", "Reshape", "Sqrt", "Squeeze", "Sub"}) | {
-    "Transpose",
-    "Unsqueeze",
-}
+SENSITIVE_OPS = NORMS | operators(Effect.NORMS_IMAGES, Effect.NORMS_CHANNELS, Effect.SHARES)
+#: What lies between a sum and the division it is for; movement, where the summed axis goes and comes back.
+_STEPS = PASSING | RESHAPING | {"Add", "Clip", "Expand", "Max", "Pow", "Sqrt", "Sub", "Transpose"}
 #: Where the converter clips weights, and from where on a number in a mask only means "very small".
 CLIPPED_AT, STANDS_FOR_INFINITY = 1e4, 1e30
 _ENDS = frozenset({"Div", "Reciprocal"})
@@ -92,7 +75,7 @@ def spelled_out_norms(graph: onnx.GraphProto) -> set[str]:
         for name in node.input:
             consumers[name].append(node)
     found: set[str] = set()
-    for reduction in (n for n in graph.node if n.op_type in _REDUCTIONS):
+    for reduction in (n for n in graph.node if n.op_type in operators(Effect.SUMS)):
         below = list(_steps_below(reduction, consumers, constants))
         if any(n.op_type in _ENDS for n in below):
             above = producers.get(reduction.input[0])

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import onnx
 import onnx.helper
 
-from toast_onnx.edit import GraphEdit
+from toast_onnx.edit import GraphEdit, PlaceWriter
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.matching.input_shapes import input_shapes
 from toast_onnx.model import Model
 
@@ -50,7 +49,7 @@ def spell_out_uneven(model: Model) -> tuple[Model, int]:
 
 
 def _is_attention(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Attention" and node.domain in ("", "ai.onnx")
+    return node.op_type == "Attention" and is_standard(node)
 
 
 def _is_uneven(facts: Facts, node: onnx.NodeProto) -> bool:
@@ -75,23 +74,21 @@ def _write(edit: GraphEdit, view: GraphView, facts: Facts, i: int) -> None:
     elem = facts.elem_type(q)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(elem)
 
-    def emit(op: str, inputs: list[str], **attributes: object) -> str:
-        return edit.emit(i, op, inputs, edit.fresh(f"{name}/{op}_output"), f"{name}/{op}", **attributes)
-
+    write = PlaceWriter(edit, i, name)
     scale = float(attribute(node, "scale", 1 / math.sqrt((facts.shape(q) or (1,))[-1])))  # type: ignore[arg-type]
     # The specification splits the scale between both operands, which keeps half precision in range.
-    half = edit.constant(f"{name}/scale", np.asarray(math.sqrt(scale), dtype))
-    keys = emit("Transpose", [emit("Mul", [k, half])], perm=[0, 1, 3, 2])
-    scores = emit("MatMul", [emit("Mul", [q, half]), keys])
+    half = write.constant(math.sqrt(scale), "scale", dtype)
+    keys = write.one("Transpose", [write.one("Mul", [k, half])], perm=[0, 1, 3, 2])
+    scores = write.one("MatMul", [write.one("Mul", [q, half]), keys])
     mask = node.input[3] if len(node.input) > 3 else ""
     boolean = bool(mask) and facts.elem_type(mask) == onnx.TensorProto.BOOL
     if boolean:
-        lowest = edit.constant(f"{name}/lowest", np.asarray(LOWEST.get(elem, -3e38), dtype))
-        scores = emit("Where", [mask, scores, lowest])
+        lowest = write.constant(LOWEST.get(elem, -3e38), "lowest", dtype)
+        scores = write.one("Where", [mask, scores, lowest])
     elif mask:
-        scores = emit("Add", [scores, mask if facts.elem_type(mask) == elem else emit("Cast", [mask], to=elem)])
-    weights = emit("Softmax", [scores], axis=-1)
+        scores = write.one("Add", [scores, mask if facts.elem_type(mask) == elem else write.cast(mask, elem)])
+    weights = write.one("Softmax", [scores], axis=-1)
     if boolean:  # a query that sees no key at all gives zeros
-        weights = emit("Where", [mask, weights, edit.constant(f"{name}/zero", np.asarray(0, dtype))])
+        weights = write.one("Where", [mask, weights, write.constant(0, "zero", dtype)])
     edit.remove([i])
     edit.emit(i, "MatMul", [weights, v], output, f"{name}/context")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.operators import MOVEMENT, NORMS, PASSING
 from toast_onnx.matching.study import Study
 
 #: Between a branch's last linear layer and the residual sum only these occur (layer scale, windows, casts).
-_BETWEEN = frozenset(
-    {"Mul", "Reshape", "Transpose", "Cast", "Identity", "Dropout", "Slice", "Concat", "LayerNormalization"}
-)
+_BETWEEN = PASSING | MOVEMENT | NORMS | {"Mul"}
 
 
 def block_ends(study: Study) -> dict[str, int]:

@@ -289,11 +289,7 @@ def _before_outsiders(
     ends = {w.target for w in shared if w.ends_early}
     own = _on_the_way(view, walk, set(propagate(view, facts, walk.nodes, walk.linear.output)))
     for tensor in sorted(own - ends, key=lambda t: view.producer[t]):
-        outside = [
-            i
-            for i in view.consumers.get(tensor, [])
-            if i not in allowed and view.nodes[i].op_type not in ("Shape", "Size")
-        ]
+        outside = [i for i in view.readers(tensor) if i not in allowed]
         if outside and tensor != walk.linear.output:
             before = tuple(i for i in walk.nodes if i <= view.producer[tensor])
             reason = Kind.READ.says("{part} is also read by {node}", part=name, node=view.label(outside[0]))

@@ -106,6 +106,17 @@ class Attention:
     vo_groups: np.ndarray | None = None
 
     @property
+    def branches(self) -> dict[str, Branch]:
+        """The layers that were found, by their names: `q`, `k`, `v`, `proj`."""
+        named = {"q": self.q, "k": self.k, "v": self.v, "proj": self.proj}
+        return {name: branch for name, branch in named.items() if branch is not None}
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The different layers that were found; a packed one makes several of Q, K and V."""
+        return tuple({b.linear.output: b.linear for b in self.branches.values()}.values())
+
+    @property
     def grouped(self) -> bool:
         """Whether several queries share keys or values."""
         return self.qk_groups is not None or self.vo_groups is not None
@@ -156,6 +167,11 @@ class Ffn:
     fc1_reason: Reason | None
     fc2_reason: Reason | None
     selects_at_exit: bool = False
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its layers, fc2 last."""
+        return (*self.entries, self.fc2)
 
     @property
     def in_features(self) -> int:

@@ -10,11 +10,9 @@ import onnx
 import onnx.helper
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard, rewired
+from toast_onnx.matching.operators import PASSING
 from toast_onnx.model import Model
-
-#: What may lie between a Softmax and the transpose of its probabilities.
-_KEEPING = frozenset({"Cast", "Dropout", "Identity"})
 
 
 def turn_products(view: GraphView, facts: Facts) -> Model:
@@ -27,24 +25,17 @@ def turn_products(view: GraphView, facts: Facts) -> Model:
     Returns:
         A model that computes the same under the same names; the same model where there is nothing to turn.
     """
-    model = view.model
     turned = {i: nodes for i in range(len(view.nodes)) if (nodes := _turned(view, facts, i)) is not None}
     if not turned:
-        return model
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    del proto.graph.node[:]
+        return view.model
     unread = {view.producer[view.nodes[i].input[1]] for i in turned if _read_once(view, view.nodes[i].input[1])}
-    for i, node in enumerate(view.nodes):
-        if i not in unread:
-            proto.graph.node.extend(turned.get(i, [node]))
-    return Model(proto, model.path, dict(model.arrays))
+    return rewired(view, turned, unread)
 
 
 def _turned(view: GraphView, facts: Facts, i: int) -> list[onnx.NodeProto] | None:
     """The nodes in place of a product of values with transposed probabilities; None for any other node."""
     node = view.nodes[i]
-    transpose = view.producer_of(node.input[1]) if node.op_type == "MatMul" and node.domain in ("", "ai.onnx") else None
+    transpose = view.producer_of(node.input[1]) if node.op_type == "MatMul" and is_standard(node) else None
     if transpose is None or transpose.op_type != "Transpose":
         return None
     perm = list(attribute(transpose, "perm", []))  # type: ignore[call-overload]
@@ -66,7 +57,7 @@ def _turned(view: GraphView, facts: Facts, i: int) -> list[onnx.NodeProto] | Non
 def from_softmax(view: GraphView, tensor: str) -> bool:
     """Whether a tensor holds the probabilities of a Softmax as they are."""
     node = view.producer_of(tensor)
-    while node is not None and node.op_type in _KEEPING:
+    while node is not None and node.op_type in PASSING:
         node = view.producer_of(node.input[0])
     return node is not None and node.op_type == "Softmax"
 

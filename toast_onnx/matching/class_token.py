@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.upstream import upstream
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
+from toast_onnx.matching.walks import upstream
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def class_token(view: GraphView, facts: Facts) -> ClassToken | None:
 def selects_first_token(view: GraphView, facts: Facts, i: int) -> bool:
     """Whether a node takes index 0, and nothing else, from axis 1 of a (batch, tokens, channels) tensor."""
     node = view.nodes[i]
-    if node.domain not in ("", "ai.onnx") or node.op_type not in ("Gather", "Slice"):
+    if not is_standard(node) or node.op_type not in ("Gather", "Slice"):
         return False
     shape = facts.shape(node.input[0])
     if shape is None or len(shape) != 3 or shape[1] < 2:

@@ -7,7 +7,7 @@ matching follows anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx.helper
 
 from toast_onnx.matching.cores import scores_of_softmax, weighs
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard, rewired
 from toast_onnx.model import Model
 
 
@@ -73,27 +73,12 @@ def spell_contractions(view: GraphView, facts: Facts) -> Model:
     Returns:
         A model that computes the same under the same names; the same model where there is nothing to write.
     """
-    model = view.model
     found = {i: spelled for i in range(len(view.nodes)) if (spelled := _spelled(view, facts, i)) is not None}
     if not found:
-        return model
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    arrays = dict(model.arrays)
+        return view.model
+    arrays = {name: value for spelled in found.values() for name, value in spelled.arrays.items()}
     gone = {i for spelled in found.values() for i in spelled.gone}
-    del proto.graph.node[:]
-    for i, node in enumerate(view.nodes):
-        if i in found:
-            proto.graph.node.extend(found[i].nodes)
-        elif i not in gone:
-            proto.graph.node.append(node)
-    _drop_unread(proto, arrays, {name for i in (*found, *gone) for name in view.nodes[i].input})
-    for spelled in found.values():
-        for name, value in spelled.arrays.items():
-            arrays[name] = value
-            kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-            proto.graph.initializer.append(onnx.TensorProto(name=name, data_type=kind, dims=value.shape))
-    return Model(proto, model.path, arrays)
+    return rewired(view, {i: spelled.nodes for i, spelled in found.items()}, gone, arrays)
 
 
 def equation(node: onnx.NodeProto, ranks: Sequence[int]) -> Equation | None:
@@ -131,7 +116,7 @@ _SPARE = "ZYXWVUTSRQPONM"
 
 def _spelled(view: GraphView, facts: Facts, i: int) -> _Spelling | None:
     node = view.nodes[i]
-    if node.op_type != "Einsum" or node.domain not in ("", "ai.onnx"):
+    if node.op_type != "Einsum" or not is_standard(node):
         return None
     shapes = [facts.shape(name) for name in node.input]
     if any(shape is None for shape in shapes):
@@ -231,14 +216,3 @@ def _broadcasts(facts: Facts, node: onnx.NodeProto, said: Equation) -> bool:
     """Whether a letter has different extents in the operands: an axis of one that is repeated."""
     sizes = [dict(zip(t, facts.shape(n) or (), strict=True)) for t, n in zip(said.terms, node.input, strict=True)]
     return any(sizes[1].get(c, n) != n for c, n in sizes[0].items())
-
-
-def _drop_unread(proto: onnx.ModelProto, arrays: dict[str, np.ndarray], names: Iterable[str]) -> None:
-    """Leave out the old kernels and biases that nothing reads any more (in place)."""
-    view = GraphView(Model(proto, None, arrays))  # type: ignore[arg-type]
-    unread = {n for n in names if n in view.initializers and n not in view.consumers and n not in view.outputs}
-    kept = [t for t in proto.graph.initializer if t.name not in unread]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    for name in unread:
-        arrays.pop(name, None)

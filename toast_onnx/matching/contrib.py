@@ -11,11 +11,12 @@ import numpy as np
 import onnx
 
 from toast_onnx.matching.graph import attribute
+from toast_onnx.matching.operators import Effect, operators
 
 Shape = tuple[int, ...] | None
 
 #: Operators whose first output looks like their first input.
-SAME_SHAPE = frozenset(
+_SAME_SHAPE = frozenset(
     {"Gelu", "FastGelu", "QuickGelu", "BiasGelu", "BiasAdd", "BiasSoftmax", "BiasDropout", "Trilu", "RotaryEmbedding"}
 )
 
@@ -26,9 +27,9 @@ def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape]
     if first is None:
         return None
     count = len(node.output)
-    if node.op_type in SAME_SHAPE:
+    if node.op_type in _SAME_SHAPE:
         return [first] + [None] * (count - 1)
-    if node.op_type in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"):
+    if node.op_type in operators(Effect.ADDS_AND_NORMS):
         statistics = (*first[:-1], 1)
         shapes: list[Shape] = [first, statistics, statistics, first]
         return shapes[:count]

@@ -6,20 +6,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.operators import ATTENTIONS, MOVEMENT
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
+from toast_onnx.matching.operators import (
+    ATTENTIONS,
+    CONTRACTIONS,
+    MOVEMENT,
+    RESHAPING,
+    Effect,
+    Trait,
+    having,
+    operators,
+)
+from toast_onnx.matching.walks import downstream, upstream
 from toast_onnx.reasons import Decline, Kind, Reason
 
-#: Operators that may stand between the score product and Softmax: scale, mask, bias, soft cap, shape.
-_BETWEEN = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Cast", "Reshape", "Where", "Identity", "Clip", "Max", "Min", "Tanh", "Unsqueeze"}
-    | {"Squeeze", "Expand", "IsNaN", "Dropout", "IsInf", "Or", "Not", "And"}
-    | {"QuantizeLinear", "DequantizeLinear"}  # found, so that it can be declined with the reason
-)
-#: Operators that move scores or probabilities or mix those of different heads.
-_MIXING = MOVEMENT | {"MatMul", "Gemm", "Conv", "Einsum", "LayerNormalization", "BatchNormalization"}
+#: What may stand between the score product and Softmax: mask, scale, cap, shape; quantizers, to be declined by name.
+_BETWEEN = having(Trait.MASKS) | having(Trait.ROUNDS) | RESHAPING - {"Flatten"} | {"Expand"}
+#: What mixes the scores or probabilities of different heads.
+_MIXING = CONTRACTIONS - {"FusedMatMul"} | operators(Effect.NORMS_CHANNELS) | {"LayerNormalization"}
+#: What may stand there where heads are mixed.
+_AROUND = _BETWEEN | _MIXING | MOVEMENT
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def find_cores(view: GraphView, facts: Facts) -> tuple[list[Core], dict[int, Rea
     cores: list[Core] = []
     declined: dict[int, Reason] = {}
     for i, node in enumerate(view.nodes):
-        find = _finder(node.domain, node.op_type)
+        find = _finder(node)
         if find is None:
             continue
         try:
@@ -82,14 +91,11 @@ def find_cores(view: GraphView, facts: Facts) -> tuple[list[Core], dict[int, Rea
     return cores, declined
 
 
-def _finder(domain: str, op_type: str) -> Callable[[GraphView, Facts, int], Core | None] | None:
-    if domain in ("", "ai.onnx"):
-        return {"Softmax": _softmax_core, "Attention": _fused_core}.get(op_type)
-    if domain == "com.microsoft":
-        return {"MultiHeadAttention": _mha_core, "Attention": _packed_core, "GroupQueryAttention": _gqa_core}.get(
-            op_type
-        )
-    return None
+def _finder(node: onnx.NodeProto) -> Callable[[GraphView, Facts, int], Core | None] | None:
+    if is_standard(node):
+        return {"Softmax": _softmax_core, "Attention": _fused_core}.get(node.op_type)
+    theirs = {"MultiHeadAttention": _mha_core, "Attention": _packed_core, "GroupQueryAttention": _gqa_core}
+    return theirs.get(node.op_type) if node.domain == "com.microsoft" else None
 
 
 def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
@@ -100,24 +106,12 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
     if mixed is not None:
         products, sums = [mixed[0]], [mixed[1]]
     if not sums:
-        reader = _reader_before_values(view, facts, node.output[0])
-        if reader is None:
-            if not _fed_by_product(view, facts, node.input[0]):
-                return None  # a classifier's softmax
-            raise Kind.NO_ATTENTION.decline(
-                "the probabilities of this Softmax weigh no values: no product takes them up"
-            )
-        raise Kind.NO_ATTENTION.decline(
-            "{node} takes the probabilities of this Softmax before they meet another activation",
-            node=view.label(reader),
-        )
+        reason = _without_values(view, facts, node)
+        if reason is None:
+            return None
+        raise Decline(reason)
     if not products:
-        einsum = _einsum_before(view, facts, node.input[0])
-        if einsum is not None:
-            raise Kind.NO_ATTENTION.decline(
-                "the scores come from {node}, whose equation is no batched matrix product", node=view.label(einsum)
-            )
-        raise Kind.NO_ATTENTION.decline("the scores before this Softmax are no product of two activations")
+        raise Decline(_without_scores(view, facts, node))
     if len(products) > 1 or len(sums) > 1:
         raise Kind.NO_ATTENTION.decline("more than one activation product surrounds this Softmax")
     shape = facts.shape(node.input[0])
@@ -139,6 +133,27 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
     return Core("matmul", qk, i, av, q, k, total.input[1], total.output[0], k_dim_axis, mixed=mixed is not None)
 
 
+def _without_values(view: GraphView, facts: Facts, softmax: onnx.NodeProto) -> Reason | None:
+    """Why no product takes up the probabilities; None for the softmax of a classifier."""
+    reader = _reader_before_values(view, facts, softmax.output[0])
+    if reader is not None:
+        text = "{node} takes the probabilities of this Softmax before they meet another activation"
+        return Kind.NO_ATTENTION.says(text, node=view.label(reader))
+    if not any(_meets(view, facts, i) for i in _before(view, facts, softmax.input[0], _BETWEEN | MOVEMENT)):
+        return None
+    return Kind.NO_ATTENTION.says("the probabilities of this Softmax weigh no values: no product takes them up")
+
+
+def _without_scores(view: GraphView, facts: Facts, softmax: onnx.NodeProto) -> Reason:
+    """Why what the softmax reads are no scores."""
+    before = _before(view, facts, softmax.input[0], _BETWEEN | MOVEMENT)
+    einsum = next((i for i in before if view.nodes[i].op_type == "Einsum"), None)
+    if einsum is None:
+        return Kind.NO_ATTENTION.says("the scores before this Softmax are no product of two activations")
+    text = "the scores come from {node}, whose equation is no batched matrix product"
+    return Kind.NO_ATTENTION.says(text, node=view.label(einsum))
+
+
 def _mixed_products(view: GraphView, facts: Facts, i: int) -> tuple[int, int] | None:
     """Scores and weighted sum around a Softmax where heads are mixed (talking heads) or subtracted (differential).
 
@@ -155,34 +170,20 @@ def _mixed_products(view: GraphView, facts: Facts, i: int) -> tuple[int, int] | 
     taken = facts.shape(view.nodes[total[0]].input[0]) or ()
     heads = shape[-3] if len(shape) > 2 else 0
     way = (*scores[1], *total[1])
-    matrices = [view.nodes[n] for n in way if view.nodes[n].op_type in ("MatMul", "Gemm", "Conv")]
+    matrices = [view.nodes[n] for n in way if view.nodes[n].op_type in CONTRACTIONS - {"Einsum"}]
     sides = [facts.shape(name) or () for node in matrices for name in node.input[:2] if facts.is_constant(name)]
     mixing = all(np.prod(side) == heads * max(side) and heads in side for side in sides)
-    met = any(view.nodes[n].op_type in _MIXING - MOVEMENT or len(_data(view, facts, n)) > 1 for n in way)
+    met = any(view.nodes[n].op_type in _MIXING or len(_data(view, facts, n)) > 1 for n in way)
     return (scores[0], total[0]) if met and mixing and heads and taken[-2:] == shape[-2:] else None
 
 
 def _only_source(view: GraphView, facts: Facts, tensor: str) -> tuple[int, list[int]] | None:
     """The one activation product that all of a tensor comes from, and the nodes on the way; else None."""
-    found: set[int] = set()
-    seen: dict[int, None] = {}
-    pending = [tensor]
-    while pending:
-        i = view.producer.get(pending.pop())
-        if i is None:
-            return None
-        if i in seen or i in found:
-            continue
-        if _meets(view, facts, i):
-            found.add(i)
-        elif view.nodes[i].op_type in _BETWEEN | _MIXING:
-            seen[i] = None
-            pending.extend(_data(view, facts, i))
-        else:
-            return None
-        if len(found) > 1:
-            return None
-    return (found.pop(), list(seen)) if found else None
+    ways = upstream(view, facts, [tensor], lambda i: not _lies_around(view, facts, i), lambda i: _data(view, facts, i))
+    met = list(dict.fromkeys(ways))
+    found = [i for i in met if i is not None and _meets(view, facts, i)]
+    way = [i for i in met if i is not None and _lies_around(view, facts, i)]
+    return (found[0], way) if len(found) == 1 and len(way) + 1 == len(met) else None
 
 
 def _data(view: GraphView, facts: Facts, i: int) -> list[str]:
@@ -194,28 +195,17 @@ def _data(view: GraphView, facts: Facts, i: int) -> list[str]:
 
 def _only_reader(view: GraphView, facts: Facts, tensor: str) -> tuple[int, list[int]] | None:
     """The one activation product that takes up all of a tensor as its first operand, and the nodes on the way."""
-    found: set[int] = set()
-    seen: dict[int, None] = {}
-    reached = {tensor}
-    pending = [tensor]
-    while pending:
-        name = pending.pop()
-        for i in view.consumers.get(name, []):
-            node = view.nodes[i]
-            if node.op_type in ("Shape", "Size") or i in seen:
-                continue
-            if _is_product(view, facts, i):
-                if node.input[0] != name or len(found | {i}) > 1:
-                    return None
-                found.add(i)
-                continue
-            if node.op_type not in _BETWEEN | _MIXING:
-                return None
-            seen[i] = None
-            reached.update(node.output)
-            pending.extend(node.output)
-    alone = all(name in reached for n in seen for name in _data(view, facts, n))
-    return (found.pop(), list(seen)) if found and alone else None
+    met = list(downstream(view, [tensor], lambda i: _lies_around(view, facts, i)))
+    found = {i for i, name in met if _is_product(view, facts, i) and view.nodes[i].input[0] == name}
+    way = list(dict.fromkeys(i for i, _ in met if _lies_around(view, facts, i)))
+    reached = {tensor, *(name for i in way for name in view.nodes[i].output)}
+    alone = all(name in reached for i in way for name in _data(view, facts, i))
+    return (found.pop(), way) if len(found) == 1 and alone and {i for i, _ in met} - {*way} <= found else None
+
+
+def _lies_around(view: GraphView, facts: Facts, i: int) -> bool:
+    """Whether a node may stand between scores, Softmax and weighted sum where heads are mixed."""
+    return view.nodes[i].op_type in _AROUND and not _meets(view, facts, i)
 
 
 def _is_product(view: GraphView, facts: Facts, i: int, learned: bool = False) -> bool:
@@ -224,7 +214,7 @@ def _is_product(view: GraphView, facts: Facts, i: int, learned: bool = False) ->
     if node.op_type == "FusedMatMul" and node.domain == "com.microsoft":
         plain = not any(attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))
     else:
-        plain = node.op_type == "MatMul" and node.domain in ("", "ai.onnx")
+        plain = node.op_type == "MatMul" and is_standard(node)
     return plain and not any(facts.is_constant(name) for name in (node.input[1:] if learned else node.input))
 
 
@@ -239,92 +229,39 @@ def is_meeting(view: GraphView, facts: Facts, i: int) -> bool:
     return _meets(view, facts, i) or view.nodes[i].op_type in ATTENTIONS
 
 
-def _einsum_before(view: GraphView, facts: Facts, tensor: str) -> int | None:
-    """The nearest Einsum of two activations in front of a tensor, through scale, mask and movement."""
-    return next((i for i in _before(view, facts, tensor) if view.nodes[i].op_type == "Einsum"), None)
-
-
-def _fed_by_product(view: GraphView, facts: Facts, tensor: str) -> bool:
-    return any(_meets(view, facts, i) for i in _before(view, facts, tensor))
-
-
 def scores_of_softmax(view: GraphView, facts: Facts, i: int) -> bool:
     """Whether a Softmax takes a node's output through scale, mask and shape nodes, or alone with its heads mixed."""
     softmaxes = (node for node in view.nodes if node.op_type == "Softmax")
     if any((found := _only_source(view, facts, node.input[0])) is not None and found[0] == i for node in softmaxes):
         return True
-    seen: set[str] = set()
-    pending = list(view.nodes[i].output)
-    while pending:
-        tensor = pending.pop()
-        if tensor in seen or facts.is_constant(tensor):
-            continue
-        seen.add(tensor)
-        for reader in view.consumers.get(tensor, []):
-            if view.nodes[reader].op_type == "Softmax":
-                return True
-            if view.nodes[reader].op_type in _BETWEEN:
-                pending.extend(view.nodes[reader].output)
-    return False
+    behind = downstream(view, view.nodes[i].output, lambda k: view.nodes[k].op_type in _BETWEEN)
+    return any(view.nodes[k].op_type == "Softmax" for k, _ in behind)
 
 
 def weighs(view: GraphView, facts: Facts, tensor: str) -> bool:
     """Whether a tensor holds the probabilities of a Softmax, as they are or with their heads mixed by constants."""
     node = view.producer_of(tensor)
-    while node is not None and node.op_type in _BETWEEN | _MIXING:
+    while node is not None and node.op_type in _AROUND:
         (tensor, *others) = [n for n in node.input if n and not facts.is_constant(n)] or [""]
         node = None if others else view.producer_of(tensor)
     return node is not None and node.op_type == "Softmax"
 
 
-def _before(view: GraphView, facts: Facts, tensor: str) -> list[int]:
-    """Nodes in front of a tensor, nearest first, up to and with the first that is neither mask, scale nor movement."""
-    seen: dict[int, None] = {}
-    pending = [tensor]
-    while pending:
-        i = view.producer.get(pending.pop(0))
-        if i is None or i in seen:
-            continue
-        seen[i] = None
-        if view.nodes[i].op_type in _BETWEEN | MOVEMENT:
-            pending.extend(name for name in view.nodes[i].input if name and not facts.is_constant(name))
-    return list(seen)
+def _before(view: GraphView, facts: Facts, tensor: str, passed: frozenset[str]) -> list[int]:
+    """Nodes in front of a tensor, nearest first, up to and with those that are none of the passed operators."""
+    ways = upstream(view, facts, [tensor], lambda i: view.nodes[i].op_type not in passed)
+    return [i for i in dict.fromkeys(ways) if i is not None]
 
 
 def _products_before(view: GraphView, facts: Facts, tensor: str) -> list[int]:
     """Activation products reached backwards through scale, mask and shape nodes."""
-    found: list[int] = []
-    seen: set[int] = set()
-    pending = [tensor]
-    while pending:
-        i = view.producer.get(pending.pop())
-        if i is None or i in seen:
-            continue
-        seen.add(i)
-        if _is_product(view, facts, i, learned=True):
-            found.append(i)
-        elif view.nodes[i].op_type in _BETWEEN:
-            pending.extend(name for name in view.nodes[i].input if name and not facts.is_constant(name))
-    return found
+    return [i for i in _before(view, facts, tensor, _BETWEEN) if _is_product(view, facts, i, learned=True)]
 
 
 def _products_after(view: GraphView, facts: Facts, tensor: str) -> list[int]:
     """Activation products that read the probabilities as their first operand."""
-    found: list[int] = []
-    seen: set[int] = set()
-    pending = [tensor]
-    while pending:
-        name = pending.pop()
-        for i in view.consumers.get(name, []):
-            if i in seen:
-                continue
-            seen.add(i)
-            if _is_product(view, facts, i):
-                if view.nodes[i].input[0] == name:
-                    found.append(i)
-            elif view.nodes[i].op_type in _BETWEEN:
-                pending.extend(view.nodes[i].output)
-    return found
+    met = downstream(view, [tensor], lambda i: view.nodes[i].op_type in _BETWEEN)
+    return list({i: None for i, name in met if _is_product(view, facts, i) and view.nodes[i].input[0] == name})
 
 
 def _reader_before_values(view: GraphView, facts: Facts, tensor: str) -> int | None:
@@ -333,19 +270,14 @@ def _reader_before_values(view: GraphView, facts: Facts, tensor: str) -> int | N
     Mixed heads (talking heads), differences of probabilities and a softmax over another axis (linear attention) all
     end in such a product, a few nodes on.
     """
-    first: dict[str, int | None] = {tensor: None}  # tensor -> first node on the way that no attention core knows
-    pending = [tensor]
-    while pending:
-        name = pending.pop(0)
-        for i in view.consumers.get(name, []):
-            node, own = view.nodes[i], first[name]
-            own = i if own is None and node.op_type not in _BETWEEN else own
-            if _meets(view, facts, i):
-                return own if own is not None else i
-            if node.op_type in _BETWEEN | _MIXING:
-                fresh = [t for t in node.output if t and t not in first]
-                first.update(dict.fromkeys(fresh, own))
-                pending.extend(fresh)
+    first: dict[str, int | None] = {}  # tensor -> first node on the way that no attention core knows
+    for i, name in downstream(view, [tensor], lambda i: _lies_around(view, facts, i)):
+        own = first.get(name)
+        if own is None and view.nodes[i].op_type not in _BETWEEN:
+            own = i
+        if _meets(view, facts, i):
+            return own
+        first.update({t: own for t in view.nodes[i].output if t not in first})
     return None
 
 

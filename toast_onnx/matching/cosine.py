@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import onnx
 
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, reduced_axes
 from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.operators import PASSING
 
-_AFTER = frozenset({"Transpose", "Cast", "Identity"})
 _GUARDS = frozenset({"Clip", "Max", "Add"})
 
 
@@ -34,7 +33,7 @@ def length_division(view: GraphView, facts: Facts, tensor: str, operand: str) ->
     """
     readers, rank = _readers(view, tensor), len(facts.shape(tensor) or ())
     norm = readers.pop("ReduceL2", None)
-    if norm is None or tensor in view.outputs or not _over_last_axis(view, facts, norm, rank):
+    if norm is None or tensor in view.outputs or not _over_last_axis(facts, norm, rank):
         return None
     name, expand = norm.output[0], None
     if list(readers) == ["Transpose"]:
@@ -64,26 +63,21 @@ def length_division(view: GraphView, facts: Facts, tensor: str, operand: str) ->
 
 def _readers(view: GraphView, tensor: str) -> dict[str, onnx.NodeProto]:
     """The nodes that read a tensor's values, not just its shape, by operator; none where two are of one kind."""
-    nodes = [view.nodes[i] for i in view.consumers.get(tensor, [])]
-    nodes = [node for node in nodes if node.op_type not in ("Shape", "Size")]
+    nodes = [view.nodes[i] for i in view.readers(tensor)]
     found = {node.op_type: node for node in nodes}
     return found if len(found) == len(nodes) else {}
 
 
-def _over_last_axis(view: GraphView, facts: Facts, norm: object, rank: int) -> bool:
-    axes = attribute(norm, "axes")  # type: ignore[arg-type]
-    names = list(norm.input)  # type: ignore[attr-defined]
-    if axes is None and len(names) > 1:
-        axes = facts.value(names[1])
-    keeps = attribute(norm, "keepdims", 1)  # type: ignore[arg-type]
-    return axes is not None and bool(keeps) and [int(a) % rank for a in np.reshape(axes, -1)] == [rank - 1]  # type: ignore[call-overload]
+def _over_last_axis(facts: Facts, norm: onnx.NodeProto, rank: int) -> bool:
+    keeps = attribute(norm, "keepdims", 1)
+    return bool(keeps) and reduced_axes(facts, norm, rank) == [rank - 1]
 
 
 def _moved(view: GraphView, source: str, target: str) -> bool:
     """Whether `target` is `source`, transposed at most."""
     while target != source:
         node = view.producer_of(target)
-        if node is None or node.op_type not in _AFTER:
+        if node is None or node.op_type not in PASSING | {"Transpose"}:
             return False
         target = node.input[0]
     return True

@@ -13,17 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.operators import PASSING
-from toast_onnx.matching.probe import scalar_factor
+from toast_onnx.matching.facts import Facts, reduced_axes
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
+from toast_onnx.matching.operators import MEASURING, PASSING, Trait, having
+from toast_onnx.matching.probe import carried, scalar_factor
 from toast_onnx.reasons import Kind
 
-_MOVING = frozenset(
-    {"Reshape", "Transpose", "Split", "Slice", "Gather", "GatherND", "Squeeze", "Unsqueeze", "Concat", "Flatten"}
-    | {"Expand", "Tile"}
-)
-_LINEAR = frozenset({"Mul", "Div", "Add", "Sub", "Neg"})
+_MOVING, _LINEAR = having(Trait.CUTS), having(Trait.LINEAR)
 #: Pool tokens, each dimension for itself (the queries of Hiera and SAM 2).
 _POOLING = frozenset({"ReduceMax", "MaxPool"})
 
@@ -170,13 +166,13 @@ def _follow(
         name = pending.pop()
         if name in view.outputs:
             raise Kind.OUTPUT.decline("'{tensor}' is also an output of the graph", tensor=name)
-        for i in view.consumers.get(name, []):
+        for i in view.readers(name):
             node = view.nodes[i]
-            if i in nodes or node.op_type in ("Shape", "Size") or (i in core and name == operand.end):
+            if i in nodes or (i in core and name == operand.end):
                 continue
             if node.op_type in ("MatMul", "Einsum"):
                 tables.append(_table(view, facts, i, name))
-            elif node.domain in ("", "ai.onnx") and node.op_type in _MOVING | PASSING | _LINEAR | _POOLING:
+            elif is_standard(node) and node.op_type in _MOVING | PASSING | _LINEAR | _POOLING:
                 nodes.add(i)
                 made = [t for t in node.output if t and t not in tensors]
                 tensors.update(made)
@@ -225,7 +221,7 @@ def _check_tables(
         if name in layers or name in inside:
             raise Kind.DIMENSIONS.decline("{part} meets a tensor that is made of Q, K or V", part=operand.what)
         i = view.producer.get(name, -1)
-        if i > floor and name not in seen and view.nodes[i].op_type not in ("Shape", "Size"):
+        if i > floor and name not in seen and view.nodes[i].op_type not in MEASURING:
             pending.extend(view.nodes[i].input)
         seen.add(name)
 
@@ -289,13 +285,7 @@ def _move(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarr
     node = view.nodes[i]
     if node.input[0] not in labels:
         raise Kind.DIMENSIONS.decline("{node} uses the dimensions as numbers", node=view.label(i))
-    operands = [facts.value(name) if name else None for name in node.input[1:]]
-    if any(v is None and name for v, name in zip(operands, node.input[1:], strict=True)):
-        raise Kind.CONTENTS.decline("an operand of {node} depends on the input's contents", node=view.label(i))
-    results = [facts.evaluate(node, [np.ascontiguousarray(array), *operands]) for array in labels[node.input[0]]]
-    for k, name in enumerate(node.output):
-        if name:
-            labels[name] = [r[k] for r in results]
+    labels.update(carried(view, facts, i, map(np.ascontiguousarray, labels[node.input[0]])))
 
 
 def _pool(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
@@ -304,10 +294,9 @@ def _pool(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarr
     shape = facts.shape(made)
     if shape is None or any(node.output[1:]):
         raise Kind.DIMENSIONS.decline("{node} tells where its largest elements lie", node=view.label(i))
-    axes: object = range(2, len(shape))  # of MaxPool
-    if node.op_type == "ReduceMax":
-        axes = facts.value(node.input[1]) if any(node.input[1:]) else attribute(node, "axes", None)
-    along = None if axes is None else tuple(int(axis) for axis in axes)  # type: ignore[attr-defined]
+    rank = len(facts.shape(name) or ())
+    axes = reduced_axes(facts, node, rank) if node.op_type == "ReduceMax" else range(2, rank)
+    along = None if axes is None else tuple(axes)
     labels[made] = []
     for array in labels[name]:
         pooled = array.min(axis=along, keepdims=True)

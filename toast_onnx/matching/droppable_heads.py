@@ -11,20 +11,25 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from toast_onnx.matching.blocks import Attention, Branch
-from toast_onnx.matching.facts import Probe
+from toast_onnx.matching.facts import Probe, reduced_axes
 from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.head_region import HeadAxis, HeadRegion
 from toast_onnx.matching.layout import HEAD, Layout
-from toast_onnx.matching.operators import ELEMENTWISE, REDUCTIONS, Effect, operators
+from toast_onnx.matching.operators import ELEMENTWISE, MEASURING, REDUCTIONS, RESHAPING, SCORE_TERMS, Effect, operators
 from toast_onnx.reasons import Decline, Kind
 
-_RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 #: Act along the axes that they name.
-_ALONG = frozenset({"Split", "Slice", "Gather", "Concat", "Softmax", "LogSoftmax", "LpNormalization"}) | REDUCTIONS
+_ALONG = operators(Effect.SUMS, Effect.REDUCES, Effect.SHARES) | {
+    "Split",
+    "Slice",
+    "Gather",
+    "Concat",
+    "LpNormalization",
+}
 _NORMS = operators(Effect.NORMS) - {"LpNormalization"}  # which runs along one axis
-_FUSED = frozenset({"Attention", "MultiHeadAttention"})
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def match_heads(probe: Probe, attention: Attention) -> HeadRegion:
         i = heapq.heappop(pending)
         if i in nodes[-1:]:
             continue
-        if view.nodes[i].op_type in ("Shape", "Size"):
+        if view.nodes[i].op_type in MEASURING:
             _check_extent(found, i, view.nodes[i].input[0], starts)
             continue
         nodes.append(i)
@@ -85,7 +90,7 @@ def match_heads(probe: Probe, attention: Attention) -> HeadRegion:
         raise Kind.MEET.decline("the heads do not arrive at the output projection as they left Q, K and V")
     for name in (context, *(name for i in branches[3].walk.nodes for name in view.nodes[i].output)):
         for i in view.consumers.get(name, []):
-            if view.nodes[i].op_type in ("Shape", "Size"):
+            if view.nodes[i].op_type in MEASURING:
                 _check_extent(found, i, context, ())
     operands = {(i, k): axis for i in nodes for k, axis in _outside(found, i).items()}
     return HeadRegion(tuple(nodes), found.axes, operands)
@@ -142,7 +147,7 @@ def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
         raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=view.label(i))
     first = found.axes.get(node.input[0])
     made = [name for name in node.output if name]
-    if op in _RESHAPING and first is not None:
+    if op in RESHAPING and first is not None:
         return {made[0]: _reshaped(found, i, first)}
     if op == "Transpose" and first is not None:
         rank = len(found.shape(node.input[0]))
@@ -156,7 +161,7 @@ def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
         return {made[0]: _product(found, i, inside)}
     if op == "Einsum":
         return {made[0]: _einsum(found, i, inside)}
-    if op in _FUSED or op == "RotaryEmbedding":
+    if op in SCORE_TERMS or op == "RotaryEmbedding":
         return _fused(found, i)
     raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=view.label(i))
 
@@ -225,9 +230,9 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
     """The axes that a node acts along, not negative."""
     node = found.view.nodes[i]
     op = node.op_type
-    given: object = attribute(node, "axes") if op in REDUCTIONS else None
-    if op in REDUCTIONS and given is None:
-        given = found.facts.value(node.input[1]) if len(node.input) > 1 and node.input[1] else range(rank)
+    given: Any = None
+    if op in REDUCTIONS:
+        given = reduced_axes(found.facts, node, rank)
     elif op == "Slice":
         starts = found.facts.value(node.input[1]) if len(node.input) > 1 else None
         if starts is None:
@@ -237,15 +242,15 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
     elif op in _NORMS:
         axis = int(attribute(node, "axis", -1))  # type: ignore[call-overload]
         given = range(axis % rank, rank)
-    elif given is None:
+    else:
         default = {"Split": 0, "Gather": 0}.get(op, -1)
-        if op in ("Softmax", "LogSoftmax") and found.view.model.opset < 13:
+        if op in operators(Effect.SHARES) and found.view.model.opset < 13:
             given = range(int(attribute(node, "axis", 1)) % rank, rank)  # type: ignore[call-overload]
         else:
             given = [attribute(node, "axis", default)]
     if given is None:
         raise Kind.CONTENTS.decline("the axes of {node} depend on the input's contents", node=found.view.label(i))
-    return [int(a) % rank for a in given]  # type: ignore[attr-defined]
+    return [int(a) % rank for a in given]
 
 
 def _product(found: _Heads, i: int, inside: list[str]) -> HeadAxis:
@@ -290,7 +295,7 @@ def _fused(found: _Heads, i: int) -> dict[str, HeadAxis]:
     node = found.view.nodes[i]
     if any(name for name in node.output[1:]):
         raise Kind.MEET.decline("{node} gives out more than the weighted sum", node=found.view.label(i))
-    for name in node.input[: 3 if node.op_type in _FUSED else 1]:
+    for name in node.input[: 3 if node.op_type in SCORE_TERMS else 1]:
         axis, shape = found.axes.get(name), found.shape(name)
         expected = HeadAxis(1, 1) if len(shape) == 4 else HeadAxis(2, shape[-1] // found.count)
         if axis != expected:
@@ -327,7 +332,7 @@ def _outside(found: _Heads, i: int) -> dict[int, HeadAxis]:
 
 def _is_setting(op: str, k: int) -> bool:
     """Whether an input says what to do rather than taking part: shapes, axes, indices, bounds."""
-    by_inputs = op in _RESHAPING or op in ("Expand", "Split", "Slice", "Gather", "Clip", "CastLike")
+    by_inputs = op in RESHAPING or op in ("Expand", "Split", "Slice", "Gather", "Clip", "CastLike")
     return k > 0 and (by_inputs or op in REDUCTIONS)
 
 
@@ -343,9 +348,9 @@ def _meeting(found: _Heads, i: int, k: int, inside: int) -> tuple[HeadAxis | Non
         terms, _ = _terms(found, i)
         letter = terms[inside][own.axis]
         return (HeadAxis(terms[k].index(letter), own.inner) if letter in terms[k] else None), extent
-    if node.op_type in _FUSED:
+    if node.op_type in SCORE_TERMS:
         # (batch, heads, queries, keys), broadcast: a mask of Attention, a bias of MultiHeadAttention
-        per_head = rank > 2 and (node.op_type == "Attention" or k == 5)
+        per_head = rank > 2 and k == SCORE_TERMS[node.op_type]
         return (HeadAxis(rank - 3, 1) if per_head else None), found.count
     if node.op_type == "RotaryEmbedding":
         return None, extent  # its tables have an angle for each position and pair

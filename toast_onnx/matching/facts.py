@@ -22,7 +22,7 @@ import onnx.shape_inference
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.contrib import contrib_shapes
-from toast_onnx.matching.graph import FLOATS, GraphView, attribute
+from toast_onnx.matching.graph import FLOATS, GraphView, attribute, is_standard
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class Facts:
     def _walk(self, node: onnx.NodeProto) -> None:
         facts = [self._facts.get(name, Fact(None)) for name in node.input]
         constant = all(f.constant for f, name in zip(facts, node.input, strict=True) if name)
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+        if node.op_type == "Constant" and is_standard(node):
             tensor = _constant_value(node)
             elem = int(onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype))
             keep = tensor if tensor.size <= SMALL else None
@@ -170,7 +170,7 @@ class Facts:
         shapes = self._infer(node, facts)
         known = all(f.value is not None for f, name in zip(facts, node.input, strict=True) if name)
         outputs: list[np.ndarray] | None = None
-        if known and node.domain in ("", "ai.onnx") and all(s is not None and _volume(s) <= SMALL for s, _ in shapes):
+        if known and is_standard(node) and all(s is not None and _volume(s) <= SMALL for s, _ in shapes):
             try:
                 outputs = self.evaluate(node, [f.value for f in facts])
             except ModelError as e:
@@ -200,7 +200,7 @@ class Facts:
     def _infer(self, node: onnx.NodeProto, facts: Sequence[Fact]) -> list[tuple[tuple[int, ...] | None, int]]:
         """Shape and element type of every output of a node."""
         unknown: list[tuple[tuple[int, ...] | None, int]] = [(None, 0)] * len(node.output)
-        if node.domain not in ("", "ai.onnx"):
+        if not is_standard(node):
             found = contrib_shapes(node, [f.shape for f in facts])
             elem = next((f.elem_type for f in facts if f.elem_type in FLOATS), 0)
             return [(s, elem) for s in found] if found else unknown
@@ -259,6 +259,16 @@ def _overlooked(node: onnx.NodeProto, facts: Sequence[Fact], made: tuple[int, ..
         if any(have + pad < size for have, pad, size in zip(given[2:], pads, kernel, strict=True)):
             return f"{list(given[2:])} is smaller than the kernel {list(kernel)}"
     return None
+
+
+def reduced_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> list[int] | None:
+    """The axes that a reduction of a tensor of `rank` axes runs over, not negative; None where the input tells them."""
+    given: object = attribute(node, "axes")
+    if given is None and any(node.input[1:]):
+        given = facts.value(node.input[1])
+        if given is None:
+            return None
+    return list(range(rank)) if given is None else [int(a) % rank for a in np.asarray(given).reshape(-1)]
 
 
 _RANDOM = frozenset(

@@ -11,19 +11,27 @@ import numpy as np
 from toast_onnx.matching.activations import activation_name
 from toast_onnx.matching.blocks import Ffn
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import QUANTIZED, GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.operators import ELEMENTWISE, MOVEMENT, PASSING, Effect, operators
-from toast_onnx.matching.probe import check_readers
+from toast_onnx.matching.operators import (
+    ELEMENTWISE,
+    MOVEMENT,
+    NORMS,
+    PASSING,
+    QUANTIZED,
+    Effect,
+    Trait,
+    having,
+    operators,
+)
+from toast_onnx.matching.probe import carried, check_readers
 from toast_onnx.reasons import Decline, Kind, Reason
 
-_REDUCING = operators(Effect.NORMS) | {
-    "InstanceNormalization", "GroupNormalization", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Softmax"
-}  # fmt: skip
-_QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_NORMS = operators(Effect.NORMS, Effect.NORMS_IMAGES)
+_REDUCING = operators(Effect.SUMS, Effect.SHARES) | _NORMS
+_QDQ = having(Trait.ROUNDS)
 _SUMS = operators(Effect.ADDS_AND_NORMS) | {"Add", "Sum"}
 _JOINS = _SUMS | {"Concat"}  # a gate on the stream is no part of it
-_CONTRIB_ACTIVATIONS = frozenset({"Gelu", "FastGelu", "BiasGelu", "QuickGelu"})
 
 
 @dataclass
@@ -51,27 +59,12 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
     if region is None:
         return None
     nodes = tuple(sorted(region.nodes))
+    entries = tuple(sorted(region.entries.values(), key=lambda e: e.node))
     activation = activation_name(view, facts, nodes)
     if activation is None and any(view.nodes[i].op_type in _QDQ for i in nodes):
         activation = "relu"  # quantizers leave it to the range of the quantized numbers
-    if activation is None:
+    if activation is None or not _is_branch(view, facts, region, entries, fc2, activation):
         return None
-    entries = tuple(sorted(region.entries.values(), key=lambda e: e.node))
-    where = view.label(fc2.node)
-    if region.foreign is not None or len({e.input for e in entries}) > 1:
-        if not any(_returns_to_residual(view, facts, e.input, fc2.output) for e in entries):
-            return None
-        if region.foreign is not None:
-            raise Kind.JOINED.decline(
-                "the hidden channels before {node} are joined with '{tensor}'", node=where, tensor=region.foreign
-            )
-        raise Kind.JOINED.decline("the layers that are joined before {node} read different tensors", node=where)
-    if not _returns_to_residual(view, facts, entries[0].input, fc2.output):
-        raise Kind.NO_RESIDUAL.decline(
-            "the layers before {node} are joined by {activation}, but their output joins no residual stream",
-            node=where,
-            activation=activation,
-        )
     stored = next((e.small for e in (*entries, fc2) if e.small is not None), None)
     if stored is not None or any(view.nodes[i].op_type in QUANTIZED for i in nodes):
         why = Kind.QUANTIZED.says("the network is quantized; prune first, then quantize")
@@ -84,8 +77,7 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
         reason = None if fc2.channel_axis == -1 else Kind.HIDDEN_NORM.says(text, node=region.norm)
         return Ffn(entries, fc2, nodes, (), {}, {}, activation, fc1_reason, reason, selects_at_exit=True)
     labels = _label(view, facts, nodes, entries)
-    units, failure = _units(labels.get(fc2.input, []), entries, fc2)
-    reason = failure
+    units, reason = _units(labels.get(fc2.input, []), entries, fc2)
     axes: dict[str, int] = {}
     unit_of: dict[str, np.ndarray] = {}
     if reason is None:
@@ -96,6 +88,28 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
         except Decline as e:
             reason = e.reason
     return Ffn(entries, fc2, nodes, units, axes, unit_of, activation, fc1_reason, reason)
+
+
+def _is_branch(
+    view: GraphView, facts: Facts, region: _Region, entries: tuple[Linear, ...], fc2: Linear, activation: str
+) -> bool:
+    """Whether layers that are joined before fc2 begin in the residual stream that its output joins.
+
+    Raises:
+        Decline: only some of them do, or they are joined by an activation and no stream is there.
+    """
+    where = view.label(fc2.node)
+    if region.foreign is None and len({e.input for e in entries}) == 1:
+        if _returns_to_residual(view, facts, entries[0].input, fc2.output):
+            return True
+        text = "the layers before {node} are joined by {activation}, but their output joins no residual stream"
+        raise Kind.NO_RESIDUAL.decline(text, node=where, activation=activation)
+    if not any(_returns_to_residual(view, facts, e.input, fc2.output) for e in entries):
+        return False
+    if region.foreign is None:
+        raise Kind.JOINED.decline("the layers that are joined before {node} read different tensors", node=where)
+    text = "the hidden channels before {node} are joined with '{tensor}'"
+    raise Kind.JOINED.decline(text, node=where, tensor=region.foreign)
 
 
 def _walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2: Linear) -> _Region | None:
@@ -127,8 +141,8 @@ def _walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2
 def _acts_per_channel(view: GraphView, facts: Facts, i: int) -> bool:
     node = view.nodes[i]
     if node.domain == "com.microsoft":
-        return node.op_type in _CONTRIB_ACTIVATIONS
-    if node.domain not in ("", "ai.onnx"):
+        return node.op_type in ELEMENTWISE
+    if not is_standard(node):
         return False
     if node.op_type == "Conv":
         weight = facts.shape(node.input[1])
@@ -160,9 +174,9 @@ def _label(
         offset += entry.out_features
     for i in nodes:
         node = view.nodes[i]
-        if node.op_type in MOVEMENT and node.domain in ("", "ai.onnx"):
+        if node.op_type in MOVEMENT and is_standard(node):
             _move(view, facts, i, labels)
-        elif node.op_type not in _REDUCING or node.op_type.endswith("Normalization"):
+        elif node.op_type not in _REDUCING - _NORMS:
             parts = [array for name in node.input for array in labels.get(name, [])]
             merged = _distinct([a for a in parts if a.size == max(p.size for p in parts)])
             if merged:
@@ -174,15 +188,9 @@ def _move(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarr
     node = view.nodes[i]
     if node.op_type == "Concat":
         raise Kind.JOINED.decline("{node} puts hidden channels together", node=view.label(i))
-    if node.input[0] not in labels:
-        return
-    operands = [facts.value(name) if name else None for name in node.input[1:]]
-    if any(v is None and name for v, name in zip(operands, node.input[1:], strict=True)):
-        raise Kind.CONTENTS.decline("an operand of {node} depends on the input's contents", node=view.label(i))
-    results = [facts.evaluate(node, [array, *operands]) for array in labels[node.input[0]]]
-    for k, name in enumerate(node.output):
-        if name:
-            labels[name] = _distinct([r[k] for r in results])
+    if node.input[0] in labels:
+        moved = carried(view, facts, i, labels[node.input[0]])
+        labels.update({name: _distinct(arrays) for name, arrays in moved.items()})
 
 
 def _distinct(arrays: list[np.ndarray]) -> list[np.ndarray]:
@@ -302,9 +310,8 @@ def _addends(view: GraphView, tensor: str, floor: int) -> list[str]:
 
 
 def _keeps_stream(op_type: str) -> bool:
-    return op_type in MOVEMENT | PASSING | _QDQ | _SUMS | {"Mul", "Div", "ReduceSum"} or op_type.endswith(
-        "Normalization"
-    )
+    norms = NORMS | operators(Effect.NORMS_IMAGES, Effect.NORMS_CHANNELS)
+    return op_type in MOVEMENT | PASSING | _QDQ | _SUMS | norms | {"Mul", "Div", "ReduceSum"}
 
 
 def _is_ancestor(view: GraphView, ancestor: str, tensor: str) -> bool:

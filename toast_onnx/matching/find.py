@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import os.path
 from collections import Counter
-from collections.abc import Iterator, Sequence
-
-import onnx
+from collections.abc import Sequence
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.attention import match_attention
@@ -15,9 +13,10 @@ from toast_onnx.matching.blocks import Attention, Block, Ffn, Match
 from toast_onnx.matching.cores import find_cores
 from toast_onnx.matching.facts import Probe
 from toast_onnx.matching.ffn import match_ffn
-from toast_onnx.matching.graph import QUANTIZED, GraphView
+from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import find_linears
-from toast_onnx.matching.operators import ATTENTIONS
+from toast_onnx.matching.operators import ATTENTIONS, QUANTIZED
+from toast_onnx.model import all_nodes
 from toast_onnx.reasons import Decline, Kind, Reason
 
 #: Metadata key under which PyTorch's exporter stores the module path of a node.
@@ -67,7 +66,7 @@ def _hidden_in_bodies(view: GraphView) -> dict[str, Reason]:
     """Control flow whose bodies hold attention or products, which no search here enters: node label -> reason."""
     hidden = {}
     for i, node in enumerate(view.nodes):
-        ops = Counter(op for a in node.attribute for body in (a.g, *a.graphs) for op in _operators(body))
+        ops = Counter(inner.op_type for inner in all_nodes([node]) if inner is not node)
         products = sum(ops[op] for op in _PRODUCTS)
         if products:
             softmaxes = sum(ops[op] for op in ("Softmax", *ATTENTIONS))
@@ -80,15 +79,6 @@ def _hidden_in_bodies(view: GraphView) -> dict[str, Reason]:
                 softmaxes=softmaxes,
             )
     return hidden
-
-
-def _operators(graph: onnx.GraphProto) -> Iterator[str]:
-    """Operator types of a graph's nodes and of all bodies inside."""
-    for node in graph.node:
-        yield node.op_type
-        for a in node.attribute:
-            for body in (a.g, *a.graphs):
-                yield from _operators(body)
 
 
 def _group(view: GraphView, parts: Sequence[Attention | Ffn]) -> list[Block]:
@@ -112,12 +102,11 @@ def _group(view: GraphView, parts: Sequence[Attention | Ffn]) -> list[Block]:
 def _attention_nodes(attention: Attention | None) -> list[int]:
     if attention is None:
         return []
-    branches = [b for b in (attention.q, attention.k, attention.v, attention.proj) if b is not None]
-    return sorted({*attention.core.nodes, *(i for b in branches for i in b.linear.nodes)})
+    return sorted({*attention.core.nodes, *(i for linear in attention.linears for i in linear.nodes)})
 
 
 def _ffn_nodes(ffn: Ffn | None) -> list[int]:
-    return [] if ffn is None else [i for linear in (*ffn.entries, ffn.fc2) for i in linear.nodes]
+    return [] if ffn is None else [i for linear in ffn.linears for i in linear.nodes]
 
 
 def _block_name(view: GraphView, nodes: Sequence[int], index: int) -> str:

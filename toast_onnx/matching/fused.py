@@ -18,7 +18,7 @@ import onnx.helper
 import onnx.numpy_helper
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, rewired
 from toast_onnx.model import Model
 
 #: What both operators share.
@@ -61,12 +61,7 @@ def spell_out(view: GraphView, facts: Facts) -> tuple[Model, tuple[SpelledOut, .
             made[i] = SpelledOut(node, tuple(parts))
     if not made:
         return view.model, ()
-    proto = onnx.ModelProto()
-    proto.CopyFrom(view.model.proto)
-    del proto.graph.node[:]
-    for i, node in enumerate(view.nodes):
-        proto.graph.node.extend(made[i].parts if i in made else [node])
-    return Model(proto, view.model.path, dict(view.model.arrays)), tuple(made.values())
+    return rewired(view, {i: each.parts for i, each in made.items()}), tuple(made.values())
 
 
 def _attention(view: GraphView, facts: Facts, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
 import onnx
 
-from toast_onnx.model import Model, reads
+from toast_onnx.matching.operators import MEASURING
+from toast_onnx.model import Model, reads, stub
 
 #: Floating-point element types.
 FLOATS = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
-)
-#: Operators that quantize, dequantize or compute on quantized numbers: of ONNX, and of ONNX Runtime (com.microsoft).
-QUANTIZED = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul", "MatMulInteger", "QLinearConv"}
-    | {"ConvInteger", "QGemm", "QAttention", "QLinearAdd", "QLinearMul", "QLinearSoftmax", "DynamicQuantizeMatMul"}
-    | {"MatMulIntegerToFloat", "MatMulNBits", "MatMulBnb4", "QOrderedMatMul", "QOrderedAttention"}
 )
 
 
@@ -49,10 +47,51 @@ class GraphView:
         i = self.producer.get(tensor)
         return None if i is None else self.nodes[i]
 
+    def readers(self, tensor: str) -> list[int]:
+        """Positions of the nodes that read what a tensor holds, and not its shape alone."""
+        return [i for i in self.consumers.get(tensor, []) if self.nodes[i].op_type not in MEASURING]
+
     def label(self, i: int) -> str:
         """How a node is called in messages: its name, or its first output when it has none."""
         node = self.nodes[i]
         return f"'{node.name or node.output[0]}' ({node.op_type})"
+
+
+def rewired(
+    view: GraphView,
+    made: Mapping[int, Iterable[onnx.NodeProto]],
+    gone: Collection[int] = (),
+    arrays: Mapping[str, np.ndarray] | None = None,
+) -> Model:
+    """A model with other nodes in the places of some.
+
+    Args:
+        view: the graph; it is not changed.
+        made: position -> nodes in place of the one there.
+        gone: positions of nodes that go besides.
+        arrays: initializers to add; those that only the old nodes read then go.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(view.model.proto)
+    graph = proto.graph
+    del graph.node[:]
+    for i, node in enumerate(view.nodes):
+        if i in made or i not in gone:
+            graph.node.extend(made.get(i, [node]))
+    kept = dict(view.model.arrays)
+    if arrays is not None:
+        read = {*view.outputs, *(name for node in graph.node for name in reads(node))}
+        unread = {name for i in (*made, *gone) for name in view.nodes[i].input} - read
+        left = [tensor for tensor in graph.initializer if tensor.name not in unread]
+        del graph.initializer[:]
+        graph.initializer.extend([*left, *(stub(name, value) for name, value in arrays.items())])
+        kept = {name: value for name, value in kept.items() if name not in unread} | dict(arrays)
+    return Model(proto, view.model.path, kept)
+
+
+def is_standard(node: onnx.NodeProto) -> bool:
+    """Whether a node's operator is one of ONNX's own."""
+    return node.domain in ("", "ai.onnx")
 
 
 def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:

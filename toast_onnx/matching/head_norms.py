@@ -16,7 +16,7 @@ import onnx
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.operators import MOVEMENT
+from toast_onnx.matching.operators import MEASURING, MOVEMENT
 from toast_onnx.reasons import Kind
 
 _VECTORS = 16
@@ -75,7 +75,7 @@ def match_norm(view: GraphView, facts: Facts, core: Sequence[int], start: str) -
         i = min(pending)
         pending.remove(i)
         node = view.nodes[i]
-        if i in core or node.op_type in MOVEMENT - {"Expand"} | {"Shape", "Size"}:
+        if i in core or node.op_type in MOVEMENT - {"Expand"} | MEASURING:
             continue
         inputs = [values.get(name, facts.value(name)) if name else None for name in node.input]
         if any(value is None and name for value, name in zip(inputs, node.input, strict=True)):
@@ -110,7 +110,7 @@ def _inside(view: GraphView, nodes: Sequence[int], start: str, end: str) -> tupl
             pending.extend(name for name in view.nodes[i].input if name != start)
     made = [start, *(name for i in needed for name in view.nodes[i].output if name and name != end)]
     readers = {i for name in made for i in view.consumers.get(name, [])}
-    outside = [i for i in readers - needed if view.nodes[i].op_type not in ("Shape", "Size")]
+    outside = [i for i in readers - needed if view.nodes[i].op_type not in MEASURING]
     return None if outside or any(name in view.outputs for name in made) else tuple(sorted(needed))
 
 

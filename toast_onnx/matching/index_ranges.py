@@ -9,14 +9,10 @@ from dataclasses import dataclass, replace
 import onnx
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.graph import GraphView, is_standard
+from toast_onnx.matching.operators import MOVEMENT, PASSING
 
 _LARGEST = 2**31
-#: Operators that hand numbers on as they are, whatever the shape.
-_MOVES = frozenset(
-    {"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Expand", "Slice", "Split"}
-    | {"Concat", "Tile"}
-)
 
 
 @dataclass(frozen=True)
@@ -94,9 +90,9 @@ def _rows(facts: Facts, i: int, at: int, view: GraphView) -> int | None:
 def _through(view: GraphView, facts: Facts, i: int, at: int, form: _Form) -> _Form | None:
     """The form of a node's results; None where the numbers do not get through as they are."""
     node = view.nodes[i]
-    if node.domain not in ("", "ai.onnx"):
+    if not is_standard(node):
         return None
-    if node.op_type in _MOVES:
+    if node.op_type in MOVEMENT | PASSING:
         return form if at == 0 or node.op_type == "Concat" else None
     if node.op_type in ("Clip", "Max", "Min"):
         low, high = _limits(facts, node, at)

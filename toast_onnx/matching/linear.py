@@ -8,7 +8,7 @@ import numpy as np
 import onnx.helper
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.reasons import Kind, Reason
 
 
@@ -77,7 +77,7 @@ def bias(view: GraphView, facts: Facts, linear: Linear) -> np.ndarray | None:
 
 def _linear_at(view: GraphView, facts: Facts, i: int) -> Linear | None:
     node = view.nodes[i]
-    if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.input) < 2:
+    if not is_standard(node) or node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.input) < 2:
         return None
     x, w = node.input[0], node.input[1]
     shape, w_shape = facts.shape(x), facts.shape(w)
@@ -112,7 +112,7 @@ def _bias_add(view: GraphView, facts: Facts, tensor: str, width: int) -> tuple[i
     if len(consumers) != 1 or tensor in view.outputs:
         return None
     node = view.nodes[consumers[0]]
-    if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
+    if node.op_type != "Add" or not is_standard(node):
         return None
     other = node.input[1] if node.input[0] == tensor else node.input[0]
     if not facts.is_constant(other) or not _is_vector(facts, other, width, axis=-1):

@@ -9,7 +9,8 @@ import onnx
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.operators import MOVEMENT, PASSING
+from toast_onnx.matching.operators import MOVEMENT, PASSING, Effect, operators
+from toast_onnx.matching.walks import downstream
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ def norm_before(view: GraphView, facts: Facts, tensor: str, channels: int) -> No
             return Norm(gain * inner.gain[taken.places], shift + gain * inner.bias[taken.places], inner.found)
         if op in MOVEMENT or op in PASSING:
             name = node.input[0]
-        elif op in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"):
+        elif op in operators(Effect.NORMS) - {"LpNormalization"}:
             return _norm(facts, node.input[1], node.input[2] if len(node.input) > 2 else "", gain, shift)
         elif op in ("BatchNormalization", "InstanceNormalization"):
             return _norm(facts, node.input[1], node.input[2], gain, shift)
-        elif op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"):
+        elif op in operators(Effect.ADDS_AND_NORMS):
             beta = node.input[3] if op == "SkipLayerNormalization" and len(node.input) > 3 else ""
             return _norm(facts, node.input[2], beta, gain, shift)
         elif op in ("Add", "Mul") and (vector := _vector(facts, node.input, channels)) is not None:
@@ -111,12 +112,8 @@ def _vector(facts: Facts, inputs: object, channels: int) -> tuple[np.ndarray, st
 
 def layer_scale(view: GraphView, facts: Facts, tensor: str, channels: int) -> np.ndarray | None:
     """Factors (channels,) on the branch output `tensor` before it joins the residual stream; None for none."""
-    pending = [tensor]
-    while pending:
-        for i in view.consumers.get(pending.pop(), []):
-            node = view.nodes[i]
-            if node.op_type in MOVEMENT or node.op_type in PASSING:
-                pending.extend(name for name in node.output if name)
-            elif node.op_type == "Mul" and (vector := _vector(facts, node.input, channels)) is not None:
-                return vector[0]
+    for i, _ in downstream(view, [tensor], lambda i: view.nodes[i].op_type in MOVEMENT | PASSING):
+        node = view.nodes[i]
+        if node.op_type == "Mul" and (vector := _vector(facts, node.input, channels)) is not None:
+            return vector[0]
     return None

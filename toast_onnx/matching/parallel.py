@@ -18,9 +18,11 @@ import onnx.numpy_helper
 
 from toast_onnx.matching.cores import is_meeting
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, rewired
 from toast_onnx.matching.linear import Linear, bias, find_linears, weights
+from toast_onnx.matching.operators import MEASURING
 from toast_onnx.matching.probe import is_plain
+from toast_onnx.matching.walks import downstream
 from toast_onnx.model import Model
 
 
@@ -67,7 +69,7 @@ def part_layers(view: GraphView, facts: Facts) -> Model:
     Returns:
         A model that computes the same under the same names; the same model where there is nothing to part.
     """
-    model, parted = view.model, list[_Parted]()
+    parted: list[_Parted] = []
     linears = find_linears(view, facts)
     readers = {linear.node for linear in linears.values()}
     for linear in linears.values():
@@ -79,28 +81,9 @@ def part_layers(view: GraphView, facts: Facts) -> Model:
         ):
             parted.append(found)
     if not parted:
-        return model
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    gone, starts = {i for each in parted for i in each.gone}, {each.at: each for each in parted}
-    del proto.graph.node[:]
-    for i, node in enumerate(view.nodes):
-        if i in starts:
-            proto.graph.node.extend(starts[i].nodes)
-        if i not in gone:
-            proto.graph.node.append(node)
-    arrays = dict(model.arrays)
-    read = {name for node in proto.graph.node for name in node.input}
-    kept = [t for t in proto.graph.initializer if t.name in read or t.name not in view.consumers]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    for each in parted:
-        for name, value in each.arrays.items():
-            arrays[name] = value
-            kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-            proto.graph.initializer.append(onnx.TensorProto(name=name, data_type=kind, dims=value.shape))
-    names = {t.name for t in proto.graph.initializer}
-    return Model(proto, model.path, {name: value for name, value in arrays.items() if name in names})
+        return view.model
+    arrays = {name: value for each in parted for name, value in each.arrays.items()}
+    return rewired(view, {each.at: each.nodes for each in parted}, {i for each in parted for i in each.gone}, arrays)
 
 
 def _made(parted: _Parted) -> set[str]:
@@ -166,7 +149,7 @@ def _slices(view: GraphView, facts: Facts, linear: Linear) -> tuple[list[int], l
         return None
     for i in view.consumers.get(linear.output, []):
         node = view.nodes[i]
-        if node.op_type in ("Shape", "Size"):
+        if node.op_type in MEASURING:
             return None
         taken = _taken(facts, node, axis, linear.out_features)
         if taken is None:
@@ -200,18 +183,11 @@ def _taken(facts: Facts, node: onnx.NodeProto, axis: int, width: int) -> list[tu
 
 def _reaches_attention(view: GraphView, facts: Facts, tensor: str, readers: set[int]) -> bool | None:
     """Whether a product of activations is met before the next layer; None where neither is."""
-    pending, seen = [tensor], {tensor}
     layer = False
-    while pending:
-        for i in view.consumers.get(pending.pop(), []):
-            if is_meeting(view, facts, i):
-                return True
-            if i in readers:
-                layer = True
-                continue
-            fresh = [name for name in view.nodes[i].output if name and name not in seen]
-            seen.update(fresh)
-            pending.extend(fresh)
+    for i, _ in downstream(view, [tensor], lambda i: i not in readers):
+        if is_meeting(view, facts, i):
+            return True
+        layer = layer or i in readers
     return False if layer else None
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import QUANTIZED, GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.operators import MOVEMENT, PASSING
+from toast_onnx.matching.operators import MOVEMENT, PASSING, QUANTIZED
 from toast_onnx.reasons import Decline, Kind, Reason
 
 
@@ -54,13 +54,13 @@ def data_inputs(view: GraphView, i: int) -> list[str]:
 def is_plain(view: GraphView, i: int) -> bool:
     """Whether a node only moves or passes its data on."""
     node = view.nodes[i]
-    return node.domain in ("", "ai.onnx") and (node.op_type in MOVEMENT or node.op_type in PASSING)
+    return is_standard(node) and (node.op_type in MOVEMENT or node.op_type in PASSING)
 
 
 def scalar_factor(view: GraphView, facts: Facts, i: int) -> tuple[str, float] | None:
     """(data tensor, factor) when a node multiplies or divides its data by one known number, or adds nothing (1.0)."""
     node = view.nodes[i]
-    if node.domain not in ("", "ai.onnx"):
+    if not is_standard(node):
         return None
     if node.op_type in ("Add", "Sub"):
         data = _unchanged_by_sum(facts, node)
@@ -101,6 +101,28 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
     Raises:
         Decline: there is no such layer, there are several, or the way cannot be followed.
     """
+    found, nodes, opaque = _sources(view, facts, linears, target, what)
+    if not found:
+        raise Kind.CONSTANT.decline(_LEARNED, part=what)
+    if len(found) > 1:
+        raise Kind.NO_LAYER.decline("{part} comes from {layers} linear layers", part=what, layers=len(found))
+    (linear,) = found
+    if linear.small is not None:
+        raise Decline(linear.small.within("the weights of {part} are {}", what))
+    if not opaque:
+        return Walk(linear, target, tuple(sorted(nodes)), _total_scale(view, facts, nodes, what))
+    reason = _computing(view, min(opaque), "{part} passes through {node}, which computes on it", what)
+    boundary, before = _last_common(view, facts, linear, target, nodes, what)
+    return Walk(linear, boundary, tuple(sorted(before)), 1.0, reason)
+
+
+_LEARNED = "{part} is made of constants (learned queries), not by a linear layer"
+
+
+def _sources(
+    view: GraphView, facts: Facts, linears: Mapping[str, Linear], target: str, what: str
+) -> tuple[list[Linear], set[int], set[int]]:
+    """The layers that a tensor comes from, all nodes on the way, and those of them that compute."""
     found: dict[str, Linear] = {}
     nodes: set[int] = set()
     opaque: set[int] = set()
@@ -111,40 +133,30 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
             found[tensor] = linears[tensor]
             continue
         i = view.producer.get(tensor)
-        if i in nodes:
-            continue
-        if i is None or facts.is_constant(tensor):
-            if facts.is_constant(tensor):
-                raise Kind.CONSTANT.decline(
-                    "{part} is made of constants (learned queries), not by a linear layer", part=what
-                )
-            raise Kind.NO_LAYER.decline(
-                "{part} comes from the graph input '{tensor}', not from a linear layer", part=what, tensor=tensor
-            )
-        nodes.add(i)
-        if is_plain(view, i):
-            pending.extend(data_inputs(view, i))
-        elif (scaled := scalar_factor(view, facts, i)) is not None:
-            pending.append(scaled[0])
-        elif view.nodes[i].op_type in QUANTIZED:
-            raise Kind.QUANTIZED.decline(
-                "{part} passes through {node}; prune first, then quantize", part=what, node=view.label(i)
-            )
-        else:
-            opaque.add(i)
-            pending.extend(_activations(view, facts, i))
-    if not found:
-        raise Kind.CONSTANT.decline("{part} is made of constants (learned queries), not by a linear layer", part=what)
-    if len(found) > 1:
-        raise Kind.NO_LAYER.decline("{part} comes from {layers} linear layers", part=what, layers=len(found))
-    (linear,) = found.values()
-    if linear.small is not None:
-        raise Decline(linear.small.within("the weights of {part} are {}", what))
-    if not opaque:
-        return Walk(linear, target, tuple(sorted(nodes)), _total_scale(view, facts, nodes, what))
-    reason = _computing(view, min(opaque), "{part} passes through {node}, which computes on it", what)
-    boundary, before = _last_common(view, facts, linear, target, nodes, what)
-    return Walk(linear, boundary, tuple(sorted(before)), 1.0, reason)
+        if facts.is_constant(tensor) and i not in nodes:
+            raise Kind.CONSTANT.decline(_LEARNED, part=what)
+        if i is None:
+            text = "{part} comes from the graph input '{tensor}', not from a linear layer"
+            raise Kind.NO_LAYER.decline(text, part=what, tensor=tensor)
+        if i not in nodes:
+            nodes.add(i)
+            data = _followed(view, facts, i)
+            if data is None and view.nodes[i].op_type in QUANTIZED:
+                text = "{part} passes through {node}; prune first, then quantize"
+                raise Kind.QUANTIZED.decline(text, part=what, node=view.label(i))
+            if data is None:
+                opaque.add(i)
+                data = _activations(view, facts, i)
+            pending.extend(data)
+    return list(found.values()), nodes, opaque
+
+
+def _followed(view: GraphView, facts: Facts, i: int) -> list[str] | None:
+    """The data of a node that moves it, passes it on or multiplies it by one number; None of one that computes."""
+    if is_plain(view, i):
+        return data_inputs(view, i)
+    scaled = scalar_factor(view, facts, i)
+    return None if scaled is None else [scaled[0]]
 
 
 def _activations(view: GraphView, facts: Facts, i: int) -> list[str]:
@@ -275,11 +287,9 @@ def walk_forward(
         if tensor in view.outputs:
             raise Kind.OUTPUT.decline("{part} is also an output of the graph ('{tensor}')", part=what, tensor=tensor)
         readers = {linear.node: linear for linear in linears_by_input.get(tensor, ())}
-        for i in view.consumers.get(tensor, []):
+        for i in view.readers(tensor):
             if i in readers:
                 found[i] = readers[i]
-            elif view.nodes[i].op_type in ("Shape", "Size"):
-                continue
             elif i == total or passes(view, facts, i):
                 if i not in nodes:
                     nodes.add(i)
@@ -305,8 +315,8 @@ def check_readers(view: GraphView, tensors: Iterable[str], allowed: Iterable[int
     for tensor in tensors:
         if tensor in view.outputs:
             raise Kind.OUTPUT.decline("{part} is also an output of the graph ('{tensor}')", part=what, tensor=tensor)
-        for i in view.consumers.get(tensor, []):
-            if i not in permitted and view.nodes[i].op_type not in ("Shape", "Size"):
+        for i in view.readers(tensor):
+            if i not in permitted:
                 raise Kind.READ.decline("{part} is also read by {node}", part=what, node=view.label(i))
 
 
@@ -340,6 +350,20 @@ def propagate(view: GraphView, facts: Facts, nodes: Iterable[int], seed: str) ->
             if name:
                 labels[name] = value.astype(np.int64)
     return labels
+
+
+def carried(view: GraphView, facts: Facts, i: int, arrays: Iterable[np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """What a movement node makes of each of several arrays of labels, by the name of its output.
+
+    Raises:
+        Decline: where it moves them to depends on the input's contents.
+    """
+    node = view.nodes[i]
+    operands = [facts.value(name) if name else None for name in node.input[1:]]
+    if any(v is None and name for v, name in zip(operands, node.input[1:], strict=True)):
+        raise Kind.CONTENTS.decline("an operand of {node} depends on the input's contents", node=view.label(i))
+    results = [facts.evaluate(node, [array, *operands]) for array in arrays]
+    return {name: [each[k] for each in results] for k, name in enumerate(node.output) if name}
 
 
 def _operand(view: GraphView, facts: Facts, i: int, name: str) -> np.ndarray | None:

@@ -48,10 +48,7 @@ def block_span(view: GraphView, facts: Facts, block: Block) -> Span:
 
 
 def _layers(block: Block) -> list[Linear]:
-    attention, ffn = block.attention, block.ffn
-    branches = [] if attention is None else [attention.q, attention.k, attention.v, attention.proj]
-    layers = [] if ffn is None else [*ffn.entries, ffn.fc2]
-    return [*(b.linear for b in branches if b is not None), *layers]
+    return [linear for part in (block.attention, block.ffn) if part is not None for linear in part.linears]
 
 
 def residual_sum(view: GraphView, facts: Facts, last: Linear) -> str:

@@ -12,7 +12,7 @@ import onnx
 import onnx.helper
 import onnx.numpy_helper
 
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, rewired
 from toast_onnx.model import Model
 
 
@@ -29,20 +29,11 @@ def join_split_biases(model: Model) -> Model:
     found = {i: adds for i, node in enumerate(view.nodes) if (adds := _biased_parts(view, i)) and any(adds)}
     if not found:
         return model
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
+    joined = {i: _joined(view, i, adds) for i, adds in found.items()}
     gone = {add for adds in found.values() for add in adds if add is not None}
-    nodes: list[onnx.NodeProto] = []
-    for i, node in enumerate(view.nodes):
-        if i in found:
-            bias, add, split = _joined(view, i, found[i])
-            proto.graph.initializer.append(bias)
-            nodes += [add, split]
-        elif i not in gone:
-            nodes.append(node)
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    return Model(proto, model.path, dict(model.arrays))
+    made = rewired(view, {i: nodes for i, (_, *nodes) in joined.items()}, gone)
+    made.proto.graph.initializer.extend(bias for bias, _, _ in joined.values())
+    return made
 
 
 def _biased_parts(view: GraphView, i: int) -> list[int | None]:

@@ -14,10 +14,11 @@ import numpy as np
 
 from toast_onnx.matching.blocks import Branch, ValueSide
 from toast_onnx.matching.facts import Facts, Probe
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.matching.layout import Layout, check_spelling, read_layout
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.probe import check_readers, data_inputs, is_plain, passes, propagate
+from toast_onnx.matching.walks import downstream
 from toast_onnx.reasons import Kind
 
 _WHAT = "the part of V that is convolved"
@@ -50,21 +51,14 @@ def find_side(view: GraphView, facts: Facts, linear: Linear, context: str) -> Si
         linear: V's layer.
         context: the weighted sum.
     """
-    pending, seen = [context], {context}
-    while pending:
-        tensor = pending.pop()
-        for i in view.consumers.get(tensor, []):
-            node = view.nodes[i]
-            if node.op_type == "Add" and not passes(view, facts, i):
-                others = [name for name in node.input if name != tensor]
-                shapes = {facts.shape(name) for name in (*node.input, *node.output)}
-                path = _around(view, facts, linear, others[0], i) if len(others) == 1 and len(shapes) == 1 else None
-                if path is not None:
-                    return path
-            elif passes(view, facts, i):
-                fresh = [name for name in node.output if name and name not in seen]
-                seen.update(fresh)
-                pending.extend(fresh)
+    for i, tensor in downstream(view, [context], lambda i: passes(view, facts, i)):
+        node = view.nodes[i]
+        if node.op_type == "Add" and not passes(view, facts, i):
+            others = [name for name in node.input if name != tensor]
+            shapes = {facts.shape(name) for name in (*node.input, *node.output)}
+            path = _around(view, facts, linear, others[0], i) if len(others) == 1 and len(shapes) == 1 else None
+            if path is not None:
+                return path
     return None
 
 
@@ -96,7 +90,7 @@ def _moved_from(view: GraphView, tensor: str, goal: str) -> tuple[str, list[int]
 
 def _acts_per_channel(view: GraphView, facts: Facts, i: int) -> bool:
     node = view.nodes[i]
-    if node.domain not in ("", "ai.onnx"):
+    if not is_standard(node):
         return False
     if node.op_type == "Conv":
         weight = facts.shape(node.input[1]) if facts.is_constant(node.input[1]) else None

@@ -15,6 +15,7 @@ from toast_onnx.matching.blocks import Attention, Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import FLOATS, GraphView, attribute
 from toast_onnx.matching.linear import Linear
+from toast_onnx.matching.operators import ATTENTIONS
 
 
 def graph_macs(view: GraphView, facts: Facts) -> int:
@@ -53,7 +54,7 @@ def macs_at(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None], out:
         return prod(shapes[0]) * prod(shapes[1][1:])
     if op == "Einsum":
         return _einsum(str(attribute(node, "equation", b""), "utf-8"), shapes)  # type: ignore[call-overload]
-    if op in ("Attention", "MultiHeadAttention", "GroupQueryAttention"):
+    if op in ATTENTIONS:
         return _fused_attention(node, shapes, out)
     return 0
 
@@ -85,21 +86,15 @@ def _fused_attention(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | No
 
 def attention_macs(view: GraphView, facts: Facts, attention: Attention) -> int:
     """Multiply-accumulates of an attention: its four projections, two products, and what convolves the values."""
-    nodes = set(attention.core.nodes) | {linear.node for linear in attention_linears(attention)}
+    nodes = set(attention.core.nodes) | {linear.node for linear in attention.linears}
     nodes |= set() if attention.side is None else set(attention.side.nodes)
     return sum(node_macs(view, facts, i) for i in nodes)
 
 
 def ffn_macs(view: GraphView, facts: Facts, ffn: Ffn) -> int:
     """Multiply-accumulates of a feed-forward network, depthwise convolutions between fc1 and fc2 included."""
-    nodes = {linear.node for linear in (*ffn.entries, ffn.fc2)} | set(ffn.nodes)
+    nodes = {linear.node for linear in ffn.linears} | set(ffn.nodes)
     return sum(node_macs(view, facts, i) for i in nodes)
-
-
-def attention_linears(attention: Attention) -> list[Linear]:
-    """The different linear layers of an attention that were found."""
-    branches = (attention.q, attention.k, attention.v, attention.proj)
-    return list({b.linear.output: b.linear for b in branches if b is not None}.values())
 
 
 def graph_params(view: GraphView) -> int:

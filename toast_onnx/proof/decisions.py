@@ -13,7 +13,7 @@ import onnx
 import onnx.helper
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import FLOATS, attribute
+from toast_onnx.matching.graph import FLOATS, attribute, is_standard
 from toast_onnx.model import Model
 
 #: Operator -> which of its outputs holds positions.
@@ -76,7 +76,7 @@ def follow_decisions(twin: Model, pruned: Model, facts: Facts) -> tuple[Model, t
 
 
 def _decision(node: onnx.NodeProto, facts: Facts) -> Decision | None:
-    position = _POSITIONS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    position = _POSITIONS.get(node.op_type) if is_standard(node) else None
     if position is None or len(node.output) <= position or not node.output[position]:
         return None
     made = [name for name in node.input if name and not facts.is_constant(name)]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from toast_onnx.filling import fillings
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.proof.filling import fillings
 from toast_onnx.solving.weights import AttentionWeights, BlockWeights, HeadWeights, ProjWeights
 
 Array = NDArray[Any]

@@ -14,16 +14,16 @@ import numpy as np
 import onnx
 import onnx.helper
 
-from toast_onnx.edit import GraphEdit
+from toast_onnx.edit import GraphEdit, PlaceWriter
 from toast_onnx.errors import TwinError
+from toast_onnx.filling import Filling, fillings
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.head_norms import HeadNorm
 from toast_onnx.matching.linear import Linear, bias, weights
-from toast_onnx.model import Model, scratch_folder, write_draft
+from toast_onnx.model import Model, scratch_folder, stub, write_draft
 from toast_onnx.proof.decisions import Decision
-from toast_onnx.proof.filling import Filling, fillings
 from toast_onnx.proof.precision import to_float32
 from toast_onnx.runtime import batch_sizes, run_model
 from toast_onnx.solving.weights import BlockWeights, HeadWeights
@@ -68,8 +68,10 @@ class TwinResult:
         return asdict(self)
 
 
-def together(*results: TwinResult) -> TwinResult:
-    """One outcome of several comparisons; of a tensor compared more than once, the largest difference."""
+def together(results: Sequence[TwinResult]) -> TwinResult | None:
+    """One outcome of several comparisons, None of none; of a tensor compared more than once, the largest difference."""
+    if not results:
+        return None
     worst: dict[str, Difference] = {}
     for each in (d for result in results for d in result.differences):
         if each.tensor not in worst or not each.relative <= worst[each.tensor].relative:
@@ -136,33 +138,22 @@ def _rounded_alike(pruned: Model, twin: Model) -> Model:
             source = frozen[node.output[0]]
             node.CopyFrom(onnx.helper.make_node("Identity", [source], list(node.output), name=node.name))
             value = arrays[source] = twin.arrays[source]
-            kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-            proto.graph.initializer.append(onnx.TensorProto(name=source, data_type=kind, dims=value.shape))
+            proto.graph.initializer.append(stub(source, value))
     return Model(proto, pruned.path, arrays)
 
 
 def _scale_norm(edit: GraphEdit, norm: HeadNorm, part: HeadWeights, name: str) -> None:
     """A norm whose sum of squares lacks what the removed dimensions held: x sqrt(d e) / sqrt(|x|^2 + d e eps)."""
-    at, whole = norm.nodes[-1], norm.gain.size * part.energy
+    write = PlaceWriter(edit, norm.nodes[-1], name)
+    whole = norm.gain.size * part.energy
     edit.remove(norm.nodes)
     stays = np.isin(np.arange(norm.gain.size), part.slots[0])
-    numbers = {
-        "eps": np.float32(whole * norm.eps),
-        "gain": np.float32(norm.gain * stays * np.sqrt(whole)),
-        "bias": np.float32(norm.bias * stays),
-    }
-    given = {key: edit.constant(f"{name}/{key}", np.asarray(value)) for key, value in numbers.items()}
-    tensor = edit.emit(at, "Mul", [norm.start] * 2, edit.fresh(f"{name}/squares"), f"{name}/squares")
-    if edit.opset >= 13:
-        inputs, attributes = [tensor, edit.constant(f"{name}/axes", np.asarray([-1], np.int64))], {}
-    else:
-        inputs, attributes = [tensor], {"axes": [-1]}
-    tensor = edit.emit(at, "ReduceSum", inputs, edit.fresh(f"{name}/sum"), f"{name}/sum", keepdims=1, **attributes)
-    tensor = edit.emit(at, "Add", [tensor, given["eps"]], edit.fresh(f"{name}/guarded"), f"{name}/guarded")
-    tensor = edit.emit(at, "Sqrt", [tensor], edit.fresh(f"{name}/length"), f"{name}/length")
-    tensor = edit.emit(at, "Div", [norm.start, tensor], edit.fresh(f"{name}/unit"), f"{name}/unit")
-    tensor = edit.emit(at, "Mul", [tensor, given["gain"]], edit.fresh(f"{name}/scaled"), f"{name}/scaled")
-    edit.emit(at, "Add", [tensor, given["bias"]], norm.end, f"{name}/norm")
+    gain = write.constant(norm.gain * stays * np.sqrt(whole), "gain", np.float32)
+    bias = write.constant(norm.bias * stays, "bias", np.float32)
+    square = write.reduce("ReduceSum", write.one("Mul", [norm.start] * 2), [-1], keep=True)
+    length = write.one("Sqrt", [write.one("Add", [square, write.constant(whole * norm.eps, "eps", np.float32)])])
+    scaled = write.one("Mul", [write.one("Div", [norm.start, length]), gain])
+    write.node("Add", [scaled, bias], outputs=[norm.end])
 
 
 @dataclass

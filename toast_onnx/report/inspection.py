@@ -9,7 +9,6 @@ from toast_onnx.matching.blocks import Attention, Block, Ffn
 from toast_onnx.matching.searched import searched
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.macs import (
-    attention_linears,
     attention_macs,
     ffn_macs,
     graph_macs,
@@ -88,7 +87,7 @@ def _attention(study: Study, attention: Attention) -> dict[str, Any]:
         "qk": _prunable(attention.qk_reason),
         "vo": _prunable(attention.vo_reason),
         "macs": attention_macs(study.view, study.counted, attention),
-        "params": linear_params(attention_linears(attention)),
+        "params": linear_params(attention.linears),
     }
 
 
@@ -101,7 +100,7 @@ def _ffn(study: Study, ffn: Ffn) -> dict[str, Any]:
         "fc1": _prunable(ffn.fc1_reason),
         "fc2": _prunable(ffn.fc2_reason),
         "macs": ffn_macs(study.view, study.counted, ffn),
-        "params": linear_params((*ffn.entries, ffn.fc2)),
+        "params": linear_params(ffn.linears),
     }
 
 

@@ -18,7 +18,6 @@ from toast_onnx.matching.study import Study, study
 from toast_onnx.model import file_hash, links_out, load_model, model_files, staged_model, stored_bytes
 from toast_onnx.ort import ort
 from toast_onnx.planning.macs import (
-    attention_linears,
     attention_macs,
     ffn_macs,
     graph_macs,
@@ -229,14 +228,14 @@ def _sizes(found: Study, block: Block) -> dict[str, Any]:
             "qk_dim": block.attention.qk_dim,
             "vo_dim": block.attention.vo_dim,
             "attention_macs": attention_macs(found.view, found.counted, block.attention),
-            "attention_params": linear_params(attention_linears(block.attention)),
+            "attention_params": linear_params(block.attention.linears),
         }
     if block.ffn is not None:
         sizes |= {
             "in_features": block.ffn.in_features,
             "width": block.ffn.width,
             "ffn_macs": ffn_macs(found.view, found.counted, block.ffn),
-            "ffn_params": linear_params((*block.ffn.entries, block.ffn.fc2)),
+            "ffn_params": linear_params(block.ffn.linears),
         }
     return sizes
 

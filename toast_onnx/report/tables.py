@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -101,6 +102,21 @@ class Table:
     def _sides(self) -> Sequence[Side]:
         rest: list[Side] = ["right"] * (len(self.columns) - 1)
         return self.align or ["left", *rest]
+
+
+class Shown(ABC):
+    """What Python and a notebook show as its table."""
+
+    @property
+    @abstractmethod
+    def table(self) -> Table:
+        """The table."""
+
+    def __repr__(self) -> str:
+        return self.table.text()
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
 
 
 def shortened(name: str, most: int) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx.helper
 
-from toast_onnx.edit import GraphEdit, OldShape
+from toast_onnx.edit import GraphEdit, OldShape, PlaceWriter
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention, Branch, ValueSide
 from toast_onnx.matching.dims import DimRegion
@@ -75,15 +74,14 @@ def rewrite_attention(edit: GraphEdit, probe: Probe, attention: Attention, new: 
         MatchError: a layer shares weights with an operand that is not understood.
     """
     view, facts = probe.view, probe.facts
-    given = {"Q": new.q, "K": new.k, "V": new.v}
-    branches = {"Q": attention.q, "K": attention.k, "V": attention.v}
-    changed = {b.linear.output for n, b in branches.items() if b is not None and given[n] is not None}
-    parts = []
-    for what, branch in branches.items():
-        if branch is None or branch.linear.output not in changed:
-            continue
-        weight = given[what] or head_weights(view, facts, branch)
-        parts.append(_Part(what.lower(), branch, weight, attention.side if what == "V" else None))
+    branches = {part: branch for part, branch in attention.branches.items() if part != "proj"}
+    changed = {branches[part].linear.output for part in new.heads if part in branches}
+    sides = {"v": attention.side}
+    parts = [
+        _Part(part, branch, new.heads.get(part) or head_weights(view, facts, branch), sides.get(part))
+        for part, branch in branches.items()
+        if branch.linear.output in changed
+    ]
     _write_heads(edit, probe, parts, name)
     if new.q is not None and new.q.kept != attention.qk_dim:
         _freeze_fused_scale(edit, view, attention)
@@ -200,14 +198,7 @@ def _packed_linear(
         return output, [output]
     sizes = [f.shape[1] for f in flat]
     names = [edit.fresh(f"{path}/{p.name}") for p in group]
-    axis = group[0].branch.layout.channel_axis
-    attributes: dict[str, Any] = {"axis": axis}
-    inputs = [output]
-    if edit.opset >= 13:
-        inputs.append(edit.constant(f"{path}/sizes", np.asarray(sizes, np.int64)))
-    else:
-        attributes["split"] = sizes
-    edit.insert(at, onnx.helper.make_node("Split", inputs, names, name=edit.fresh(f"{path}/Split"), **attributes))
+    PlaceWriter(edit, at, path).split(output, sizes, group[0].branch.layout.channel_axis, names)
     return output, names
 
 
@@ -234,11 +225,10 @@ def _divide_unexpanded(edit: GraphEdit, view: GraphView, expand: int | None, div
     """Let a division broadcast the length itself: an Expand would spread it to the old head_dim."""
     if expand is None:
         return
-    node = onnx.NodeProto()
-    node.CopyFrom(view.nodes[division])
+    node = edit.copy(division)
     node.input[1] = view.nodes[expand].input[0]
-    edit.remove([expand, division])
-    edit.insert(division, node)
+    edit.remove([expand])
+    edit.replace(division, node)
 
 
 def _shrink_region(
@@ -249,7 +239,6 @@ def _shrink_region(
     q: HeadWeights,
 ) -> None:
     """Cut everything between a layer and the scores to the dimensions that all heads keep."""
-    view, facts = probe.view, probe.facts
     assert attention.units is not None
     if not (q.slots == q.slots[:1]).all() or q.is_basis:
         raise MatchError("all heads must keep the same dimensions where they share a rotary embedding or a table")
@@ -258,12 +247,11 @@ def _shrink_region(
     for i in region.nodes:
         shrink_node(edit, probe, region.axes, keep, i)
     for table in region.tables:
-        node = onnx.NodeProto()
-        node.CopyFrom(view.nodes[table.node])
+        node = edit.copy(table.node)
         kept = keep[node.input[1 - table.operand]]
-        node.input[table.operand] = shrunk_operand(edit, facts, table.node, node.input[table.operand], table.axis, kept)
-        edit.remove([table.node])
-        edit.insert(table.node, node)
+        old = node.input[table.operand]
+        node.input[table.operand] = shrunk_operand(edit, probe.facts, table.node, old, table.axis, kept)
+        edit.replace(table.node, node)
     keep_own_shapes(edit, probe, region.unit_of)
 
 

@@ -96,8 +96,7 @@ def _cut_node(
 ) -> None:
     """Cut what a node says of the number of heads; one that says nothing stays untouched."""
     view, facts = probe.view, probe.facts
-    node = onnx.NodeProto()
-    node.CopyFrom(view.nodes[i])
+    node = edit.copy(i)
     for k, where in ((k, axis) for (n, k), axis in region.operands.items() if n == i):
         stays = where.stays((facts.shape(node.input[k]) or ())[where.axis], heads, kept)
         node.input[k] = shrunk_operand(edit, facts, i, node.input[k], where.axis, stays)
@@ -113,8 +112,7 @@ def _cut_node(
         if place >= 0 and target[place] > 1:
             node.input[1] = _cut_target(edit, probe, node, place, heads, kept.size, i)
     if node != view.nodes[i]:
-        edit.remove([i])
-        edit.insert(i, node)
+        edit.replace(i, node)
 
 
 def _cut_target(edit: GraphEdit, probe: Probe, node: onnx.NodeProto, place: int, heads: int, kept: int, at: int) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from toast_onnx.edit import GraphEdit
+from toast_onnx.filling import Filling, ffn_fillings
 from toast_onnx.matching.blocks import Ffn
 from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.linear import Linear, bias, weights
+from toast_onnx.matching.linear import bias, weights
 from toast_onnx.rewriting.shapes import keep_own_shapes
 from toast_onnx.rewriting.shrinking import shrink_node
 from toast_onnx.solving.weights import FfnWeights
@@ -38,9 +39,10 @@ def rewrite_ffn(edit: GraphEdit, probe: Probe, ffn: Ffn, new: FfnWeights, name: 
     if new.inputs is not None:
         first = min(e.node for e in ffn.entries)
         x = _gather(edit, first, x, new.inputs, f"{name}/fc1")
-    if new.inputs is not None or keep is not None:
-        for k, entry in enumerate(ffn.entries):
-            _write_entry(edit, view, facts, entry, x, new, k, keep, f"{name}/fc1" if k == 0 else f"{name}/fc1_{k}")
+    layers = list(ffn_fillings(ffn, new))
+    for k, layer in enumerate(layers[: len(ffn.entries)]):
+        if layer.new is not None or layer.gone is not None:
+            _replace(edit, view, facts, layer, x, f"{name}/fc1" if k == 0 else f"{name}/fc1_{k}")
     if keep is not None:
         for i in ffn.nodes:
             shrink_node(edit, probe, ffn.channel_axes, keep, i)
@@ -49,7 +51,7 @@ def rewrite_ffn(edit: GraphEdit, probe: Probe, ffn: Ffn, new: FfnWeights, name: 
         hidden = ffn.fc2.input
         if new.units is not None and ffn.selects_at_exit:
             hidden = _gather(edit, ffn.fc2.node, hidden, new.units, f"{name}/fc2")
-        _replace(edit, view, facts, ffn.fc2, hidden, *new.fc2, f"{name}/fc2")
+        _replace(edit, view, facts, layers[-1], hidden, f"{name}/fc2")
 
 
 def _gather(edit: GraphEdit, at: int, tensor: str, indices: np.ndarray, name: str) -> str:
@@ -58,35 +60,14 @@ def _gather(edit: GraphEdit, at: int, tensor: str, indices: np.ndarray, name: st
     return edit.emit(at, "Gather", [tensor, index], edit.fresh(f"{name}/selected"), f"{name}/Gather", axis=-1)
 
 
-def _write_entry(
-    edit: GraphEdit,
-    view: GraphView,
-    facts: Facts,
-    entry: Linear,
-    x: str,
-    new: FfnWeights,
-    k: int,
-    keep: dict[str, np.ndarray] | None,
-    name: str,
-) -> None:
-    if new.entries is not None:
-        w, b = new.entries[k]
-    else:
-        w = weights(view, facts, entry)
-        old = bias(view, facts, entry)
-        b = np.zeros(entry.out_features, w.dtype) if old is None else old
-    if keep is not None:
-        w, b = w[:, keep[entry.output]], b[keep[entry.output]]
-    _replace(edit, view, facts, entry, x, w, b, name)
-
-
-def _replace(
-    edit: GraphEdit, view: GraphView, facts: Facts, linear: Linear, x: str, w: np.ndarray, b: np.ndarray, name: str
-) -> None:
+def _replace(edit: GraphEdit, view: GraphView, facts: Facts, layer: Filling, x: str, name: str) -> None:
     """Put new weights into a layer's place; a bias appears only where there was one or the new one is not zero."""
-    dtype = weights(view, facts, linear).dtype
-    has_bias = linear.bias is not None or bool(b.any())
+    linear, old = layer.linear, weights(view, facts, layer.linear)
+    w, b = layer.new or (old, bias(view, facts, linear))
+    if layer.gone is not None:
+        w, b = np.delete(w, layer.gone, axis=1), None if b is None else np.delete(b, layer.gone)
+    has_bias = b is not None and (linear.bias is not None or bool(b.any()))
     edit.remove(linear.nodes)
     # Not copied where the type is right: new weights are kept beside the new graph.
-    new_bias = np.asarray(b, dtype) if has_bias else None
-    edit.linear(linear.node, linear, x, np.asarray(w, dtype), new_bias, linear.output, name)
+    new_bias = np.asarray(b, old.dtype) if has_bias else None
+    edit.linear(linear.node, linear, x, np.asarray(w, old.dtype), new_bias, linear.output, name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,8 +15,8 @@ import onnx.helper
 
 from toast_onnx.edit import GraphEdit
 from toast_onnx.errors import ConfigError
-from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import FLOATS, GraphView, attribute
+from toast_onnx.matching.facts import Facts, reduced_axes
+from toast_onnx.matching.graph import FLOATS, GraphView, attribute, is_standard
 from toast_onnx.model import Model
 
 #: First opset with the LayerNormalization operator.
@@ -141,13 +140,8 @@ def _mean_of(view: GraphView, facts: Facts, tensor: str) -> str | None:
     node = view.producer_of(tensor)
     if node is None or not _is(node, "ReduceMean") or not attribute(node, "keepdims", 1):
         return None
-    axes: Any = attribute(node, "axes", None)
-    if axes is None and len(node.input) > 1:  # an input since opset 18
-        axes = facts.value(node.input[1])
-    shape = facts.shape(node.input[0])
-    if axes is None or not shape:
-        return None
-    return node.input[0] if [int(a) % len(shape) for a in np.ravel(axes)] == [len(shape) - 1] else None
+    rank = len(facts.shape(node.input[0]) or ())
+    return node.input[0] if rank and reduced_axes(facts, node, rank) == [rank - 1] else None
 
 
 def _epsilon(view: GraphView, facts: Facts, spread: str, x: str) -> float | None:
@@ -193,4 +187,4 @@ def _applied(view: GraphView, facts: Facts, i: int, op: str, channels: int) -> t
 
 
 def _is(node: onnx.NodeProto, *ops: str) -> bool:
-    return node.op_type in ops and node.domain in ("", "ai.onnx")
+    return node.op_type in ops and is_standard(node)

@@ -18,6 +18,7 @@ from toast_onnx.edit import GraphEdit, OldShape, tidy
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.facts import Probe
 from toast_onnx.matching.graph import attribute
+from toast_onnx.matching.operators import MEASURING
 from toast_onnx.model import Model
 
 
@@ -40,7 +41,7 @@ def settle_shapes(model: Model, edit: GraphEdit, probe: Probe) -> None:
         original = bool(node.output) and node.output[0] in view.producer
         tensor = node.input[0] if node.input else ""
         touched = tensor in edit.changed or (tensor in view.producer and tensor not in made)
-        if original and node.op_type in ("Shape", "Size") and touched:
+        if original and node.op_type in MEASURING and touched:
             nodes.extend(_frozen(edit, probe, node, tensor))
             settled = True
         else:

@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import onnx.helper
 
-from toast_onnx.edit import GraphEdit
+from toast_onnx.edit import GraphEdit, drop_attributes
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.facts import Facts, Probe
-from toast_onnx.matching.graph import attribute
+from toast_onnx.matching.graph import attribute, is_standard
 from toast_onnx.matching.operators import MOVEMENT
 from toast_onnx.rewriting.shapes import restored
 
@@ -44,16 +44,14 @@ def shrink_node(
     node = probe.view.nodes[i]
     if node.output[0] not in keep:
         return
-    changed = onnx.NodeProto()
-    changed.CopyFrom(node)
+    changed = edit.copy(i)
     name = node.name or node.output[0]
-    if node.op_type in MOVEMENT and node.domain in ("", "ai.onnx"):
+    if node.op_type in MOVEMENT and is_standard(node):
         names_width = _shrink_movement(edit, probe, changed, axes, keep, i, name)
     else:
         names_width = _shrink_operands(edit, probe.facts, changed, axes, keep, i, name)
     if names_width:
-        edit.remove([i])
-        edit.insert(i, changed)
+        edit.replace(i, changed)
 
 
 def _shrink_movement(
@@ -115,7 +113,7 @@ def _is_stored(facts: Facts, tensor: str) -> bool:
         node = view.producer_of(tensor)
         if node is None or node.op_type == "Constant":
             return True
-        if node.op_type not in MOVEMENT or node.op_type == "Concat" or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in MOVEMENT or node.op_type == "Concat" or not is_standard(node):
             return False
         tensor = node.input[0]
     return False
@@ -154,7 +152,7 @@ def _shrink_reshape(
 
 
 def _shrink_split(edit: GraphEdit, node: onnx.NodeProto, sizes: list[int], name: str) -> None:
-    _drop_attributes(node, "split", "num_outputs")
+    drop_attributes(node, "split", "num_outputs")
     if edit.opset >= 13:
         del node.input[1:]
         node.input.append(edit.constant(f"{name}/sizes", np.asarray(sizes, np.int64)))
@@ -247,11 +245,6 @@ def _shrink_operands(
         node.input[k] = shrunk_operand(edit, facts, at, tensor, axis, kept)
         changed = True
     if node.op_type == "Conv":
-        _drop_attributes(node, "group")
+        drop_attributes(node, "group")
         node.attribute.append(onnx.helper.make_attribute("group", int(kept.sum())))
     return changed
-
-
-def _drop_attributes(node: onnx.NodeProto, *names: str) -> None:
-    for a in [a for a in node.attribute if a.name in names]:
-        node.attribute.remove(a)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -63,11 +64,7 @@ def spread(
         tensor = _reshape(edit, at, tensor, dims, f"{name}/split_heads")
     tensor = _transpose(edit, at, tensor, [source.index(f) for f in target], f"{name}/to_core")
     if any(len(factors) != 1 for factors in layout.axes):
-        dims, position = [], 0
-        for factors in layout.axes:
-            dims.append(_merged(factors, range(position, position + len(factors)), head_dim))
-            position += len(factors)
-        tensor = _reshape(edit, at, tensor, dims, f"{name}/merge")
+        tensor = _reshape(edit, at, tensor, _merged_axes(layout.axes, head_dim), f"{name}/merge")
     return tensor
 
 
@@ -88,12 +85,7 @@ def collect(edit: GraphEdit, at: int, tensor: str, layout: Layout, head_dim: int
     tensor = _transpose(edit, at, tensor, [target.index(f) for f in source], f"{name}/from_core")
     if all(len(factors) == 1 for factors in groups):
         return tensor
-    merged: list[Dim] = []
-    position = 0
-    for factors in groups:
-        merged.append(_merged(factors, range(position, position + len(factors)), head_dim))
-        position += len(factors)
-    return _reshape(edit, at, tensor, merged, f"{name}/merge_heads")
+    return _reshape(edit, at, tensor, _merged_axes(groups, head_dim), f"{name}/merge_heads")
 
 
 def _source_groups(layout: Layout) -> list[tuple[Factor, ...]]:
@@ -121,6 +113,12 @@ def _extent(factor: Factor, axis: int | None, head_dim: int) -> Dim:
     if not factor.dynamic:
         return factor.size
     return Dynamic(None if axis is None else (axis,))
+
+
+def _merged_axes(groups: Sequence[Sequence[Factor]], head_dim: int) -> list[Dim]:
+    """Extents of a tensor whose axes are single factors, once those of each group are one."""
+    starts = accumulate(map(len, groups), initial=0)
+    return [_merged(group, range(k, k + len(group)), head_dim) for group, k in zip(groups, starts, strict=False)]
 
 
 def _merged(factors: Sequence[Factor], places: Sequence[int], head_dim: int) -> Dim:

@@ -164,12 +164,10 @@ def move_stream(target: Target, selection: Selection) -> tuple[int, str]:
     """
     edit, view = target.edit, target.view
     at = view.producer[selection.scored]
-    node = onnx.NodeProto()
-    node.CopyFrom(view.nodes[at])
+    node = edit.copy(at)
     raw = edit.fresh(f"{selection.name}/unmasked")
     node.output[list(node.output).index(selection.scored)] = raw
-    edit.remove([at])
-    edit.insert(at, node)
+    edit.replace(at, node)
     return at, raw
 
 

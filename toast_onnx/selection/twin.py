@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx.helper
 
+from toast_onnx.edit import PlaceWriter
 from toast_onnx.errors import TwinError
 from toast_onnx.importance.activation import attended_magnitude, token_channel_scores
 from toast_onnx.matching.study import Study
@@ -50,7 +51,7 @@ def masked_twin(study: Study, twin: Model, chosen: Sequence[Chosen]) -> Model:
 
 def _mask(target: Target, study: Study, each: Chosen) -> None:
     """Multiply what the selection drops by zero, where the dense graph has it."""
-    edit, view, selection = target.edit, target.view, each.selection
+    edit, selection = target.edit, each.selection
     ffn = study.match.blocks[selection.block].ffn
     assert ffn is not None
     if selection.residual == "masked":
@@ -65,23 +66,17 @@ def _mask(target: Target, study: Study, each: Chosen) -> None:
     mask = _one_hot_mask(target, at, each, target.facts.elem_type(read))
     masked = edit.emit(at, "Mul", [read, mask], edit.fresh(f"{read}/masked"), f"{selection.name}/twin/Mul")
     for i in positions:
-        node = onnx.NodeProto()
-        node.CopyFrom(view.nodes[i])
+        node = edit.copy(i)
         node.input[0] = masked
-        edit.remove([i])
-        edit.insert(i, node)
+        edit.replace(i, node)
 
 
 def _one_hot_mask(target: Target, at: int, each: Chosen, dtype: int) -> str:
     """(channels,) ones at the kept numbers; spelled another way than in the pruned graph."""
-    edit, name = target.edit, f"{each.selection.name}/twin"
-    depth = edit.constant(f"{name}/depth", np.asarray(each.selection.channels, np.int64))
-    values = edit.constant(f"{name}/values", np.asarray([0, 1], onnx.helper.tensor_dtype_to_np_dtype(dtype)))
-    rows = edit.emit(at, "OneHot", [each.kept, depth, values], edit.fresh(f"{name}/rows"), f"{name}/OneHot")
-    if edit.opset < 13:
-        return edit.emit(at, "ReduceSum", [rows], edit.fresh(f"{name}/mask"), f"{name}/ReduceSum", axes=[0], keepdims=0)
-    axes = edit.constant(f"{name}/axes", np.asarray([0], np.int64))
-    return edit.emit(at, "ReduceSum", [rows, axes], edit.fresh(f"{name}/mask"), f"{name}/ReduceSum", keepdims=0)
+    write = PlaceWriter(target.edit, at, f"{each.selection.name}/twin")
+    depth = write.constant(each.selection.channels, "depth", np.int64)
+    values = write.constant([0, 1], "values", onnx.helper.tensor_dtype_to_np_dtype(dtype))
+    return write.reduce("ReduceSum", write.one("OneHot", [each.kept, depth, values]), [0])
 
 
 def check_scores(pruned: Model, chosen: Sequence[Chosen], feeds: Sequence[Mapping[str, np.ndarray]]) -> None:

@@ -70,6 +70,12 @@ class AttentionWeights:
     proj: ProjWeights | None = None
 
     @property
+    def heads(self) -> dict[str, HeadWeights]:
+        """What is new on the heads' side, by name: `q`, `k`, `v`."""
+        named = {"q": self.q, "k": self.k, "v": self.v}
+        return {name: part for name, part in named.items() if part is not None}
+
+    @property
     def drops_heads(self) -> bool:
         """Whether whole heads are missing; then all four layers are new."""
         return self.v is not None and self.v.heads is not None

@@ -14,19 +14,28 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 
-from toast_onnx.matching.facts import Facts, Probe
+from toast_onnx.matching.facts import Facts, Probe, reduced_axes
 from toast_onnx.matching.graph import attribute
-from toast_onnx.matching.operators import ELEMENTWISE, MOVEMENT, REDUCTIONS, Effect, operators
+from toast_onnx.matching.operators import (
+    ELEMENTWISE,
+    MEASURING,
+    MOVEMENT,
+    NORMS,
+    REDUCTIONS,
+    SCORE_TERMS,
+    Effect,
+    Trait,
+    having,
+    operators,
+)
+from toast_onnx.matching.probe import data_inputs
 from toast_onnx.model import reads
 from toast_onnx.reasons import Decline, Kind, Reason
 from toast_onnx.tokens.along import Along, read_along, single_index
 from toast_onnx.tokens.uniform import uniform_value
 
-#: Of those that act on each element, what commutes with a sum of its first operand over tokens: probabilities may pass.
-LINEAR = frozenset({"Mul", "Div", "Cast", "CastLike", "Identity", "Dropout", "Where", "IsNaN"})
-NORMS = operators(Effect.NORMS, Effect.ADDS_AND_NORMS)
-#: Attention in one node: operands that hold tokens, and where a term on the scores goes.
-FUSED = {"Attention": 3, "MultiHeadAttention": 5}
+_ADDS, _SHARES = operators(Effect.ADDS_AND_NORMS), operators(Effect.SHARES)
+_SCALES, _RESPELLS = having(Trait.SCALES), having(Trait.RESPELLS)
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,7 @@ class Walker:
             return
         for name in dict.fromkeys(node.input):
             tokens = self.flow.tokens.get(name)
-            if tokens is None or not tokens.merged or node.op_type in ("Shape", "Size"):
+            if tokens is None or not tokens.merged or node.op_type in MEASURING:
                 continue
             if not self._can_unmerge(name, tokens):
                 core = self.core_of.get(i, self._core_before(i))
@@ -247,7 +256,7 @@ class Walker:
 
     def _step(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         op = node.op_type
-        if op in ("Shape", "Size"):
+        if op in MEASURING:
             return {}
         if op in ELEMENTWISE:
             return self._elementwise(i, node)
@@ -257,9 +266,9 @@ class Walker:
             return self._norm(i, node)
         if op in ("MatMul", "Gemm", "FusedMatMul"):
             return self._product(i, node)
-        if op in ("Softmax", "LogSoftmax"):
+        if op in _SHARES:
             return self._softmax(i, node)
-        if op in FUSED and node.domain in ("", "ai.onnx", "com.microsoft"):
+        if op in SCORE_TERMS and node.domain in ("", "ai.onnx", "com.microsoft"):
             return self._fused(i, node)
         if op in REDUCTIONS or op == "GlobalAveragePool":
             return self._reduce(i, node)
@@ -292,7 +301,7 @@ class Walker:
                 if moved.counted and not old.counted:
                     merged[moved.along.axis] = moved
         counted = any(a.counted for a in merged.values())
-        if counted and (node.op_type not in LINEAR or (node.op_type in ("Mul", "Div") and len(carrying) > 1)):
+        if counted and (node.op_type not in _SCALES or (node.op_type in ("Mul", "Div") and len(carrying) > 1)):
             raise Kind.ACROSS.decline("{node} changes attention probabilities one by one", node=self.view.label(i))
         if any(a.stage for a in merged.values()):
             for k, name in enumerate(node.input):
@@ -345,51 +354,51 @@ class Walker:
             )
 
     def _movement(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
-        data = list(node.input) if node.op_type == "Concat" else [node.input[0]]
-        if not any(n in self.flow.tokens for n in data):
-            raise Kind.PER_TOKEN.decline("{node} picks by tokens", node=self.view.label(i))
-        if node.op_type == "Concat" and not all(n in self.flow.tokens for n in data):
-            raise Kind.PLACES.decline("{node} joins the tokens with others", node=self.view.label(i))
+        data = self._moved_data(i, node)
         first = self.flow.tokens[data[0]]
-        kinds = {tuple((a.stage, a.counted) for a in self.flow.tokens[n].axes) for n in data}
-        if len(kinds) > 1:
-            raise Kind.PLACES.decline("{node} joins tokens of different places in the network", node=self.view.label(i))
         batches = self._moved(i, node, data, [self.flow.tokens[n].batch for n in data])
         ranges = [
             self._moved(i, node, data, [self.flow.tokens[n].axes[k].along for n in data])
             for k in range(len(first.axes))
         ]
         result: dict[str, Tokens] = {}
-        touched = False
         for name in [n for n in node.output if n]:
-            axes = []
-            for each, moved in zip(first.axes, ranges, strict=True):
-                found = moved[name]
-                along = found if isinstance(found, Along) else None
-                if isinstance(found, int):
-                    along = Along(0, 1, 1, found)
-                if along is None:
-                    raise Kind.WINDOWS.decline(
-                        "{node} regroups tokens (windows, pooling, a grid)", node=self.view.label(i)
-                    )
-                if self.sequence.is_special(along):
-                    touched = touched or each.stage > 0
-                    continue
-                if not self.sequence.is_whole(along):
-                    raise Kind.WINDOWS.decline("{node} takes a part of the tokens", node=self.view.label(i))
-                axes.append(replace(each, along=along))
-                touched = touched or each.stage > 0
+            behind = [
+                (each, self._range_behind(i, moved[name])) for each, moved in zip(first.axes, ranges, strict=True)
+            ]
+            axes = tuple(replace(each, along=along) for each, along in behind if along is not None)
             if axes:
                 batch = batches[name]
                 if first.batch is not None and not isinstance(batch, Along):
                     raise Kind.BATCH.decline("{node} regroups the items of the batch", node=self.view.label(i))
-                result[name] = Tokens(batch if isinstance(batch, Along) else None, tuple(axes))
-        if touched:
-            if node.op_type not in ("Reshape", "Expand", "Slice", "Split", "Gather", "Transpose", "Squeeze",
-                                    "Unsqueeze", "Flatten", "Concat"):  # fmt: skip
+                result[name] = Tokens(batch if isinstance(batch, Along) else None, axes)
+        if first.merged:
+            if node.op_type not in _RESPELLS:
                 raise Kind.UNKNOWN.decline("{node} is not understood behind merged tokens", node=self.view.label(i))
             self.flow.respell.append(i)
         return result
+
+    def _moved_data(self, i: int, node: onnx.NodeProto) -> list[str]:
+        """The inputs whose tokens a node moves: all of them, from one place in the network."""
+        data = data_inputs(self.view, i)
+        if not any(n in self.flow.tokens for n in data):
+            raise Kind.PER_TOKEN.decline("{node} picks by tokens", node=self.view.label(i))
+        if not all(n in self.flow.tokens for n in data):
+            raise Kind.PLACES.decline("{node} joins the tokens with others", node=self.view.label(i))
+        if len({tuple((a.stage, a.counted) for a in self.flow.tokens[n].axes) for n in data}) > 1:
+            raise Kind.PLACES.decline("{node} joins tokens of different places in the network", node=self.view.label(i))
+        return data
+
+    def _range_behind(self, i: int, moved: Along | int | None) -> Along | None:
+        """Where tokens lie behind a movement; None where those are left alone that are never merged."""
+        along = Along(0, 1, 1, moved) if isinstance(moved, int) else moved
+        if along is None:
+            raise Kind.WINDOWS.decline("{node} regroups tokens (windows, pooling, a grid)", node=self.view.label(i))
+        if self.sequence.is_special(along):
+            return None
+        if not self.sequence.is_whole(along):
+            raise Kind.WINDOWS.decline("{node} takes a part of the tokens", node=self.view.label(i))
+        return along
 
     def _moved(
         self, i: int, node: onnx.NodeProto, data: Sequence[str], places: Sequence[Along | None]
@@ -426,13 +435,13 @@ class Walker:
         reduced = {axis} if node.op_type == "LpNormalization" else set(range(axis, rank))
         if any(a.along.axis in reduced or a.counted for a in tokens.axes):
             raise Kind.ACROSS.decline("{node} normalizes over tokens", node=self.view.label(i))
-        if node.op_type.startswith("Skip"):
+        if node.op_type in _ADDS:
             both = [self.flow.tokens.get(n) for n in node.input[:2]]
             if both[0] != both[1]:
                 raise Kind.PLACES.decline(
                     "{node} joins tokens of different places in the network", node=self.view.label(i)
                 )
-        full = [n for k, n in enumerate(node.output) if n and (k == 0 or node.op_type.startswith("Skip"))]
+        full = [n for k, n in enumerate(node.output) if n and (k == 0 or node.op_type in _ADDS)]
         return dict.fromkeys(full, tokens)
 
     def _batch_norm(self, node: onnx.NodeProto) -> dict[str, Tokens]:
@@ -544,7 +553,7 @@ class Walker:
         if any(n for n in node.output[1:]):
             raise Kind.OUTPUT.decline("{node} returns its keys, values or scores", node=self.view.label(i))
         if k.axes[0].stage:
-            place = FUSED[node.op_type]
+            place = SCORE_TERMS[node.op_type]
             for j, name in enumerate(node.input):
                 if j < 3 or not name:
                     continue
@@ -560,7 +569,7 @@ class Walker:
     def _reduce(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         name = node.input[0]
         tokens, shape = self.flow.tokens[name], self._shape(name)
-        axes = reduced_axes(self.facts, node, len(shape))
+        axes = averaged_axes(self.facts, node, len(shape))
         keep = node.op_type == "GlobalAveragePool" or bool(attribute(node, "keepdims", 1))
         inside = [a for a in tokens.axes if a.along.axis in axes]
         if any(a.counted for a in tokens.axes):
@@ -586,26 +595,22 @@ class Walker:
                 "{node} takes another statistic than a mean over the tokens", node=self.view.label(i)
             )
         if batch is not None and (
-            batch.axis != 0 or batch.inner != 1 or 0 in reduced_axes(self.facts, node, len(shape))
+            batch.axis != 0 or batch.inner != 1 or 0 in averaged_axes(self.facts, node, len(shape))
         ):
             raise Kind.BATCH.decline("{node} has its batch on another axis", node=self.view.label(i))
         self.flow.weighted.append(i)
 
 
-def reduced_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> set[int]:
-    """The axes that a reduction runs over.
+def averaged_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> set[int]:
+    """The axes that a reduction or a pooling over whole images runs over.
 
     Raises:
         Decline: they are not known.
     """
-    if node.op_type == "GlobalAveragePool":
-        return set(range(2, rank))
-    given: object = attribute(node, "axes")
-    if given is None and len(node.input) > 1 and node.input[1]:
-        given = facts.value(node.input[1])
-        if given is None:
-            raise Kind.CONTENTS.decline("the axes of a reduction are not known")
-    return set(range(rank)) if given is None else {int(a) % rank for a in np.asarray(given).reshape(-1)}
+    axes = range(2, rank) if node.op_type == "GlobalAveragePool" else reduced_axes(facts, node, rank)
+    if axes is None:
+        raise Kind.CONTENTS.decline("the axes of a reduction are not known")
+    return set(axes)
 
 
 def _at_stage(tokens: Tokens, stage: int) -> Tokens:

@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 import onnx
 
+from toast_onnx.edit import PlaceWriter
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.tokens.follow import Tokens, TokenSequence
-from toast_onnx.tokens.nodes import Writer
 
 #: What a metric weighs pairs by.
 Weight = Literal["nothing", "sizes", "attention"]
@@ -158,7 +158,7 @@ def _attended(
     return name, int(np.prod(shape[:-2])) // items
 
 
-def write_features(w: Writer, features: Features, tensor: str, shape: Sequence[int], count: int) -> str:
+def write_features(w: PlaceWriter, features: Features, tensor: str, shape: Sequence[int], count: int) -> str:
     """Nodes that make (batch, tokens, features) in float32.
 
     Args:
@@ -175,7 +175,7 @@ def write_features(w: Writer, features: Features, tensor: str, shape: Sequence[i
     if order != tuple(range(len(order))):
         x = w.one("Transpose", [x], "features/Transpose", perm=list(order))
     if len(order) == 4:
-        x = w.mean(x, 2) if features.metric.average else w.reshape(x, [0, 0, -1], "features")
+        x = w.reduce("ReduceMean", x, [2]) if features.metric.average else w.reshape(x, [0, 0, -1], "features")
     return w.cast(x, onnx.TensorProto.FLOAT)
 
 
@@ -195,7 +195,7 @@ def read_features(features: Features, array: np.ndarray) -> np.ndarray:
     return x
 
 
-def write_weights(w: Writer, features: Features, size: str | None, count: int) -> str | None:
+def write_weights(w: PlaceWriter, features: Features, size: str | None, count: int) -> str | None:
     """Nodes for the weights (batch, tokens, 1) of a metric; None where all tokens weigh the same.
 
     Args:
@@ -208,8 +208,9 @@ def write_weights(w: Writer, features: Features, size: str | None, count: int) -
         return size if features.metric.weight == "sizes" else None
     rows = w.reshape(features.attended, [-1, features.attended_heads, count, count], "attended/by_head")
     row = w.reshape(w.slice(rows, 2, 0, 1, what="attended/class"), [-1, features.attended_heads, count], "attended/row")
-    mean = w.reshape(w.mean(w.cast(row, onnx.TensorProto.FLOAT), 1), [-1, count, 1], "attended")
-    floor = w.edit.constant(f"{w.name}/attended/floor", np.asarray(FLOOR, np.float32))
+    average = w.reduce("ReduceMean", w.cast(row, onnx.TensorProto.FLOAT), [1])
+    mean = w.reshape(average, [-1, count, 1], "attended")
+    floor = w.constant(FLOOR, "attended/floor", np.float32)
     return w.one("Sqrt", [w.one("Add", [mean, floor], "attended/Add")], "attended/Sqrt")
 
 

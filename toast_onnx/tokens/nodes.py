@@ -7,74 +7,21 @@ section 3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 
-from toast_onnx.edit import GraphEdit
+from toast_onnx.edit import PlaceWriter
 from toast_onnx.tokens.follow import TokenSequence
 
-#: "To the end" for a Slice.
-END = np.iinfo(np.int64).max
 #: Cosine that counts as no loss; above one, so that of equal pairs the smaller are merged first.
 EQUAL = 1.0001
 
 
-@dataclass(frozen=True)
-class Writer:
-    """Writes nodes at one place of a graph under one prefix.
-
-    Attributes:
-        edit: the graph's edit.
-        at: position to insert at.
-        name: prefix of the new names.
-    """
-
-    edit: GraphEdit
-    at: int
-    name: str
-
-    def node(self, op: str, inputs: Sequence[str], what: str = "", outputs: int = 1, **attributes: Any) -> list[str]:
-        """A node with several outputs; returns their names."""
-        name = self.edit.fresh(f"{self.name}/{what or op}")
-        made = [self.edit.fresh(f"{name}_output_{k}") for k in range(outputs)]
-        self.edit.insert(self.at, onnx.helper.make_node(op, list(inputs), made, name=name, **attributes))
-        return made
-
-    def one(self, op: str, inputs: Sequence[str], what: str = "", **attributes: Any) -> str:
-        """A node with one output; returns its name."""
-        return self.node(op, inputs, what, **attributes)[0]
-
-    def numbers(self, values: Sequence[int], what: str = "numbers") -> str:
-        """An int64 constant."""
-        return self.edit.constant(f"{self.name}/{what}", np.asarray(values, np.int64))
-
-    def slice(self, x: str, axis: int, start: int, stop: int = END, step: int = 1, what: str = "Slice") -> str:
-        """x[start:stop:step] along an axis."""
-        operands = [self.numbers([v], "bounds") for v in (start, stop, axis, step)]
-        return self.one("Slice", [x, *operands], what)
-
-    def reshape(self, x: str, shape: Sequence[int], what: str = "Reshape") -> str:
-        """Reshape; 0 copies an extent, -1 is what is left."""
-        return self.one("Reshape", [x, self.numbers(shape, "shape")], what)
-
-    def cast(self, x: str, elem_type: int) -> str:
-        """Cast to an element type."""
-        return self.one("Cast", [x], "Cast", to=elem_type)
-
-    def rows(self, x: str, index: str, what: str) -> str:
-        """x (batch, n, channels), index (batch, k) -> (batch, k, channels)."""
-        position = self.one("Unsqueeze", [index, self.numbers([2], "axes")], f"{what}/Unsqueeze")
-        return self.one("GatherND", [x, position], what, batch_dims=1)
-
-    def mean(self, x: str, axis: int) -> str:
-        """Mean over one axis, which goes."""
-        if self.edit.opset >= 18:
-            return self.one("ReduceMean", [x, self.numbers([axis], "axes")], "ReduceMean", keepdims=0)
-        return self.one("ReduceMean", [x], "ReduceMean", axes=[axis], keepdims=0)
+def rows(w: PlaceWriter, x: str, index: str, what: str) -> str:
+    """x (batch, n, channels), index (batch, k) -> (batch, k, channels)."""
+    return w.one("GatherND", [x, w.unsqueeze(index, [2], f"{what}/Unsqueeze")], what, batch_dims=1)
 
 
 @dataclass(frozen=True)
@@ -128,7 +75,7 @@ class Matched:
         return tuple(name for name in (self.gone, self.stays, self.into) if name is not None)
 
 
-def write_match(w: Writer, metric: str, merge: Merge, weights: str | None) -> Matched:
+def write_match(w: PlaceWriter, metric: str, merge: Merge, weights: str | None) -> Matched:
     """The most alike pairs of two alternating sets.
 
     Args:
@@ -158,7 +105,7 @@ def write_match(w: Writer, metric: str, merge: Merge, weights: str | None) -> Ma
     return Matched(gone, w.cast(stays, onnx.TensorProto.INT64), into)
 
 
-def _weighed(w: Writer, cosine: str, weights: str, merge: Merge) -> str:
+def _weighed(w: PlaceWriter, cosine: str, weights: str, merge: Merge) -> str:
     """(cosine - 1) a b / (a + b) for weights a and b; for sizes the growth of Ward's sum of squares, negative."""
     stop = merge.count - merge.back
     a = w.slice(weights, 1, merge.front + 1, stop, 2, "source_weights")
@@ -166,19 +113,19 @@ def _weighed(w: Writer, cosine: str, weights: str, merge: Merge) -> str:
         w.slice(weights, 1, merge.front, stop, 2, "target_weights"), [-1, 1, merge.targets], "target_weights/Reshape"
     )
     harmonic = w.one("Div", [w.one("Mul", [a, b], "product"), w.one("Add", [a, b], "sum")], "harmonic")
-    edge = w.edit.constant(f"{w.name}/edge", np.asarray(EQUAL, np.float32))
+    edge = w.constant(EQUAL, "edge", np.float32)
     return w.one("Mul", [w.one("Sub", [cosine, edge], "unlike"), harmonic], "weighed")
 
 
-def write_ones(w: Writer, x: str, count: int) -> str:
+def write_ones(w: PlaceWriter, x: str, count: int) -> str:
     """Sizes (batch, tokens, 1) of tokens that stand for themselves alone."""
     batch = w.slice(w.one("Shape", [x], "Shape"), 0, 0, 1, what="batch")
     shape = w.one("Concat", [batch, w.numbers([count, 1], "shape")], "size/shape", axis=0)
-    one = w.edit.constant(f"{w.name}/one", np.ones((1, 1, 1), np.float32))
+    one = w.constant(np.ones((1, 1, 1), np.float32), "one")
     return w.one("Expand", [one, shape], "size")
 
 
-def write_merge(w: Writer, x: str, size: str, matched: Matched, merge: Merge) -> tuple[str, str]:
+def write_merge(w: PlaceWriter, x: str, size: str, matched: Matched, merge: Merge) -> tuple[str, str]:
     """Merge tokens into the size-weighted means of those they are most like.
 
     Args:
@@ -197,7 +144,7 @@ def write_merge(w: Writer, x: str, size: str, matched: Matched, merge: Merge) ->
     return w.one("Div", [w.slice(merged, 2, 0, -1, what="sums"), sizes], "means"), sizes
 
 
-def write_sums(w: Writer, total: str, matched: Matched, merge: Merge) -> str:
+def write_sums(w: PlaceWriter, total: str, matched: Matched, merge: Merge) -> str:
     """Add up what tokens hold that become one.
 
     Args:
@@ -212,19 +159,19 @@ def write_sums(w: Writer, total: str, matched: Matched, merge: Merge) -> str:
     stop = merge.count - merge.back
     a = w.slice(total, 1, merge.front + 1, stop, 2, "source_totals")
     b = w.slice(total, 1, merge.front, stop, 2, "target_totals")
-    moving = w.rows(a, matched.gone, "moving")
-    target = w.edit.constant(f"{w.name}/targets", np.arange(merge.targets, dtype=np.int64).reshape(1, -1, 1))
+    moving = rows(w, a, matched.gone, "moving")
+    target = w.constant(np.arange(merge.targets, dtype=np.int64).reshape(1, -1, 1), "targets")
     same = w.one("Equal", [w.reshape(matched.into, [-1, 1, merge.removed], "into/Reshape"), target], "same")
     chosen = w.cast(same, onnx.TensorProto.FLOAT)  # (batch, targets, removed)
     grown = w.one("Add", [b, w.one("MatMul", [chosen, moving], "arriving")], "grown")
     parts = [w.slice(total, 1, 0, merge.front, what="front")] if merge.front else []
-    parts += [w.rows(a, matched.stays, "staying")] if matched.stays is not None else []
+    parts += [rows(w, a, matched.stays, "staying")] if matched.stays is not None else []
     parts += [grown]
     parts += [w.slice(total, 1, merge.count - merge.back, what="back")] if merge.back else []
     return w.one("Concat", parts, "merged_totals", axis=1)
 
 
-def write_places(w: Writer, matched: Matched, merge: Merge, before: str | None) -> str:
+def write_places(w: PlaceWriter, matched: Matched, merge: Merge, before: str | None) -> str:
     """Where every original token is found after a merge.
 
     Args:
@@ -237,23 +184,19 @@ def write_places(w: Writer, matched: Matched, merge: Merge, before: str | None) 
         (batch, original tokens), int64.
     """
     first = merge.front + merge.kept
-    number = w.edit.constant(f"{w.name}/sources", np.arange(merge.sources, dtype=np.int64).reshape(1, -1, 1))
-    offset = w.edit.constant(f"{w.name}/first_target", np.asarray(first, np.int64))
+    number = w.constant(np.arange(merge.sources, dtype=np.int64).reshape(1, -1, 1), "sources")
+    offset = w.constant(first, "first_target", np.int64)
     arriving = w.reshape(w.one("Add", [matched.into, offset], "arriving_at"), [-1, 1, merge.removed])
     place = _chosen(w, matched.gone, number, arriving, merge.removed, "gone")
     if matched.stays is not None:
-        line = np.arange(merge.front, first, dtype=np.int64).reshape(1, 1, -1)
-        ranks = w.edit.constant(f"{w.name}/ranks", line)
+        ranks = w.constant(np.arange(merge.front, first, dtype=np.int64).reshape(1, 1, -1), "ranks")
         staying = _chosen(w, matched.stays, number, ranks, merge.kept, "staying")
         place = w.one("Add", [place, staying], "place_of_sources")
     # The others have fixed places; only their batch must be made.
-    zero = w.one(
-        "Mul", [w.slice(place, 1, 0, 1), w.edit.constant(f"{w.name}/zero", np.asarray(0, np.int64))], "no_place"
-    )
+    zero = w.one("Mul", [w.slice(place, 1, 0, 1), w.constant(0, "zero", np.int64)], "no_place")
     stop = merge.count - merge.removed
     fixed = [*range(merge.front), *range(first, first + merge.targets), *range(stop - merge.back, stop)]
-    row = w.edit.constant(f"{w.name}/fixed", np.asarray(fixed, np.int64).reshape(1, -1))
-    others = w.one("Add", [zero, row], "fixed_places")
+    others = w.one("Add", [zero, w.constant([fixed], "fixed", np.int64)], "fixed_places")
     whole = w.one("Concat", [place, others], "places", axis=1)
     middle = np.arange(merge.front, merge.count - merge.back)
     back = np.arange(merge.count - merge.back, merge.count)
@@ -262,15 +205,15 @@ def write_places(w: Writer, matched: Matched, merge: Merge, before: str | None) 
     return new if before is None else w.one("GatherElements", [new, before], "places_now", axis=1)
 
 
-def _chosen(w: Writer, chosen: str, number: str, values: str, count: int, what: str) -> str:
+def _chosen(w: PlaceWriter, chosen: str, number: str, values: str, count: int, what: str) -> str:
     """(batch, sources) the value of the entry that names each source, 0 where none does; in whole numbers throughout.
 
     A product with a one-hot matrix would round where a later step converts the graph to half precision or TF32.
     """
     same = w.one("Equal", [w.reshape(chosen, [-1, 1, count]), number], f"is_{what}")
-    nothing = w.edit.constant(f"{w.name}/nothing", np.asarray(0, np.int64))
+    nothing = w.constant(0, "nothing", np.int64)
     picked = w.one("Where", [same, values, nothing], f"place_of_{what}/each")
-    return w.one("ReduceSum", [picked, w.numbers([2], "axes")], f"place_of_{what}", keepdims=0)
+    return w.reduce("ReduceSum", picked, [2], what=f"place_of_{what}")
 
 
 @dataclass(frozen=True)

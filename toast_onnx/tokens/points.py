@@ -14,6 +14,7 @@ from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.span import residual_sum
 from toast_onnx.matching.study import Study
+from toast_onnx.matching.walks import downstream
 from toast_onnx.reasons import Decline, Kind, Reason
 from toast_onnx.tokens.follow import Flow, TokenSequence, follow
 from toast_onnx.tokens.special import learned_tokens
@@ -233,13 +234,5 @@ def _unread(
 def _reaches_core(view: GraphView, start: int, cores: Sequence[Core]) -> bool:
     """Whether an attention follows from a node."""
     wanted = {i for core in cores for i in core.nodes}
-    pending, seen = [start], {start}
-    while pending:
-        i = pending.pop()
-        if i in wanted:
-            return True
-        for name in view.nodes[i].output:
-            fresh = [k for k in view.consumers.get(name, []) if k not in seen]
-            seen.update(fresh)
-            pending.extend(fresh)
-    return False
+    behind = downstream(view, view.nodes[start].output, lambda i: True)
+    return start in wanted or any(i in wanted for i, _ in behind)

@@ -13,23 +13,24 @@ import numpy as np
 import onnx
 import onnx.helper
 
-from toast_onnx.edit import GraphEdit, OldShape
+from toast_onnx.edit import GraphEdit, OldShape, PlaceWriter, drop_attributes
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention
 from toast_onnx.matching.cores import find_cores
 from toast_onnx.matching.graph import attribute
+from toast_onnx.matching.operators import MEASURING, SCORE_TERMS
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
+from toast_onnx.nodes import END
 from toast_onnx.rewriting.fusing import fuse_again
 from toast_onnx.rewriting.shapes import settle_shapes
-from toast_onnx.tokens.follow import FUSED, Flow, TokenAxis, TokenSequence, follow, reduced_axes
+from toast_onnx.tokens.follow import Flow, TokenAxis, TokenSequence, averaged_axes, follow
 from toast_onnx.tokens.metrics import Features, candidates, find_features, write_features, write_weights
 from toast_onnx.tokens.nodes import (
-    END,
     Matched,
     Merge,
     TokenCounts,
-    Writer,
+    rows,
     write_match,
     write_merge,
     write_ones,
@@ -116,14 +117,8 @@ class _Work:
                 f"{self.view.label(i)} joins two sequences of tokens, which cannot both be merged; give tokens.merge "
                 "as a list that merges in one of them"
             )
-        self.nodes[i] = onnx.NodeProto()
-        self.nodes[i].CopyFrom(self.view.nodes[i])
+        self.nodes[i] = self.edit.copy(i)
         return self.nodes[i]
-
-    def place(self, i: int) -> None:
-        """Put a changed node where the old one was, behind what was inserted before it."""
-        self.edit.remove([i])
-        self.edit.insert(i, self.nodes[i])
 
     def apply(self) -> Model:
         model = self.edit.apply()
@@ -180,7 +175,7 @@ class _Sequence:
         end = None if self.last is None else self.last.tensor
         for i, node in enumerate(self.view.nodes):
             made = [n for n in node.output if n in self.order or n in outputs]
-            reads_shape = node.op_type in ("Shape", "Size")
+            reads_shape = node.op_type in MEASURING
             if made or i in changed or (not reads_shape and any(n in self.renamed for n in node.input)):
                 self._change(i, node, made)
             if self.last is not None and end is not None and end in node.output:
@@ -209,7 +204,7 @@ class _Sequence:
             inner = self.edit.fresh(f"{name}/all_tokens" if name in self.order else f"{name}/merged")
             copy.output[list(copy.output).index(name)] = inner
             self.renamed[name] = inner
-        self.work.place(i)
+        self.edit.replace(i, copy)
         for name in made:
             if name in self.order:
                 self._merge(i, name, self.renamed[name])
@@ -240,18 +235,24 @@ class _Sequence:
                     origins.append(fits[0])
             if len(origins) == len(shape):
                 return source, tuple(origins)
-        if any(self.view.nodes[i].op_type in ("Shape", "Size") for i in self.view.consumers.get(name, [])):
+        if self.view.readers(name) != self.view.consumers.get(name, []):
             raise MatchError(
                 f"the shape of '{name}' is read behind merged tokens, and no input has its dynamic extents"
             )
         return name, tuple(shape)
+
+    def _writer(self, i: int, name: str) -> PlaceWriter:
+        return PlaceWriter(self.edit, i, name, numbered=True)
+
+    def _name(self, i: int) -> str:
+        return self.view.nodes[i].name or str(self.view.nodes[i].output[0])
 
     # What a merge adds.
 
     def _merge(self, i: int, name: str, raw: str) -> None:
         k = self.order.index(name)
         merge, block = self.merges[k], self.blocks[k]
-        w = Writer(self.edit, i, f"{self.work.study.match.blocks[block].name}/merge")
+        w = self._writer(i, f"{self.work.study.match.blocks[block].name}/merge")
         merged = self.edit.fresh(f"{name}/merged")
         attention = self.work.study.match.blocks[block].attention
         assert attention is not None
@@ -285,7 +286,7 @@ class _Sequence:
         """The special tokens of a tensor alone."""
         each = self.flow.tokens[name].axes[0]
         axis, x, left = each.along.axis, self.renamed.get(name, name), self._extent(each)
-        w = Writer(self.edit, i, f"{name}/special")
+        w = self._writer(i, f"{name}/special")
         parts = [w.slice(x, axis, 0, self.sequence.front, what="front")] if self.sequence.front else []
         parts += [w.slice(x, axis, left - self.sequence.back, what="back")] if self.sequence.back else []
         return parts[0] if len(parts) == 1 else w.one("Concat", parts, "Concat", axis=axis)
@@ -294,7 +295,7 @@ class _Sequence:
         """A tensor with a token for every original place."""
         if name not in self.restored:
             each = self.flow.tokens[name].axes[0]
-            w = Writer(self.edit, i, f"{name}/unmerge")
+            w = self._writer(i, f"{name}/unmerge")
             place = self.places[each.stage]
             if place is None:
                 raise MatchError(f"the tensor '{name}' is read behind tokens that were dropped")
@@ -307,13 +308,13 @@ class _Sequence:
                 place = w.slice(place, 1, along.first, along.stop, what="places")
                 if along.first:
                     place = w.one("Sub", [place, w.numbers([along.first], "first")], "places_from_first")
-            x = w.rows(x, place, "tokens")
+            x = rows(w, x, place, "tokens")
             if along.axis != 1:
                 x = w.one("Transpose", [x], "tokens_back", perm=[int(v) for v in np.argsort(turn)])
             self.restored[name] = x
         return self.restored[name]
 
-    def _size(self, w: Writer, each: TokenAxis, log: bool) -> str:
+    def _size(self, w: PlaceWriter, each: TokenAxis, log: bool) -> str:
         """(batch, tokens) sizes of a range of tokens, or their logarithms."""
         size = self.sizes[each.stage]
         if size is None:
@@ -328,9 +329,14 @@ class _Sequence:
             flat = w.slice(flat, 1, start, stop, what="sizes/range")
         return w.one("Log", [flat], "log_size") if log else flat
 
+    def _as(self, w: PlaceWriter, x: str, like: str) -> str:
+        """A float32 tensor in the precision of one of the original graph."""
+        elem = self.facts.elem_type(like)
+        return x if elem == onnx.TensorProto.FLOAT else w.cast(x, elem)
+
     def _sized(self, i: int, node: onnx.NodeProto) -> None:
         """Proportional attention: log(size) on the scores of every key."""
-        if node.op_type in FUSED:
+        if node.op_type in SCORE_TERMS:
             self._sized_fused(i, node)
             return
         name = self.view.nodes[i].input[0]
@@ -338,7 +344,7 @@ class _Sequence:
         axis = int(attribute(node, "axis", -1)) % len(shape)  # type: ignore[call-overload]
         over = tokens.axis(axis)
         assert over is not None
-        w = Writer(self.edit, i, f"{self.view.nodes[i].name or self.view.nodes[i].output[0]}/sizes")
+        w = self._writer(i, f"{self._name(i)}/sizes")
         term = self._size(w, over, log=True)
         target = [1] * len(shape)
         target[axis] = self._extent(over)
@@ -349,16 +355,13 @@ class _Sequence:
                 heads = w.numbers([1, tokens.batch.inner, 1], "heads")
                 term = w.one("Expand", [line, heads], "by_head")
                 target[0] = -1
-        term = w.reshape(term, target, "on_keys")
-        elem = self.facts.elem_type(name)
-        if elem != onnx.TensorProto.FLOAT:
-            term = w.cast(term, elem)
+        term = self._as(w, w.reshape(term, target, "on_keys"), name)
         node.input[0] = w.one("Add", [node.input[0], term], "Add")
 
     def _sized_fused(self, i: int, node: onnx.NodeProto) -> None:
         old = self.view.nodes[i]
         tokens = self.flow.tokens[old.input[1]]
-        w = Writer(self.edit, i, f"{old.name or old.output[0]}/sizes")
+        w = self._writer(i, f"{self._name(i)}/sizes")
         term = w.reshape(self._size(w, tokens.axes[0], log=True), [-1, 1, 1, self._extent(tokens.axes[0])], "on_keys")
         queries = self.flow.tokens.get(old.input[0])
         q_shape = self.facts.shape(old.input[0]) or ()
@@ -366,13 +369,9 @@ class _Sequence:
         if (old.input[0], i) in self.drops:
             rows = self.sequence.front + self.sequence.back
         term = w.one("Expand", [term, w.numbers([1, 1, rows, 1], "queries")], "for_queries")
-        elem = self.facts.elem_type(old.input[0])
-        if elem != onnx.TensorProto.FLOAT:
-            term = w.cast(term, elem)
-        place = FUSED[node.op_type]
-        while len(node.input) <= place:
-            node.input.append("")
-        node.input[place] = term
+        place = SCORE_TERMS[node.op_type]
+        _pad_inputs(node, place + 1)
+        node.input[place] = self._as(w, term, old.input[0])
 
     def _weighted(self, i: int, node: onnx.NodeProto) -> None:
         """A mean over tokens counts each as often as it stands for others."""
@@ -380,19 +379,16 @@ class _Sequence:
         name = old.input[0]
         tokens, shape = self.flow.tokens[name], self.facts.shape(name) or ()
         each = tokens.axes[0]
-        w = Writer(self.edit, i, f"{old.name or old.output[0]}/sizes")
+        w = self._writer(i, f"{self._name(i)}/sizes")
         size = self._size(w, each, log=False)
-        axes = sorted(reduced_axes(self.facts, old, len(shape)))
+        axes = sorted(averaged_axes(self.facts, old, len(shape)))
         if old.op_type != "ReduceSum":
-            total = w.edit.constant(f"{w.name}/count", np.asarray(np.prod([shape[a] for a in axes]), np.float32))
+            total = w.constant(np.prod([shape[a] for a in axes]), "count", np.float32)
             size = w.one("Div", [size, total], "share")
         target = [1] * len(shape)
         target[0] = 0 if tokens.batch is not None else 1
         target[each.along.axis] = self._extent(each)
-        size = w.reshape(size, target, "share/Reshape")
-        elem = self.facts.elem_type(name)
-        if elem != onnx.TensorProto.FLOAT:
-            size = w.cast(size, elem)
+        size = self._as(w, w.reshape(size, target, "share/Reshape"), name)
         product = w.one("Mul", [node.input[0], size], "Mul")
         keep = 1 if old.op_type == "GlobalAveragePool" else int(attribute(old, "keepdims", 1))  # type: ignore[call-overload]
         node.CopyFrom(
@@ -409,12 +405,10 @@ class _Sequence:
 
     def _respell(self, i: int, node: onnx.NodeProto) -> None:
         old = self.view.nodes[i]
-        w = Writer(self.edit, i, f"{old.name or old.output[0]}/merged")
+        w = self._writer(i, f"{self._name(i)}/merged")
         if old.op_type in ("Reshape", "Expand"):
             node.input[1] = w.numbers(self._target(i), "shape")
-            if old.op_type == "Reshape":
-                for a in [a for a in node.attribute if a.name == "allowzero"]:
-                    node.attribute.remove(a)
+            drop_attributes(node, "allowzero")
             return
         source = self.flow.tokens[old.input[0]]
         if old.op_type == "Slice":
@@ -426,11 +420,9 @@ class _Sequence:
                 sizes = [(self.facts.shape(n) or ())[axis] for n in old.output]
                 ends = np.cumsum([0, *sizes]) + each.along.first
                 moved = [self.counts.moved(int(p), each.stage) for p in ends]
-                while len(node.input) < 2:
-                    node.input.append("")
+                _pad_inputs(node, 2)
                 node.input[1] = w.numbers(np.diff(moved).tolist(), "split")
-                for a in [a for a in node.attribute if a.name == "num_outputs"]:
-                    node.attribute.remove(a)
+                drop_attributes(node, "num_outputs")
         elif old.op_type == "Gather":
             axis = int(attribute(old, "axis", 0)) % len(self.facts.shape(old.input[0]) or ())  # type: ignore[call-overload]
             each = source.axis(axis)
@@ -442,7 +434,7 @@ class _Sequence:
                 moved = np.vectorize(lambda p: self.counts.moved(int(p) + 1, each.stage) - 1 - base, otypes=[np.int64])(
                     known
                 )
-                node.input[1] = self.edit.constant(f"{w.name}/indices", moved)
+                node.input[1] = w.constant(moved, "indices")
 
     def _target(self, i: int) -> list[int]:
         """Target of a Reshape or Expand: numbers of tokens as they are now, dynamic extents copied or left over."""
@@ -465,7 +457,7 @@ class _Sequence:
             raise MatchError(f"{self.view.label(i)} has several dynamic extents behind merged tokens")
         return target
 
-    def _respell_slice(self, i: int, node: onnx.NodeProto, w: Writer) -> None:
+    def _respell_slice(self, i: int, node: onnx.NodeProto, w: PlaceWriter) -> None:
         old = self.view.nodes[i]
         shape = self.facts.shape(old.input[0]) or ()
         source = self.flow.tokens[old.input[0]]
@@ -490,9 +482,12 @@ class _Sequence:
                 w.numbers(new_starts.tolist(), "starts"),
                 w.numbers(new_ends.tolist(), "ends"),
             )
-            while len(node.input) < 4:
-                node.input.append("")
+            _pad_inputs(node, 4)
             node.input[3] = w.numbers([int(a) for a in axes], "axes")
+
+
+def _pad_inputs(node: onnx.NodeProto, count: int) -> None:
+    node.input.extend([""] * (count - len(node.input)))
 
 
 def _substitute(node: onnx.NodeProto, name: str, new: str) -> None:

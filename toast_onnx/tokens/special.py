@@ -7,12 +7,10 @@ import onnx
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.operators import MOVEMENT, PASSING
+from toast_onnx.matching.operators import ELEMENTWISE, MOVEMENT, NORMS, PASSING
 
 #: Operators between a sequence's making and its first block that act on every token alone.
-_ALONE = PASSING | {
-    "Add", "Mul", "Sub", "Div", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"
-}  # fmt: skip
+_ALONE = ELEMENTWISE | NORMS
 
 
 def learned_tokens(view: GraphView, facts: Facts, tensor: str) -> np.ndarray:
@@ -46,7 +44,7 @@ def _learned_at(
 ) -> np.ndarray:
     nothing: np.ndarray = np.zeros(shape[1], bool)
     data, op = [name for name in node.input if name], node.op_type
-    if op in _ALONE or op == "SkipLayerNormalization":
+    if op in _ALONE:
         whole = [_learned(view, facts, n, known) for n in data if (facts.shape(n) or ())[-2:] == shape[-2:]]
         return np.logical_and.reduce(whole) if whole else nothing
     if op == "Concat" and int(attribute(node, "axis", 0)) % 3 == 1:  # type: ignore[call-overload]

@@ -79,12 +79,10 @@ def averaging_twin(study: Study, merges: Sequence[WrittenMerge]) -> tuple[Model,
         if merge.matched is None:
             continue
         i = study.view.producer[merge.tensor]
-        node = onnx.NodeProto()
-        node.CopyFrom(study.view.nodes[i])
+        node = edit.copy(i)
         raw = unaveraged(merge.tensor)
         node.output[list(node.output).index(merge.tensor)] = raw
-        edit.remove([i])
-        edit.insert(i, node)
+        edit.replace(i, node)
         given[merge.tensor] = edit.fresh(f"{merge.tensor}/averaging")
         edit.emit(i, "MatMul", [given[merge.tensor], raw], merge.tensor, f"{merge.tensor}/average")
     twin = edit.apply()

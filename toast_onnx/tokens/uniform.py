@@ -6,16 +6,11 @@ import numpy as np
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
+from toast_onnx.matching.operators import ELEMENTWISE, Effect, operators
 
-#: Operators whose first operand's values are all that their output holds.
-_MOVES = frozenset(
-    {"Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Slice", "Gather", "Identity", "Tile", "Flatten"}
-)
-_COMPUTES = frozenset(
-    {"Add", "Sub", "Mul", "Div", "And", "Or", "Not", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
-    | {"Where", "Cast", "Neg"}
-)
+#: Operators whose first operand's values are all that their outputs hold.
+_MOVES = operators(Effect.RESHAPES, Effect.MOVES)
 
 
 def uniform_value(view: GraphView, facts: Facts, tensor: str) -> np.ndarray | None:
@@ -45,7 +40,7 @@ def _uniform_at(view: GraphView, facts: Facts, tensor: str, known: dict[str, np.
         same = value.size > 0 and bool((value == value.reshape(-1)[0]).all())
         return value.reshape(-1)[0].reshape(()) if same else None
     node = view.producer_of(tensor)
-    if node is None or node.domain not in ("", "ai.onnx"):
+    if node is None or not is_standard(node):
         return None
     if node.op_type == "ConstantOfShape":
         if attribute(node, "value") is None:
@@ -53,7 +48,7 @@ def _uniform_at(view: GraphView, facts: Facts, tensor: str, known: dict[str, np.
         return np.asarray(facts.evaluate(node, [np.ones(1, np.int64)])[0][0])
     if node.op_type in _MOVES:
         return _uniform(view, facts, node.input[0], known)
-    if node.op_type in _COMPUTES:
+    if node.op_type in ELEMENTWISE:
         operands = [_uniform(view, facts, name, known) for name in node.input]
         if any(v is None for v in operands):
             return None

@@ -1,4 +1,4 @@
-"""Where a block's new weights lie among the old ones: what the twin writes, and where training finds them again."""
+"""Where a block's new weights lie among the old ones: what is written, padded, and trained."""
 
 from __future__ import annotations
 
@@ -50,12 +50,13 @@ def fillings(block: Block, new: BlockWeights) -> Iterator[Filling]:
     if block.attention is not None and new.attention is not None:
         yield from _attention(block.attention, new.attention)
     if block.ffn is not None and new.ffn is not None:
-        yield from _ffn(block.ffn, new.ffn)
+        yield from ffn_fillings(block.ffn, new.ffn)
 
 
 def _attention(attention: Attention, new: AttentionWeights) -> Iterator[Filling]:
-    for part, branch, heads in (("q", attention.q, new.q), ("k", attention.k, new.k), ("v", attention.v, new.v)):
-        if branch is not None and heads is not None:
+    for part, heads in new.heads.items():
+        branch = attention.branches.get(part)
+        if branch is not None:
             channels = branch.layout.channels
             columns = heads.channels(channels)  # (heads, kept)
             made = heads.weight, heads.bias
@@ -65,7 +66,8 @@ def _attention(attention: Attention, new: AttentionWeights) -> Iterator[Filling]
         yield Filling("proj", attention.proj.linear, rows, _EVERY, (new.proj.weight, new.proj.bias), _EVERY)
 
 
-def _ffn(ffn: Ffn, new: FfnWeights) -> Iterator[Filling]:
+def ffn_fillings(ffn: Ffn, new: FfnWeights) -> Iterator[Filling]:
+    """The layers of a network that get new weights, fc2 last; all entries among them, even those that stay."""
     hides = new.units is not None and not ffn.selects_at_exit
     units = np.arange(ffn.width) if new.units is None else new.units
     dropped = np.setdiff1d(np.arange(ffn.width), units)
