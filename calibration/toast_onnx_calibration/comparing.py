@@ -18,6 +18,7 @@ from toast_onnx.matching.study import Study, study
 from toast_onnx.model import Model, file_hash, load_model, stored_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.runtime import expose
+from toast_onnx.tokens.points import study_tokens
 from toast_onnx_calibration.agreement import Agreement, log_probabilities
 from toast_onnx_calibration.comparison import Comparison
 from toast_onnx_calibration.feeds import Batch, batch_size, batches
@@ -159,7 +160,11 @@ def compare_all(
             outputs={name: a.to_json() for name, a in side.outputs.items()},
             blocks=[
                 {"index": b.index, "name": b.name}
-                | {part: side.drift[name].to_json() for part, name in branch_outputs(b).items() if name in side.drift}
+                | {
+                    part: side.drift[name].to_json()
+                    for part, name in branch_outputs(b).items()
+                    if name in side.drift and side.drift[name].rows
+                }
                 for b in original.match.blocks
             ],
             latency=[latency[0], latency[k]] if latency else None,
@@ -188,6 +193,7 @@ class _Side:
         notes: what the user should know of it.
         outputs: output name -> agreement.
         drift: branch output by the dense model's name -> agreement.
+        merged: branch outputs with fewer tokens than the dense model's, of which the learned ones are compared.
         disagreements: samples whose answers differ, those first of which the dense model is surest.
     """
 
@@ -198,6 +204,7 @@ class _Side:
     notes: list[str]
     outputs: dict[str, Agreement]
     drift: dict[str, Agreement]
+    merged: set[str] = field(default_factory=set)
     disagreements: list[_Disagreement] = field(default_factory=list)
 
     def disagree(self, dense: NDArray[Any], pruned: NDArray[Any], batch: Batch, shown: int) -> None:
@@ -263,8 +270,11 @@ def _side(
 def _after(dense: Study, path: Path, side: _Side) -> list[str]:
     """What the run showed of a pruned model."""
     notes = []
-    if lost := len(side.watched) - len(side.drift):
-        notes.append(f"tokens are merged in front of {lost} of {len(side.watched)} branches: their drift is left out")
+    if side.merged:
+        notes.append(
+            f"tokens are merged in front of {len(side.merged)} of {len(side.watched)} branches: of these the learned "
+            "tokens alone are compared (the class token, for one), where there are any"
+        )
     if graph_macs(dense.view, dense.counted) < graph_macs(side.study.view, side.study.counted):
         notes.append(f"{path} is the smaller one: the dense model comes first, so give them the other way round")
     return notes
@@ -326,6 +336,7 @@ def _measure(
     names = list(sides[0].outputs)
     channels = {name: _channel_axis(dense, name) for side in sides for name, _ in side.watched}
     scores = next((name for name, agreement in sides[0].outputs.items() if agreement.classes), None)
+    learned = {sequence.count: sequence.front for sequence in study_tokens(dense).sequences}
     done, shapes = 0, {}
     if progress is not None:
         progress(0, source.count)
@@ -344,10 +355,13 @@ def _measure(
             if shown and scores is not None:
                 side.disagree(each.trim(a[scores]), each.trim(b[scores]), each, shown)
             for x, y in side.watched:
+                pair = a[x], b[y]
                 if a[x].shape != b[y].shape:  # of merged tokens there are fewer
-                    side.drift.pop(x, None)
-                elif x in side.drift:
-                    side.drift[x].add(*(np.moveaxis(each.trim(t), channels[x], -1) for t in (a[x], b[y])))
+                    side.merged.add(x)
+                    front = learned.get(a[x].shape[1], 0)
+                    pair = a[x][:, :front], b[y][:, :front]
+                if pair[0].size and pair[0].shape == pair[1].shape:
+                    side.drift[x].add(*(np.moveaxis(each.trim(t), channels[x], -1) for t in pair))
         done += each.valid
         if progress is not None:
             progress(done, source.count)

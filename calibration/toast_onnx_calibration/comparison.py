@@ -50,12 +50,12 @@ class Comparison:
 
     @property
     def worst(self) -> dict[str, Any] | None:
-        """Block, part and relative error of the branch that is furthest off; None where none was compared."""
+        """Block, part and relative error of the branch that is furthest off; None where none is off or was compared."""
         branches = [
             {"block": b["index"], "part": part, "error": b[part]["relative_error"]}
             for b in self.blocks
             for part in ("attention", "ffn")
-            if part in b
+            if part in b and b[part]["relative_error"] > 0
         ]
         return max(branches, key=lambda entry: float(entry["error"]), default=None)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from tests import zoo
-from tests.pruning import UNEVEN, prune_file
+from tests.pruning import UNEVEN, look, prune_file
 from tests.pruning import run as run_model
+from toast_onnx.runtime import expose
 from toast_onnx_calibration.agreement import Agreement, cosines, divergences
 from toast_onnx_calibration.comparison import Comparison
 from toast_onnx_cli.main import SUBCOMMANDS, main
@@ -49,6 +52,24 @@ def test_a_model_agrees_with_itself(files: Path) -> None:
     assert logits["relative_error"] < 1e-6
     assert document["latency"] is None
     assert all(b[part]["cosine"] == pytest.approx(1) for b in document["blocks"] for part in ("attention", "ffn"))
+
+
+def test_behind_merged_tokens_the_class_token_is_compared(files: Path) -> None:
+    """Of branches in front of the first merge all tokens, behind it the one that is never merged, by hand."""
+    prune_file(files / "m.onnx", UNEVEN | {"tokens": {"merge": 0.2}}, files / "merged.onnx")
+    document = json.loads(run("m.onnx", "merged.onnx", "--rounds", "0", "--json").stdout)
+    feeds = {"input": np.load(files / "x.npy")}
+    for k, seen in ((0, slice(None)), (1, slice(0, 1))):
+        names = [look(files / name).match.blocks[k].attention.proj.linear.output for name in ("m.onnx", "merged.onnx")]
+        a, b = (
+            ort.InferenceSession(expose(onnx.load(files / file), [name]).SerializeToString()).run([name], feeds)[0]
+            for file, name in zip(("m.onnx", "merged.onnx"), names, strict=True)
+        )
+        a, b = a[:, seen].astype(np.float64), b[:, seen].astype(np.float64)
+        found = document["blocks"][k]["attention"]
+        assert found["relative_error"] == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-4)
+        assert found["cosine"] == pytest.approx(cosines(a.reshape(-1, 192), b.reshape(-1, 192)).mean(), rel=1e-4)
+    assert any("3 of 4 branches: of these the learned tokens" in note for note in document["notes"])
 
 
 def test_figures_are_those_of_numpy(files: Path) -> None:
