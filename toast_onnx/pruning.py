@@ -136,6 +136,7 @@ def prune(
     blocks = study.match.blocks
     if not blocks:
         raise ModelError(f"{study.view.model.path}: no transformer block was found: {_why_none(study)}")
+    settings = resolve(ratios, [b.name for b in blocks], [b.node_names for b in blocks])
     if ratios.compensation.kind == "local" and refine is None:
         raise ConfigError(
             "compensation: local trains blocks on calibration samples: give them with --data, or choose kind: ridge"
@@ -145,7 +146,7 @@ def prune(
             "compensation.statistics: sequential measures every block behind the pruned ones: give samples with "
             "--data, or use one-shot"
         )
-    asked = _asked(study, ratios, statistics, seed, skip_unprunable, force_synthetic, split_shared)
+    asked = _asked(study, settings, ratios, statistics, seed, skip_unprunable, force_synthetic, split_shared)
     feeds, notes, unproven = _proof_inputs(study, samples, seed) if check else ([], (), None)
     weights, errors = _solve_all(study, ratios, asked, statistics, progress)
     if unproven is not None:
@@ -201,6 +202,7 @@ class _Asked:
 
 def _asked(
     study: Study,
+    settings: tuple[BlockRatios, ...],
     ratios: Ratios,
     statistics: Statistics | Sequential,
     seed: int,
@@ -208,13 +210,12 @@ def _asked(
     force_synthetic: bool,
     split_shared: bool,
 ) -> _Asked:
-    """Settings and widths of every block, with what ties, shared weights and missing norms make of them.
+    """Widths and selections of every block, with what ties, shared weights and missing norms make of them.
 
     Raises:
         ConfigError: two things are asked for that exclude each other.
     """
     blocks = study.match.blocks
-    settings = resolve(ratios, [b.name for b in blocks], [b.node_names for b in blocks])
     widths = tuple(plan_widths(b, s, ratios, skip_unprunable) for b, s in zip(blocks, settings, strict=True))
     widths, unfounded = (widths, ()) if force_synthetic else founded_widths(study, widths, settings, ratios, statistics)
     sharing = Sharing({}, {}, {}) if split_shared else find_sharing(study)

@@ -9,14 +9,14 @@ import pytest
 
 from tests.matching.tiny import TOKENS, WIDTH, Graph
 from toast_onnx.matching.dims import Operand, _arrivals, _joined, _mixed, _units
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, slice_operands
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.layout import DIM as D
 from toast_onnx.matching.layout import HEAD as H
 from toast_onnx.matching.layout import Factor, _other_extents, _solved
 from toast_onnx.model import load_model
 from toast_onnx.reasons import Decline, Kind
-from toast_onnx.rewriting.shrinking import _bounds, _slice_operands
+from toast_onnx.rewriting.shrinking import _bounds
 
 
 def test_the_last_factor_of_an_extent_is_what_the_others_leave() -> None:
@@ -84,7 +84,7 @@ def test_a_slice_fills_in_what_it_leaves_out(named: tuple[str, ...], tmp_path: P
     y = graph.add("Slice", "x", *operands, name="cut")
     view = GraphView(load_model(graph.save(tmp_path / "model.onnx", y)))
     facts = Facts(view, {"x": (1, TOKENS, WIDTH)})
-    starts, ends, axes, steps = (v.tolist() for v in _slice_operands(facts, view.nodes[0]))
+    starts, ends, axes, steps = (v.tolist() for v in slice_operands(facts, view.nodes[0]))
     assert (starts, ends) == ([1], [4])
     assert (axes, steps) == ([1] if "axes" in named else [0], [2] if "steps" in named else [1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.matching.tiny import Graph
@@ -13,6 +14,8 @@ from toast_onnx.model import load_model
 from toast_onnx.reasons import Decline, Kind
 from toast_onnx.tokens.along import Along
 from toast_onnx.tokens.follow import TokenAxis, Tokens, TokenSequence, Walker
+from toast_onnx.tokens.nodes import TokenCounts
+from toast_onnx.tokens.rewrite import _renumbered
 
 #: A class token, fifteen patches, a register.
 SEQUENCE = TokenSequence("x", 17, 1, 1)
@@ -55,3 +58,13 @@ def test_all_that_a_node_moves_must_be_tokens_of_one_place(walker: Walker) -> No
     walker.flow.tokens["best.out"] = walker.flow.tokens["x"]
     with pytest.raises(Decline, match="picks by tokens"):
         walker._moved_data(at["pick"], pick)
+
+
+def test_tokens_that_stay_are_found_behind_a_merge() -> None:
+    """Of 17 tokens 5 are merged away: the class token stays 0, the register comes to lie at 11."""
+    counts = TokenCounts(SEQUENCE, (5,))
+    whole, patches = TokenAxis(Along(1, 1, 17), 1), TokenAxis(Along(1, 1, 16, 1), 1)
+    assert _renumbered(counts, np.asarray([0, 16, -1]), whole).tolist() == [0, 11, 11]
+    assert _renumbered(counts, np.asarray(-1), whole).shape == ()
+    assert _renumbered(counts, np.asarray([15]), patches).tolist() == [10]  # counted from the first patch
+    assert _renumbered(counts, np.asarray([0, 16]), TokenAxis(Along(1, 1, 17), 0)).tolist() == [0, 16]

@@ -271,6 +271,21 @@ def reduced_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> list[int] | N
     return list(range(rank)) if given is None else [int(a) % rank for a in np.asarray(given).reshape(-1)]
 
 
+def slice_operands(facts: Facts, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Starts, ends, axes and steps (n,) of a Slice, those filled in that it leaves out; all but the axes are copies."""
+    given = [facts.value(n) if n else None for n in node.input[1:]]
+    values = [None if v is None else np.array(v).reshape(-1) for v in (*given, None, None)[:4]]
+    starts, ends, axes, steps = values
+    assert starts is not None
+    assert ends is not None
+    return (
+        starts,
+        ends,
+        np.arange(starts.size) if axes is None else axes,
+        np.ones(starts.size, np.int64) if steps is None else steps,
+    )
+
+
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )

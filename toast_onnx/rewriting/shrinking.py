@@ -14,7 +14,7 @@ import onnx.helper
 
 from toast_onnx.edit import GraphEdit, drop_attributes
 from toast_onnx.errors import MatchError
-from toast_onnx.matching.facts import Facts, Probe
+from toast_onnx.matching.facts import Facts, Probe, slice_operands
 from toast_onnx.matching.graph import attribute, is_standard
 from toast_onnx.matching.operators import MOVEMENT
 from toast_onnx.rewriting.shapes import restored
@@ -169,7 +169,7 @@ def _shrink_slice(edit: GraphEdit, probe: Probe, node: onnx.NodeProto, axis: int
     if edit.opset < 10:
         raise MatchError(f"'{name}' slices channels in an opset below 10; convert the model to opset 13 or newer")
     rank = _rank(probe.facts, node.input[0])
-    starts, ends, axes, steps = _slice_operands(probe.facts, node)
+    starts, ends, axes, steps = slice_operands(probe.facts, node)
     old = starts.copy(), ends.copy(), steps.copy()
     for k, a in enumerate(axes):
         if int(a) % rank == axis:
@@ -187,21 +187,6 @@ def _shrink_slice(edit: GraphEdit, probe: Probe, node: onnx.NodeProto, axis: int
         del node.input[4:]
         node.input.append(edit.constant(f"{name}/steps", steps))
     return True
-
-
-def _slice_operands(facts: Facts, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Starts, ends, axes and steps (n,) of a Slice, those filled in that it leaves out; all but the axes are copies."""
-    given = [facts.value(n) if n else None for n in node.input[1:]]
-    values = [None if v is None else np.array(v).reshape(-1) for v in (*given, None, None)[:4]]
-    starts, ends, axes, steps = values
-    assert starts is not None
-    assert ends is not None
-    return (
-        starts,
-        ends,
-        np.arange(starts.size) if axes is None else axes,
-        np.ones(starts.size, np.int64) if steps is None else steps,
-    )
 
 
 def _bounds(places: np.ndarray, name: str) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from toast_onnx.edit import GraphEdit, OldShape, PlaceWriter, drop_attributes
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention
 from toast_onnx.matching.cores import find_cores
+from toast_onnx.matching.facts import slice_operands
 from toast_onnx.matching.graph import attribute
 from toast_onnx.matching.operators import MEASURING, SCORE_TERMS
 from toast_onnx.matching.study import Study
@@ -410,31 +411,21 @@ class _Sequence:
             node.input[1] = w.numbers(self._target(i), "shape")
             drop_attributes(node, "allowzero")
             return
-        source = self.flow.tokens[old.input[0]]
         if old.op_type == "Slice":
             self._respell_slice(i, node, w)
-        elif old.op_type == "Split":
-            axis = int(attribute(old, "axis", 0)) % len(self.facts.shape(old.input[0]) or ())  # type: ignore[call-overload]
-            each = source.axis(axis)
-            if each is not None:
-                sizes = [(self.facts.shape(n) or ())[axis] for n in old.output]
-                ends = np.cumsum([0, *sizes]) + each.along.first
-                moved = [self.counts.moved(int(p), each.stage) for p in ends]
-                _pad_inputs(node, 2)
-                node.input[1] = w.numbers(np.diff(moved).tolist(), "split")
-                drop_attributes(node, "num_outputs")
-        elif old.op_type == "Gather":
-            axis = int(attribute(old, "axis", 0)) % len(self.facts.shape(old.input[0]) or ())  # type: ignore[call-overload]
-            each = source.axis(axis)
-            if each is not None:
-                index = np.asarray(self.facts.value(old.input[1]))
-                known = np.where(index < 0, index + each.along.count, index) + each.along.first
-                base = self.counts.moved(each.along.first, each.stage)
-                # an index names a token, its end names where it stops: those at the back are counted from there
-                moved = np.vectorize(lambda p: self.counts.moved(int(p) + 1, each.stage) - 1 - base, otypes=[np.int64])(
-                    known
-                )
-                node.input[1] = w.constant(moved, "indices")
+            return
+        axis = int(attribute(old, "axis", 0)) % len(self.facts.shape(old.input[0]) or ())  # type: ignore[call-overload]
+        each = self.flow.tokens[old.input[0]].axis(axis)
+        if old.op_type == "Split" and each is not None:
+            sizes = [(self.facts.shape(n) or ())[axis] for n in old.output]
+            ends = np.cumsum([0, *sizes]) + each.along.first
+            moved = [self.counts.moved(int(p), each.stage) for p in ends]
+            _pad_inputs(node, 2)
+            node.input[1] = w.numbers(np.diff(moved).tolist(), "split")
+            drop_attributes(node, "num_outputs")
+        elif old.op_type == "Gather" and each is not None:
+            index = np.asarray(self.facts.value(old.input[1]))
+            node.input[1] = w.constant(_renumbered(self.counts, index, each), "indices")
 
     def _target(self, i: int) -> list[int]:
         """Target of a Reshape or Expand: numbers of tokens as they are now, dynamic extents copied or left over."""
@@ -461,11 +452,7 @@ class _Sequence:
         old = self.view.nodes[i]
         shape = self.facts.shape(old.input[0]) or ()
         source = self.flow.tokens[old.input[0]]
-        operands = [self.facts.value(n) if n else None for n in old.input[1:]]
-        starts, ends = (np.asarray(v).reshape(-1) for v in operands[:2])
-        axes = (
-            np.arange(starts.size) if len(operands) < 3 or operands[2] is None else np.asarray(operands[2]).reshape(-1)
-        )
+        starts, ends, axes, _ = slice_operands(self.facts, old)
         new_starts, new_ends, changed = starts.astype(np.int64), ends.astype(np.int64), False
         for k, axis in enumerate(axes):
             each = source.axis(int(axis) % len(shape))
@@ -484,6 +471,17 @@ class _Sequence:
             )
             _pad_inputs(node, 4)
             node.input[3] = w.numbers([int(a) for a in axes], "axes")
+
+
+def _renumbered(counts: TokenCounts, index: np.ndarray, each: TokenAxis) -> np.ndarray:
+    """What indices into a range of tokens are behind the merges.
+
+    An index names a token, its end names where it stops: those at the back are counted from there.
+    """
+    known = np.where(index < 0, index + each.along.count, index) + each.along.first
+    base = counts.moved(each.along.first, each.stage)
+    places = [counts.moved(int(p) + 1, each.stage) - 1 - base for p in known.reshape(-1)]
+    return np.asarray(places, np.int64).reshape(known.shape)
 
 
 def _pad_inputs(node: onnx.NodeProto, count: int) -> None:
