@@ -8,7 +8,7 @@ import pytest
 from toast_onnx.importance.ffn import select_ffn_second_order
 from toast_onnx.importance.moments import Moments
 from toast_onnx.solving.ffn import solve_ffn
-from toast_onnx.solving.linear_algebra import ALIKE, STRENGTHS, best_strength, ridge_solve
+from toast_onnx.solving.linear_algebra import ALIKE, STRENGTHS, Spectrum, best_strength, ridge_solve
 from toast_onnx.solving.vo import solve_vo_subspace
 
 
@@ -39,9 +39,7 @@ def reference(s: np.ndarray, c: np.ndarray, tokens: float, energy: float) -> lis
 
 def chosen(s: np.ndarray, c: np.ndarray, tokens: float, energy: float) -> float:
     """The strength that is chosen, as a fraction of the mean eigenvalue."""
-    values, vectors = np.linalg.eigh(s)
-    found = best_strength(values, np.square(vectors.T @ c).sum(axis=1), tokens, energy, 0.0)
-    return found / values.mean()
+    return best_strength(Spectrum(s, c, energy), tokens, energy, 0.0) / values_mean(s)
 
 
 @pytest.mark.parametrize("count", [500, 1000, 1500])

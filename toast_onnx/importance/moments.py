@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,11 +59,13 @@ class Moments:
         """E[x x^T], not centred, shape (..., n, n)."""
         return self.gram / self.count
 
-    @property
+    @cached_property
     def covariance(self) -> Array:
-        """E[(x - mean)(x - mean)^T], shape (..., n, n)."""
-        mean = self.mean
-        return self.second - mean[..., :, None] * mean[..., None, :]
+        """E[(x - mean)(x - mean)^T], shape (..., n, n); computed once, so it is not to be written to."""
+        found, mean = self.second, self.mean
+        found -= mean[..., :, None] * mean[..., None, :]
+        found.flags.writeable = False
+        return found
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of tokens together."""
