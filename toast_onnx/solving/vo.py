@@ -187,8 +187,9 @@ def _readout(s: Array, mix: Array, w: Array, ridge: Ridge, tokens: float) -> Arr
 
 def _leading_basis(s: Array, w: Array, rank: int) -> Array:
     """Orthonormal basis (d, r) of the contexts with the most variance after `w` (d, m); `s` (d, d) is theirs."""
-    _, _, vt = np.linalg.svd(root(s) @ w, full_matrices=False)
-    span = w @ vt[:rank].T  # S^(-1/2) U up to scale, without an inverse
+    seen = (root(s) @ w).T  # (m, d)
+    _, _, vt = np.linalg.svd(np.linalg.qr(seen, mode="r"), full_matrices=False)
+    span = w @ (seen @ vt[:rank].T)  # S^(-1/2) U up to scale, without an inverse
     if span.shape[1] < rank:  # fewer outputs than dimensions: any completion will do
         span = np.concatenate([span, np.eye(s.shape[0])[:, : rank - span.shape[1]]], axis=1)
     q, _ = np.linalg.qr(span / np.maximum(np.linalg.norm(span, axis=0), np.finfo(np.float64).tiny))
