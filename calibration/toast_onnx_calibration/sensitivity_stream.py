@@ -152,7 +152,7 @@ class Trials:
         if first is None or last is None:
             return self._judge(self._whole(twin.model))
         try:
-            piece = cut_piece(twin, Facts(twin, self.samples.shapes), first.start, last.end)
+            piece = cut_piece(twin, Facts(twin, self.samples.shapes, like=self.facts), first.start, last.end)
             tail = self._behind(last.end)
             values = self._before(min(new))
         except MatchError:  # a second stream runs past the block

@@ -11,7 +11,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -112,15 +112,19 @@ class StatisticsFile:
         self.path = path
         self.header = header
 
-    def array(self, name: str) -> NDArray[Any]:
+    def array(self, name: str, archive: zipfile.ZipFile | None = None) -> NDArray[Any]:
         """One entry.
+
+        Args:
+            name: such as `3.hidden.mean`.
+            archive: the file where it is open already.
 
         Raises:
             DataError: the file lacks it or is damaged.
         """
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                return read_member(archive, archive.getinfo(f"{name}.npy"))
+            with zipfile.ZipFile(self.path) if archive is None else nullcontext(archive) as opened:
+                return read_member(opened, opened.getinfo(f"{name}.npy"))
         except KeyError as e:
             raise DataError(f"{self.path}: has no '{name}'; run `toast-onnx calibrate` with the same --ratios") from e
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
@@ -141,8 +145,7 @@ class StatisticsFile:
         count = self.count(key)
         mean = self.array(f"{key}.mean").astype(np.float64)
         covariance = self.array(f"{key}.covariance").astype(np.float64)
-        second = covariance + np.outer(mean, mean)
-        return Moments(count, count * mean, count * second, self.tokens(key, self.header.tokens))
+        return Moments.known(mean, covariance, count, self.tokens(key, self.header.tokens))
 
     def count(self, key: str) -> float:
         """Sum of the token weights behind an entry."""
@@ -215,13 +218,14 @@ def _check_entries(file: StatisticsFile, claims: dict[str, Claim]) -> None:
     names = {member.removesuffix(".npy"): claim for member, claim in claims.items()}
     shapes = {name: claim.shape for name, claim in names.items()}
     problems = {name: form_problem(name, claim.dtype, shapes) for name, claim in names.items()}
-    for name, problem in problems.items():
-        if problem is None:
-            key, _, quantity = name.rpartition(".")
-            mean = file.array(f"{key}.mean").astype(np.float64) if quantity == "covariance" else None
-            problem = value_problem(name, file.array(name).astype(np.float64), mean)
-        if problem is not None:
-            raise DataError(f"{file.path}: '{name}' {problem}; {_AGAIN}")
+    with zipfile.ZipFile(file.path) as archive:
+        for name, problem in problems.items():
+            if problem is None:
+                key, _, quantity = name.rpartition(".")
+                mean = file.array(f"{key}.mean", archive) if quantity == "covariance" else None
+                problem = value_problem(name, file.array(name, archive), mean)
+            if problem is not None:
+                raise DataError(f"{file.path}: '{name}' {problem}; {_AGAIN}")
 
 
 def check_model(file: StatisticsFile, sha256: str, model: Path) -> None:

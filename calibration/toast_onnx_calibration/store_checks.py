@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 Shape = tuple[int, ...]
 
 _NAME = re.compile(r"([0-9]{1,6}\.(qq|kk|context|hidden|inputs|fc1|fc2|gradient))\.([a-z]+)")
@@ -77,7 +78,7 @@ def value_problem(name: str, value: Array, mean: Array | None) -> str | None:
     return next((problem for m in matrices if (problem := _not_a_moment(m, offset)) is not None), None)
 
 
-def nearest_moments(matrices: Array) -> Array:
+def nearest_moments(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
     """(..., n, n) made symmetric and, where rounding made them indefinite, the nearest that are not.
 
     Differences of larger sums (keys around what each query sees, where it sees one) keep the rounding of those. Nearest
@@ -93,16 +94,18 @@ def nearest_moments(matrices: Array) -> Array:
 
 def _not_a_moment(matrix: Array, offset: Array) -> str | None:
     """Why (n, n) is no covariance to rounding, given (n,) squared means; None where it is one."""
-    size = float(np.max(np.abs(np.diag(matrix)) + offset))
+    size = float(np.max(np.abs(np.diag(matrix).astype(np.float64)) + offset))
     tolerance = (len(matrix) + _STEPS) * float(np.finfo(np.float32).eps) * size
     if np.abs(matrix - matrix.T).max() > tolerance:
         return "is not symmetric"
     if not tolerance:  # a head whose activations are all zero has a zero matrix
         return "is not positive semi-definite" if matrix.any() else None
-    shifted = (matrix + matrix.T) / 2
-    shifted[np.diag_indices_from(shifted)] += tolerance
-    try:
-        np.linalg.cholesky(shifted)
-    except np.linalg.LinAlgError:
-        return "is not positive semi-definite"
-    return None
+    for precision in (matrix.dtype, np.float64):  # files hold float32, in which it takes half the time
+        shifted = matrix.astype(precision)
+        shifted.flat[:: len(matrix) + 1] += tolerance
+        try:
+            np.linalg.cholesky(shifted)
+        except np.linalg.LinAlgError:
+            continue
+        return None
+    return "is not positive semi-definite"

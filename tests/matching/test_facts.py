@@ -62,3 +62,33 @@ def test_group_normalization_keeps_its_shape(tmp_path: Path, opset: int) -> None
     path = tmp_path / "model.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=9), path)
     assert Facts(GraphView(load_model(path)), {"x": tuple(image)}).shape("y") == tuple(image)
+
+
+def test_facts_that_another_graph_shares_are_those_from_scratch(tmp_path: Path) -> None:
+    info = onnx.helper.make_tensor_value_info
+
+    def saved(name: str, gain: np.ndarray, axes: tuple[int, ...], op: str) -> Facts:
+        nodes = [
+            onnx.helper.make_node("Relu", ["x"], ["a"]),
+            onnx.helper.make_node("Mul", ["a", "gain"], ["b"]),
+            onnx.helper.make_node("Transpose", ["b"], ["c"], perm=axes),
+            onnx.helper.make_node("Shape", ["c"], ["extents"]),
+            onnx.helper.make_node(op, ["extents", "two"], ["more"]),
+            onnx.helper.make_node("Neg", ["a"], ["y"]),
+        ]
+        weights = [onnx.numpy_helper.from_array(gain, "gain"), onnx.numpy_helper.from_array(np.int64([2]), "two")]
+        outputs = [info("more", onnx.TensorProto.INT64, [3]), info("y", onnx.TensorProto.FLOAT, None)]
+        graph = onnx.helper.make_graph(nodes, "g", [info("x", onnx.TensorProto.FLOAT, [4, 3, 2])], outputs, weights)
+        made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+        onnx.save(made, tmp_path / name)
+        return Facts(GraphView(load_model(tmp_path / name)), {"x": (4, 3, 2)})
+
+    known = saved("a.onnx", np.float32([1, 2]), (0, 1, 2), "Mul")
+    for gain, axes, op in [([1, 2], (0, 1, 2), "Mul"), ([3, 4], (0, 1, 2), "Add"), ([[1, 2]], (2, 0, 1), "Mul")]:
+        fresh = saved("b.onnx", np.float32(gain), axes, op)
+        shared = Facts(fresh.view, {"x": (4, 3, 2)}, like=known)
+        for name in ("x", "a", "b", "c", "gain", "extents", "more", "y"):
+            assert shared.shape(name) == fresh.shape(name), name
+            assert shared.elem_type(name) == fresh.elem_type(name)
+            assert shared.is_constant(name) == fresh.is_constant(name)
+            np.testing.assert_array_equal(shared.value(name), fresh.value(name))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 from toast_onnx.importance.ffn import select_ffn_second_order
 from toast_onnx.importance.moments import Moments
 from toast_onnx.solving.ffn import solve_ffn
-from toast_onnx.solving.linear_algebra import ALIKE, STRENGTHS, best_strength, ridge_solve
+from toast_onnx.solving.linear_algebra import ALIKE, STRENGTHS, Spectrum, best_strength, ridge_operator, ridge_solve
 from toast_onnx.solving.vo import solve_vo_subspace
 
 
@@ -39,9 +39,7 @@ def reference(s: np.ndarray, c: np.ndarray, tokens: float, energy: float) -> lis
 
 def chosen(s: np.ndarray, c: np.ndarray, tokens: float, energy: float) -> float:
     """The strength that is chosen, as a fraction of the mean eigenvalue."""
-    values, vectors = np.linalg.eigh(s)
-    found = best_strength(values, np.square(vectors.T @ c).sum(axis=1), tokens, energy, 0.0)
-    return found / values.mean()
+    return best_strength(Spectrum(s, c, energy), tokens, energy, 0.0) / values_mean(s)
 
 
 @pytest.mark.parametrize("count", [500, 1000, 1500])
@@ -107,3 +105,13 @@ def test_values_fall_back_to_the_plain_projection_not_to_zero() -> None:
     for h in range(heads):
         basis, _ = np.linalg.qr(np.linalg.lstsq(wv[:, h], strong.wv[:, h], rcond=None)[0])
         np.testing.assert_allclose(through[h], wv[:, h] @ basis @ basis.T @ wo[h], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "ridge"), [(300.0, "auto"), (1e9, "auto"), (300.0, 1e-3)])
+def test_the_operator_is_what_solutions_multiply_by(tokens: float, ridge: float | str) -> None:
+    x, y = tokens_of(300, 20, 1), tokens_of(300, 30, 1)[:, :6]
+    s, c, energy = x.T @ x / 300, x.T @ y / 300, float(np.square(y).sum() / 300)
+    operator = ridge_operator(s, c, ridge, tokens=tokens, energy=energy)  # type: ignore[arg-type]
+    solved = ridge_solve(s, c, ridge, tokens=tokens, energy=energy)  # type: ignore[arg-type]
+    np.testing.assert_allclose(operator @ c, solved, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(operator, operator.T, rtol=1e-9, atol=1e-9)

@@ -16,6 +16,7 @@ from toast_onnx.choosing.blocks import Widths
 from toast_onnx.choosing.fc2_rows import fc2_rows
 from toast_onnx.choosing.groups import members, pooled, read_together, stacked, value_ranks
 from toast_onnx.choosing.kept_heads import ranked_heads
+from toast_onnx.importance.blocked import spans
 from toast_onnx.importance.ffn import scaled_rows
 from toast_onnx.importance.loss_curves import by_head, readout_losses, tail_energies
 from toast_onnx.importance.moments import Moments
@@ -33,6 +34,9 @@ from toast_onnx.rewriting.attention import head_weights
 from toast_onnx.solving.compensations import compensation as compensation_named
 from toast_onnx.solving.qk import unit_trace
 from toast_onnx.solving.weights import BlockWeights
+
+#: Rows of a symmetric product that are formed at once.
+ROWS = 256
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -122,7 +126,17 @@ def _readout_error(spread: Array, w: NDArray[Any], kept: Indices, new: NDArray[A
     old = np.asarray(w, np.float64)
     lost = old.copy()
     lost[kept] -= np.asarray(new, np.float64)
-    return _share(float((lost * (spread @ lost)).sum()), float((old * (spread @ old)).sum()))
+    return _share(_energy(spread, lost), _energy(spread, old))
+
+
+def _energy(spread: Array, w: Array) -> float:
+    """Energy of x W over all outputs; half of W W^T is formed, which is symmetric as `spread` is."""
+    found = 0.0
+    for rows in spans(len(w), ROWS):
+        pairs = w[rows] @ w[: rows.stop].T
+        pairs[:, rows] *= 0.5
+        found += 2 * float(np.einsum("ij,ij->", spread[rows, : rows.stop], pairs))
+    return found
 
 
 def _share(lost: float, whole: float) -> float:

@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 #: Matrices up to this size are left to LAPACK.
 LEAF = 128
 #: Row blocks of a product of which one half is the other's mirror image.
-STRIPS = 8
+STRIPS = 16
 
 
 def spans(n: int, block: int) -> Iterator[slice]:
@@ -25,13 +25,14 @@ def spans(n: int, block: int) -> Iterator[slice]:
     return (slice(start, min(start + block, n)) for start in range(0, n, block))
 
 
-def inverse(s: Array) -> Array:
-    """Inverse of a symmetric positive definite matrix (n, n) by Schur complements: n^3 flops.
+def inverse(s: Array, shift: float = 0.0) -> Array:
+    """Inverse of a symmetric positive definite matrix S + shift I (n, n) by Schur complements: n^3 flops.
 
     Raises:
         LinAlgError: it is not positive definite.
     """
     a = np.array(s, np.float64)
+    a.flat[:: len(a) + 1] += shift
     _invert(a)
     return a
 

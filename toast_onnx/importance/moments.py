@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
+from functools import cached_property, reduce
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,10 +44,13 @@ class Moments:
         return cls(float(w.sum()), weighted.sum(axis=0), weighted.T @ rows, rows.shape[0])
 
     @classmethod
-    def known(cls, mean: ArrayLike, covariance: ArrayLike) -> Moments:
-        """Moments of a distribution given by its `mean` (..., n) and `covariance` (..., n, n), with count one."""
+    def known(cls, mean: ArrayLike, covariance: ArrayLike, count: float = 1.0, tokens: float = math.inf) -> Moments:
+        """Moments of a distribution, or of tokens, given by `mean` (..., n) and `covariance` (..., n, n)."""
         m = np.asarray(mean, dtype=np.float64)
-        return cls(1.0, m, np.asarray(covariance, dtype=np.float64) + m[..., :, None] * m[..., None, :])
+        gram = m[..., :, None] * m[..., None, :]
+        gram += np.asarray(covariance)
+        gram *= count
+        return cls(count, count * m, gram, tokens)
 
     @property
     def mean(self) -> Array:
@@ -59,11 +62,13 @@ class Moments:
         """E[x x^T], not centred, shape (..., n, n)."""
         return self.gram / self.count
 
-    @property
+    @cached_property
     def covariance(self) -> Array:
-        """E[(x - mean)(x - mean)^T], shape (..., n, n)."""
-        mean = self.mean
-        return self.second - mean[..., :, None] * mean[..., None, :]
+        """E[(x - mean)(x - mean)^T], shape (..., n, n); computed once, so it is not to be written to."""
+        found, mean = self.second, self.mean
+        found -= mean[..., :, None] * mean[..., None, :]
+        found.flags.writeable = False
+        return found
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of tokens together."""
@@ -76,8 +81,7 @@ class Moments:
         weight, bias = np.asarray(w, dtype=np.float64), np.asarray(b, dtype=np.float64)
         columns = np.moveaxis(weight, 0, -2)  # (..., n, m)
         mean = self.mean @ columns + bias
-        moved = Moments.known(mean, np.swapaxes(columns, -1, -2) @ self.covariance @ columns)
-        return replace(moved, tokens=self.tokens)
+        return Moments.known(mean, np.swapaxes(columns, -1, -2) @ self.covariance @ columns, tokens=self.tokens)
 
 
 def merge(shards: Iterable[Moments]) -> Moments:

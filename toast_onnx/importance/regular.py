@@ -14,7 +14,9 @@ SINGLE, DOUBLE = float(np.finfo(np.float32).eps), float(np.finfo(np.float64).eps
 
 def regular(s: Array, strength: float = RELATIVE_JITTER, eps: float = SINGLE) -> Array:
     """S + lambda I for a covariance S (n, n) of which some eigenvalues may be zero; arguments as for `damping`."""
-    return np.asarray(s + damping(s, strength, eps) * np.eye(s.shape[0]), dtype=np.float64)
+    found = np.array(s, dtype=np.float64)
+    found.flat[:: len(found) + 1] += damping(s, strength, eps)
+    return found
 
 
 def damping(s: Array, strength: float, eps: float = SINGLE) -> float:

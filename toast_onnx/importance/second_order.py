@@ -127,6 +127,9 @@ class Elimination:
         limit = costs[beyond].min(initial=np.inf)
         small, rows, left = self._corner(pool), self._weights[pool], spare.copy()
         alike = rows @ rows.T  # inner products of the rows; they change with the same columns as the inverse
+        # Both as they are now: small less F^T F, alike less F^T G + G^T F, of which only what is read is formed.
+        factor, shared = np.empty((2, batch, pool.size))
+        diagonal, energies = np.diagonal(small).copy(), np.diagonal(alike).copy()
         chosen: list[int] = []
         enough = max(1, batch // 4)  # where hundreds cost nothing, being exact among them is not worth an update each
         stays = np.ones(pool.size, dtype=bool)
@@ -134,16 +137,18 @@ class Elimination:
             candidates = np.flatnonzero(stays & (left[self._labels[pool]] > 0))
             if not candidates.size:
                 break
-            now = np.diagonal(alike)[candidates] / np.diagonal(small)[candidates]
+            now = energies[candidates] / diagonal[candidates]
             k = int(now.argmin())
             if len(chosen) >= enough and now[k] > limit:
                 break
-            j = int(candidates[k])
-            column = small[:, j] / small[j, j]
-            shared = alike[:, j] - (alike[j, j] / 2) * column
-            alike -= column[:, None] * shared
-            alike -= shared[:, None] * column
-            small -= column[:, None] * small[j]
+            j, past = int(candidates[k]), len(chosen)
+            f, g = factor[:past], shared[:past]
+            pivot = diagonal[j] ** 0.5
+            column = (small[j] - f[:, j] @ f) / pivot
+            half = (alike[j] - f[:, j] @ g - g[:, j] @ f - energies[j] / 2 / pivot * column) / pivot
+            diagonal -= column * column
+            energies -= 2 * column * half
+            factor[past], shared[past] = column, half
             left[self._labels[pool[j]]] -= 1
             stays[j] = False
             chosen.append(j)
@@ -166,9 +171,9 @@ class Elimination:
     def _remove(self, gone: Indices) -> None:
         """Take channels at some positions (b,) out: b steps of a Cholesky factorisation of the inverse."""
         columns = self._columns(gone)
-        lower = np.linalg.cholesky(columns[gone])
-        factor = np.linalg.solve(lower, columns.T).T  # (k, b)
-        carry = np.linalg.solve(lower, self._weights[gone])  # (b, m)
+        turn = np.linalg.inv(np.linalg.cholesky(columns[gone]))
+        factor = columns @ turn.T  # (k, b)
+        carry = turn @ self._weights[gone]  # (b, m)
         for rows in spans(len(self._weights), ROWS):
             part = self._weights[rows]
             part -= factor[rows] @ carry
@@ -208,12 +213,12 @@ def regular_inverse(covariance: Array) -> Array:
         raise np.linalg.LinAlgError("the covariance holds NaN or infinity")
     for more in range(ATTEMPTS):
         try:
-            return inverse_of(covariance + least * 10**more * np.eye(len(covariance)))
+            return inverse_of(covariance, least * 10**more)
         except np.linalg.LinAlgError:
             continue
     # Hardly any variance: what is left of sums that cancelled is noise of both signs.
     below = float(np.linalg.eigvalsh(covariance)[0])
-    return inverse_of(covariance + (least - 2 * min(below, 0.0)) * np.eye(len(covariance)))
+    return inverse_of(covariance, least - 2 * min(below, 0.0))
 
 
 def without(inverse: Array, weights: Array, gone: Indices) -> tuple[Array, Array, Indices]:

@@ -23,6 +23,7 @@ import onnx.shape_inference
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.contrib import contrib_shapes
 from toast_onnx.matching.graph import FLOATS, GraphView, attribute, is_standard
+from toast_onnx.model import reads
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,13 @@ class Contradiction(ModelError):
 class Facts:
     """Facts of all tensors of a graph at given input shapes."""
 
-    def __init__(self, view: GraphView, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, view: GraphView, shapes: Mapping[str, Sequence[int]], like: Facts | None = None) -> None:
         """Walk the graph.
 
         Args:
             view: the graph.
             shapes: concrete shape of every graph input that is not an initializer.
+            like: of another graph that differs in few nodes or weights; where both are the same, nothing is inferred.
 
         Raises:
             Contradiction: the shapes contradict the graph.
@@ -80,10 +82,22 @@ class Facts:
                 tuple(tensor.dims), tensor.data_type, view.model.array(tensor) if small else None, True
             )
         for walked, node in enumerate(view.nodes):
+            if like is not None and self._taken_over(node, like):
+                continue
             try:
                 self._walk(node)
             except ModelError as e:
                 raise Contradiction(str(e), walked) from e
+
+    def _taken_over(self, node: onnx.NodeProto, other: Facts) -> bool:
+        """Whether the other graph has this node, too, and it reads the same there: then it makes the same, too."""
+        if node.op_type == "If" or self._opsets != other._opsets:
+            return False
+        same = all(_equal(self._facts.get(name), other._facts.get(name)) for name in reads(node))
+        if not same or node != other.view.producer_of(next(filter(None, node.output), "")):
+            return False
+        self._facts.update({name: other._facts[name] for name in node.output if name in other._facts})
+        return True
 
     def trust(self, other: Facts) -> None:
         """Count as constants what has the same known value at other input shapes, and what is made of it.
@@ -244,6 +258,15 @@ class Facts:
             f"{self.view.model.path}: the input shapes do not fit the graph at node "
             f"'{node.name or node.output[0]}' ({node.op_type}): {reason}; give the shapes with --shape"
         )
+
+
+def _equal(one: Fact | None, other: Fact | None) -> bool:
+    """Whether two tensors' facts are the same."""
+    if one is other or one is None or other is None:
+        return one is other
+    if (one.shape, one.elem_type, one.constant) != (other.shape, other.elem_type, other.constant):
+        return False
+    return one.value is other.value or np.array_equal(one.value, other.value)  # type: ignore[arg-type]
 
 
 def _overlooked(node: onnx.NodeProto, facts: Sequence[Fact], made: tuple[int, ...] | None) -> str | None:

@@ -149,7 +149,6 @@ def axis_origins(
         For every axis its fixed extent, or (axis of the source, factor) for a dynamic one; None when a dynamic axis
         is no multiple of one axis of the source.
     """
-    coordinates = np.stack(np.unravel_index(np.maximum(labels - 1, 0), sizes))
     origins: list[int | tuple[int, int]] = []
     for axis, extent in enumerate(labels.shape):
         if extent == other_shape[axis]:
@@ -157,8 +156,9 @@ def axis_origins(
             continue
         index: list[int | slice] = [0] * labels.ndim
         index[axis] = slice(None)
+        profile = np.stack(np.unravel_index(np.maximum(labels[tuple(index)] - 1, 0), sizes))  # (len(sizes), extent)
         try:
-            factors = _factors(coordinates[(slice(None), *index)], channel_axis % len(sizes), "")
+            factors = _factors(profile, channel_axis % len(sizes), "")
         except Decline:
             return None
         moving = [f for f in factors if f.source >= 0 and sizes[f.source] != other_sizes[f.source]]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.importance.blocked import Cholesky
+from toast_onnx.importance.blocked import Cholesky, inverse
 from toast_onnx.importance.regular import DOUBLE, damping, regular
 from toast_onnx.importance.selection import dropped
+from toast_onnx.solving.banded import Banded
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -24,6 +27,8 @@ Ridge = float | Literal["auto"]
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 #: With more tokens than this for each channel, they are plenty.
 PLENTY = 80
+#: Matrices from this size on are turned into banded ones, not into diagonal ones, to be cross-validated.
+WIDE = 1024
 #: Tokens of one image are alike: so many of them tell as much as one that is independent.
 ALIKE = 20
 
@@ -34,7 +39,7 @@ def ridge_solve(
     ridge: Ridge = "auto",
     *,
     tokens: float = math.inf,
-    energy: float = 0.0,
+    energy: float | Array = 0.0,
     target: Array | None = None,
 ) -> Array:
     """(S + lambda I)^-1 C: regression coefficients of m targets on n channels, (n, m).
@@ -48,7 +53,7 @@ def ridge_solve(
         cross: covariance C of the channels with the targets, (n, m).
         ridge: lambda as a fraction of the mean eigenvalue of `s`, or auto.
         tokens: how many tokens both were measured on.
-        energy: variance of the targets, summed; needed with few tokens.
+        energy: variance of each target (m,), or of all; needed with few tokens.
         target: covariance of the channels with what is made of the targets, C R (n, p); gives the coefficients times R
             (n, p) without forming these, lambda still being that of the targets themselves.
 
@@ -56,20 +61,41 @@ def ridge_solve(
         ConfigError: a negative ridge strength.
     """
     if ridge == "auto" and tokens < s.shape[0] * PLENTY:
-        values, vectors = np.linalg.eigh((s + s.T) / 2)
-        values, turned = np.clip(values, 0, None), vectors.T @ cross
-        found = best_strength(values, np.square(turned).sum(axis=1), tokens, energy, damping(s, 0.0))
-        return np.asarray(
-            vectors @ (gains(values, found)[:, None] * (turned if target is None else vectors.T @ target))
-        )
+        spectrum = _analysed(s, cross, energy)
+        found = best_strength(spectrum, tokens, float(np.sum(energy)), damping(s, 0.0))
+        return spectrum.solve(cross if target is None else target, found)
     target = cross if target is None else target
     if ridge == "auto":
         solve = _solver(regular(s, STRENGTHS[0]))
         first = solve(target)
         return np.asarray(first + solve(target - s @ first))
+    return np.asarray(np.linalg.solve(regular(s, _fraction(ridge), DOUBLE), target))
+
+
+def ridge_operator(s: Array, cross: Array, ridge: Ridge = "auto", *, tokens: float, energy: float) -> Array:
+    """What `ridge_solve` multiplies its targets by, (n, n) and symmetric; arguments as there."""
+    if ridge == "auto" and tokens < s.shape[0] * PLENTY:
+        spectrum = Spectrum(s, cross, energy)
+        return spectrum.operator(best_strength(spectrum, tokens, energy, damping(s, 0.0)))
+    if ridge == "auto":
+        shift = damping(s, STRENGTHS[0])
+        once = inverse(s, shift)
+        return once + shift * (once @ once.T)
+    return inverse(s, damping(s, _fraction(ridge), DOUBLE))
+
+
+def _fraction(ridge: float) -> float:
     if ridge < 0:
         raise ConfigError(f"ridge strength must not be negative, got {ridge}; use auto or a small number like 1e-6")
-    return np.asarray(np.linalg.solve(regular(s, ridge, DOUBLE), target))
+    return ridge
+
+
+def _analysed(s: Array, cross: Array, energy: float | Array) -> Spectrum | Banded:
+    """What cross-validation reads; large matrices are turned no further than it needs."""
+    if len(s) >= WIDE and isinstance(energy, np.ndarray):
+        with suppress(np.linalg.LinAlgError):  # rounding beyond what the least strength lifts
+            return Banded(s, cross, energy, damping(s, STRENGTHS[0]))
+    return Spectrum(s, cross, float(np.sum(energy)))
 
 
 def _solver(s: Array) -> Callable[[Array], Array]:
@@ -80,12 +106,49 @@ def _solver(s: Array) -> Callable[[Array], Array]:
         return lambda b: np.asarray(np.linalg.solve(s, b))
 
 
-def gains(values: Array, shift: float) -> Array:
-    """Of each direction: the refined solution over what its targets share with it, (1 + l / (e + l)) / (e + l)."""
-    return np.asarray((1 + shift / (values + shift)) / (values + shift))
+class Spectrum:
+    """Covariance S of channels by its eigenvectors, and what targets share with each direction.
+
+    Attributes:
+        mean: mean eigenvalue.
+    """
+
+    def __init__(self, s: Array, cross: Array, energy: float) -> None:
+        """S (n, n), possibly singular, its covariance with the targets (n, m), and the summed variance of these."""
+        values, self._vectors = np.linalg.eigh((s + s.T) / 2)
+        self._values = np.clip(values, 0, None)
+        self._cross, self._energy = cross, energy
+        self.mean = float(self._values.mean())
+
+    @cached_property
+    def _seen(self) -> Array:
+        """Squared covariance of each direction with the targets, summed over these, (n,)."""
+        return np.asarray(np.square(self._vectors.T @ self._cross).sum(axis=1))
+
+    def _gains(self, shift: float) -> Array:
+        """Of each direction: the refined solution over what its targets share with it, (1 + l / (e + l)) / (e + l)."""
+        return np.asarray((1 + shift / (self._values + shift)) / (self._values + shift))
+
+    def used(self, shift: float) -> float:
+        """Coefficients that the data determine: the fraction f that is kept of each direction's, summed."""
+        return float((self._values * self._gains(shift)).sum())
+
+    def left(self, shift: float, limit: float) -> float:
+        """Variance of the targets that the solution leaves, summed."""
+        gain = self._gains(shift)
+        return self._energy - float(self._seen @ (gain * (2 - self._values * gain)))
+
+    def operator(self, shift: float) -> Array:
+        """What the solution multiplies targets by, (n, n)."""
+        scaled = self._vectors * np.sqrt(self._gains(shift))
+        return np.asarray(scaled @ scaled.T)
+
+    def solve(self, target: Array, shift: float) -> Array:
+        """The refined solution for targets (n, p)."""
+        return np.asarray(self._vectors @ (self._gains(shift)[:, None] * (self._vectors.T @ target)))
 
 
-def best_strength(values: Array, seen: Array, tokens: float, energy: float, least: float) -> float:
+def best_strength(spectrum: Spectrum | Banded, tokens: float, energy: float, least: float) -> float:
     """The lambda with the least error on tokens left out, by generalized cross-validation (Golub, Heath, Wahba 1979).
 
     In the eigenvectors of S a solution with one refinement keeps the fraction f = 1 - (lambda / (e + lambda))^2 of each
@@ -93,8 +156,7 @@ def best_strength(values: Array, seen: Array, tokens: float, energy: float, leas
     estimates the error on new tokens. Of those as good to a hundredth, or exact, the least.
 
     Args:
-        values: eigenvalues e of S, (n,).
-        seen: squared covariance of each direction with the targets, summed over these, (n,).
+        spectrum: of the channels, with their targets.
         tokens: how many tokens both were measured on.
         energy: variance of the targets, summed.
         least: what lambda may not fall below.
@@ -102,20 +164,21 @@ def best_strength(values: Array, seen: Array, tokens: float, energy: float, leas
     Returns:
         Lambda, by one of `STRENGTHS`; by the greatest where the tokens determine nothing.
     """
+    shifts = [max(strength * spectrum.mean, least) for strength in STRENGTHS]
     if not energy > 0:
-        return max(STRENGTHS[0] * float(values.mean()), least)
-    exact = 1e-6 * energy  # what the sums' rounding leaves of redundant channels
-    shifts = [max(strength * float(values.mean()), least) for strength in STRENGTHS]
-    scores = []
+        return shifts[0]
+    left = exact = 1e-6 * energy  # what the sums' rounding leaves of redundant channels
+    scores: list[float] = []
     for shift in shifts:
-        gain = gains(values, shift)
-        fraction = values * gain
-        left = energy - float(seen @ (gain * (2 - fraction)))
-        used = 1 + float(fraction.sum())
-        if used < tokens and left <= exact:  # more equations than unknowns, and all hold
-            return shift
-        freedom = 1 - ALIKE * used / max(tokens, 1.0)
-        scores.append(max(left, exact) / freedom**2 if freedom > 0 else math.inf)
+        used, best = 1 + spectrum.used(shift), min(scores, default=math.inf)
+        freedom = max(1 - ALIKE * used / max(tokens, 1.0), 0.0) ** 2
+        # A stronger ridge leaves no less than a weaker one; the last one needs no score when no other has one.
+        idle = freedom == 0 or left >= best * freedom or (math.isinf(best) and shift == shifts[-1])
+        if not idle or (left <= exact and used < tokens):
+            left = max(spectrum.left(shift, exact if idle else math.inf), exact)
+            if left <= exact and used < tokens:  # more equations than unknowns, and all hold
+                return shift
+        scores.append(math.inf if idle else left / freedom)
     if math.isinf(min(scores)):
         return shifts[-1]
     return next(shift for shift, score in zip(shifts, scores, strict=True) if score <= 1.01 * min(scores))

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.regular import root
 from toast_onnx.importance.selection import dropped
-from toast_onnx.solving.linear_algebra import Compensation, Ridge, ridge_solve
+from toast_onnx.solving.linear_algebra import Compensation, Ridge, ridge_operator, ridge_solve
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -161,7 +161,7 @@ def refit(
     gone = dropped(kept, len(w))
     if compensation == "ridge" and gone.size:
         s = moments.covariance
-        energy = float(np.diagonal(s)[gone].sum())
+        energy = np.diagonal(s)[gone]
         own, cross = s[np.ix_(kept, kept)], s[np.ix_(kept, gone)]
         new = new + ridge_solve(own, cross, ridge, tokens=moments.tokens, energy=energy, target=cross @ w[gone])
     return new, moments.mean @ w - moments.mean[kept] @ new
@@ -181,14 +181,15 @@ def _readout(s: Array, mix: Array, w: Array, ridge: Ridge, tokens: float) -> Arr
     plain = mix.T @ w
     left = w - mix @ plain
     unseen = s @ left
-    energy = float(np.sum(left * unseen))
+    energy = np.einsum("ij,ij->j", left, unseen)
     return plain + ridge_solve(mix.T @ s @ mix, mix.T @ unseen, ridge, tokens=tokens, energy=energy)
 
 
 def _leading_basis(s: Array, w: Array, rank: int) -> Array:
     """Orthonormal basis (d, r) of the contexts with the most variance after `w` (d, m); `s` (d, d) is theirs."""
-    _, _, vt = np.linalg.svd(root(s) @ w, full_matrices=False)
-    span = w @ vt[:rank].T  # S^(-1/2) U up to scale, without an inverse
+    seen = (root(s) @ w).T  # (m, d)
+    _, _, vt = np.linalg.svd(np.linalg.qr(seen, mode="r"), full_matrices=False)
+    span = w @ (seen @ vt[:rank].T)  # S^(-1/2) U up to scale, without an inverse
     if span.shape[1] < rank:  # fewer outputs than dimensions: any completion will do
         span = np.concatenate([span, np.eye(s.shape[0])[:, : rank - span.shape[1]]], axis=1)
     q, _ = np.linalg.qr(span / np.maximum(np.linalg.norm(span, axis=0), np.finfo(np.float64).tiny))
@@ -215,20 +216,23 @@ def _alternate(s: Array, w: Array, bases: list[Array], sweeps: int, ridge: Ridge
     total, spread = float(np.sum(w * shared)), float(np.trace(s))
     with_contexts = np.concatenate([a.T @ s[_head(h, d)] for h, a in enumerate(found)])  # (H * r, n)
     with_outputs = np.concatenate([a.T @ shared[_head(h, d)] for h, a in enumerate(found)])  # (H * r, m)
+    alike = with_outputs @ with_outputs.T
     for h in list(range(heads)) * sweeps:
         own, mine = _head(h, d), _head(h, rank)
         others = np.r_[0 : mine.start, mine.stop : heads * rank]
         cross, outputs = with_contexts[others], with_outputs[others]
         among = np.concatenate([cross[:, _head(g, d)] @ a for g, a in enumerate(found) if g != h], axis=1)
-        target = np.concatenate([cross[:, own], outputs], axis=1)
-        explained = ridge_solve(among, cross, ridge, tokens=tokens, energy=spread, target=target)
-        own_cov = s[own, own] - cross[:, own].T @ explained[:, :d]  # of what the others leave
-        unseen = shared[own] - explained[:, :d].T @ outputs  # its covariance with the outputs, (d, m)
-        energy = total - float(np.sum(outputs * explained[:, d:]))
+        solve = ridge_operator(among, cross, ridge, tokens=tokens, energy=spread)
+        explained = solve @ cross[:, own]
+        own_cov = s[own, own] - cross[:, own].T @ explained  # of what the others leave
+        unseen = shared[own] - explained.T @ outputs  # its covariance with the outputs, (d, m)
+        energy = total - float(np.sum(solve * alike[np.ix_(others, others)]))
         solution = ridge_solve(own_cov, unseen, ridge, tokens=tokens, energy=energy)
         found[h] = _leading_basis(own_cov, solution, rank)
         with_contexts[mine] = found[h].T @ s[own]
         with_outputs[mine] = found[h].T @ shared[own]
+        alike[mine] = with_outputs[mine] @ with_outputs.T
+        alike[:, mine] = alike[mine].T
     return found
 
 
