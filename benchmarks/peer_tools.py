@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,29 @@ def uniform(kind: str, task: Task, ratio: float) -> None:
     """This project's defaults, the same ratio everywhere; `kind` empty reads no images."""
     document = ratios({}, {}, kind or "ridge", ratio, heads=True)
     pruned(task, document, *(data(task) if kind else ("--quiet",)))
+
+
+def token_share(task: Task, ratio: float) -> float:
+    """Share of the MACs left with an eighth of `ratio` of the tokens merged in every block."""
+    from toast_onnx.matching.study import study
+    from toast_onnx.model import load_model, save_model
+    from toast_onnx.planning.macs import graph_macs
+    from toast_onnx.tokens.points import study_tokens
+    from toast_onnx.tokens.rewrite import write_merging
+    from toast_onnx.tokens.schedule import removed_counts
+
+    look = study(load_model(Path(task.dense)))
+    tokens, draft = study_tokens(look), Path(task.out).with_suffix(".draft.onnx")
+    model, _ = write_merging(look, tokens, removed_counts(tokens, Decimal(str(ratio / 8))), "auto", True)
+    save_model(model, draft)
+    left = macs(draft) / graph_macs(look.view, look.counted)
+    draft.unlink()
+    return left
+
+
+def merged_alike(task: Task, ratio: float) -> None:
+    """The same share of tokens merged in every block; nothing is measured."""
+    pruned(task, {"version": 1, "tokens": {"merge": ratio / 8}}, "--quiet")
 
 
 def measured(task: Task) -> None:
@@ -405,6 +429,7 @@ PEERS: dict[str, Peer] = {
     "toast-onnx, no images": Peer(partial(uniform, ""), uniform_share),
     "toast-onnx, uniform widths": Peer(partial(uniform, "ridge"), uniform_share),
     "toast-onnx, uniform widths, `local`": Peer(partial(uniform, "local"), uniform_share, package="torch"),
+    "toast-onnx, tokens, as many in every block": Peer(merged_alike, token_share),
     "toast-onnx, planned widths": Peer(partial(planned, "ridge", OURS_WIDTHS), prepare=measured),
     "toast-onnx, planned widths, `local`": Peer(
         partial(planned, "local", OURS_WIDTHS), prepare=measured, package="torch"

