@@ -376,6 +376,8 @@ def tables(
             cells = (f"{judged['macs']:.3f}", f"{judged['kl']:.3f}", counted(judged), f"{times[name, share]:.2f}", size)
             yield f"| {name} | {' | '.join(cells)} | {made['seconds']:.0f} | {made['mb']:.0f} |"
         yield ""
+    if len(options.shares) < 2:
+        return
     yield f"{subject.title}, KL at {options.latency:g} of the dense latency, between a tool's own models\n"
     yield "| | KL |"
     yield "|---|---:|"
