@@ -26,7 +26,16 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from deit import CALIBRATION, evaluation_images, export, export_deit, load_deit, logits, parser_with_data
+from deit import (
+    CALIBRATION,
+    evaluation_images,
+    export,
+    export_deit,
+    load_deit,
+    logits,
+    parser_with_data,
+    uniform_ratios,
+)
 
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import BackendError
@@ -140,20 +149,6 @@ class Measured:
         return lambda new: refine_locally(self.look, new, self.images, self.options, settings)
 
 
-def document(
-    attention: dict[str, str], ffn: dict[str, str], compensation: dict[str, str], ratio: float, *, heads: bool
-) -> dict[str, Any]:
-    """A ratios file; without `heads` only the feed-forward networks shrink."""
-    removed = {"qk": ratio, "vo": ratio} if heads else {}
-    return {
-        "version": 1,
-        "attention": attention | removed,
-        "ffn": ffn | {"fc2": ratio},
-        "align": 1,
-        "compensation": compensation,
-    }
-
-
 def ours(
     look: Study, source: Measured, ratio: float, folder: Path, judge: Judge, methods: list[str] | None
 ) -> Iterator[dict[str, Any]]:
@@ -161,7 +156,7 @@ def ours(
     for name, (*settings, correction) in METHODS.items():
         if methods is not None and name not in methods:
             continue
-        ratios = document(*settings, ratio, heads=True)
+        ratios = uniform_ratios(*settings, ratio, heads=True)
         statistics = source.sequential() if "statistics" in ratios["compensation"] else source.statistics
         try:
             refine = None if correction is None else source.refine(correction)
@@ -171,8 +166,8 @@ def ours(
     if methods is not None:
         return
     best, synthetic = METHODS["ours (select: subspace)"][:3], SyntheticStatistics(look)
-    yield judge("ours, no data", pruned(look, document(*best, ratio, heads=True), synthetic, folder))
-    yield judge("ours, FFN only", pruned(look, document(*best, ratio, heads=False), source.statistics, folder))
+    yield judge("ours, no data", pruned(look, uniform_ratios(*best, ratio, heads=True), synthetic, folder))
+    yield judge("ours, FFN only", pruned(look, uniform_ratios(*best, ratio, heads=False), source.statistics, folder))
 
 
 def pruned(look: Study, ratios: dict[str, Any], statistics: Any, folder: Path, refine: Any = None) -> Path:

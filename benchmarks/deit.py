@@ -110,3 +110,17 @@ def logits(model: Path, images: np.ndarray, threads: int, batch: int = 20) -> np
     return np.concatenate(
         [next(iter(run(session, {name: images[i : i + batch]}).values())) for i in range(0, len(images), batch)]
     )
+
+
+def uniform_ratios(
+    attention: dict[str, str], ffn: dict[str, str], compensation: dict[str, str], ratio: float, *, heads: bool
+) -> dict[str, Any]:
+    """A ratios file of the same ratio everywhere; without `heads` only the feed-forward networks shrink."""
+    removed = {"qk": ratio, "vo": ratio} if heads else {}
+    return {
+        "version": 1,
+        "attention": attention | removed,
+        "ffn": ffn | {"fc2": ratio},
+        "align": 1,
+        "compensation": compensation,
+    }

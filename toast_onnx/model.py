@@ -49,23 +49,6 @@ from toast_onnx.files import (
 )
 from toast_onnx.wellformed import check_graph
 
-#: ONNX's spelling of the types that inputs have -> NumPy's.
-NUMPY_TYPES: dict[str, type[np.generic]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int16)": np.int16,
-    "tensor(int8)": np.int8,
-    "tensor(uint64)": np.uint64,
-    "tensor(uint32)": np.uint32,
-    "tensor(uint16)": np.uint16,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
-}
-
-
 #: Protobuf cannot serialise more than 2 GiB; above this, weights go to a file beside the graph.
 INLINE_LIMIT = 1_900_000_000
 #: Offset alignment of large tensors in a data file: lets runtimes map them into memory.

@@ -13,6 +13,22 @@ import onnx.helper
 from toast_onnx.errors import BackendError
 from toast_onnx.ort import ort, session_options
 
+#: ONNX Runtime's spelling of the types that inputs have -> NumPy's.
+NUMPY_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
 
 def expose(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     """Make tensors outputs of a graph, besides those it has (in place); returns the model."""

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import BackendError, DataError, ModelError, one_line
 from toast_onnx.external import follow_links
-from toast_onnx.model import NUMPY_TYPES, Model, scratch_folder, write_draft
+from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.providers import known_provider, open_on
+from toast_onnx.runtime import NUMPY_TYPES
 from toast_onnx_calibration.recipes import Dim
 
 if TYPE_CHECKING:

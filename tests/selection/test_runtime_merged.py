@@ -18,8 +18,10 @@ from tests.selection import masked_form
 from tests.selection.test_runtime_tcs import images, prune_at_run_time, ratios, run_and_choose
 from tests.tokens import torch_merging
 from toast_onnx.errors import TwinError
+from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import Pruned
 from toast_onnx.selection import nodes
+from toast_onnx.selection.plan import among_merged
 
 Exported = Callable[[zoo.Case], Path]
 
@@ -113,3 +115,12 @@ def test_attention_given_to_the_wrong_tokens_is_seen(exported: Exported, monkeyp
     monkeypatch.setattr(nodes, "write_sums", turned)
     with pytest.raises(TwinError, match="the graph keeps a channel"):
         prune_at_run_time(path, document)
+
+
+def test_a_network_that_has_all_tokens_is_scored_on_all(exported: Exported) -> None:
+    """Beside an attention that merges, not behind it: as if the dense graph's networks stood there."""
+    document = merged_ratios(tokens="all", residual="kept")
+    dense, pruned = prune_at_run_time(exported(zoo.Case("timm-deit")), document, check=False)
+    found = among_merged(dense, pruned.selections[:1], pruned.merges, parse_ratios(document), 0)
+    assert (pruned.selections[0].merge is not None, pruned.selections[0].patches) == (True, 11)
+    assert (found[0].merge, found[0].patches) == (None, 16)

@@ -115,3 +115,22 @@ def test_the_operator_is_what_solutions_multiply_by(tokens: float, ridge: float 
     solved = ridge_solve(s, c, ridge, tokens=tokens, energy=energy)  # type: ignore[arg-type]
     np.testing.assert_allclose(operator @ c, solved, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(operator, operator.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ridge", ["auto", 0.0, 1e-12])
+def test_sums_that_rounding_left_indefinite_are_solved_all_the_same(ridge: float | str) -> None:
+    """With fewer tokens than channels, in float32 as statistics are stored: the inverse needs pivots."""
+    x = tokens_of(12, 40, 1)
+    s = (x.T @ x / 12).astype(np.float32).astype(np.float64)
+    assert np.linalg.eigvalsh(s)[0] < 0
+    c = s[:, :5]
+    operator = ridge_operator(s, c, ridge, tokens=1e9, energy=1.0)  # type: ignore[arg-type]
+    solved = ridge_solve(s, c, ridge, tokens=1e9, energy=1.0)  # type: ignore[arg-type]
+    assert np.isfinite(operator).all()
+    np.testing.assert_allclose(s @ operator @ c, s @ solved, atol=1e-4 * np.abs(s).max())
+    heads, d = 4, 10
+    rng = np.random.default_rng(3)
+    wv, wo = rng.standard_normal((20, heads, d)), rng.standard_normal((heads, d, 20))
+    context = Moments(12.0, x.sum(axis=0), 12 * s, 12.0)
+    new = solve_vo_subspace(wv, np.zeros((heads, d)), wo, np.zeros(20), context, 5, ridge=ridge)  # type: ignore[arg-type]
+    assert np.isfinite(new.wo).all()

@@ -18,8 +18,8 @@ import onnx
 from toast_onnx.engines.profiles import InputSpec, Shape, ShapeRange
 from toast_onnx.engines.providers import open_session
 from toast_onnx.errors import BackendError, ConfigError
-from toast_onnx.model import NUMPY_TYPES
 from toast_onnx.providers import known_provider
+from toast_onnx.runtime import NUMPY_TYPES
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def _merging(pruned: Pruned) -> dict[str, Any] | None:
             {
                 "block": m.block,
                 "before": m.counts.count,
-                "after": m.counts.count - m.counts.removed,
+                "after": m.counts.left,
                 "how": "merged" if m.matched is not None else "unread tokens dropped",
                 "metric": None if m.features is None else m.features.metric.name,
             }

@@ -185,6 +185,8 @@ def _selection(
         cls = class_token(study.view, study.facts)
         among = _Among(cls is not None and cls.tokens == count, None)
     classed = among.classed and count > 1
+    # A network beside the attention, not behind it, still has the tokens that its attention sees.
+    merge = among.merge if among.merge is not None and among.merge.counts.left == count else None
     tokens = _draw(ratios.ffn.tokens, count - classed, classed, seed, block.index, part)
     if tokens is not None and not _fixed(study, scored):
         raise MatchError(f"{label}: the number of tokens varies, so none can be drawn; export with a fixed image size")
@@ -197,10 +199,10 @@ def _selection(
         kept=kept,
         tokens=tokens,
         patches=count - 1 if classed else 0,
-        probabilities=_probabilities(study, block, count, label, among.merge) if classed else None,
+        probabilities=_probabilities(study, block, count, label, merge) if classed else None,
         residual="masked" if masks else "kept",
         heads=block.attention.num_heads if classed and block.attention is not None else 1,
-        merge=among.merge if classed else None,
+        merge=merge if classed else None,
     )
 
 

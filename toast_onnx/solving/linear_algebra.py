@@ -79,9 +79,9 @@ def ridge_operator(s: Array, cross: Array, ridge: Ridge = "auto", *, tokens: flo
         return spectrum.operator(best_strength(spectrum, tokens, energy, damping(s, 0.0)))
     if ridge == "auto":
         shift = damping(s, STRENGTHS[0])
-        once = inverse(s, shift)
+        once = _inverse(s, shift)
         return once + shift * (once @ once.T)
-    return inverse(s, damping(s, _fraction(ridge), DOUBLE))
+    return _inverse(s, damping(s, _fraction(ridge), DOUBLE))
 
 
 def _fraction(ridge: float) -> float:
@@ -96,6 +96,14 @@ def _analysed(s: Array, cross: Array, energy: float | Array) -> Spectrum | Bande
         with suppress(np.linalg.LinAlgError):  # rounding beyond what the least strength lifts
             return Banded(s, cross, energy, damping(s, STRENGTHS[0]))
     return Spectrum(s, cross, float(np.sum(energy)))
+
+
+def _inverse(s: Array, shift: float) -> Array:
+    """(S + shift I)^-1, with pivots where rounding left it indefinite, as `_solver` has them."""
+    try:
+        return inverse(s, shift)
+    except np.linalg.LinAlgError:
+        return np.asarray(np.linalg.inv(s + shift * np.eye(len(s))))
 
 
 def _solver(s: Array) -> Callable[[Array], Array]:

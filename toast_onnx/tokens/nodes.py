@@ -54,6 +54,11 @@ class Merge:
         """Sources that stay."""
         return self.sources - self.removed
 
+    @property
+    def left(self) -> int:
+        """Tokens behind it."""
+        return self.count - self.removed
+
 
 @dataclass(frozen=True)
 class Matched:
