@@ -38,21 +38,18 @@ _THROUGH = ".through"
 
 #: Files that were read since `remember_files`, and their state then; None where nobody asks.
 _seen: ContextVar[dict[Path, os.stat_result] | None] = ContextVar("seen", default=None)
-#: Those among them that were written here since: reading one again reads another file.
-_renewed: ContextVar[set[Path] | None] = ContextVar("renewed", default=None)
 
 
 def remember_files() -> None:
     """Begin a new list of the files that are read, for `files_read`."""
     _seen.set({})
-    _renewed.set(set())
 
 
 def files_read() -> list[dict[str, Any]]:
     """Name, SHA-256 and size in bytes of each file that was read since `remember_files` and is still there.
 
-    Models are not among them, nor images, which the hash of their folder stands for. A file that was written again
-    since it was read has `null` for its hash.
+    Models are not among them, nor images, which the hash of their folder stands for. A file that was written again in
+    between has `null` for its hash.
     """
     found = []
     for path, before in (_seen.get() or {}).items():
@@ -109,10 +106,9 @@ def regular_file(
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
         raise error(f"{path} is {kind}, not a regular file; {hint}")
-    seen, renewed, where = _seen.get(), _renewed.get() or set(), Path(os.path.abspath(path))
-    if remember and seen is not None and (where not in seen or where in renewed):
-        seen[where] = found
-        renewed.discard(where)
+    seen = _seen.get()
+    if remember and seen is not None:
+        seen.setdefault(Path(os.path.abspath(path)), found)
     return found
 
 
@@ -157,8 +153,6 @@ def drafts(path: Path, error: type[ToastError] = ModelError) -> Iterator[Path]:
                 raise error(f"{path} is not a regular file and cannot be replaced by one; choose another name")
             folder = stack.enter_context(_private_folder(path))
             yield folder
-            if (renewed := _renewed.get()) is not None:
-                renewed.add(Path(os.path.abspath(path)))
         except OSError as e:
             if e.errno == errno.ENOSPC:
                 raise error(f"{path} was not written: the disk is full; free space or choose another place") from e

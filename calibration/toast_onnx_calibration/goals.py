@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from toast_onnx.errors import BudgetError, ConfigError
 from toast_onnx_calibration.accuracy import wilson
@@ -16,6 +16,8 @@ from toast_onnx_calibration.prepared import Note, silent
 
 #: Halvings of the range of multiply-accumulates in which the smallest model is looked for, and where it starts.
 STEPS, LEAST = 5, 0.25
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -45,36 +47,36 @@ class Judged:
 
 
 def smallest_within(
-    goal: Goal, plan: Callable[[float], None], judge: Callable[[], Judged], note: Note = silent
-) -> tuple[float, Judged]:
+    goal: Goal, plan: Callable[[float], P], judge: Callable[[P], Judged], note: Note = silent
+) -> tuple[float, P, Judged]:
     """Find by bisection the least share of the multiply-accumulates at which a model is still good enough.
 
     Args:
         goal: the largest loss.
-        plan: makes the plan of a share the present one.
-        judge: prunes by the present plan and measures.
+        plan: the plan of a share.
+        judge: prunes by a plan and measures.
         note: told how each model that was tried did.
 
     Returns:
-        The share, whose plan is the present one, and how its model did.
+        The share, its plan, and how its model did.
 
     Raises:
         ConfigError: not even the largest model that was tried is good enough.
     """
     low, high = LEAST, 1.0
-    best: tuple[float, Judged] | None = None
+    best: tuple[float, P, Judged] | None = None
     nearest: Judged | None = None
     for _ in range(STEPS):
         share = (low + high) / 2
         try:
-            plan(share)
+            planned = plan(share)
         except BudgetError:
             low = share
             continue
-        found = judge()
+        found = judge(planned)
         note(f"{share:.3f} of the MACs: {found.text}")
         if found.loss <= goal.value:
-            high, best = share, (share, found)
+            high, best = share, (share, planned, found)
         else:
             low, nearest = share, found
     if best is None:
@@ -82,7 +84,6 @@ def smallest_within(
         raise ConfigError(
             f"no model below {high:.2f} of the MACs is within {goal.value:g}{seen}; allow more, or give more samples"
         )
-    plan(best[0])
     return best
 
 

@@ -12,7 +12,6 @@ import click
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
-from toast_onnx.planning.presets import read_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import prune
 from toast_onnx_cli.calibration_options import LABELS_HELP, sample_progress
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from toast_onnx_calibration.executing import Executor
     from toast_onnx_calibration.goals import Goal, Judged
     from toast_onnx_calibration.planning import Budget
-    from toast_onnx_calibration.plans import Planner
+    from toast_onnx_calibration.plans import Plan, Planner
 
 #: Fewer samples than that are all measured on: too few to spare any.
 FEWEST = 64
@@ -87,8 +86,8 @@ def gather_goal(given: Mapping[str, Any], ratios: str | None, data: str | None) 
     return goals[0] if goals else None
 
 
-def save_plan(planner: Planner, budget: Goal, out: Path) -> None:
-    """Write the ratios file of a budget; the plan is shown on stderr.
+def plan_for(planner: Planner, budget: Goal) -> Plan:
+    """The plan of a budget, shown on stderr.
 
     Raises:
         ConfigError: the budget cannot be reached.
@@ -96,9 +95,9 @@ def save_plan(planner: Planner, budget: Goal, out: Path) -> None:
     plan = planner.plan(budget_of(budget))
     if plan.missed:
         say_note(plan.missed)
-    plan.save(out)
     if not is_quiet():
         click.echo(plan.table.text(), err=True)
+    return plan
 
 
 def budget_of(goal: Goal) -> Budget:
@@ -180,18 +179,17 @@ def write_plan(
     """Write the plan of a goal; how it was judged, where the goal is a loss."""
     model = asked.dense.view.model.path
     if goal.kind in BUDGETS:
-        save_plan(planner, goal, out)
+        plan_for(planner, goal).save(out)
         return None
     from toast_onnx_calibration.goals import Goal, Judged, judge_model, smallest_within
     from toast_onnx_calibration.statistics import CalibratedStatistics
 
     found, candidate = CalibratedStatistics(asked.dense, statistics), folder / "candidate.onnx"
 
-    def judge() -> Judged:
-        ratios = with_ties(read_ratios(str(out)), asked.target)
+    def judge(planned: Plan) -> Judged:
         small = prune(
             asked.dense,
-            ratios,
+            with_ties(planned.ratios, asked.target),
             found,
             check=False,
             skip_unprunable=skip_unprunable,
@@ -201,11 +199,12 @@ def write_plan(
         save_model(small.model, candidate, check=False)
         return judge_model(goal, model, candidate, asked.data, asked.labels, asked.shapes, asked.options)
 
-    def plan(share: float) -> None:
+    def plan(share: float) -> Plan:
         refuse_unreachable(asked.dense, planner.settings, Goal("macs", share))
-        save_plan(planner, Goal("macs", share), out)
+        return plan_for(planner, Goal("macs", share))
 
-    share, judged = smallest_within(goal, plan, judge, say_note)
+    share, best, judged = smallest_within(goal, plan, judge, say_note)
+    best.save(out)
     return Judged(judged.loss, f"{share:.3f} of the MACs, {judged.text}")
 
 

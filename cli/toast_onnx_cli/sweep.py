@@ -23,7 +23,7 @@ from toast_onnx_cli.collections import can_draw, collection_options, show_collec
 from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import say_note
 from toast_onnx_cli.destinations import check_destinations, is_overwriting, overwrite_option, read_files
-from toast_onnx_cli.goals import HELD, holdable, measure_all, planned_settings, refuse_unreachable, save_plan
+from toast_onnx_cli.goals import HELD, holdable, measure_all, plan_for, planned_settings, refuse_unreachable
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.models import MODEL, beside
 from toast_onnx_cli.planners import open_planner
@@ -127,7 +127,7 @@ def command(
                     opened = open_planner(dense, planning, results=folder / "sensitivity.json")
                     planner = stack.enter_context(opened)
                 ratios = out.with_name(f"{out.stem}.ratios.yaml")
-                save_plan(planner, goal, ratios)
+                plan_for(planner, goal).save(ratios)
                 job = Job(
                     dense,
                     data,

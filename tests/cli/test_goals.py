@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +21,15 @@ from tests.end_to_end.command import DIGITS
 from toast_onnx.errors import BudgetError, ConfigError
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
-from toast_onnx.planning.ratios import Ratios
+from toast_onnx.planning.ratios import Ratios, dump_ratios, load_ratios, parse_ratios
 from toast_onnx.planning.width_costs import TOKENS
+from toast_onnx.report.tables import Table
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.goals import Goal, Judged, judge_model, smallest_within
 from toast_onnx_calibration.images import choose
 from toast_onnx_calibration.planning import Budget
 from toast_onnx_calibration.reachable import check_reachable
+from toast_onnx_cli.goals import Asked, measure_all, write_plan
 from toast_onnx_cli.main import main
 from toast_onnx_cli.prune_summary import _agreement_lines
 
@@ -73,24 +78,61 @@ def test_what_is_held_back_is_not_measured_on(count: int, samples: int, seed: in
 @pytest.mark.parametrize("most", [0.5, 2.0, 5.0])
 def test_bisection_finds_the_smallest_share_within_the_loss(most: float) -> None:
     """Where the loss falls from 10 points at no multiply-accumulates to none at all of them, and 0.3 is the least."""
-    planned: list[float] = []
+    made: list[float] = []
 
-    def plan(share: float) -> None:
+    def plan(share: float) -> str:
         if share < 0.3:
             raise BudgetError("too small")
-        planned.append(share)
+        made.append(share)
+        return f"{share}"
 
-    share, judged = smallest_within(
-        Goal("max_drop", most), plan, lambda: Judged(10 * (1 - planned[-1]), f"{planned[-1]:.2f}")
+    share, planned, judged = smallest_within(
+        Goal("max_drop", most), plan, lambda plan: Judged(10 * (1 - float(plan)), plan)
     )
     assert judged.loss <= most
     assert share - (1 - most / 10) < 0.75 / 2**5 + 1e-9
-    assert planned[-1] == share
+    assert planned == judged.text == f"{share}"
+    assert len(made) == len(set(made))  # a plan is not made twice
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A plan by a rule: what is to go comes off the hidden units."""
+
+    ratios: Ratios
+    missed = None
+    table = Table("kept", ["block"], [], ["right"])
+
+    def save(self, path: Path) -> None:
+        dump_ratios(self.ratios, path)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    out: Path
+    settings = Ratios()
+
+    def plan(self, budget: Budget) -> _Plan:
+        assert not self.out.exists()  # a search that is broken off leaves nothing behind
+        return _Plan(parse_ratios({"version": 1, "ffn": {"fc2": round(0.98 * (1 - budget.share), 3)}, "align": 1}))
+
+
+def test_the_ratios_of_the_smallest_model_are_written_once(tmp_path: Path) -> None:
+    dense, data, out = study(load_model(DIGITS)), str(TEST), tmp_path / "o.ratios.yaml"
+    options = CalibrationOptions(preprocess="none", samples=160, hold=2, threads=1)
+    asked = Asked(dense, data, None, options, {}, "any", False)
+    statistics = measure_all(dense, data, tmp_path / "s.npz", options)
+    planner: Any = _Planner(out)
+    judged = write_plan(Goal("max_drop", 2.0), asked, out, tmp_path, planner, statistics, False)
+    assert judged is not None
+    assert judged.loss <= 2.0
+    share = float(judged.text.partition(" ")[0])
+    assert load_ratios(out).ffn.fc2 == Decimal(str(round(0.98 * (1 - share), 3)))
 
 
 def test_a_loss_that_nothing_is_within_is_said_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="the nearest one had agreement 90 %"):
-        smallest_within(Goal("max_drop", 1.0), lambda _: None, lambda: Judged(10.0, "agreement 90 %"))
+        smallest_within(Goal("max_drop", 1.0), lambda _: None, lambda _: Judged(10.0, "agreement 90 %"))
 
 
 @pytest.mark.parametrize("labels", [None, str(TEST)])

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from tests.matching.tiny import TOKENS, WIDTH, block
 from toast_onnx.errors import ModelError
-from toast_onnx.files import files_read, read_limited, remember_files, write_bytes
+from toast_onnx.files import files_read, read_limited, remember_files
 from toast_onnx.model import links_out
 from toast_onnx_cli.main import SUBCOMMANDS, main
 
@@ -141,15 +141,3 @@ def test_a_file_that_was_written_again_has_no_hash(tmp_path: Path) -> None:
     assert files_read() == [{"file": "a", "sha256": None, "bytes": 1}]
     remember_files()
     assert files_read() == []
-
-
-def test_a_file_that_is_written_and_read_in_turns_is_the_last_one(tmp_path: Path) -> None:
-    """A search writes one ratios file after another under one name and prunes by each; what counts is the last."""
-    path = tmp_path / "a"
-    remember_files()
-    for data in (b"1", b"22"):
-        write_bytes(path, data)
-        assert read_limited(path, 10, ModelError, "") == data
-    assert files_read() == [{"file": "a", "sha256": hashlib.sha256(b"22").hexdigest(), "bytes": 2}]
-    write_bytes(path, b"333")  # an input that became a result
-    assert files_read() == [{"file": "a", "sha256": None, "bytes": 2}]
