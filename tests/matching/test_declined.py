@@ -157,16 +157,6 @@ def test_a_bent_part_says_why_and_is_refused(case: str, tmp_path: Path) -> None:
         prune_file(path, ratios(other))
 
 
-def test_queries_that_are_constant_leave_values_prunable(tmp_path: Path) -> None:
-    """Attention pooling: exporters fold the layer of learned queries away."""
-    graph, y = block(q=lambda g, _: g.random(1, HEADS, TOKENS, DIM))
-    path = graph.save(tmp_path / "model.onnx", y)
-    found = reasons(path)
-    assert str(found["qk"]) == "Q is made of constants (learned queries), not by a linear layer"
-    assert found["vo"] is None
-    prune_file(path, ratios("vo"), tmp_path / "pruned.onnx")
-
-
 def test_small_learned_queries_that_are_repeated_for_the_batch_are_tokens(tmp_path: Path) -> None:
     """Their values are known at every batch size, and still they go through a layer."""
 

@@ -238,6 +238,12 @@ def scores_of_softmax(view: GraphView, facts: Facts, i: int) -> bool:
     return any(view.nodes[k].op_type == "Softmax" for k, _ in behind)
 
 
+def leads_to_softmax(view: GraphView, facts: Facts, i: int) -> bool:
+    """Whether a Softmax takes a node's output through what may stand around an attention's scores."""
+    behind = downstream(view, view.nodes[i].output, lambda k: _lies_around(view, facts, k))
+    return any(view.nodes[k].op_type == "Softmax" for k, _ in behind)
+
+
 def weighs(view: GraphView, facts: Facts, tensor: str) -> bool:
     """Whether a tensor holds the probabilities of a Softmax, as they are or with their heads mixed by constants."""
     node = view.producer_of(tensor)
