@@ -206,7 +206,7 @@ def test_softmax_over_another_axis_is_no_attention(tmp_path: Path) -> None:
     graph, y = block(axis=2)
     match = look(graph.save(tmp_path / "model.onnx", y)).match
     assert [b.attention for b in match.blocks] == [None]
-    assert said(match) == {"'softmax' (Softmax)": "this Softmax runs over axis 2, not over the last"}
+    assert said(match) == {"'softmax' (Softmax)": "this Softmax runs over axis 2, not over the one of the keys"}
 
 
 def test_scores_that_are_transposed_are_no_attention(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_scores_that_are_transposed_are_no_attention(tmp_path: Path) -> None:
     graph, y = block(scores=lambda g, name: g.add("Transpose", name, perm=[0, 1, 3, 2]))
     match = look(graph.save(tmp_path / "model.onnx", y)).match
     assert [b.attention for b in match.blocks] == [None]
-    assert said(match) == {"'softmax' (Softmax)": "the scores before this Softmax are no product of two activations"}
+    assert said(match) == {"'softmax' (Softmax)": "this Softmax runs over axis -1, not over the one of the keys"}
 
 
 def test_behind_an_inner_norm_units_are_selected_in_front_of_fc2(tmp_path: Path) -> None:
