@@ -195,6 +195,39 @@ def test_what_is_not_pruned_stays_as_it_came(tmp_path: Path) -> None:
     assert len(after.node) <= len(before.node)
 
 
+def test_learned_keys_beside_those_of_a_layer_are_named(tmp_path: Path) -> None:
+    class Beside(Pool):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.norm(x)
+            k, v = (torch.cat([t, self.learned.expand(x.shape[0], -1, -1)], 1) for t in self.kv(tokens).chunk(2, -1))
+            q, k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in (self.q(tokens), k, v))
+            result: torch.Tensor = self.proj(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+            return result
+
+    found = look(export(randomised(Beside("raw")), torch.randn(1, TOKENS, WIDTH), tmp_path / "model.onnx"))
+    (block,) = found.match.blocks
+    assert block.attention is not None
+    reasons = [str(block.attention.qk_reason), str(block.attention.vo_reason)]
+    assert reasons == [f"{part} holds constants besides what 1 linear layers make" for part in "KV"]
+
+
+def test_an_obstacle_of_the_keys_is_named_before_learned_queries(tmp_path: Path) -> None:
+    class Normed(Pool):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (
+                t.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+                for t in (self.learned, *self.kv(self.norm(x)).chunk(2, -1))
+            )
+            scores = q @ functional.layer_norm(k, (DIM,)).transpose(-2, -1)
+            result: torch.Tensor = self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            return result
+
+    found = look(export(randomised(Normed("raw")), torch.randn(1, TOKENS, WIDTH), tmp_path / "model.onnx"))
+    (block,) = found.match.blocks
+    assert block.attention is not None
+    assert str(block.attention.qk_reason).startswith("K passes through")
+
+
 def test_one_query_for_all_heads_is_named_and_left(tmp_path: Path) -> None:
     class Shared(Pool):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

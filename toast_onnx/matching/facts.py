@@ -325,6 +325,8 @@ def evaluate_node(
     bare.input.extend("" if v is None else f"i{k}" for k, v in enumerate(inputs))
     bare.output.extend(f"o{k}" if name else "" for k, name in enumerate(node.output))
     feeds = {f"i{k}": np.asarray(v) for k, v in enumerate(inputs) if v is not None}
+    if node.op_type == "CumSum":  # dynamo writes the axis as a vector of one, which ONNX Runtime takes, too
+        feeds["i1"] = feeds["i1"].reshape(())
     graph = onnx.helper.make_graph(
         [bare],
         "one",
