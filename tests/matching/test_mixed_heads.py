@@ -1,4 +1,4 @@
-"""Heads that are mixed between the scores and the values: talking heads, re-attention, differential attention."""
+"""Between the scores and the values: talking heads, re-attention, differential attention, sinks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from toast_onnx_calibration.statistics import CalibratedStatistics
 
 WIDTH, HEADS, DIM, TOKENS = 24, 3, 8, 5
 HALF = {"version": 1, "attention": {"qk": 0.5, "vo": 0.5, "select": "index", "score": "l2"}, "align": 1}
-KINDS = ("before", "after", "both", "einsum", "normed", "differential")
+KINDS = ("before", "after", "both", "einsum", "normed", "differential", "sink")
 
 
 class Mixed(nn.Module):
@@ -36,6 +36,7 @@ class Mixed(nn.Module):
         self.norm, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, (2 * self.times + 1) * WIDTH)
         self.before, self.after = nn.Linear(HEADS, HEADS), nn.Linear(HEADS, HEADS, bias=False)
         self.heads_norm, self.proj = nn.LayerNorm(HEADS), nn.Linear(WIDTH, WIDTH)
+        self.sink = nn.Parameter(torch.empty(HEADS, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.qkv(self.norm(x)).split([WIDTH * self.times, WIDTH * self.times, WIDTH], -1)
@@ -43,7 +44,11 @@ class Mixed(nn.Module):
         scores = q @ k.transpose(-2, -1) * DIM**-0.5
         if self.kind in ("before", "both"):
             scores = self.before(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.kind == "sink":  # one more score for each query, whose probability weighs nothing
+            scores = torch.cat([scores, self.sink + 0 * scores[..., :1]], -1)
         p = scores.softmax(-1)
+        if self.kind == "sink":
+            p = p[..., :-1]
         if self.kind in ("after", "both"):
             p = self.after(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         elif self.kind == "einsum":
@@ -92,9 +97,9 @@ def test_whole_heads_stay_and_tokens_merge_or_are_declined(kind: str, tmp_path: 
     found = look(model(kind, tmp_path / "model.onnx"))
     (block,) = found.match.blocks
     assert block.attention is not None
-    assert block.attention.heads_reason
+    assert bool(block.attention.heads_reason) == (kind != "sink")
     (point,) = study_tokens(found).points
-    if kind in ("normed", "differential"):
+    if kind in ("normed", "differential", "sink"):
         assert point.reason
         return
     assert point.reason is None

@@ -89,7 +89,28 @@ def find_cores(view: GraphView, facts: Facts) -> tuple[list[Core], dict[int, Rea
             continue
         if core is not None:
             cores.append(core)
+    declined.update(_without_softmax(view, facts, cores))
     return cores, declined
+
+
+def _without_softmax(view: GraphView, facts: Facts, cores: Sequence[Core]) -> dict[int, Reason]:
+    """Products of three activations, one after another, that no Softmax makes an attention (position: reason).
+
+    Linear attention is one, and so are scores that another function than a Softmax makes weights of.
+    """
+    known = {i for core in cores for i in core.nodes}
+    ends = CONTRACTIONS | ATTENTIONS | {"Softmax"}
+    found: dict[int, Reason] = {}
+    for i in range(len(view.nodes)):
+        if i in known or not _meets(view, facts, i):
+            continue
+        met = upstream(view, facts, view.nodes[i].input, lambda k: view.nodes[k].op_type in ends)
+        before = {k for k in met if k is not None}
+        first = sorted(k for k in before - known if _meets(view, facts, k))
+        if first and not any(view.nodes[k].op_type == "Softmax" for k in before):
+            text = "{node} multiplies what {first} makes of two activations by a third, and no Softmax lies between"
+            found[i] = Kind.NO_ATTENTION.says(text, node=view.label(i), first=view.label(first[0]))
+    return found
 
 
 def _finder(node: onnx.NodeProto) -> Callable[[GraphView, Facts, int], Core | None] | None:
@@ -192,8 +213,7 @@ def _mixed_products(view: GraphView, facts: Facts, i: int) -> _Mixed | None:
     matrices = [view.nodes[n] for n in way if view.nodes[n].op_type in CONTRACTIONS - {"Einsum"}]
     sides = [facts.shape(name) or () for node in matrices for name in node.input[:2] if facts.is_constant(name)]
     mixing = all(np.prod(side) == heads * max(side) and heads in side for side in sides)
-    met = any(view.nodes[n].op_type in _MIXING | {"Transpose"} or len(_data(view, facts, n)) > 1 for n in way)
-    if not (met and mixing and heads and taken[-2:] == shape[-2:]):
+    if not (way and mixing and heads and taken[-2:] == shape[-2:]):
         return None
     product, sum_ = (view.nodes[n] for n in (scores[0], total[0]))
     softmax = view.nodes[i]
