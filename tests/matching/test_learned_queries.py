@@ -81,6 +81,7 @@ def test_learned_queries_lose_dimensions_with_their_keys(kind: str, exporter: st
     assert dense.match.declined == {}
     assert block.attention is not None
     assert (block.attention.qk_reason, block.attention.vo_reason) == (None, None)
+    assert "queries" not in block.name
     assert pruned.twin is not None
     assert pruned.twin.worst < 1e-4
     (after,) = look(out).match.blocks

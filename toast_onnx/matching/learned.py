@@ -146,6 +146,7 @@ def _layer(view: GraphView, facts: Facts, i: int, axes: list[list[Factor]]) -> _
     if rows > MOST or value.dtype.kind == "i":
         return None
     name = _free(view, f"{node.output[0]}/queries")
+    base = f"{node.name or node.output[0]}_queries"
     eye, weight, layer, split, turned, operand = (
         f"{name}/{part}" for part in ("rows", "weight", "layer", "split", "turned", "operand")
     )
@@ -159,14 +160,16 @@ def _layer(view: GraphView, facts: Facts, i: int, axes: list[list[Factor]]) -> _
     core.CopyFrom(node)
     core.input[0] = operand
     nodes = (
-        onnx.helper.make_node("MatMul", [eye, weight], [layer], name=f"{name}/MatMul"),
-        onnx.helper.make_node("Reshape", [layer, f"{split}/shape"], [split], name=f"{split}/Reshape"),
+        onnx.helper.make_node("MatMul", [eye, weight], [layer], name=f"{base}_MatMul"),
+        onnx.helper.make_node("Reshape", [layer, f"{split}/shape"], [split], name=f"{base}_split"),
         onnx.helper.make_node(
-            "Transpose", [split], [turned], name=f"{name}/Transpose", perm=np.argsort(order).tolist()
+            "Transpose", [split], [turned], name=f"{base}_Transpose", perm=np.argsort(order).tolist()
         ),
-        onnx.helper.make_node("Reshape", [turned, f"{operand}/shape"], [operand], name=f"{operand}/Reshape"),
+        onnx.helper.make_node("Reshape", [turned, f"{operand}/shape"], [operand], name=f"{base}_Reshape"),
         core,
     )
+    for made in nodes[:-1]:
+        made.metadata_props.extend(node.metadata_props)  # the module path that names the block
     queries = LearnedQueries(node.input[0], layer, operand, node.output[0])
     return _Spelling(queries, nodes, arrays, {eye: ROWS, weight: LEARNED})
 
