@@ -212,6 +212,23 @@ def test_learned_keys_beside_those_of_a_layer_are_named(tmp_path: Path) -> None:
     assert reasons == [f"{part} holds constants besides what 1 linear layers make" for part in "KV"]
 
 
+def test_learned_keys_beside_those_of_a_packed_layer_are_named(tmp_path: Path) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, add_bias_kv=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = x + self.attn(x, x, x)[0]
+            return result
+
+    found = look(export(randomised(Packed()), torch.randn(1, TOKENS, WIDTH), tmp_path / "model.onnx"))
+    (block,) = found.match.blocks
+    assert block.attention is not None
+    reasons = [str(block.attention.qk_reason), str(block.attention.vo_reason)]
+    assert reasons == [f"{part} holds constants besides what 1 linear layers make" for part in "KV"]
+
+
 def test_an_obstacle_of_the_keys_is_named_before_learned_queries(tmp_path: Path) -> None:
     class Normed(Pool):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
