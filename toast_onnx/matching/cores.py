@@ -316,6 +316,11 @@ def scores_of_softmax(view: GraphView, facts: Facts, i: int) -> bool:
     return any(view.nodes[k].op_type == "Softmax" for k, _ in behind)
 
 
+def weighs_values(view: GraphView, facts: Facts, tensor: str) -> bool:
+    """Whether two activations meet in a product behind a tensor, through what may stand behind probabilities."""
+    return any(_meets(view, facts, k) for k, _ in downstream(view, [tensor], lambda k: _lies_around(view, facts, k)))
+
+
 def leads_to_softmax(view: GraphView, facts: Facts, i: int) -> bool:
     """Whether a Softmax takes a node's output through what may stand around an attention's scores."""
     behind = downstream(view, view.nodes[i].output, lambda k: _lies_around(view, facts, k))

@@ -16,6 +16,7 @@ from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.input_shapes import Shapes, counted_shapes, input_shapes
 from toast_onnx.matching.learned import LearnedQueries, spell_learned
 from toast_onnx.matching.parallel import part_layers
+from toast_onnx.matching.softmaxes import spell_softmaxes
 from toast_onnx.matching.split_bias import join_split_biases
 from toast_onnx.model import Model
 from toast_onnx.wellformed import blame_model
@@ -69,6 +70,10 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     asked = given
     shapes, counted, usual, note = counted_shapes(view, given)
     named, given = bool(given), given if usual else shapes
+    written = spell_softmaxes(view, counted)
+    if written is not view.model:
+        view = GraphView(written)
+        counted = Facts(view, shapes)
     contracted = spell_contractions(view, counted)
     if contracted is not view.model:
         view = GraphView(contracted)
