@@ -136,3 +136,16 @@ def test_attention_without_a_softmax_is_named(kind: str, exporter: str, tmp_path
     (reason,) = match.declined.values()
     assert reason.kind == Kind.NO_ATTENTION
     assert "no Softmax lies between" in str(reason)
+
+
+def test_linear_attention_with_a_softmax_of_its_own_is_named_once(tmp_path: Path) -> None:
+    class Efficient(Unnormed):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+            context = q @ (k.softmax(-2).transpose(-2, -1) @ v)
+            result: torch.Tensor = x + self.proj(context.transpose(1, 2).flatten(2))
+            return result
+
+    path = export(randomised(Efficient("")), torch.randn(1, TOKENS, WIDTH), tmp_path / "model.onnx")
+    ((label, _),) = look(path).match.declined.items()
+    assert "Softmax" in label

@@ -99,18 +99,24 @@ def _without_softmax(view: GraphView, facts: Facts, cores: Sequence[Core]) -> di
     Linear attention is one, and so are scores that another function than a Softmax makes weights of.
     """
     known = {i for core in cores for i in core.nodes}
-    ends = CONTRACTIONS | ATTENTIONS | {"Softmax"}
     found: dict[int, Reason] = {}
     for i in range(len(view.nodes)):
         if i in known or not _meets(view, facts, i):
             continue
-        met = upstream(view, facts, view.nodes[i].input, lambda k: view.nodes[k].op_type in ends)
-        before = {k for k in met if k is not None}
+        before = _ends_before(view, facts, i)
         first = sorted(k for k in before - known if _meets(view, facts, k))
-        if first and not any(view.nodes[k].op_type == "Softmax" for k in before):
+        around = before.union(*(_ends_before(view, facts, k) for k in first))
+        if first and not any(view.nodes[k].op_type == "Softmax" for k in around):  # which has its own reason
             text = "{node} multiplies what {first} makes of two activations by a third, and no Softmax lies between"
             found[i] = Kind.NO_ATTENTION.says(text, node=view.label(i), first=view.label(first[0]))
     return found
+
+
+def _ends_before(view: GraphView, facts: Facts, i: int) -> set[int]:
+    """The nodes in front of one, up to and with the nearest layers, products and softmaxes."""
+    ends = CONTRACTIONS | ATTENTIONS | {"Softmax"}
+    met = upstream(view, facts, view.nodes[i].input, lambda k: view.nodes[k].op_type in ends)
+    return {k for k in met if k is not None}
 
 
 def _finder(node: onnx.NodeProto) -> Callable[[GraphView, Facts, int], Core | None] | None:
