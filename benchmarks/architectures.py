@@ -62,7 +62,15 @@ TWO = {"num_hidden_layers": 2}
 RELATIVE = TWO | {"use_relative_position_bias": True}
 WINDOWS = {"depths": [2, 2], "num_heads": [6, 6]}
 QWEN = {"depth": 2}
-EAGER = ("d-fine", "grounding-dino", "deimv2", "rt-detr", "rt-detr-v2", "zoedepth")  # their backbones know no other
+EAGER = (
+    "table-transformer",
+    "d-fine",
+    "grounding-dino",
+    "deimv2",
+    "rt-detr",
+    "rt-detr-v2",
+    "zoedepth",
+)  # their backbones know no other
 SHALLOW = {"depths": [1, 1, 1, 1]}
 DETR = {"use_pretrained_backbone": False, "encoder_layers": 2, "decoder_layers": 2}
 #: Hugging Face: name -> model, configuration, its options, image size (channels, height, width) or number of tokens.

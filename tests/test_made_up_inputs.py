@@ -217,6 +217,20 @@ def test_a_batch_baked_into_reshapes_is_taken_as_fixed(size: int, tmp_path: Path
     assert f"note: {dense.notes[0]}" in " ".join(shown.output.split())
 
 
+def test_samples_come_in_the_batch_that_is_baked_in(tmp_path: Path) -> None:
+    graph, y = block()
+    for name, value in graph.weights.items():
+        if value.tolist() in ([0, 0, 2, 4], [0, 0, 8]):
+            graph.weights[name] = np.asarray([1, *value.tolist()[1:]])
+    path = graph.save(tmp_path / "model.onnx", y)
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).random((24, TOKENS, 8), np.float32))
+    (tmp_path / "half.yaml").write_text("version: 1\nattention: {qk: 0.5, vo: 0.5}\nffn: {fc2: 0.5}\nalign: 1\n")
+    arguments = ["prune", str(path), "--ratios", str(tmp_path / "half.yaml"), "--data", str(tmp_path / "data.npy")]
+    pruned = CliRunner().invoke(main, arguments)
+    assert pruned.exit_code == 0, pruned.output
+    assert "samples of" in pruned.output
+
+
 @pytest.mark.parametrize(("rows", "extra", "side"), [(36, 1, 96), (49, 0, 112)])
 def test_the_image_size_that_a_table_of_positions_fixes_is_found(
     rows: int, extra: int, side: int, tmp_path: Path

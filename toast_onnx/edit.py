@@ -126,7 +126,7 @@ class GraphEdit:
             name: module path for the new names.
         """
         op = self._view.nodes[like.node].op_type
-        stored = w.T.reshape(w.shape[1], w.shape[0], 1, 1) if op == "Conv" else w
+        stored = w.T.reshape(w.shape[1], w.shape[0], *[1] * like.kernel) if op == "Conv" else w
         weight = self._weight(like.weight, like.node, stored, f"{name}.weight")
         bias = None if b is None else self._weight(like.bias, like.nodes[-1], b, f"{name}.bias")
         if op in ("Gemm", "Conv"):

@@ -75,7 +75,7 @@ class Kind(StrEnum):
     # between layers and an attention
     NO_ATTENTION = (
         "no-attention",
-        "a Softmax is no attention as it is known here: other products, another axis, mixed heads, linear attention",
+        "a Softmax, or products without one, are no attention as it is known here: another axis, linear attention",
         "nothing where it is none; else export with the framework's plain attention (`attn_implementation`)",
     )
     FUSED = (

@@ -26,7 +26,7 @@ from toast_onnx_calibration.gradients import BATCH, SAMPLES, measure_gradients
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.room import check_room, spool_bytes
-from toast_onnx_calibration.sessions import ModelInput, graph_inputs, model_inputs, model_session, run
+from toast_onnx_calibration.sessions import ModelInput, graph_inputs, held_inputs, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source, shares_of
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
 from toast_onnx_calibration.store import Header, Share, StatisticsWriter, per_head, write_statistics
@@ -148,7 +148,7 @@ def calibrate(
             graph = measuring_graph(study, group, settings)
             session = _session(graph, study, behind or {}, options, link, spool.inputs(link.takes))
             if source is None:
-                inputs = model_inputs(session)
+                inputs = held_inputs(study, model_inputs(session))
                 source, found = open_samples(study.source, data, inputs, options)
                 if options.shard is not None:
                     source, share = shard_of(source, options.shard, batch_size(inputs, options.batch))
@@ -222,7 +222,7 @@ def _watched(study: Study, groups: Sequence[Wanted], settings: TokenSettings) ->
 
 def _few(study: Study, data: str | Path, options: CalibrationOptions) -> Iterator[dict[str, NDArray[Any]]]:
     """The samples that gradients are taken of."""
-    inputs = graph_inputs(study.source)
+    inputs = held_inputs(study, graph_inputs(study.source))
     count = SAMPLES if options.samples is None else min(options.samples, SAMPLES)
     source, _ = open_samples(study.source, data, inputs, replace(options, samples=count, note=silent))
     return (batch.feeds for batch in batches(source, inputs, min(BATCH, options.batch)))
@@ -402,7 +402,7 @@ def first_samples(study: Study, data: str | Path, options: CalibrationOptions) -
     Raises:
         ToastError: its children say what is wrong with the data or an option.
     """
-    inputs = graph_inputs(study.source)
+    inputs = held_inputs(study, graph_inputs(study.source))
     source, _ = open_samples(study.source, data, inputs, options)
     return [batch.feeds for batch in islice(batches(source, inputs, 2), 1)]
 

@@ -15,7 +15,7 @@ from toast_onnx_calibration.executing import Executor, Find, Report
 from toast_onnx_calibration.executing_files import found_recipe, placed, reading_files
 from toast_onnx_calibration.feeds import batch_size
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
-from toast_onnx_calibration.sessions import graph_inputs
+from toast_onnx_calibration.sessions import graph_inputs, held_inputs
 from toast_onnx_calibration.sources import shares_of
 from toast_onnx_calibration.store import Header, merge_statistics
 
@@ -141,7 +141,7 @@ def calibrate_on(
     with executor.open(Calibration(dense, data, wanted, options)) as pool:
         if pool.workers == 1:
             return calibrate(dense, data, out, wanted, options, progress)
-        inputs = graph_inputs(dense.source)
+        inputs = held_inputs(dense, graph_inputs(dense.source))
         source, _ = open_samples(dense.source, data, inputs, options)
         parts = shares_of(source, batch_size(inputs, options.batch), pool.workers)
         shards, count = len(parts), parts[-1][1]

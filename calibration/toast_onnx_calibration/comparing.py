@@ -25,7 +25,7 @@ from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.pictures import small_picture
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.recipes import Recipe
-from toast_onnx_calibration.sessions import ModelInput, model_inputs, model_session, run
+from toast_onnx_calibration.sessions import ModelInput, held_inputs, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def compare_all(
     sides = [_side(original, path, shapes, provider, threads) for path in small]
     branches = list(dict.fromkeys(name for side in sides for name, _ in side.watched))
     session = _session(original, branches, provider, threads)
-    inputs = model_inputs(session)
+    inputs = held_inputs(original, model_inputs(session))
     for side in sides:
         _check_alike(session, side)
     kept = [s.get_modelmeta().custom_metadata_map for s in (sides[0].session, session)]

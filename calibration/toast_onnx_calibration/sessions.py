@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import BackendError, DataError, ModelError, one_line
 from toast_onnx.external import follow_links
+from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, scratch_folder, write_draft
 from toast_onnx.providers import known_provider, open_on
 from toast_onnx.runtime import NUMPY_TYPES
@@ -124,6 +125,17 @@ def graph_inputs(model: Model) -> list[ModelInput]:
         shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
         inputs.append(ModelInput(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
     return inputs
+
+
+def held_inputs(study: Study, inputs: Sequence[ModelInput]) -> list[ModelInput]:
+    """The inputs with the batch that a graph holds inside, where it declares a symbolic one all the same."""
+    if study.dynamic_batch:
+        return list(inputs)
+    held = {name: shape[0] for name, shape in study.counted_shapes.items() if shape}
+    return [
+        replace(each, shape=(held.get(each.name, each.shape[0]), *each.shape[1:])) if each.shape else each
+        for each in inputs
+    ]
 
 
 def run(

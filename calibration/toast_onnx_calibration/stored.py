@@ -18,7 +18,7 @@ from toast_onnx.proof.precision import to_float32
 from toast_onnx.runtime import expose
 from toast_onnx_calibration.calibrating import CalibrationOptions, open_samples
 from toast_onnx_calibration.feeds import batch_size, batches
-from toast_onnx_calibration.sessions import make_session, model_inputs
+from toast_onnx_calibration.sessions import held_inputs, make_session, model_inputs
 from toast_onnx_calibration.sources import Source
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def store_samples(
     Raises:
         DataError: the data cannot be read.
     """
-    inputs = model_inputs(whole_session(study.view.model, [], options, folder))
+    inputs = held_inputs(study, model_inputs(whole_session(study.view.model, [], options, folder)))
     source, notes = open_samples(study.source, data, inputs, options)
     size = batch_size(inputs, batch(source.count))
     feeds: dict[str, Array] = {}

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
+from torch import nn
 
 from tests import zoo
+from tests.matching.small_exports import export, feeds, randomised
 from tests.matching.tiny import TOKENS, WIDTH, Graph, block
-from tests.pruning import look, prune_file
+from tests.pruning import look, prune_file, run, worst
 from toast_onnx.choosing.losses import predicted_errors
 from toast_onnx.choosing.synthetic import SyntheticStatistics, founded
 from toast_onnx.importance.moments import Moments
@@ -163,3 +166,36 @@ def test_the_norm_before_inputs_that_were_picked_is_found_again(
     assert again.unfounded == ()
     assert again.twin is not None
     assert again.twin.worst < 1e-4
+
+
+class Decoder(nn.Module):
+    """Attention from 24 channels to keys and values of 10 and 12; every second dimension of a head is dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.k, self.v = nn.LayerNorm(24), nn.Linear(24, 10), nn.Linear(24, 12)
+        self.attn = nn.MultiheadAttention(24, 3, kdim=10, vdim=12, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        result: torch.Tensor = x + self.attn(y, self.k(y), self.v(y), need_weights=False)[0]
+        return result
+
+
+def test_keys_and_values_may_be_made_of_other_tokens_than_queries(tmp_path: Path) -> None:
+    module = randomised(Decoder())
+    assert isinstance(module, Decoder)
+    attn = module.attn
+    with torch.no_grad():
+        for rows in (attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight, attn.out_proj.weight.T):
+            rows.unflatten(0, (3, 8))[:, 1::2] = 0
+        attn.in_proj_bias.unflatten(0, (3, 3, 8))[:, :, 1::2] = 0
+    path = export(module, torch.randn(1, TOKENS, 24), tmp_path / "model.onnx")
+    found = SyntheticStatistics(look(path)).attention(0)
+    keys = attn.k_proj_weight.detach().double().numpy().reshape(3, 8, 10)  # no norm in front: isotropic tokens
+    np.testing.assert_allclose(found.s_kk, keys @ keys.swapaxes(1, 2), rtol=1e-5, atol=1e-6)
+    ratios = {"version": 1, "attention": {"qk": 0.5, "vo": 0.5}, "align": 1}
+    _, pruned = prune_file(path, ratios, tmp_path / "pruned.onnx")
+    assert pruned.twin is not None
+    given = feeds(2, TOKENS, 24)
+    assert worst(run(tmp_path / "pruned.onnx", given), run(path, given)) < 1e-4

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toast_onnx.importance.moments import Moments, merge
-from toast_onnx.importance.synthetic import attention_from_weights, layer_norm_moments, synthetic_tokens
+from toast_onnx.importance.synthetic import context_moments, layer_norm_moments, synthetic_tokens
 
 
 def test_moments_are_numpys_weighted_statistics() -> None:
@@ -62,18 +62,19 @@ def test_synthetic_tokens_have_the_moments_in_closed_form() -> None:
     np.testing.assert_array_equal(synthetic_tokens(gain, bias, 5, 3), synthetic_tokens(gain, bias, 5, 3))
 
 
-def test_attention_statistics_of_synthetic_tokens() -> None:
+def test_moments_of_synthetic_tokens_behind_layers() -> None:
     rng = np.random.default_rng(2)
     c, heads, d = 8, 2, 3
-    wq, wk, wv = (rng.standard_normal((c, heads, d)) for _ in range(3))
-    bq, bk, bv = (rng.standard_normal((heads, d)) for _ in range(3))
+    wq, wv = (rng.standard_normal((c, heads, d)) for _ in range(2))
+    bq, bv = (rng.standard_normal((heads, d)) for _ in range(2))
     gain, bias = rng.random(c) + 0.5, rng.standard_normal(c)
-    stats = attention_from_weights(layer_norm_moments(gain, bias), wq, bq, wk, bk, wv, bv)
+    tokens = layer_norm_moments(gain, bias)
+    queries, context = tokens.through(wq, bq), context_moments(tokens, wv, bv)
     for h in range(heads):
         mean_q = bias @ wq[:, h] + bq[h]
-        expected = (wq[:, h] * gain[:, None] ** 2).T @ wq[:, h] + np.outer(mean_q, mean_q)
-        np.testing.assert_allclose(stats.s_qq[h], expected)
-        np.testing.assert_allclose(stats.s_kk[h], (wk[:, h] * gain[:, None] ** 2).T @ wk[:, h])
-        block = stats.context.covariance[h * d : h * d + d, h * d : h * d + d]
+        covariance = (wq[:, h] * gain[:, None] ** 2).T @ wq[:, h]
+        np.testing.assert_allclose(queries.covariance[h], covariance)
+        np.testing.assert_allclose(queries.second[h], covariance + np.outer(mean_q, mean_q))
+        block = context.covariance[h * d : h * d + d, h * d : h * d + d]
         np.testing.assert_allclose(block, (wv[:, h] * gain[:, None] ** 2).T @ wv[:, h])
-    np.testing.assert_allclose(stats.context.mean, bv.reshape(-1))
+    np.testing.assert_allclose(context.mean, bv.reshape(-1))

@@ -157,16 +157,6 @@ def test_a_bent_part_says_why_and_is_refused(case: str, tmp_path: Path) -> None:
         prune_file(path, ratios(other))
 
 
-def test_queries_that_are_constant_leave_values_prunable(tmp_path: Path) -> None:
-    """Attention pooling: exporters fold the layer of learned queries away."""
-    graph, y = block(q=lambda g, _: g.random(1, HEADS, TOKENS, DIM))
-    path = graph.save(tmp_path / "model.onnx", y)
-    found = reasons(path)
-    assert str(found["qk"]) == "Q is made of constants (learned queries), not by a linear layer"
-    assert found["vo"] is None
-    prune_file(path, ratios("vo"), tmp_path / "pruned.onnx")
-
-
 def test_small_learned_queries_that_are_repeated_for_the_batch_are_tokens(tmp_path: Path) -> None:
     """Their values are known at every batch size, and still they go through a layer."""
 
@@ -216,7 +206,7 @@ def test_softmax_over_another_axis_is_no_attention(tmp_path: Path) -> None:
     graph, y = block(axis=2)
     match = look(graph.save(tmp_path / "model.onnx", y)).match
     assert [b.attention for b in match.blocks] == [None]
-    assert said(match) == {"'softmax' (Softmax)": "this Softmax runs over axis 2, not over the last"}
+    assert said(match) == {"'softmax' (Softmax)": "this Softmax runs over axis 2, not over the one of the keys"}
 
 
 def test_scores_that_are_transposed_are_no_attention(tmp_path: Path) -> None:
@@ -224,7 +214,7 @@ def test_scores_that_are_transposed_are_no_attention(tmp_path: Path) -> None:
     graph, y = block(scores=lambda g, name: g.add("Transpose", name, perm=[0, 1, 3, 2]))
     match = look(graph.save(tmp_path / "model.onnx", y)).match
     assert [b.attention for b in match.blocks] == [None]
-    assert said(match) == {"'softmax' (Softmax)": "the scores before this Softmax are no product of two activations"}
+    assert said(match) == {"'softmax' (Softmax)": "this Softmax runs over axis -1, not over the one of the keys"}
 
 
 def test_behind_an_inner_norm_units_are_selected_in_front_of_fc2(tmp_path: Path) -> None:

@@ -45,6 +45,26 @@ def test_operators_that_only_a_function_body_describes_have_shapes_and_values(
     assert facts.shape("mask") == (4, 3, 2)
 
 
+def test_sums_over_an_axis_that_is_written_as_a_vector(tmp_path: Path) -> None:
+    """NaViT as dynamo exports it counts its images' patches so; ONNX's reference takes a number alone."""
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Shape", ["x"], ["extents"]),
+            onnx.helper.make_node("CumSum", ["extents", "axis"], ["ends"]),
+        ],
+        "g",
+        [info("x", onnx.TensorProto.FLOAT, [4, 3, 2])],
+        [info("ends", onnx.TensorProto.INT64, [3])],
+        [onnx.numpy_helper.from_array(np.asarray([0], np.int64), "axis")],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+    value = Facts(GraphView(load_model(path)), {"x": (4, 3, 2)}).value("ends")
+    assert value is not None
+    assert value.tolist() == [4, 7, 9]
+
+
 @pytest.mark.parametrize("opset", [18, 21, 23])
 def test_group_normalization_keeps_its_shape(tmp_path: Path, opset: int) -> None:
     """From opset 21 on it is a function body, which shape inference of a single node says nothing about."""

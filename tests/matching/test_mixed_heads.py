@@ -1,10 +1,11 @@
-"""Heads that are mixed between the scores and the values: talking heads, re-attention, differential attention."""
+"""Between the scores and the values: talking heads, re-attention, differential attention, sinks."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from tests.matching.small_exports import EXPORTERS, export, feeds, randomised
 from tests.pruning import look, prune_file, run, worst
+from tests.zoo.aftermaths import AFTERMATHS
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
@@ -22,7 +24,7 @@ from toast_onnx_calibration.statistics import CalibratedStatistics
 
 WIDTH, HEADS, DIM, TOKENS = 24, 3, 8, 5
 HALF = {"version": 1, "attention": {"qk": 0.5, "vo": 0.5, "select": "index", "score": "l2"}, "align": 1}
-KINDS = ("before", "after", "both", "einsum", "normed", "differential")
+KINDS = ("before", "after", "both", "einsum", "normed", "differential", "sink")
 
 
 class Mixed(nn.Module):
@@ -34,6 +36,7 @@ class Mixed(nn.Module):
         self.norm, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, (2 * self.times + 1) * WIDTH)
         self.before, self.after = nn.Linear(HEADS, HEADS), nn.Linear(HEADS, HEADS, bias=False)
         self.heads_norm, self.proj = nn.LayerNorm(HEADS), nn.Linear(WIDTH, WIDTH)
+        self.sink = nn.Parameter(torch.empty(HEADS, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.qkv(self.norm(x)).split([WIDTH * self.times, WIDTH * self.times, WIDTH], -1)
@@ -41,7 +44,11 @@ class Mixed(nn.Module):
         scores = q @ k.transpose(-2, -1) * DIM**-0.5
         if self.kind in ("before", "both"):
             scores = self.before(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.kind == "sink":  # one more score for each query, whose probability weighs nothing
+            scores = torch.cat([scores, self.sink + 0 * scores[..., :1]], -1)
         p = scores.softmax(-1)
+        if self.kind == "sink":
+            p = p[..., :-1]
         if self.kind in ("after", "both"):
             p = self.after(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         elif self.kind == "einsum":
@@ -90,9 +97,9 @@ def test_whole_heads_stay_and_tokens_merge_or_are_declined(kind: str, tmp_path: 
     found = look(model(kind, tmp_path / "model.onnx"))
     (block,) = found.match.blocks
     assert block.attention is not None
-    assert block.attention.heads_reason
+    assert bool(block.attention.heads_reason) == (kind != "sink")
     (point,) = study_tokens(found).points
-    if kind in ("normed", "differential"):
+    if kind in ("normed", "differential", "sink"):
         assert point.reason
         return
     assert point.reason is None
@@ -121,6 +128,39 @@ def test_statistics_do_not_weigh_keys_by_rows_of_another_head(tmp_path: Path) ->
     result = prune(dense, parse_ratios(HALF), CalibratedStatistics(dense, file), seed=0)
     assert result.twin is not None
     assert result.twin.worst < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["both", "after"])
+def test_a_softmax_that_the_optimizer_moved_behind_a_transpose(kind: str, tmp_path: Path) -> None:
+    """ONNX Runtime's basic optimizer lets a Softmax run over axis 2 of (batch, queries, keys, heads)."""
+    model(kind, tmp_path / "as_exported.onnx", dead=True)
+    path, out = tmp_path / "model.onnx", tmp_path / "pruned.onnx"
+    AFTERMATHS["ort-basic"](tmp_path / "as_exported.onnx", path)
+    softmaxes = [n for n in onnx.load(path).graph.node if n.op_type == "Softmax"]
+    assert [a.i for n in softmaxes for a in n.attribute if a.name == "axis"] == [2 if kind == "both" else -1]
+    dense, pruned = prune_file(path, HALF, out)
+    assert dense.match.declined == {}
+    assert pruned.twin is not None
+    assert pruned.twin.worst < 1e-4
+    for batch in (1, 3):
+        given = feeds(batch, TOKENS, WIDTH)
+        assert worst(run(out, given), run(path, given)) < 1e-5
+
+
+class Slots(Mixed):
+    """As slot attention does: queries compete for keys, so the softmax runs over the queries."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (-1, DIM)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        p = self.before((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).softmax(1)
+        return x + self.proj((p.permute(0, 3, 1, 2) @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_softmax_over_the_queries_is_named_and_left(tmp_path: Path) -> None:
+    found = look(export(randomised(Slots("both")), torch.randn(1, TOKENS, WIDTH), tmp_path / "model.onnx"))
+    assert found.match.blocks == ()
+    (reason,) = found.match.declined.values()
+    assert "not over the one of the keys" in str(reason)
 
 
 class Mixer(nn.Module):

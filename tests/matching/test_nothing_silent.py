@@ -8,7 +8,11 @@ import numpy as np
 import onnx
 import onnx.helper
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional
 
+from tests.matching.small_exports import EXPORTERS, export, randomised
 from tests.matching.tiny import TOKENS, WIDTH, Bend, Graph, block
 from tests.pruning import UNEVEN, look, prune_file, run, worst
 from toast_onnx.reasons import Kind
@@ -98,3 +102,50 @@ def test_blocks_inside_a_condition_are_named(tmp_path: Path) -> None:
     assert entry[1].kind == Kind.BODY
     assert entry[1].values == {"operator": "If", "products": 8, "softmaxes": 1}
     assert "its body holds 8 matrix products and 1 attentions or softmaxes" in str(entry[1])
+
+
+class Unnormed(nn.Module):
+    """Three activations multiplied one after another without the operator Softmax, as people write it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm, self.qkv, self.proj = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        if self.kind == "linear":
+            context = functional.elu(q).add(1) @ (functional.elu(k).add(1).transpose(-2, -1) @ v)
+        else:
+            scores = q @ k.transpose(-2, -1)
+            if self.kind == "one":  # one more in the sum: no softmax
+                weights = scores.exp() / (1 + scores.exp().sum(-1, keepdim=True))
+            else:
+                weights = {"sigmoid": scores.sigmoid(), "relu": scores.relu()}[self.kind]
+            context = torch.einsum("bhij,bhjd->bhid", weights, v) if self.kind == "relu" else weights @ v
+        result: torch.Tensor = x + self.proj(context.transpose(1, 2).flatten(2))
+        return result
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("kind", ["linear", "one", "sigmoid", "relu"])
+def test_attention_without_a_softmax_is_named(kind: str, exporter: str, tmp_path: Path) -> None:
+    path = export(randomised(Unnormed(kind)), torch.randn(1, TOKENS, WIDTH), tmp_path / "model.onnx", exporter)
+    match = look(path).match
+    assert match.blocks == ()
+    (reason,) = match.declined.values()
+    assert reason.kind == Kind.NO_ATTENTION
+    assert "no Softmax lies between" in str(reason)
+
+
+def test_linear_attention_with_a_softmax_of_its_own_is_named_once(tmp_path: Path) -> None:
+    class Efficient(Unnormed):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+            context = q @ (k.softmax(-2).transpose(-2, -1) @ v)
+            result: torch.Tensor = x + self.proj(context.transpose(1, 2).flatten(2))
+            return result
+
+    path = export(randomised(Efficient("")), torch.randn(1, TOKENS, WIDTH), tmp_path / "model.onnx")
+    ((label, _),) = look(path).match.declined.items()
+    assert "Softmax" in label

@@ -78,7 +78,8 @@ def test_sources_are_the_layers_and_what_computes_on_the_way(tmp_path: Path) -> 
         g, g.add("Transpose", g.add("Erf", moved, name="erf"), perm=[0, 2, 1], name="back"), tmp_path
     )
     linears = find_linears(view, facts)
-    found, nodes, opaque = _sources(view, facts, linears, "back.out", "Q")
+    found, nodes, opaque, constants = _sources(view, facts, linears, "back.out", "Q")
+    assert not constants
     assert [linear.output for linear in found] == [layer]
     assert named(view, sorted(nodes)) == ["scale", "turn", "erf", "back"]
     assert named(view, sorted(opaque)) == ["erf"]

@@ -56,7 +56,7 @@ def test_a_block_without_attention_and_what_was_declined(tmp_path: Path) -> None
     (declined,) = document["declined"]
     assert declined == {
         "node": "'softmax' (Softmax)",
-        "reason": "this Softmax runs over axis 2, not over the last",
+        "reason": "this Softmax runs over axis 2, not over the one of the keys",
         "kind": "no-attention",
     }
 

@@ -26,11 +26,6 @@ FEWER = {
 }
 #: Attentions that keep their heads, and why; all others lose half of them.
 DECLINED = {
-    ("hf-detr", "static"): {Kind.CONSTANT: 1},
-    ("hf-siglip", "static"): {Kind.CONSTANT: 1},
-    ("timm-siglip", "static"): {Kind.CONSTANT: 1},
-    ("hf-maskformer", "static"): {Kind.CONSTANT: 1},
-    ("hf-mask2former", "static"): {Kind.CONSTANT: 1},
     # masks of cross-attention, predicted for every query and repeated for every head
     ("hf-mask2former", "dynamic"): {Kind.DYNAMIC: 2},
     **{

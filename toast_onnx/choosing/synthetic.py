@@ -21,7 +21,7 @@ from toast_onnx.importance.moments import Moments, merge
 from toast_onnx.importance.scores import attention_score, ffn_score
 from toast_onnx.importance.synthetic import (
     AttentionStatistics,
-    attention_from_weights,
+    context_moments,
     layer_norm_moments,
     synthetic_tokens,
 )
@@ -65,22 +65,17 @@ class SyntheticStatistics:
         shared = {"k": attention.qk_groups, "v": attention.vo_groups}
         weights = {name: for_each_query(head_weights(view, facts, b), shared.get(name)) for name, b in present.items()}
         self._check(block, *(array for w in weights.values() for array in (w.weight, w.bias)))
-        fallback = next(iter(weights.values()))
-        q, k, v = (weights.get(name, fallback) for name in "qkv")
-        found = {
-            name: attention_from_weights(self._moments(block, b), q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
-            for name, b in present.items()
-        }
-        any_ = next(iter(found.values()))
-        s_kk = found.get("k", any_).s_kk
+        any_ = next(iter(present))  # what stands for a layer that was not found is never read
+        read = [(self._moments(block, present[n]), weights[n]) for n in (n if n in present else any_ for n in "qkv")]
+        (of_q, q), (of_k, k), (of_v, v) = read
+        s_qq, s_kk = of_q.through(q.weight, q.bias).second, of_k.through(k.weight, k.bias).covariance
         if attention.cosine and attention.k is not None:
             # Cosine attention does not forgive a shift of all keys: their lengths change with it.
-            s_kk = self._moments(block, attention.k).through(k.weight, k.bias).second
-        s_qq = found.get("q", any_).s_qq
+            s_kk = of_k.through(k.weight, k.bias).second
         if attention.norms:
             s_qq = behind_norm(s_qq, attention.norms[0], offset=True)
             s_kk = behind_norm(s_kk, attention.norms[1], offset=False)
-        return AttentionStatistics(s_qq, s_kk, found.get("v", any_).context)
+        return AttentionStatistics(s_qq, s_kk, context_moments(of_v, v.weight, v.bias))
 
     def inputs(self, block: int) -> Moments:
         """Moments of the normalised input of a block's feed-forward network."""
@@ -231,7 +226,7 @@ def _rests_on_norm(study: Study, linear: Linear) -> bool:
     name = linear.input
     while (node := view.producer_of(name)) is not None and (node.op_type in MOVEMENT or node.op_type in PASSING):
         name = node.input[0]
-    if facts.is_constant(name):
+    if facts.is_constant(name) or name in view.initializers:
         return True
     return (
         node is not None

@@ -45,10 +45,8 @@ def synthetic_tokens(gain: ArrayLike, bias: ArrayLike, count: int, seed: int) ->
     return (z * scale + np.asarray(bias, dtype=np.float64)).astype(np.float32)
 
 
-def attention_from_weights(
-    x: Moments, wq: ArrayLike, bq: ArrayLike, wk: ArrayLike, bk: ArrayLike, wv: ArrayLike, bv: ArrayLike
-) -> AttentionStatistics:
-    """Attention statistics of tokens with moments `x`.
+def context_moments(x: Moments, wv: ArrayLike, bv: ArrayLike) -> Moments:
+    """Moments of the contexts of an attention whose values are made of tokens with moments `x`.
 
     Contexts average values over tokens, which shrinks their covariance by a factor that no solver sees. Heads
     attend to different tokens, so contexts of different heads are less correlated than their values: a fraction
@@ -57,13 +55,12 @@ def attention_from_weights(
 
     Args:
         x: moments of the attention's input, n = C.
-        wq: (C, H, d), and so wk, wv.
-        bq: (H, d), and so bk, bv.
+        wv: weights of the values (C, H, d).
+        bv: (H, d).
     """
-    queries, keys = x.through(wq, bq), x.through(wk, bk)
     values, offset = np.asarray(wv, dtype=np.float64), np.asarray(bv, dtype=np.float64)
     channels, heads, dim = values.shape
     flat = values.reshape(channels, heads * dim)
     same_head = np.kron(np.eye(heads), np.ones((dim, dim)))
     covariance = flat.T @ x.covariance @ flat * (CROSS_HEAD + (1 - CROSS_HEAD) * same_head)
-    return AttentionStatistics(queries.second, keys.covariance, Moments.known(offset.reshape(-1), covariance))
+    return Moments.known(offset.reshape(-1), covariance)

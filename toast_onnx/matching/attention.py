@@ -156,7 +156,11 @@ def _between(view: GraphView, facts: Facts, core: Core, outcomes: Mapping[str, O
     layer -> [movement] -> target -> [division by length | dimensions, singly or in pairs | norm, dimensions] -> core
     """
     (q, q_reason), (k, k_reason), (v, _) = (outcomes[n] for n in "QKV")
-    blocked = q_reason or k_reason
+    # Learned queries are an obstacle beside one of the keys alone; and where no layer of the keys was found, what
+    # reads the queries of a packed layer besides may be on the way to them.
+    read = q_reason is not None and q_reason.kind is Kind.READ
+    keys_first = facts.is_constant(core.q) or (read and k is None)
+    blocked = (k_reason or q_reason) if keys_first else (q_reason or k_reason)
     if blocked is None or q is None or k is None or (q_reason, k_reason) != (q.walk.blocked, k.walk.blocked):
         return _Between(blocked)
     if divisions := _length_divisions(view, facts, core, q, k):

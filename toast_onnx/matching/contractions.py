@@ -126,10 +126,10 @@ def _spelled(view: GraphView, facts: Facts, i: int) -> _Spelling | None:
         return None
     constant = [facts.is_constant(name) for name in node.input]
     if constant in ([False, True], [True, False]):
-        return _layer(view, facts, i, found, constant.index(True))
-    if not any(constant) and (scores_of_softmax(view, facts, i) or any(weighs(view, facts, n) for n in node.input)):
-        return _product(view, facts, i, found)
-    return None
+        batched = set(found.terms[0]) & set(found.terms[1]) & set(found.result)  # no layer: learned queries
+        return _product(view, facts, i, found) if batched else _layer(view, facts, i, found, constant.index(True))
+    scores = scores_of_softmax(view, facts, i) or any(weighs(view, facts, n) for n in node.input)
+    return _product(view, facts, i, found) if not any(constant) and scores else None
 
 
 def _layer(view: GraphView, facts: Facts, i: int, said: Equation, kernel: int) -> _Spelling | None:

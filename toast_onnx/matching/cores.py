@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx
@@ -88,7 +89,34 @@ def find_cores(view: GraphView, facts: Facts) -> tuple[list[Core], dict[int, Rea
             continue
         if core is not None:
             cores.append(core)
+    declined.update(_without_softmax(view, facts, cores))
     return cores, declined
+
+
+def _without_softmax(view: GraphView, facts: Facts, cores: Sequence[Core]) -> dict[int, Reason]:
+    """Products of three activations, one after another, that no Softmax makes an attention (position: reason).
+
+    Linear attention is one, and so are scores that another function than a Softmax makes weights of.
+    """
+    known = {i for core in cores for i in core.nodes}
+    found: dict[int, Reason] = {}
+    for i in range(len(view.nodes)):
+        if i in known or not _meets(view, facts, i):
+            continue
+        before = _ends_before(view, facts, i)
+        first = sorted(k for k in before - known if _meets(view, facts, k))
+        around = before.union(*(_ends_before(view, facts, k) for k in first))
+        if first and not any(view.nodes[k].op_type == "Softmax" for k in around):  # which has its own reason
+            text = "{node} multiplies what {first} makes of two activations by a third, and no Softmax lies between"
+            found[i] = Kind.NO_ATTENTION.says(text, node=view.label(i), first=view.label(first[0]))
+    return found
+
+
+def _ends_before(view: GraphView, facts: Facts, i: int) -> set[int]:
+    """The nodes in front of one, up to and with the nearest layers, products and softmaxes."""
+    ends = CONTRACTIONS | ATTENTIONS | {"Softmax"}
+    met = upstream(view, facts, view.nodes[i].input, lambda k: view.nodes[k].op_type in ends)
+    return {k for k in met if k is not None}
 
 
 def _finder(node: onnx.NodeProto) -> Callable[[GraphView, Facts, int], Core | None] | None:
@@ -104,7 +132,7 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
     sums = _products_after(view, facts, node.output[0])
     mixed = _mixed_products(view, facts, i) if not (products and sums) else None
     if mixed is not None:
-        products, sums = [mixed[0]], [mixed[1]]
+        products, sums = [mixed.scores], [mixed.total]
     if not sums:
         reason = _without_values(view, facts, node)
         if reason is None:
@@ -120,9 +148,11 @@ def _softmax_core(view: GraphView, facts: Facts, i: int) -> Core | None:
         raise Kind.SHAPE.decline("the shape of the attention scores cannot be inferred")
     default = -1 if view.model.opset >= 13 else 1
     axis = int(attribute(node, "axis", default))  # type: ignore[call-overload]
-    if axis % len(shape) != len(shape) - 1:
-        raise Kind.NO_ATTENTION.decline("this Softmax runs over axis {axis}, not over the last", axis=axis)
-    if scores[-2:] != shape[-2:]:
+    keys = len(shape) - 1 if mixed is None else mixed.keys
+    if axis % len(shape) != keys:
+        text = "this Softmax runs over axis {axis}, not over the one of the keys"
+        raise Kind.NO_ATTENTION.decline(text, axis=axis)
+    if mixed is None and scores[-2:] != shape[-2:]:
         raise Kind.NO_ATTENTION.decline("the attention scores are transposed or regrouped before the Softmax")
     qk, av = products[0], sums[0]
     product, total = view.nodes[qk], view.nodes[av]
@@ -154,11 +184,27 @@ def _without_scores(view: GraphView, facts: Facts, softmax: onnx.NodeProto) -> R
     return Kind.NO_ATTENTION.says(text, node=view.label(einsum))
 
 
-def _mixed_products(view: GraphView, facts: Facts, i: int) -> tuple[int, int] | None:
+@dataclass(frozen=True)
+class _Mixed:
+    """Scores and weighted sum of an attention between which heads are mixed.
+
+    Attributes:
+        scores: position of the score product.
+        total: position of the weighted sum.
+        keys: axis of the keys in what the Softmax reads; -1 where it could not be followed.
+    """
+
+    scores: int
+    total: int
+    keys: int
+
+
+def _mixed_products(view: GraphView, facts: Facts, i: int) -> _Mixed | None:
     """Scores and weighted sum around a Softmax where heads are mixed (talking heads) or subtracted (differential).
 
     Nothing but constants may join on the way, and every matrix on it must contract over the heads: whatever is done to
-    finished scores, a head's dimensions have been summed before it, and are multiplied into V after it.
+    finished scores, a head's dimensions have been summed before it, and are multiplied into V after it. Optimizers
+    move the transposes around the mixing through the Softmax: its axis is the one that the keys arrive on.
     """
     scores = _only_source(view, facts, view.nodes[i].input[0])
     if scores is None or not _is_product(view, facts, scores[0]):
@@ -173,8 +219,46 @@ def _mixed_products(view: GraphView, facts: Facts, i: int) -> tuple[int, int] | 
     matrices = [view.nodes[n] for n in way if view.nodes[n].op_type in CONTRACTIONS - {"Einsum"}]
     sides = [facts.shape(name) or () for node in matrices for name in node.input[:2] if facts.is_constant(name)]
     mixing = all(np.prod(side) == heads * max(side) and heads in side for side in sides)
-    met = any(view.nodes[n].op_type in _MIXING or len(_data(view, facts, n)) > 1 for n in way)
-    return (scores[0], total[0]) if met and mixing and heads and taken[-2:] == shape[-2:] else None
+    if not (way and mixing and heads and taken[-2:] == shape[-2:]):
+        return None
+    product, sum_ = (view.nodes[n] for n in (scores[0], total[0]))
+    softmax = view.nodes[i]
+    keys = _axes_of_keys(view, facts, product.output[0], [*way, i])
+    arrived = keys.get(sum_.input[0]) == len(taken) - 1
+    return _Mixed(scores[0], total[0], keys.get(softmax.input[0], -1) if arrived else -1)
+
+
+def _axes_of_keys(view: GraphView, facts: Facts, scores: str, way: Sequence[int]) -> dict[str, int]:
+    """Axis (not negative) of the keys in every tensor made of some scores, whose last one it is.
+
+    Args:
+        view: the graph.
+        facts: its facts.
+        scores: the scores.
+        way: positions of the nodes behind them.
+    """
+    axes = {scores: len(facts.shape(scores) or ()) - 1}
+    for i in sorted(way):
+        node = view.nodes[i]
+        for name in (n for n in node.input if n in axes):
+            axis = _carried_axis(node, axes[name], facts.shape(name) or (), facts.shape(node.output[0]) or ())
+            if axis is not None:
+                axes.update(dict.fromkeys(node.output, axis))
+    return axes
+
+
+def _carried_axis(node: onnx.NodeProto, axis: int, before: Sequence[int], after: Sequence[int]) -> int | None:
+    """Where a node on the way puts an axis; None where it does not stay one."""
+    if node.op_type == "Transpose":
+        perm = list(attribute(node, "perm", []) or range(len(before) - 1, -1, -1))  # type: ignore[call-overload]
+        return int(perm.index(axis))
+    if node.op_type in RESHAPING:
+        places = (k for k, n in enumerate(after) if n == before[axis] and prod(after[:k]) == prod(before[:axis]))
+        return next(places, None)
+    if node.op_type == "Gather" and len(after) < len(before):
+        taken = int(attribute(node, "axis", 0)) % len(before)  # type: ignore[call-overload]
+        return None if taken == axis else axis - (taken < axis)
+    return None if node.op_type == "Einsum" else axis - len(before) + len(after)
 
 
 def _only_source(view: GraphView, facts: Facts, tensor: str) -> tuple[int, list[int]] | None:
@@ -235,6 +319,17 @@ def scores_of_softmax(view: GraphView, facts: Facts, i: int) -> bool:
     if any((found := _only_source(view, facts, node.input[0])) is not None and found[0] == i for node in softmaxes):
         return True
     behind = downstream(view, view.nodes[i].output, lambda k: view.nodes[k].op_type in _BETWEEN)
+    return any(view.nodes[k].op_type == "Softmax" for k, _ in behind)
+
+
+def weighs_values(view: GraphView, facts: Facts, tensor: str) -> bool:
+    """Whether two activations meet in a product behind a tensor, through what may stand behind probabilities."""
+    return any(_meets(view, facts, k) for k, _ in downstream(view, [tensor], lambda k: _lies_around(view, facts, k)))
+
+
+def leads_to_softmax(view: GraphView, facts: Facts, i: int) -> bool:
+    """Whether a Softmax takes a node's output through what may stand around an attention's scores."""
+    behind = downstream(view, view.nodes[i].output, lambda k: _lies_around(view, facts, k))
     return any(view.nodes[k].op_type == "Softmax" for k, _ in behind)
 
 

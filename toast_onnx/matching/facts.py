@@ -22,7 +22,7 @@ import onnx.shape_inference
 
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.contrib import contrib_shapes
-from toast_onnx.matching.graph import FLOATS, GraphView, attribute, is_standard
+from toast_onnx.matching.graph import FLOATS, ROWS, GraphView, attribute, is_standard
 from toast_onnx.model import reads
 
 log = logging.getLogger(__name__)
@@ -77,9 +77,10 @@ class Facts:
             if value.name in shapes:
                 self._facts[value.name] = Fact(tuple(shapes[value.name]), value.type.tensor_type.elem_type)
         for name, tensor in view.initializers.items():
-            small = _volume(tensor.dims) <= SMALL
+            weight = tensor.doc_string != ROWS
+            small = weight and _volume(tensor.dims) <= SMALL
             self._facts[name] = Fact(
-                tuple(tensor.dims), tensor.data_type, view.model.array(tensor) if small else None, True
+                tuple(tensor.dims), tensor.data_type, view.model.array(tensor) if small else None, weight
             )
         for walked, node in enumerate(view.nodes):
             if like is not None and self._taken_over(node, like):
@@ -324,6 +325,8 @@ def evaluate_node(
     bare.input.extend("" if v is None else f"i{k}" for k, v in enumerate(inputs))
     bare.output.extend(f"o{k}" if name else "" for k, name in enumerate(node.output))
     feeds = {f"i{k}": np.asarray(v) for k, v in enumerate(inputs) if v is not None}
+    if node.op_type == "CumSum":  # dynamo writes the axis as a vector of one, which ONNX Runtime takes, too
+        feeds["i1"] = feeds["i1"].reshape(())
     graph = onnx.helper.make_graph(
         [bare],
         "one",

@@ -14,6 +14,9 @@ from toast_onnx.model import Model, reads, stub
 FLOATS = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 )
+#: `doc_string` of initializers that only a spelling for matching has (see `toast_onnx.matching.learned`): the identity
+#: matrix that stands for the positions of learned queries and counts as data, and the queries themselves.
+ROWS, LEARNED = "toast-onnx: positions of learned queries", "toast-onnx: learned queries"
 
 
 class GraphView:

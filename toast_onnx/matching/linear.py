@@ -26,6 +26,7 @@ class Linear:
         in_features: number of input channels.
         out_features: number of output channels.
         channel_axis: axis of the channels in x and y: -1, or 1 for a convolution.
+        kernel: axes of a convolution's kernel, each one long; 0 for any other layer.
         small: how the weight is stored in fewer bits than it computes with, and what to do; None where it is not.
     """
 
@@ -38,6 +39,7 @@ class Linear:
     in_features: int
     out_features: int
     channel_axis: int
+    kernel: int
     small: Reason | None
 
     @property
@@ -83,11 +85,11 @@ def _linear_at(view: GraphView, facts: Facts, i: int) -> Linear | None:
     shape, w_shape = facts.shape(x), facts.shape(w)
     if facts.is_constant(x) or not facts.is_constant(w) or shape is None or w_shape is None:
         return None
-    axis, own_bias = -1, node.input[2] if len(node.input) > 2 and node.input[2] else None
+    axis, kernel, own_bias = -1, 0, node.input[2] if len(node.input) > 2 and node.input[2] else None
     if node.op_type == "Conv":
         if any(k != 1 for k in w_shape[2:]) or attribute(node, "group", 1) != 1 or not _is_pointwise(node):
             return None
-        axis, fan_in, fan_out = 1, w_shape[1], w_shape[0]
+        axis, kernel, fan_in, fan_out = 1, len(w_shape) - 2, w_shape[1], w_shape[0]
     elif node.op_type == "Gemm":
         if attribute(node, "transA", 0):
             return None
@@ -104,7 +106,7 @@ def _linear_at(view: GraphView, facts: Facts, i: int) -> Linear | None:
         if found is not None:
             add, b = found
             output = view.nodes[add].output[0]
-    return Linear(i, add, x, output, w, b, fan_in, fan_out, axis, _stored_small(view, facts, w))
+    return Linear(i, add, x, output, w, b, fan_in, fan_out, axis, kernel, _stored_small(view, facts, w))
 
 
 def _bias_add(view: GraphView, facts: Facts, tensor: str, width: int) -> tuple[int, str] | None:

@@ -101,9 +101,12 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
     Raises:
         Decline: there is no such layer, there are several, or the way cannot be followed.
     """
-    found, nodes, opaque = _sources(view, facts, linears, target, what)
+    found, nodes, opaque, constants = _sources(view, facts, linears, target, what)
     if not found:
-        raise Kind.CONSTANT.decline(_LEARNED, part=what)
+        raise Kind.CONSTANT.decline("{part} is made of constants (learned queries), not by a linear layer", part=what)
+    if constants:
+        text = "{part} holds constants besides what {layers} linear layers make"
+        raise Kind.CONSTANT.decline(text, part=what, layers=len(found))
     if len(found) > 1:
         raise Kind.NO_LAYER.decline("{part} comes from {layers} linear layers", part=what, layers=len(found))
     (linear,) = found
@@ -116,16 +119,14 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
     return Walk(linear, boundary, tuple(sorted(before)), 1.0, reason)
 
 
-_LEARNED = "{part} is made of constants (learned queries), not by a linear layer"
-
-
 def _sources(
     view: GraphView, facts: Facts, linears: Mapping[str, Linear], target: str, what: str
-) -> tuple[list[Linear], set[int], set[int]]:
-    """The layers that a tensor comes from, all nodes on the way, and those of them that compute."""
+) -> tuple[list[Linear], set[int], set[int], bool]:
+    """The layers that a tensor comes from, all nodes on the way, those that compute, and whether constants join."""
     found: dict[str, Linear] = {}
     nodes: set[int] = set()
     opaque: set[int] = set()
+    constants = False
     pending = [target]
     while pending:
         tensor = pending.pop()
@@ -134,7 +135,8 @@ def _sources(
             continue
         i = view.producer.get(tensor)
         if facts.is_constant(tensor) and i not in nodes:
-            raise Kind.CONSTANT.decline(_LEARNED, part=what)
+            constants = True
+            continue
         if i is None:
             text = "{part} comes from the graph input '{tensor}', not from a linear layer"
             raise Kind.NO_LAYER.decline(text, part=what, tensor=tensor)
@@ -148,7 +150,7 @@ def _sources(
                 opaque.add(i)
                 data = _activations(view, facts, i)
             pending.extend(data)
-    return list(found.values()), nodes, opaque
+    return list(found.values()), nodes, opaque, constants
 
 
 def _followed(view: GraphView, facts: Facts, i: int) -> list[str] | None:

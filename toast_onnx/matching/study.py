@@ -14,7 +14,9 @@ from toast_onnx.matching.find import find_blocks
 from toast_onnx.matching.fused import SpelledOut, spell_out
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.input_shapes import Shapes, counted_shapes, input_shapes
+from toast_onnx.matching.learned import LearnedQueries, spell_learned
 from toast_onnx.matching.parallel import part_layers
+from toast_onnx.matching.softmaxes import spell_softmaxes
 from toast_onnx.matching.split_bias import join_split_biases
 from toast_onnx.model import Model
 from toast_onnx.wellformed import blame_model
@@ -33,6 +35,7 @@ class Study(Probe):
         match: the blocks.
         source: the model as it came.
         spelled_out: the nodes that are spelled out in `view`.
+        learned: constant queries that are spelled as layers in `view`.
         notes: what a person should know of the shapes that were taken.
         given: the concrete shapes that were asked for.
     """
@@ -43,6 +46,7 @@ class Study(Probe):
     match: Match
     source: Model
     spelled_out: tuple[SpelledOut, ...] = ()
+    learned: tuple[LearnedQueries, ...] = ()
     notes: tuple[str, ...] = ()
     given: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
@@ -66,6 +70,10 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     asked = given
     shapes, counted, usual, note = counted_shapes(view, given)
     named, given = bool(given), given if usual else shapes
+    written = spell_softmaxes(view, counted)
+    if written is not view.model:
+        view = GraphView(written)
+        counted = Facts(view, shapes)
     contracted = spell_contractions(view, counted)
     if contracted is not view.model:
         view = GraphView(contracted)
@@ -81,6 +89,10 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     plain, spelled = spell_out(view, counted)
     if spelled:
         view = GraphView(plain)
+        counted = Facts(view, shapes)
+    constant, learned = spell_learned(view, counted)
+    if learned:
+        view = GraphView(constant)
         counted = Facts(view, shapes)
     dynamic_batch = input_shapes(view, {}, 2) != input_shapes(view, {}, 3)
     if dynamic_batch:
@@ -99,7 +111,7 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     other.trust(facts)
     match = find_blocks(Probe(view, facts, other))
     notes = () if note is None else (note,)
-    return Study(view, facts, other, counted, shapes, dynamic_batch, match, model, spelled, notes, asked)
+    return Study(view, facts, other, counted, shapes, dynamic_batch, match, model, spelled, learned, notes, asked)
 
 
 def _other_facts(view: GraphView, given: Mapping[str, Sequence[int]], facts: Facts, dynamic_batch: bool) -> Facts:

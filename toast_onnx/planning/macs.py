@@ -13,7 +13,7 @@ import onnx
 
 from toast_onnx.matching.blocks import Attention, Ffn
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import FLOATS, GraphView, attribute
+from toast_onnx.matching.graph import FLOATS, LEARNED, ROWS, GraphView, attribute
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.operators import ATTENTIONS
 
@@ -26,9 +26,15 @@ def graph_macs(view: GraphView, facts: Facts) -> int:
 def node_macs(view: GraphView, facts: Facts, i: int) -> int:
     """Multiply-accumulates of one node; 0 for nodes that do none, are constant, or have unknown shapes."""
     node = view.nodes[i]
-    if not node.output or facts.is_constant(node.output[0]):
+    if not node.output or facts.is_constant(node.output[0]) or _is_spelled(view, node):
         return 0
     return macs_at(node, [facts.shape(name) if name else None for name in node.input], facts.shape(node.output[0]))
+
+
+def _is_spelled(view: GraphView, node: onnx.NodeProto) -> bool:
+    """Whether a node only spells learned queries, which are constants in the graph as it came."""
+    first = view.initializers.get(node.input[0]) if node.input else None
+    return first is not None and first.doc_string == ROWS
 
 
 def macs_at(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None], out: tuple[int, ...] | None) -> int:
@@ -100,7 +106,8 @@ def ffn_macs(view: GraphView, facts: Facts, ffn: Ffn) -> int:
 def graph_params(view: GraphView) -> int:
     """Weights of a graph, floating-point or of one byte: initializers and Constant nodes, single numbers left out."""
     kinds = FLOATS | {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
-    total = sum(n for t in view.initializers.values() if t.data_type in kinds and (n := prod(t.dims)) > 1)
+    own = (t for t in view.initializers.values() if t.doc_string not in (ROWS, LEARNED))
+    total = sum(n for t in own if t.data_type in kinds and (n := prod(t.dims)) > 1)
     for node in view.nodes:
         for a in node.attribute:
             if node.op_type == "Constant" and a.name == "value" and a.t.data_type in FLOATS:

@@ -49,7 +49,7 @@ class Place:
 
 def _matrix(array: Array) -> Array:
     """A view in the layout (in_features, out_features), whatever the layer's spelling."""
-    return array[:, :, 0, 0].T if array.ndim == 4 else array
+    return array.reshape(array.shape[:2]).T if array.ndim > 2 else array
 
 
 def places(twin: GraphView, block: Block, new: BlockWeights) -> dict[str, Place]:

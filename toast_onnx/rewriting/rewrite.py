@@ -14,6 +14,7 @@ from toast_onnx.rewriting.attention import rewrite_attention
 from toast_onnx.rewriting.drop_heads import drop_heads, in_two_steps
 from toast_onnx.rewriting.ffn import rewrite_ffn
 from toast_onnx.rewriting.fusing import fuse_again
+from toast_onnx.rewriting.learned import fold_learned, put_back
 from toast_onnx.rewriting.shapes import settle_shapes
 from toast_onnx.solving.weights import BlockWeights
 
@@ -57,9 +58,10 @@ def _once(
             new = BlockWeights(None, new.ffn)
         if new is not None:
             _rewrite(edit, study, block, new, name)
+    put_back(edit, study.view, study.learned)
     model = edit.apply()
     settle_shapes(model, edit, study)
-    return model, left
+    return fold_learned(model), left
 
 
 def _check_heads(study: Study, fewer: Study, weights: Mapping[int, BlockWeights]) -> None:

@@ -24,6 +24,7 @@ from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
 from toast_onnx.nodes import END
 from toast_onnx.rewriting.fusing import fuse_again
+from toast_onnx.rewriting.learned import fold_learned, put_back
 from toast_onnx.rewriting.shapes import settle_shapes
 from toast_onnx.tokens.follow import Flow, TokenAxis, TokenSequence, averaged_axes, follow
 from toast_onnx.tokens.metrics import Features, candidates, find_features, write_features, write_weights
@@ -122,9 +123,10 @@ class _Work:
         return self.nodes[i]
 
     def apply(self) -> Model:
+        put_back(self.edit, self.view, self.study.learned)
         model = self.edit.apply()
         settle_shapes(model, self.edit, self.study)
-        return fuse_again(model, self.study.spelled_out)
+        return fuse_again(fold_learned(model), self.study.spelled_out)
 
 
 class _Sequence:
