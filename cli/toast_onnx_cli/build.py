@@ -14,7 +14,7 @@ from toast_onnx_cli.commands import json_option, preprocess_option, toast_comman
 from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL, beside
+from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.shapes import shapes_option
 
 if TYPE_CHECKING:
@@ -42,12 +42,7 @@ def size(text: str) -> int:
     "build model.pruned.onnx --format onnx --precision fp16",
 )
 @click.argument("model", type=MODEL)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="File to write; MODEL's name with .engine, .ort or .fp16.onnx.",
-)
+@click.option("-o", "--output", type=FILE, help="File to write; MODEL's name with .engine, .ort or .fp16.onnx.")
 @click.option(
     "--format", "form", type=click.Choice(["engine", "ort", "onnx", "ep-context"]), default="engine", show_default=True
 )
@@ -63,7 +58,7 @@ def size(text: str) -> int:
 @shapes_option("--max-shapes", help_text="Largest shape of an input.")
 @click.option("--workspace", type=size, help="Scratch memory that kernels may use, such as 512M or 4G.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fast, 5 searches longest.")
-@click.option("--timing-cache", type=click.Path(path_type=Path), help="File of kernel timings, read and extended.")
+@click.option("--timing-cache", type=FILE, help="File of kernel timings, read and extended.")
 @click.option("--compute-capability", multiple=True, metavar="SM", help="Architecture to build for (tensorrt-rtx).")
 @click.option("--hardware-compatible", is_flag=True, help="One engine for Ampere and everything newer (tensorrt).")
 @click.option("--version-compatible", is_flag=True, help="An engine that later releases load (tensorrt).")
@@ -75,17 +70,10 @@ def size(text: str) -> int:
     show_default=True,
     help="Attention with more dimensions in Q/K than in V, or fewer: pad with zeros, or build from parts.",
 )
+@click.option("--baseline", type=FILE, help="The dense model's engine; warns where pruning unfused.")
+@click.option("--triton", type=FILE, metavar="DIR", help="Add the result to a Triton repository.")
 @click.option(
-    "--baseline",
-    type=click.Path(path_type=Path),
-    help="The dense model's engine; warns where pruning unfused.",
-)
-@click.option("--triton", type=click.Path(path_type=Path), metavar="DIR", help="Add the result to a Triton repository.")
-@click.option(
-    "--polygraphy",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write a script by which Polygraphy compares the engine with MODEL.",
+    "--polygraphy", type=FILE, metavar="FILE", help="Write a script by which Polygraphy compares the engine with MODEL."
 )
 @overwrite_option
 @click.option("--verbose", is_flag=True, help="Show all that TensorRT logs.")

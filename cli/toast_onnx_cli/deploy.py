@@ -17,13 +17,14 @@ from toast_onnx.external import links_followed
 from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json, print_table
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import FILE
 
 if TYPE_CHECKING:
     from toast_onnx.deploy import Finished
 
 
 @toast_command("deploy", "deploy deploy.yaml --dry-run", "deploy deploy.yaml")
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=FILE)
 @click.option("--redo", multiple=True, metavar="STEP", help="Run this step even where it is done; may be repeated.")
 @click.option("--partial", is_flag=True, help="Status 0 even where steps wait for a machine that can run them.")
 @click.option("--allow-code", is_flag=True, help="Run Python code that CONFIG names as module:function.")

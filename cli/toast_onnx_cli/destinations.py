@@ -13,6 +13,8 @@ import click
 
 from toast_onnx.errors import ModelError
 from toast_onnx.model import model_files
+from toast_onnx_cli.commands import json_option, options
+from toast_onnx_cli.links import links_option
 
 _OVERWRITE = "toast_onnx_cli.overwrite"
 
@@ -25,6 +27,8 @@ def _keep(context: click.Context, _param: click.Parameter, value: bool) -> None:
 overwrite_option = click.option(
     "--overwrite", is_flag=True, expose_value=False, callback=_keep, help="Write over results that are there already."
 )
+#: Of every command that reads a model and writes results, which `--json` tells of.
+result_options = options(links_option, overwrite_option, json_option)
 
 
 def is_overwriting() -> bool:
