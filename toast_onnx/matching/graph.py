@@ -51,6 +51,11 @@ class GraphView:
         """Positions of the nodes that read what a tensor holds, and not its shape alone."""
         return [i for i in self.consumers.get(tensor, []) if self.nodes[i].op_type not in MEASURING]
 
+    def only_reader(self, tensor: str) -> int | None:
+        """Position of the one node that reads a tensor; None where several do, none, or the graph gives it out."""
+        readers = self.consumers.get(tensor, [])
+        return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
+
     def label(self, i: int) -> str:
         """How a node is called in messages: its name, or its first output when it has none."""
         node = self.nodes[i]
@@ -92,6 +97,11 @@ def rewired(
 def is_standard(node: onnx.NodeProto) -> bool:
     """Whether a node's operator is one of ONNX's own."""
     return node.domain in ("", "ai.onnx")
+
+
+def other_input(node: onnx.NodeProto, tensor: str) -> str:
+    """Of a node's two inputs the one that a tensor is not."""
+    return str(node.input[1] if node.input[0] == tensor else node.input[0])
 
 
 def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:

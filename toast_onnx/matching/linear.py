@@ -8,7 +8,7 @@ import numpy as np
 import onnx.helper
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute, is_standard
+from toast_onnx.matching.graph import GraphView, attribute, is_standard, other_input
 from toast_onnx.reasons import Kind, Reason
 
 
@@ -108,17 +108,14 @@ def _linear_at(view: GraphView, facts: Facts, i: int) -> Linear | None:
 
 
 def _bias_add(view: GraphView, facts: Facts, tensor: str, width: int) -> tuple[int, str] | None:
-    consumers = view.consumers.get(tensor, [])
-    if len(consumers) != 1 or tensor in view.outputs:
+    reader = view.only_reader(tensor)
+    if reader is None or view.nodes[reader].op_type != "Add" or not is_standard(view.nodes[reader]):
         return None
-    node = view.nodes[consumers[0]]
-    if node.op_type != "Add" or not is_standard(node):
-        return None
-    other = node.input[1] if node.input[0] == tensor else node.input[0]
+    other = other_input(view.nodes[reader], tensor)
     if not facts.is_constant(other) or not _is_vector(facts, other, width, axis=-1):
         return None
     rank, other_rank = len(facts.shape(tensor) or ()), len(facts.shape(other) or ())
-    return (consumers[0], other) if other_rank <= rank else None
+    return (reader, other) if other_rank <= rank else None
 
 
 def _is_vector(facts: Facts, name: str, width: int, axis: int) -> bool:
