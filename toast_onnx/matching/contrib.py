@@ -11,14 +11,9 @@ import numpy as np
 import onnx
 
 from toast_onnx.matching.graph import attribute
-from toast_onnx.matching.operators import Effect, operators
+from toast_onnx.matching.operators import Effect, Trait, having, operators
 
 Shape = tuple[int, ...] | None
-
-#: Operators whose first output looks like their first input.
-_SAME_SHAPE = frozenset(
-    {"Gelu", "FastGelu", "QuickGelu", "BiasGelu", "BiasAdd", "BiasSoftmax", "BiasDropout", "Trilu", "RotaryEmbedding"}
-)
 
 
 def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape] | None:
@@ -27,7 +22,7 @@ def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape]
     if first is None:
         return None
     count = len(node.output)
-    if node.op_type in _SAME_SHAPE:
+    if node.op_type in having(Trait.LIKE_FIRST):
         return [first] + [None] * (count - 1)
     if node.op_type in operators(Effect.ADDS_AND_NORMS):
         statistics = (*first[:-1], 1)

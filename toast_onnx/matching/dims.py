@@ -20,8 +20,7 @@ from toast_onnx.matching.probe import carried, scalar_factor
 from toast_onnx.reasons import Kind
 
 _MOVING, _LINEAR = having(Trait.CUTS), having(Trait.LINEAR)
-#: Pool tokens, each dimension for itself (the queries of Hiera and SAM 2).
-_POOLING = frozenset({"ReduceMax", "MaxPool"})
+_POOLING = having(Trait.TAKES_LARGEST)  # tokens, in the queries of Hiera and SAM 2
 
 
 @dataclass(frozen=True)

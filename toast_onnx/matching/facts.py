@@ -23,10 +23,12 @@ import onnx.shape_inference
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.contrib import contrib_shapes
 from toast_onnx.matching.graph import FLOATS, GraphView, attribute, is_standard
+from toast_onnx.matching.operators import Effect, operators
 from toast_onnx.model import reads
 
 log = logging.getLogger(__name__)
 
+_RANDOM = operators(Effect.DRAWS)
 #: Largest tensor (elements) that is evaluated while walking; larger constants are evaluated on request.
 SMALL = 4096
 
@@ -307,11 +309,6 @@ def slice_operands(facts: Facts, node: onnx.NodeProto) -> tuple[np.ndarray, np.n
         np.arange(starts.size) if axes is None else axes,
         np.ones(starts.size, np.int64) if steps is None else steps,
     )
-
-
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
-)
 
 
 def evaluate_node(

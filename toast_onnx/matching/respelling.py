@@ -51,12 +51,11 @@ class Respelling(NodeWriter):
         self, op: str, inputs: Sequence[str], what: str = "", outputs: int | Sequence[str] = 1, **attributes: Any
     ) -> list[str]:
         """Write a node; what it makes is numbered unless it is named."""
-        made = (
-            [f"{self.tensors}/{len(self.nodes)}_{k}" for k in range(outputs)] if isinstance(outputs, int) else outputs
-        )
+        if isinstance(outputs, int):
+            outputs = [f"{self.tensors}/{len(self.nodes)}_{k}" for k in range(outputs)]
         called = f"{self.name}/{what or op}"
-        self.nodes.append(onnx.helper.make_node(op, list(inputs), made, name=called, **attributes))
-        return made
+        self.nodes.append(onnx.helper.make_node(op, list(inputs), list(outputs), name=called, **attributes))
+        return list(outputs)
 
     def constant(self, value: Any, what: str = "", dtype: Any = None) -> str:
         """Write an initializer."""
