@@ -18,7 +18,7 @@ from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.shapes import shapes_option
 
 if TYPE_CHECKING:
-    from toast_onnx.engines import UnsupportedGraphError
+    from toast_onnx.engines.engine import UnsupportedGraphError
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -114,11 +114,13 @@ def command(
     --format ep-context such a model with the engine inside, with --format onnx the graph in 16 bits as an engine would
     be built from it.
     """
-    from toast_onnx import engines
-    from toast_onnx.engines.build import model_hash
+    from toast_onnx.engines.backend import EngineOptions, parse_compute_capabilities
+    from toast_onnx.engines.build import BuildRequest, build, model_hash
     from toast_onnx.engines.convert import convert_file
+    from toast_onnx.engines.engine import UnsupportedGraphError
     from toast_onnx.engines.epcontext import build_ep_context
     from toast_onnx.engines.ortmodel import build_ort
+    from toast_onnx.engines.profiles import parse_batch
 
     if verbose:
         logging.getLogger("toast_onnx.engines").setLevel(logging.DEBUG)
@@ -150,34 +152,34 @@ def command(
             backend=backend,
             precision=precision,
             fp16_io=fp16_io,
-            batch=None if batch is None else engines.parse_batch(batch),
+            batch=None if batch is None else parse_batch(batch),
             shapes=(min_shapes, opt_shapes, max_shapes),
         )
     else:
-        request = engines.BuildRequest(
+        request = BuildRequest(
             backend=backend,
             precision=precision,
             fp16_io=fp16_io,
-            batch=None if batch is None else engines.parse_batch(batch),
+            batch=None if batch is None else parse_batch(batch),
             min_shapes=min_shapes,
             opt_shapes=opt_shapes,
             max_shapes=max_shapes,
             uneven_heads=uneven_heads,
             baseline=baseline,
             large=large,
-            options=engines.EngineOptions(
+            options=EngineOptions(
                 workspace=workspace,
                 optimization_level=optimization_level,
                 timing_cache=timing_cache,
-                compute_capabilities=engines.parse_compute_capabilities(compute_capability),
+                compute_capabilities=parse_compute_capabilities(compute_capability),
                 hardware_compatible=hardware_compatible,
                 version_compatible=version_compatible,
             ),
         )
         with ExitStack() as stack:
             try:
-                record = engines.build(model, target, request, _Phases(stack))
-            except engines.UnsupportedGraphError as error:
+                record = build(model, target, request, _Phases(stack))
+            except UnsupportedGraphError as error:
                 stack.close()
                 _show_problems(error)
                 raise
@@ -212,12 +214,12 @@ def _too_large(model: Path, data: str, preprocess: str | None, samples: int) -> 
 
 def _check_triton(folder: Path, target: Path, form: str, backend: str) -> None:
     """Refuse, before anything is built, what Triton does not serve and what is in its repository already."""
-    from toast_onnx import engines
+    from toast_onnx.engines.backends import choose
     from toast_onnx.engines.triton import repository_files
 
     if form not in ("engine", "onnx"):
         raise click.UsageError("--triton goes with --format engine or onnx")
-    if form == "engine" and engines.choose(backend).name != "tensorrt":
+    if form == "engine" and choose(backend).name != "tensorrt":
         raise ConfigError(
             "Triton serves engines of tensorrt, not of tensorrt_rtx: use --backend tensorrt, or --format onnx"
         )

@@ -59,7 +59,8 @@ def command(
     0.001 of the output's scale for fp32, 0.01 for tf32, 0.02 for fp16, 0.1 for bf16. In Polygraphy's terms: an atol of
     each output's own, that share of its largest magnitude, and an rtol of 0.
     """
-    from toast_onnx.engines import choose, cuda
+    from toast_onnx.engines import cuda
+    from toast_onnx.engines.backends import choose
     from toast_onnx.engines.build import model_hash
     from toast_onnx.engines.engine_check import TOLERANCES, EngineRunner, compare, require_gpu
     from toast_onnx_calibration.sessions import make_session
@@ -103,7 +104,7 @@ def _leave_command(script: Path | None) -> None:
 
 def _record(engine: Path) -> dict[str, Any]:
     """The JSON beside an engine; empty where there is none."""
-    from toast_onnx.engines import read_record
+    from toast_onnx.engines.record import read_record
 
     record = read_record(engine)
     return {} if record is None else record.model_dump(exclude_none=True)
