@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 
 from toast_onnx.matching.operators import MEASURING
 from toast_onnx.model import Model, reads, stub
+from toast_onnx.reasons import Decline, Kind
 
 #: Floating-point element types.
 FLOATS = frozenset(
@@ -61,6 +63,10 @@ class GraphView:
         node = self.nodes[i]
         return f"'{node.name or node.output[0]}' ({node.op_type})"
 
+    def decline(self, i: int, kind: Kind, text: str, *, part: str | None = None, **values: object) -> Decline:
+        """Why something is not done, at one node: `{node}` in the text is its label."""
+        return kind.decline(text, node=self.label(i), part=part, **values)
+
 
 def rewired(
     view: GraphView,
@@ -97,6 +103,15 @@ def rewired(
 def is_standard(node: onnx.NodeProto) -> bool:
     """Whether a node's operator is one of ONNX's own."""
     return node.domain in ("", "ai.onnx")
+
+
+def scopes_of(node: onnx.NodeProto) -> list[str]:
+    """Module paths that PyTorch's exporter left on a node, outermost first and its operation last; mostly empty."""
+    text = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    try:
+        return [str(scope) for scope in ast.literal_eval(text)]
+    except (ValueError, SyntaxError):
+        return []
 
 
 def other_input(node: onnx.NodeProto, tensor: str) -> str:
