@@ -18,6 +18,7 @@ from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.shapes import shapes_option
 
 if TYPE_CHECKING:
+    from toast_onnx.engines.build import BuildRequest
     from toast_onnx.engines.engine import UnsupportedGraphError
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -115,9 +116,8 @@ def command(
     be built from it.
     """
     from toast_onnx.engines.backend import EngineOptions, parse_compute_capabilities
-    from toast_onnx.engines.build import BuildRequest, build, model_hash
+    from toast_onnx.engines.build import BuildRequest, model_hash
     from toast_onnx.engines.convert import convert_file
-    from toast_onnx.engines.engine import UnsupportedGraphError
     from toast_onnx.engines.epcontext import build_ep_context
     from toast_onnx.engines.ortmodel import build_ort
     from toast_onnx.engines.profiles import parse_batch
@@ -176,13 +176,16 @@ def command(
                 version_compatible=version_compatible,
             ),
         )
-        with ExitStack() as stack:
-            try:
-                record = build(model, target, request, _Phases(stack))
-            except UnsupportedGraphError as error:
-                stack.close()
-                _show_problems(error)
-                raise
+        record = _build_shown(model, target, request)
+    _hand_on(record, model, target, triton, polygraphy)
+    if as_json:
+        print_json(record)
+    else:
+        print_table(["file", str(target)], _rows(record), align=["left", "left"])
+
+
+def _hand_on(record: dict[str, Any], model: Path, target: Path, triton: Path | None, polygraphy: Path | None) -> None:
+    """Tell the notes of a build, and write what other programs take its result with."""
     for note in record["notes"]:
         say_note(note)
     if triton is not None:
@@ -190,10 +193,20 @@ def command(
     if polygraphy is not None:
         _write_script(polygraphy, target, model, record)
         say_note(f"for Polygraphy: {polygraphy}")
-    if as_json:
-        print_json(record)
-    else:
-        print_table(["file", str(target)], _rows(record), align=["left", "left"])
+
+
+def _build_shown(model: Path, target: Path, request: BuildRequest) -> dict[str, Any]:
+    """Build an engine; its phases are shown, and so is what its parser does not take."""
+    from toast_onnx.engines.build import build
+    from toast_onnx.engines.engine import UnsupportedGraphError
+
+    with ExitStack() as stack:
+        try:
+            return build(model, target, request, _Phases(stack))
+        except UnsupportedGraphError as error:
+            stack.close()
+            _show_problems(error)
+            raise
 
 
 def _too_large(model: Path, data: str, preprocess: str | None, samples: int) -> tuple[str, ...]:

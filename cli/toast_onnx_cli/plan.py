@@ -109,12 +109,7 @@ def command(
         raise click.UsageError("-o - and --json both print a document; give one of them")
     if len(chosen) != 1:
         raise click.UsageError("give one budget: --macs, --params or --latency")
-    if not parts or any(p not in (*PARTS, TOKENS) for p in parts):
-        raise click.UsageError(f"--parts takes some of {', '.join((TOKENS, *PARTS))}")
-    if not drop_heads and "heads" in parts:
-        raise click.UsageError("--no-heads contradicts heads in --parts: leave one of them out")
-    if drop_heads and "heads" not in parts and {"qk", "vo"} & set(parts):
-        parts = (*parts, "heads")
+    parts = _planned_parts(parts, drop_heads)
     if latency is None and (costs is not None or no_timing):
         raise click.UsageError("--costs and --no-timing go with --latency")
     if no_timing and costs is None:
@@ -148,3 +143,12 @@ def command(
     else:
         show_table(plan.table)
         click.echo(f"ratios: {out}")
+
+
+def _planned_parts(parts: tuple[str, ...], drop_heads: bool) -> tuple[str, ...]:
+    """The parts that may shrink, heads with their dimensions unless they are to stay."""
+    if not parts or any(p not in (*PARTS, TOKENS) for p in parts):
+        raise click.UsageError(f"--parts takes some of {', '.join((TOKENS, *PARTS))}")
+    if not drop_heads and "heads" in parts:
+        raise click.UsageError("--no-heads contradicts heads in --parts: leave one of them out")
+    return (*parts, "heads") if drop_heads and "heads" not in parts and {"qk", "vo"} & set(parts) else parts

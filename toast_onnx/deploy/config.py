@@ -205,7 +205,7 @@ class Deployment(Section):
     check: Check | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _formats_fit(self) -> Self:
         engine = self.build is not None and self.build.format == "engine"
         if self.check is not None and not engine:
             raise invalid("has the key check, which needs an engine; add `build: {}`, or use compare")
@@ -217,6 +217,10 @@ class Deployment(Section):
             raise invalid("has triton or polygraphy with format: ort; they go with an engine", suffix="build")
         if self.quantize is not None and self.precision in ("fp16", "bf16"):
             raise invalid(f"has precision: {self.precision} with quantize, which works on float32; leave precision out")
+        return self
+
+    @model_validator(mode="after")
+    def _says_what_goes(self) -> Self:
         if self.prune is not None and self.prune.data is not None and self.prune.statistics is not None:
             raise invalid("has prune.data and prune.statistics; keep one")
         if self.prune is not None and self.prune.ratios is None and self.plan is None:
