@@ -21,7 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from deit import export, import_timm, load_deit
 
-from toast_onnx.engines import PRECISIONS, BuildRequest, EngineOptions, build, parse_batch
+from toast_onnx.engines.backend import EngineOptions
+from toast_onnx.engines.build import BuildRequest, build
+from toast_onnx.engines.precision import PRECISIONS
+from toast_onnx.engines.profiles import parse_batch
 
 
 def main() -> None:

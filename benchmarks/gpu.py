@@ -23,7 +23,8 @@ import numpy as np
 from deit import export, import_timm
 
 import toast_onnx as toast
-from toast_onnx.engines import BuildRequest, build, cuda, trtbench, trtexec
+from toast_onnx.engines import cuda, trtbench, trtexec
+from toast_onnx.engines.build import BuildRequest, build
 from toast_onnx.engines.convert import convert_file
 from toast_onnx.engines.ortbench import benchmark
 from toast_onnx.engines.trtexec import BenchSettings

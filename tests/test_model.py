@@ -233,6 +233,22 @@ def test_functions_that_call_one_another_in_a_circle(tmp_path: Path) -> None:
         load_model(tmp_path / "model.onnx")
 
 
+def test_nodes_are_sorted_and_a_circle_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    proto = onnx.load(path)
+    names = [node.output[0] for node in proto.graph.node]
+    nodes = list(proto.graph.node)[::-1]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    onnx.save(proto, path)
+    assert [node.output[0] for node in load_model(path).proto.graph.node] == names
+    last = proto.graph.node[-1]
+    last.input[0] = proto.graph.node[0].output[0]
+    onnx.save(proto, path)
+    with pytest.raises(ModelError, match="cycle"):
+        load_model(path)
+
+
 def test_a_weight_that_is_shorter_than_its_shape_says_which(tmp_path: Path) -> None:
     proto = tiny()
     proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[:-8]

@@ -11,7 +11,8 @@ import contextlib
 import heapq
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,7 +138,8 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     if proto.functions:
         proto = _inline_functions(proto, path)
     check_graph(proto, path)
-    _sort_nodes(proto.graph, path)
+    if not sort_nodes(proto.graph):  # some converters append nodes at the end
+        raise ModelError(f"{path}: the graph has a cycle; export it again")
     if path.stat().st_size >= LEAVE_INSIDE:
         leave_inside(proto.graph, path)
         emptied, proto = proto, onnx.ModelProto()
@@ -207,31 +209,39 @@ def _is_text(message: Message) -> bool:
     return True
 
 
-def _sort_nodes(graph: onnx.GraphProto, path: Path) -> None:
-    """Put nodes into topological order, keeping theirs where it is one: some converters append nodes at the end."""
-    maker = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    needs = [{maker[name] for name in reads(node) if name in maker} for node in graph.node]
-    if all(k < i for i, before in enumerate(needs) for k in before):
-        return
-    readers: dict[int, list[int]] = {}
-    for i, before in enumerate(needs):
-        for k in before:
-            readers.setdefault(k, []).append(i)
-    open_inputs = [len(before) for before in needs]
-    ready = [i for i, count in enumerate(open_inputs) if count == 0]
+def in_order(nodes: Sequence[onnx.NodeProto]) -> list[int]:
+    """Positions of nodes, each after those it reads from, the first of those that are free to go first.
+
+    Nodes in a circle, and those after it, are left out.
+    """
+    maker = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    waits = [{maker[name] for name in reads(node) if name in maker} for node in nodes]
+    readers: dict[int, list[int]] = defaultdict(list)
+    for i, needed in enumerate(waits):
+        for j in needed:
+            readers[j].append(i)
+    ready = [i for i, needed in enumerate(waits) if not needed]
     order = []
     while ready:
         i = heapq.heappop(ready)
         order.append(i)
-        for reader in readers.get(i, ()):
-            open_inputs[reader] -= 1
-            if open_inputs[reader] == 0:
+        for reader in readers[i]:
+            waits[reader].discard(i)
+            if not waits[reader]:
                 heapq.heappush(ready, reader)
+    return order
+
+
+def sort_nodes(graph: onnx.GraphProto) -> bool:
+    """Put nodes into topological order, keeping theirs where it is one; False where the graph has a cycle."""
+    order = in_order(graph.node)
     if len(order) != len(graph.node):
-        raise ModelError(f"{path}: the graph has a cycle; export it again")
-    nodes = [graph.node[i] for i in order]
-    del graph.node[:]
-    graph.node.extend(nodes)
+        return False
+    if order != sorted(order):
+        nodes = [graph.node[i] for i in order]
+        del graph.node[:]
+        graph.node.extend(nodes)
+    return True
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.importance.moments import Moments
+from toast_onnx.matching.blocks import Attention, Branch
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, file_hash, scratch_folder
@@ -301,13 +302,7 @@ def write_group(
         branches = {} if attention is None else {"qq": attention.q, "kk": attention.k}
         for part, branch in branches.items():
             if attention is not None and branch is not None and f"{part}.gram" in mine:
-                once = part == "kk" and attention.qk_groups is not None and attention.core.kind != "matmul"
-                gram = per_head(mine[f"{part}.gram"], branch.layout.num_heads if once else attention.num_heads)
-                if once:  # a fused node reads keys once for all queries that meet them
-                    gram = gram[attention.qk_groups]
-                gram = nearest_moments(gram)
-                # Of the layer's own output, whatever share of the scale the exporter put behind it.
-                writer.array(f"{index}.{part}.gram", gram / (1.0 if attention.cosine else branch.walk.scale**2))
+                writer.array(f"{index}.{part}.gram", _by_head(attention, part, branch, mine[f"{part}.gram"]))
                 writer.array(f"{index}.{part}.count", mine[f"{part}.count"].reshape(()))
         for part in ("context", "hidden", "inputs"):
             if f"{part}.gram" in mine:
@@ -320,6 +315,15 @@ def write_group(
             for quantity in ("magnitude", "images", "attention"):
                 if f"{part}.{quantity}" in mine:
                     writer.array(f"{index}.{part}.{quantity}", mine[f"{part}.{quantity}"])
+
+
+def _by_head(attention: Attention, part: str, branch: Branch, gram: Array) -> Array:
+    """(heads, d, d) moments of queries or keys, of the layer's own output whatever scale was put behind it."""
+    once = part == "kk" and attention.qk_groups is not None and attention.core.kind != "matmul"
+    moments = per_head(gram, branch.layout.num_heads if once else attention.num_heads)
+    if once:  # a fused node reads keys once for all queries that meet them
+        moments = moments[attention.qk_groups]
+    return nearest_moments(moments) / (1.0 if attention.cosine else branch.walk.scale**2)
 
 
 def _runs(source: Source, inputs: Sequence[ModelInput], batch: int, sizes: list[tuple[float, int]]) -> Iterator[Run]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from toast_onnx.engines.ortbench import benchmark
 from toast_onnx.errors import DataError, ModelError
 from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import Model, file_hash, load_model, stored_bytes
 from toast_onnx.planning.macs import graph_macs, graph_params
@@ -207,6 +208,17 @@ class _Side:
     merged: set[str] = field(default_factory=set)
     disagreements: list[_Disagreement] = field(default_factory=list)
 
+    def agree(self, dense: Mapping[str, NDArray[Any]], pruned: Mapping[str, NDArray[Any]], batch: Batch) -> None:
+        """Hold the outputs of a batch against each other."""
+        for name, agreement in self.outputs.items():
+            a, b = dense[name], pruned[name]
+            if a.shape != b.shape:
+                raise DataError(
+                    f"the output '{name}' has shape {a.shape} in the dense model and {b.shape} in {self.path}: "
+                    "compare one model"
+                )
+            agreement.add(batch.trim(a), batch.trim(b))
+
     def disagree(self, dense: NDArray[Any], pruned: NDArray[Any], batch: Batch, shown: int) -> None:
         """Keep samples of a batch whose answers differ.
 
@@ -280,14 +292,19 @@ def _after(dense: Study, path: Path, side: _Side) -> list[str]:
     return notes
 
 
-def branch_outputs(block: Block) -> dict[str, str]:
-    """The tensors in which a block's branches end, before layer scale: `attention` and `ffn`."""
+def _branch_ends(block: Block) -> dict[str, Linear]:
+    """The layers with which a block's branches end: `attention` and `ffn`."""
     found = {}
     if block.attention is not None and block.attention.proj is not None:
-        found["attention"] = block.attention.proj.linear.output
+        found["attention"] = block.attention.proj.linear
     if block.ffn is not None:
-        found["ffn"] = block.ffn.fc2.output
+        found["ffn"] = block.ffn.fc2
     return found
+
+
+def branch_outputs(block: Block) -> dict[str, str]:
+    """The tensors in which a block's branches end, before layer scale: `attention` and `ffn`."""
+    return {part: linear.output for part, linear in _branch_ends(block).items()}
 
 
 def watch(dense: Study, pruned: Study) -> tuple[list[tuple[str, str]], list[str]]:
@@ -334,7 +351,9 @@ def _measure(
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Run all models on every sample, into the agreements of `sides`; the number of samples, and the shapes fed."""
     names = list(sides[0].outputs)
-    channels = {name: _channel_axis(dense, name) for side in sides for name, _ in side.watched}
+    watched = {name for side in sides for name, _ in side.watched}
+    ends = [linear for block in dense.match.blocks for linear in _branch_ends(block).values()]
+    channels = {linear.output: linear.channel_axis for linear in ends if linear.output in watched}
     scores = next((name for name, agreement in sides[0].outputs.items() if agreement.classes), None)
     learned = {sequence.count: sequence.front for sequence in study_tokens(dense).sequences}
     done, shapes = 0, {}
@@ -345,13 +364,7 @@ def _measure(
         a = run(session, each.feeds, [*names, *channels])
         for side in sides:
             b = run(side.session, each.feeds, names + [y for _, y in side.watched])
-            for name, agreement in side.outputs.items():
-                if a[name].shape != b[name].shape:
-                    raise DataError(
-                        f"the output '{name}' has shape {a[name].shape} in the dense model and {b[name].shape} in "
-                        f"{side.path}: compare one model"
-                    )
-                agreement.add(each.trim(a[name]), each.trim(b[name]))
+            side.agree(a, b, each)
             if shown and scores is not None:
                 side.disagree(each.trim(a[scores]), each.trim(b[scores]), each, shown)
             for x, y in side.watched:
@@ -366,17 +379,6 @@ def _measure(
         if progress is not None:
             progress(done, source.count)
     return done, shapes
-
-
-def _channel_axis(dense: Study, tensor: str) -> int:
-    for block in dense.match.blocks:
-        if block.attention is not None and block.attention.proj is not None:
-            linear = block.attention.proj.linear
-            if linear.output == tensor:
-                return linear.channel_axis
-        if block.ffn is not None and block.ffn.fc2.output == tensor:
-            return block.ffn.fc2.channel_axis
-    return -1
 
 
 def _session(found: Study, names: Sequence[str], provider: str, threads: int | None) -> ort.InferenceSession:

@@ -27,7 +27,7 @@ from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.prepared import SHOWN, Note, Values, seen_text, silent
 from toast_onnx_calibration.recipe_files import check_fit, recipe_for
 from toast_onnx_calibration.samples import NumberedSamples, open_samples
-from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs
+from toast_onnx_calibration.sessions import make_session, model_inputs
 
 if TYPE_CHECKING:
     from toast_onnx.finetune.trainer import Outcome
@@ -136,7 +136,6 @@ def finetune(
     from toast_onnx.finetune.convert import to_torch
     from toast_onnx.finetune.objective import choose_targets
     from toast_onnx.finetune.parallel import processes
-    from toast_onnx.finetune.samples import hold_out
     from toast_onnx.finetune.trainer import Run, train
 
     if job.teacher is None and job.labels is None:
@@ -144,7 +143,7 @@ def finetune(
     model = load_model(job.pruned)
     pruned = study(model, job.shapes)
     dense = None if job.teacher is None else study(load_model(job.teacher), job.shapes)
-    data = _open_data(job, model, hold_out)
+    data = _open_data(job)
     for text in data.notes:
         note(text)
     targets = choose_targets(pruned, dense, job.distil, data.labels is not None)
@@ -188,7 +187,9 @@ def finetune(
     return Finetuned(outcome, document, data.notes, settings)
 
 
-def _open_data(job: Job, model: Model, hold_out: Callable[[int, float, int], Any]) -> _Data:
+def _open_data(job: Job) -> _Data:
+    from toast_onnx.finetune.samples import hold_out
+
     session = make_session(job.pruned, threads=1)
     inputs = model_inputs(session)
     labels = open_labels(job.labels, job.data) if job.labels is not None else None
@@ -211,10 +212,6 @@ def _open_data(job: Job, model: Model, hold_out: Callable[[int, float, int], Any
         notes.append("the samples are ready tensors, so they are not augmented")
     notes += labels.notes if labels else ()
     return _Data(samples, train, held, labels, batch, fixed, tuple(notes))
-
-
-def _inputs(path: Path) -> list[ModelInput]:
-    return model_inputs(make_session(path, threads=1))
 
 
 def _settings(job: Job, data: _Data, processes: int) -> Settings:

@@ -35,7 +35,7 @@ class Mask:
 
 def masks(view: GraphView, facts: Facts, core: Core) -> list[Mask]:
     """The masks of a core that come from the inputs; constant ones (Swin's shifted windows) hide no token."""
-    found = _fused(view, facts, core) if core.kind != "matmul" else _between(view, facts, core)
+    found = _fused(view, facts, core) if core.kind != "matmul" else _between(view, core)
     return [m for m in found if comes_from_inputs(view, facts, m.tensor)]
 
 
@@ -66,7 +66,7 @@ def _fused(view: GraphView, facts: Facts, core: Core) -> Iterable[Mask]:
         yield Mask(inputs[3], "visible" if _is_bool(facts, inputs[3]) else "additive")
 
 
-def _between(view: GraphView, facts: Facts, core: Core) -> Iterable[Mask]:
+def _between(view: GraphView, core: Core) -> Iterable[Mask]:
     """Masks added to, or selected against, the scores between their product and the Softmax."""
     scores = {view.nodes[core.qk].output[0]}
     for i in range(core.qk + 1, core.softmax):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx_calibration.recipe_files import RecipeChoice, check_fit, recipe_for
 from toast_onnx_calibration.sessions import ModelInput
-from toast_onnx_calibration.sources import Source, is_callable, open_source
+from toast_onnx_calibration.sources import Drawn, Source, is_callable, open_source
 
 #: Called with what the user should know, as soon as it is known.
 Note = Callable[[str], object]
@@ -68,13 +68,8 @@ def open_prepared(
     preprocess: str | None,
     *,
     metadata: Mapping[str, str] | None = None,
-    samples: int | None = None,
-    seed: int = 0,
-    threads: int | None = None,
-    only: Collection[str] | None = None,
-    hold: int = 0,
-    held: bool = False,
     note: Note = silent,
+    **drawn: Unpack[Drawn],
 ) -> tuple[Source, list[str]]:
     """Samples in the preprocessing that fits a model.
 
@@ -84,13 +79,8 @@ def open_prepared(
         inputs: what the model needs.
         preprocess: as for `recipe_files.recipe_for`.
         metadata: the model's, in which a recipe may be kept.
-        samples: as for `sources.open_source`.
-        seed: as for `sources.open_source`.
-        threads: as for `sources.open_source`.
-        only: as for `sources.open_source`.
-        hold: as for `sources.open_source`.
-        held: as for `sources.open_source`.
         note: told what the user should know before the work begins.
+        drawn: as for `sources.open_source`.
 
     Returns:
         The samples, and what was told.
@@ -101,17 +91,7 @@ def open_prepared(
     """
     shape = inputs[0].shape if len(inputs) == 1 else None
     choice = recipe_for(model, preprocess, shape, metadata)
-    source = open_source(
-        data,
-        inputs,
-        choice.recipe,
-        samples=samples,
-        seed=seed,
-        threads=threads,
-        only=only,
-        hold=hold,
-        held=held,
-    )
+    source = open_source(data, inputs, choice.recipe, **drawn)
     if source.recipe is None:
         return source, []
     if shape is not None:

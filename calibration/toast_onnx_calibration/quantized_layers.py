@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from toast_onnx.engines.build import with_weights
-from toast_onnx.engines.casts import sort_nodes
 from toast_onnx.matching.operators import Trait, having
-from toast_onnx.model import Model
+from toast_onnx.model import Model, sort_nodes
 from toast_onnx_calibration.feeds import batches
 from toast_onnx_calibration.sessions import ModelInput, model_session, run
 from toast_onnx_calibration.sources import Source
@@ -57,7 +56,6 @@ def layer_damages(
     inputs: Sequence[ModelInput],
     batch: int,
     threads: int | None = None,
-    done: Callable[[str], object] = lambda _: None,
 ) -> dict[str, float]:
     """Relative error of the model's first output with one layer quantized at a time, the largest first.
 
@@ -69,7 +67,6 @@ def layer_damages(
         inputs: the model's inputs.
         batch: samples a run, where the model leaves it free.
         threads: of ONNX Runtime.
-        done: called with the name of every layer that was tried.
 
     Returns:
         Layer -> norm of the difference over the norm of the output, over all samples.
@@ -87,5 +84,4 @@ def layer_damages(
     found = {}
     for layer in layers:
         found[layer] = float(np.linalg.norm(outputs(with_one_layer(floats, integers, layer)) - reference)) / scale
-        done(layer)
     return dict(sorted(found.items(), key=lambda item: -item[1]))

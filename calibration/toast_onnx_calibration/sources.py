@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -186,6 +186,17 @@ class CallableSource:
             yield from self._function()
         except Exception as error:  # somebody else's code
             raise DataError(f"{self._name} failed with {type(error).__name__}: {one_line(error)}") from error
+
+
+class Drawn(TypedDict, total=False):
+    """Which samples are taken, and how they are read: options of `open_source`, for those who pass them on."""
+
+    samples: int | None
+    seed: int
+    threads: int | None
+    only: Collection[str] | None
+    hold: int
+    held: bool
 
 
 def open_source(

@@ -24,11 +24,10 @@ from toast_onnx_cli.calibration_options import (
     gather_options,
     sample_progress,
 )
-from toast_onnx_cli.commands import json_option, toast_command
+from toast_onnx_cli.commands import toast_command
 from toast_onnx_cli.console import print_json, progress, say_note, show_table
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shape_option
 
@@ -47,7 +46,7 @@ PARTS = ("inputs", "hidden")
 )
 @click.argument("model", type=MODEL)
 @click.option("--data", metavar="DATA", help=data_help("Measure activations on"))
-@click.option("--statistics", type=click.Path(path_type=Path), help=STATISTICS_HELP)
+@click.option("--statistics", type=FILE, help=STATISTICS_HELP)
 @click.option(
     "--dead",
     type=FiniteRange(0, 1),
@@ -55,13 +54,11 @@ PARTS = ("inputs", "hidden")
     show_default=True,
     help="Nearly dead: root mean square below this fraction of the layer's mean.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw three panels (png, svg or pdf).")
+@click.option("--plot", type=FILE, metavar="FILE", help="Draw three panels (png, svg or pdf).")
 @calibration_options
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default.")
 @shape_option
-@links_option
-@overwrite_option
-@json_option
+@result_options
 def command(
     model: Path,
     data: str | None,

@@ -10,11 +10,10 @@ import click
 
 from toast_onnx.errors import BackendError
 from toast_onnx.report.tables import Table, busy
-from toast_onnx_cli.commands import json_option, provider_option, toast_command
+from toast_onnx_cli.commands import provider_option, toast_command
 from toast_onnx_cli.console import print_json, print_table, progress, show_table
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.shapes import shapes_option
 
@@ -52,10 +51,8 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option("--no-spin-wait", is_flag=True, help="Sleep instead of polling for the end of a query (trtexec).")
 @click.option("--blocks", is_flag=True, help="Also measure each layer, grouped by transformer block (trtexec).")
 @click.option("--dry-run", is_flag=True, help="Print trtexec's commands and stop.")
-@click.option("--script", type=click.Path(path_type=Path), help="Write trtexec's commands to this file too.")
-@links_option
-@overwrite_option
-@json_option
+@click.option("--script", type=FILE, help="Write trtexec's commands to this file too.")
+@result_options
 def command(
     models: tuple[Path, ...],
     runtime: str,

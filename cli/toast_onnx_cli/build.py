@@ -14,11 +14,12 @@ from toast_onnx_cli.commands import json_option, preprocess_option, toast_comman
 from toast_onnx_cli.console import Advance, format_bytes, print_json, print_table, progress, say_note
 from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
 from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL, beside
+from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.shapes import shapes_option
 
 if TYPE_CHECKING:
-    from toast_onnx.engines import UnsupportedGraphError
+    from toast_onnx.engines.build import BuildRequest
+    from toast_onnx.engines.engine import UnsupportedGraphError
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -42,12 +43,7 @@ def size(text: str) -> int:
     "build model.pruned.onnx --format onnx --precision fp16",
 )
 @click.argument("model", type=MODEL)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="File to write; MODEL's name with .engine, .ort or .fp16.onnx.",
-)
+@click.option("-o", "--output", type=FILE, help="File to write; MODEL's name with .engine, .ort or .fp16.onnx.")
 @click.option(
     "--format", "form", type=click.Choice(["engine", "ort", "onnx", "ep-context"]), default="engine", show_default=True
 )
@@ -63,7 +59,7 @@ def size(text: str) -> int:
 @shapes_option("--max-shapes", help_text="Largest shape of an input.")
 @click.option("--workspace", type=size, help="Scratch memory that kernels may use, such as 512M or 4G.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fast, 5 searches longest.")
-@click.option("--timing-cache", type=click.Path(path_type=Path), help="File of kernel timings, read and extended.")
+@click.option("--timing-cache", type=FILE, help="File of kernel timings, read and extended.")
 @click.option("--compute-capability", multiple=True, metavar="SM", help="Architecture to build for (tensorrt-rtx).")
 @click.option("--hardware-compatible", is_flag=True, help="One engine for Ampere and everything newer (tensorrt).")
 @click.option("--version-compatible", is_flag=True, help="An engine that later releases load (tensorrt).")
@@ -75,17 +71,10 @@ def size(text: str) -> int:
     show_default=True,
     help="Attention with more dimensions in Q/K than in V, or fewer: pad with zeros, or build from parts.",
 )
+@click.option("--baseline", type=FILE, help="The dense model's engine; warns where pruning unfused.")
+@click.option("--triton", type=FILE, metavar="DIR", help="Add the result to a Triton repository.")
 @click.option(
-    "--baseline",
-    type=click.Path(path_type=Path),
-    help="The dense model's engine; warns where pruning unfused.",
-)
-@click.option("--triton", type=click.Path(path_type=Path), metavar="DIR", help="Add the result to a Triton repository.")
-@click.option(
-    "--polygraphy",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write a script by which Polygraphy compares the engine with MODEL.",
+    "--polygraphy", type=FILE, metavar="FILE", help="Write a script by which Polygraphy compares the engine with MODEL."
 )
 @overwrite_option
 @click.option("--verbose", is_flag=True, help="Show all that TensorRT logs.")
@@ -126,11 +115,12 @@ def command(
     --format ep-context such a model with the engine inside, with --format onnx the graph in 16 bits as an engine would
     be built from it.
     """
-    from toast_onnx import engines
-    from toast_onnx.engines.build import model_hash
+    from toast_onnx.engines.backend import EngineOptions, parse_compute_capabilities
+    from toast_onnx.engines.build import BuildRequest, model_hash
     from toast_onnx.engines.convert import convert_file
     from toast_onnx.engines.epcontext import build_ep_context
     from toast_onnx.engines.ortmodel import build_ort
+    from toast_onnx.engines.profiles import parse_batch
 
     if verbose:
         logging.getLogger("toast_onnx.engines").setLevel(logging.DEBUG)
@@ -162,37 +152,40 @@ def command(
             backend=backend,
             precision=precision,
             fp16_io=fp16_io,
-            batch=None if batch is None else engines.parse_batch(batch),
+            batch=None if batch is None else parse_batch(batch),
             shapes=(min_shapes, opt_shapes, max_shapes),
         )
     else:
-        request = engines.BuildRequest(
+        request = BuildRequest(
             backend=backend,
             precision=precision,
             fp16_io=fp16_io,
-            batch=None if batch is None else engines.parse_batch(batch),
+            batch=None if batch is None else parse_batch(batch),
             min_shapes=min_shapes,
             opt_shapes=opt_shapes,
             max_shapes=max_shapes,
             uneven_heads=uneven_heads,
             baseline=baseline,
             large=large,
-            options=engines.EngineOptions(
+            options=EngineOptions(
                 workspace=workspace,
                 optimization_level=optimization_level,
                 timing_cache=timing_cache,
-                compute_capabilities=engines.parse_compute_capabilities(compute_capability),
+                compute_capabilities=parse_compute_capabilities(compute_capability),
                 hardware_compatible=hardware_compatible,
                 version_compatible=version_compatible,
             ),
         )
-        with ExitStack() as stack:
-            try:
-                record = engines.build(model, target, request, _Phases(stack))
-            except engines.UnsupportedGraphError as error:
-                stack.close()
-                _show_problems(error)
-                raise
+        record = _build_shown(model, target, request)
+    _hand_on(record, model, target, triton, polygraphy)
+    if as_json:
+        print_json(record)
+    else:
+        print_table(["file", str(target)], _rows(record), align=["left", "left"])
+
+
+def _hand_on(record: dict[str, Any], model: Path, target: Path, triton: Path | None, polygraphy: Path | None) -> None:
+    """Tell the notes of a build, and write what other programs take its result with."""
     for note in record["notes"]:
         say_note(note)
     if triton is not None:
@@ -200,10 +193,20 @@ def command(
     if polygraphy is not None:
         _write_script(polygraphy, target, model, record)
         say_note(f"for Polygraphy: {polygraphy}")
-    if as_json:
-        print_json(record)
-    else:
-        print_table(["file", str(target)], _rows(record), align=["left", "left"])
+
+
+def _build_shown(model: Path, target: Path, request: BuildRequest) -> dict[str, Any]:
+    """Build an engine; its phases are shown, and so is what its parser does not take."""
+    from toast_onnx.engines.build import build
+    from toast_onnx.engines.engine import UnsupportedGraphError
+
+    with ExitStack() as stack:
+        try:
+            return build(model, target, request, _Phases(stack))
+        except UnsupportedGraphError as error:
+            stack.close()
+            _show_problems(error)
+            raise
 
 
 def _too_large(model: Path, data: str, preprocess: str | None, samples: int) -> tuple[str, ...]:
@@ -224,12 +227,12 @@ def _too_large(model: Path, data: str, preprocess: str | None, samples: int) -> 
 
 def _check_triton(folder: Path, target: Path, form: str, backend: str) -> None:
     """Refuse, before anything is built, what Triton does not serve and what is in its repository already."""
-    from toast_onnx import engines
+    from toast_onnx.engines.backends import choose
     from toast_onnx.engines.triton import repository_files
 
     if form not in ("engine", "onnx"):
         raise click.UsageError("--triton goes with --format engine or onnx")
-    if form == "engine" and engines.choose(backend).name != "tensorrt":
+    if form == "engine" and choose(backend).name != "tensorrt":
         raise ConfigError(
             "Triton serves engines of tensorrt, not of tensorrt_rtx: use --backend tensorrt, or --format onnx"
         )

@@ -16,11 +16,10 @@ from toast_onnx_cli.calibration_options import (
     gather_options,
     sample_progress,
 )
-from toast_onnx_cli.commands import json_option, toast_command
+from toast_onnx_cli.commands import toast_command
 from toast_onnx_cli.console import format_bytes, print_json, say_note
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL, beside
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.shapes import shape_option
 from toast_onnx_cli.streams import ratios_given
 from toast_onnx_cli.workers import open_executor, workers_option
@@ -58,14 +57,12 @@ def _shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
     metavar="I/N",
     help="Measure the I-th of N equal parts of the samples, such as 2/4; `statistics merge` adds them up.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Statistics; default MODEL.statistics.npz.")
+@click.option("-o", "--output", type=FILE, help="Statistics; default MODEL.statistics.npz.")
 @calibration_options
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default.")
 @shape_option
 @workers_option
-@links_option
-@overwrite_option
-@json_option
+@result_options
 def command(
     model: Path,
     data: str | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,10 +10,10 @@ import click
 from click.core import ParameterSource
 
 from toast_onnx.planning.ratios import Ratios
-from toast_onnx_cli.commands import preprocess_option, provider_option
+from toast_onnx_cli.commands import options, provider_option
 from toast_onnx_cli.console import Advance, progress, say_note
 from toast_onnx_cli.numbers import FiniteRange
-from toast_onnx_cli.pixels import max_pixels_option
+from toast_onnx_cli.pixels import image_options
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
@@ -41,32 +41,27 @@ def parse_tokens(_ctx: click.Context, _param: click.Parameter, value: str | None
     return fraction
 
 
-def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds every option of `gather_options`; None stands for one that was not given."""
-    options = (
-        preprocess_option,
-        max_pixels_option,
-        click.option("--samples", type=click.IntRange(1), help="Draw so many samples; 256 by default."),
-        click.option("--tokens", callback=parse_tokens, metavar="all|FRACTION", help="Tokens that count; default all."),
-        click.option(
-            "--class-weight",
-            type=FiniteRange(0, min_open=True),
-            help="Weight of the class token where the output reads nothing else; 20 by default.",
-        ),
-        provider_option,
-        click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run."),
-        click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding."),
-        click.option(
-            "--memory",
-            type=FiniteRange(0, min_open=True),
-            metavar="GB",
-            help="For the statistics of one pass; less takes more passes, which continue one another. 0.2 by default.",
-        ),
-        click.option("--hold-back", type=click.IntRange(2), hidden=True, help="Keep one of so many samples apart."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+#: Every option of `gather_options`; None stands for one that was not given.
+calibration_options = options(
+    image_options,
+    click.option("--samples", type=click.IntRange(1), help="Draw so many samples; 256 by default."),
+    click.option("--tokens", callback=parse_tokens, metavar="all|FRACTION", help="Tokens that count; default all."),
+    click.option(
+        "--class-weight",
+        type=FiniteRange(0, min_open=True),
+        help="Weight of the class token where the output reads nothing else; 20 by default.",
+    ),
+    provider_option,
+    click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run."),
+    click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding."),
+    click.option(
+        "--memory",
+        type=FiniteRange(0, min_open=True),
+        metavar="GB",
+        help="For the statistics of one pass; less takes more passes, which continue one another. 0.2 by default.",
+    ),
+    click.option("--hold-back", type=click.IntRange(2), hidden=True, help="Keep one of so many samples apart."),
+)
 
 
 def gather_options(ratios: Ratios | None, seed: int | None, given: dict[str, Any]) -> CalibrationOptions:

@@ -13,13 +13,12 @@ import click
 from toast_onnx.errors import BackendError
 from toast_onnx.report.tables import Table
 from toast_onnx_cli.calibration_options import DATA_HELP, check_sample_options
-from toast_onnx_cli.commands import json_option, preprocess_option, toast_command
+from toast_onnx_cli.commands import toast_command
 from toast_onnx_cli.console import print_json, say_note, show_table
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL
 from toast_onnx_cli.numbers import FiniteRange
-from toast_onnx_cli.pixels import max_pixels_option
+from toast_onnx_cli.pixels import image_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,21 +27,18 @@ if TYPE_CHECKING:
 
 
 @toast_command("check-engine", "check-engine model.engine model.pruned.onnx --data images/")
-@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("engine", type=FILE)
 @click.argument("model", type=MODEL)
 @click.option("--data", metavar="DATA", help=f"{DATA_HELP} Random inputs without.")
-@preprocess_option
-@max_pixels_option
+@image_options
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many inputs to compare on.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Inputs a run, where it is free.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For the draw of samples.")
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), help="As the engine's JSON says.")
 @click.option("--tolerance", type=FiniteRange(0), help="Largest difference over the output's scale; by precision.")
-@click.option("--script", type=click.Path(path_type=Path), help="Without a GPU: write the command to this file too.")
-@links_option
-@overwrite_option
-@json_option
+@click.option("--script", type=FILE, help="Without a GPU: write the command to this file too.")
+@result_options
 def command(
     engine: Path,
     model: Path,
@@ -63,7 +59,8 @@ def command(
     0.001 of the output's scale for fp32, 0.01 for tf32, 0.02 for fp16, 0.1 for bf16. In Polygraphy's terms: an atol of
     each output's own, that share of its largest magnitude, and an rtol of 0.
     """
-    from toast_onnx.engines import choose, cuda
+    from toast_onnx.engines import cuda
+    from toast_onnx.engines.backends import choose
     from toast_onnx.engines.build import model_hash
     from toast_onnx.engines.engine_check import TOLERANCES, EngineRunner, compare, require_gpu
     from toast_onnx_calibration.sessions import make_session
@@ -107,7 +104,7 @@ def _leave_command(script: Path | None) -> None:
 
 def _record(engine: Path) -> dict[str, Any]:
     """The JSON beside an engine; empty where there is none."""
-    from toast_onnx.engines import read_record
+    from toast_onnx.engines.record import read_record
 
     record = read_record(engine)
     return {} if record is None else record.model_dump(exclude_none=True)

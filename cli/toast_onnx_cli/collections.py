@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,14 @@ import click
 from toast_onnx.errors import BackendError
 from toast_onnx.report.collection import SORTS, Collection
 from toast_onnx.report.tables import Table
+from toast_onnx_cli.commands import options
 from toast_onnx_cli.console import print_json, say_note, show_table
 
-
-def collection_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds `--sort` and `--csv` as the parameters `sort` and `as_csv`."""
-    options = (
-        click.option("--sort", type=click.Choice(SORTS), help="Order of several models, the best first; as given."),
-        click.option("--csv", "as_csv", is_flag=True, help="Print the table as CSV."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+#: `--sort` and `--csv`, as the parameters `sort` and `as_csv`.
+collection_options = options(
+    click.option("--sort", type=click.Choice(SORTS), help="Order of several models, the best first; as given."),
+    click.option("--csv", "as_csv", is_flag=True, help="Print the table as CSV."),
+)
 
 
 def check_collection_page(instead: str = "") -> None:

@@ -25,6 +25,18 @@ SHARED = (
 #: Under which the click context keeps whether `--quiet` was given.
 QUIET = "toast_onnx_cli.quiet"
 
+
+def options(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, listed in this order."""
+
+    def add(function: Any) -> Any:
+        for option in reversed(each):
+            function = option(function)
+        return function
+
+    return add
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 preprocess_option = click.option(
     "--preprocess", metavar="RECIPE", help="imagenet, imagenet-inception, clip, dinov2, mae, none, or a file."

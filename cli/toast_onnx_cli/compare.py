@@ -14,12 +14,11 @@ from toast_onnx_cli.collections import (
     show_collection,
     write_collection_page,
 )
-from toast_onnx_cli.commands import json_option, preprocess_option, provider_option, toast_command
+from toast_onnx_cli.commands import provider_option, toast_command
 from toast_onnx_cli.console import print_json, say_note, show_table
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL
-from toast_onnx_cli.pixels import max_pixels_option
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL
+from toast_onnx_cli.pixels import image_options
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.comparison import Comparison
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
 @click.argument("dense", type=MODEL)
 @click.argument("pruned", type=MODEL, nargs=-1, required=True)
 @click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
-@preprocess_option
-@max_pixels_option
+@image_options
 @click.option("--samples", type=click.IntRange(1), help="Draw so many samples instead of taking all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For that draw.")
 @provider_option
@@ -42,10 +40,8 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
 @click.option("--rounds", type=click.IntRange(0), default=20, show_default=True, help="Timed runs; 0 for no latency.")
 @collection_options
-@click.option("--html", type=click.Path(path_type=Path), help="Page with a chart of agreement against cost.")
-@links_option
-@overwrite_option
-@json_option
+@click.option("--html", type=FILE, help="Page with a chart of agreement against cost.")
+@result_options
 def command(
     dense: Path,
     pruned: tuple[Path, ...],

@@ -11,11 +11,10 @@ from toast_onnx.model import load_model
 from toast_onnx.planning.cost_table import CostTable, write_table
 from toast_onnx.planning.schema import Align
 from toast_onnx.planning.width_costs import PARTS, TOKENS
-from toast_onnx_cli.commands import json_option, provider_option, toast_command
+from toast_onnx_cli.commands import provider_option, toast_command
 from toast_onnx_cli.console import print_json, print_table, progress
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL, beside
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.planning_options import comma_list, counted
 from toast_onnx_cli.shapes import shape_option
 from toast_onnx_cli.workers import machines_option, open_executor
@@ -38,12 +37,10 @@ from toast_onnx_cli.workers import machines_option, open_executor
 @provider_option
 @click.option("--threads", type=click.IntRange(1), help="Threads inside one operator (onnxruntime).")
 @click.option("--trtexec", "trtexec_path", help="Path of trtexec; PATH and NVIDIA's usual places otherwise.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default MODEL.costs.json.")
+@click.option("-o", "--output", type=FILE, help="The table; default MODEL.costs.json.")
 @machines_option
 @shape_option
-@links_option
-@overwrite_option
-@json_option
+@result_options
 def command(
     model: Path,
     runtime: str,

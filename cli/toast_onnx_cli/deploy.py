@@ -17,13 +17,14 @@ from toast_onnx.external import links_followed
 from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json, print_table
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import FILE
 
 if TYPE_CHECKING:
-    from toast_onnx.deploy import Finished
+    from toast_onnx.deploy.run import Finished
 
 
 @toast_command("deploy", "deploy deploy.yaml --dry-run", "deploy deploy.yaml")
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=FILE)
 @click.option("--redo", multiple=True, metavar="STEP", help="Run this step even where it is done; may be repeated.")
 @click.option("--partial", is_flag=True, help="Status 0 even where steps wait for a machine that can run them.")
 @click.option("--allow-code", is_flag=True, help="Run Python code that CONFIG names as module:function.")
@@ -39,7 +40,9 @@ def command(config: Path, redo: tuple[str, ...], partial: bool, allow_code: bool
     """
     import shlex
 
-    from toast_onnx.deploy import deploy, load_deployment, plan_steps
+    from toast_onnx.deploy.config import load_deployment
+    from toast_onnx.deploy.run import deploy
+    from toast_onnx.deploy.steps import plan_steps
 
     settings = load_deployment(config, allow_code=allow_code)
     if dry_run:
@@ -59,7 +62,7 @@ def run_command(arguments: Sequence[str], folder: Path) -> Finished:
 
     What it writes to stderr passes through; its last `Error:` line is kept.
     """
-    from toast_onnx.deploy import Finished
+    from toast_onnx.deploy.run import Finished
 
     words = [sys.executable, "-m", "toast_onnx_cli.main", *arguments, *([] if links_followed() else ["--no-links"])]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

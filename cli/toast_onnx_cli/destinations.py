@@ -13,6 +13,8 @@ import click
 
 from toast_onnx.errors import ModelError
 from toast_onnx.model import model_files
+from toast_onnx_cli.commands import json_option, options
+from toast_onnx_cli.links import links_option
 
 _OVERWRITE = "toast_onnx_cli.overwrite"
 
@@ -25,6 +27,8 @@ def _keep(context: click.Context, _param: click.Parameter, value: bool) -> None:
 overwrite_option = click.option(
     "--overwrite", is_flag=True, expose_value=False, callback=_keep, help="Write over results that are there already."
 )
+#: Of every command that reads a model and writes results, which `--json` tells of.
+result_options = options(links_option, overwrite_option, json_option)
 
 
 def is_overwriting() -> bool:
@@ -57,26 +61,27 @@ def check_destinations(
             that does not exist or cannot be written to.
     """
     sources = [Path(source) for source in inputs if source is not None]
+    given = {option: path for option, path in outputs.items() if path is not None}
     written: dict[Path, str] = {}
-    for option, path in outputs.items():
-        if path is None:
-            continue
+    for option, path in given.items():
         for source in sources:
             if path.exists() and source.exists() and path.samefile(source):
                 same = "the input" if source == sources[0] else f"the input file {source}"
                 raise ModelError(f"the output {path} is {same}; choose another name with {option}")
-        if path.exists() and not path.is_file():
-            raise ModelError(f"the output {path} exists and is not a regular file; choose another name with {option}")
-        if not path.parent.is_dir():
-            raise ModelError(f"the folder {path.parent} does not exist; make it or choose another place with {option}")
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise ModelError(f"the folder {path.parent} cannot be written to; choose another place with {option}")
+        _check_place(path, option)
         other = written.setdefault(path.resolve(), option)
         if other != option:
             raise ModelError(f"{other} and {option} would both be {path}; choose another name with {option}")
-    if is_overwriting():
-        return
-    for option, path in outputs.items():
-        if path is not None and path.exists() and option not in added_to:
+    for option, path in given.items():
+        if path.exists() and option not in added_to and not is_overwriting():
             name = option.partition(" ")[0]
             raise ModelError(f"{path} exists already; give --overwrite to replace it, or another name with {name}")
+
+
+def _check_place(path: Path, option: str) -> None:
+    if path.exists() and not path.is_file():
+        raise ModelError(f"the output {path} exists and is not a regular file; choose another name with {option}")
+    if not path.parent.is_dir():
+        raise ModelError(f"the folder {path.parent} does not exist; make it or choose another place with {option}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ModelError(f"the folder {path.parent} cannot be written to; choose another place with {option}")

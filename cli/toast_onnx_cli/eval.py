@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from toast_onnx_cli.calibration_options import DATA_HELP, LABELS_HELP, sample_progress
-from toast_onnx_cli.commands import json_option, preprocess_option, provider_option, toast_command
+from toast_onnx_cli.commands import json_option, provider_option, toast_command
 from toast_onnx_cli.console import print_json, print_table, say_note
 from toast_onnx_cli.links import links_option
 from toast_onnx_cli.models import MODEL
-from toast_onnx_cli.pixels import max_pixels_option
+from toast_onnx_cli.pixels import image_options
 from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 @click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
 @click.option("--labels", metavar="LABELS", help=LABELS_HELP)
 @click.option("--metric", help="Python module:function that gets all outputs, instead of top-1 and top-5.")
-@preprocess_option
-@max_pixels_option
+@image_options
 @click.option("--output-name", "output", metavar="NAME", help="Output with the class scores; the first 2-D one.")
 @provider_option
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run, where it is free.")

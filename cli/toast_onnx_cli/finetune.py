@@ -12,20 +12,18 @@ import click
 
 from toast_onnx.errors import ModelError
 from toast_onnx_cli.calibration_options import DATA_HELP, LABELS_HELP, sample_progress
-from toast_onnx_cli.commands import json_option, preprocess_option, toast_command
+from toast_onnx_cli.commands import options, toast_command
 from toast_onnx_cli.console import print_json, say_note
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL, beside
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.numbers import FiniteRange
-from toast_onnx_cli.pixels import max_pixels_option
+from toast_onnx_cli.pixels import image_options
 from toast_onnx_cli.shapes import shape_option
 from toast_onnx_cli.streams import as_file
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.finetuning import Finetuned, Job
 
-Group = Callable[[Any], Any]
 EXIT_INTERRUPTED = 130
 #: What is not said on the command line. Without labels the model is matched to its teacher as a function, on images
 #: that never repeat (Beyer et al. 2022): a few hundred are soon known by heart. docs/finetune.md has the figures.
@@ -33,26 +31,15 @@ WITH_LABELS = {"augment": "light", "output_weight": 1.0, "mixup": 0.0, "ema": 0.
 WITHOUT_LABELS = {"augment": "strong", "output_weight": 0.3, "mixup": 1.0, "ema": 0.95}
 
 
-def _options(*options: Group) -> Group:
-    def add(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return add
-
-
 def _two_defaults(option: str, text: str) -> str:
     return f"{text} Default: {WITHOUT_LABELS[option]}; with labels {WITH_LABELS[option]}."
 
 
-_path = click.Path(path_type=Path)
-_data_options = _options(
+_data_options = options(
     click.option("--teacher", type=MODEL, help="The dense model that PRUNED was pruned from."),
     click.option("--data", required=True, metavar="DATA", help=DATA_HELP),
     click.option("--labels", metavar="LABELS", help=LABELS_HELP),
-    preprocess_option,
-    max_pixels_option,
+    image_options,
     click.option("--samples", type=click.IntRange(2), help="Draw so many samples instead of taking all."),
     click.option(
         "--holdout",
@@ -66,15 +53,15 @@ _data_options = _options(
     ),
     click.option("--mirror/--no-mirror", default=None, help="Mirror images; off for text and digits."),
 )
-_output_options = _options(
-    click.option("-o", "--output", type=_path, help="Trained model; default PRUNED.finetuned.onnx."),
-    click.option("--report", type=_path, help="JSON; default beside the trained model, - for standard output."),
-    click.option("--checkpoint", type=_path, help="Checkpoints; default beside the trained model, gone at the end."),
+_output_options = options(
+    click.option("-o", "--output", type=FILE, help="Trained model; default PRUNED.finetuned.onnx."),
+    click.option("--report", type=FILE, help="JSON; default beside the trained model, - for standard output."),
+    click.option("--checkpoint", type=FILE, help="Checkpoints; default beside the trained model, gone at the end."),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint."),
-    click.option("--torch-export", type=_path, metavar="FILE", help="Also write through torch.onnx.export."),
-    click.option("--save-module", type=_path, metavar="FILE", help="Also write the weights as a state dict."),
+    click.option("--torch-export", type=FILE, metavar="FILE", help="Also write through torch.onnx.export."),
+    click.option("--save-module", type=FILE, metavar="FILE", help="Also write the weights as a state dict."),
 )
-_loss_options = _options(
+_loss_options = options(
     click.option(
         "--distil",
         type=click.Choice(["auto", "kl", "mse"]),
@@ -107,7 +94,7 @@ _loss_options = _options(
     click.option("--mixup", type=FiniteRange(0), help=_two_defaults("mixup", "Blend pairs: Beta(a, a).")),
     click.option("--smoothing", type=FiniteRange(0, 1, max_open=True), default=0.0, help="Of labels."),
 )
-_training_options = _options(
+_training_options = options(
     click.option("--epochs", type=FiniteRange(0, min_open=True), help="Passes over the data; 10 by default."),
     click.option("--steps", type=click.IntRange(1), help="Optimizer steps, instead of --epochs."),
     click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Samples a process and step."),
@@ -159,9 +146,7 @@ _training_options = _options(
 @_loss_options
 @_training_options
 @shape_option
-@links_option
-@overwrite_option
-@json_option
+@result_options
 def command(
     pruned: Path,
     shapes: dict[str, tuple[int, ...]],

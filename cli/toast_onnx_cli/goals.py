@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,9 @@ from toast_onnx.model import save_model
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import prune
 from toast_onnx_cli.calibration_options import LABELS_HELP, sample_progress
+from toast_onnx_cli.commands import options
 from toast_onnx_cli.console import is_quiet, say_note
+from toast_onnx_cli.models import FILE
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planners import PARTS
 from toast_onnx_cli.planning_options import with_ties
@@ -36,31 +38,25 @@ HELD_FOR_GOAL, HELD = 2, 8
 _share = FiniteRange(0, 1, min_open=True, max_open=True)
 
 
-def goal_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds the options of `gather_goal`."""
-    options = (
-        click.option("--macs", type=_share, help="Plan for this fraction of the multiply-accumulates, not --ratios."),
-        click.option("--params", type=_share, help="Plan for this fraction of the parameters."),
-        click.option("--latency", type=_share, help="Plan for this fraction of the latency."),
-        click.option(
-            "--max-drop",
-            type=FiniteRange(0, 100),
-            metavar="POINTS",
-            help="The smallest model that loses at most so many points of agreement, or of accuracy with --labels.",
-        ),
-        click.option(
-            "--max-error",
-            type=FiniteRange(0, min_open=True),
-            help="The same for outputs that are no class scores: their largest relative error.",
-        ),
-        click.option("--labels", metavar="LABELS", help=f"For --max-drop: {LABELS_HELP}"),
-        click.option(
-            "--sensitivity", type=click.Path(path_type=Path), help="Results of `sensitivity` that plans start from."
-        ),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+#: The options of `gather_goal`.
+goal_options = options(
+    click.option("--macs", type=_share, help="Plan for this fraction of the multiply-accumulates, not --ratios."),
+    click.option("--params", type=_share, help="Plan for this fraction of the parameters."),
+    click.option("--latency", type=_share, help="Plan for this fraction of the latency."),
+    click.option(
+        "--max-drop",
+        type=FiniteRange(0, 100),
+        metavar="POINTS",
+        help="The smallest model that loses at most so many points of agreement, or of accuracy with --labels.",
+    ),
+    click.option(
+        "--max-error",
+        type=FiniteRange(0, min_open=True),
+        help="The same for outputs that are no class scores: their largest relative error.",
+    ),
+    click.option("--labels", metavar="LABELS", help=f"For --max-drop: {LABELS_HELP}"),
+    click.option("--sensitivity", type=FILE, help="Results of `sensitivity` that plans start from."),
+)
 
 
 def gather_goal(given: Mapping[str, Any], ratios: str | None, data: str | None) -> Goal | None:

@@ -11,12 +11,11 @@ from toast_onnx.matching.study import study
 from toast_onnx.model import file_hash, load_model
 from toast_onnx.report.inspection import inspection, inspection_table
 from toast_onnx_cli.calibration_options import check_sample_options, data_help
-from toast_onnx_cli.commands import json_option, preprocess_option, toast_command
+from toast_onnx_cli.commands import toast_command
 from toast_onnx_cli.console import print_json, say_note, show_table
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL
-from toast_onnx_cli.pixels import max_pixels_option
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL
+from toast_onnx_cli.pixels import image_options
 from toast_onnx_cli.shapes import shape_option
 
 if TYPE_CHECKING:
@@ -29,16 +28,13 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="DATA", help=data_help("Also say what the first layer sees of"))
 @click.option(
     "--contact-sheet",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Draw the first samples as the model sees them (png, jpg or webp).",
 )
-@preprocess_option
-@max_pixels_option
+@image_options
 @click.option("--samples", type=click.IntRange(1, 64), default=16, show_default=True, help="How many, from the start.")
-@links_option
-@overwrite_option
-@json_option
+@result_options
 def command(
     model: Path,
     data: str | None,

@@ -40,6 +40,8 @@ class ModelType(click.Path):
 
 
 MODEL = ModelType()
+#: Any other file or folder.
+FILE = click.Path(path_type=Path)
 
 
 def beside(model: Path, suffix: str) -> Path:

@@ -11,11 +11,10 @@ import click
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
 from toast_onnx.planning.width_costs import PARTS, TOKENS
-from toast_onnx_cli.commands import json_option, toast_command
+from toast_onnx_cli.commands import toast_command
 from toast_onnx_cli.console import print_json, say_note, show_table
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL, beside
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.numbers import FiniteRange
 from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import (
@@ -69,21 +68,14 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
 @click.option(
     "--sensitivity",
     "results",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Results of `sensitivity` to start from; what is missing is measured and added.",
 )
-@click.option("--costs", type=click.Path(path_type=Path), help="Latency table that `costs` wrote, here or elsewhere.")
+@click.option("--costs", type=FILE, help="Latency table that `costs` wrote, here or elsewhere.")
 @click.option("--no-timing", is_flag=True, help="Trust the table: it was measured on another machine.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Default MODEL.ratios.yaml; - for standard output.",
-)
+@click.option("-o", "--output", type=FILE, help="Default MODEL.ratios.yaml; - for standard output.")
 @dry_run_option
-@links_option
-@overwrite_option
-@json_option
+@result_options
 def command(
     model: Path,
     macs: float | None,
@@ -117,12 +109,7 @@ def command(
         raise click.UsageError("-o - and --json both print a document; give one of them")
     if len(chosen) != 1:
         raise click.UsageError("give one budget: --macs, --params or --latency")
-    if not parts or any(p not in (*PARTS, TOKENS) for p in parts):
-        raise click.UsageError(f"--parts takes some of {', '.join((TOKENS, *PARTS))}")
-    if not drop_heads and "heads" in parts:
-        raise click.UsageError("--no-heads contradicts heads in --parts: leave one of them out")
-    if drop_heads and "heads" not in parts and {"qk", "vo"} & set(parts):
-        parts = (*parts, "heads")
+    parts = _planned_parts(parts, drop_heads)
     if latency is None and (costs is not None or no_timing):
         raise click.UsageError("--costs and --no-timing go with --latency")
     if no_timing and costs is None:
@@ -156,3 +143,12 @@ def command(
     else:
         show_table(plan.table)
         click.echo(f"ratios: {out}")
+
+
+def _planned_parts(parts: tuple[str, ...], drop_heads: bool) -> tuple[str, ...]:
+    """The parts that may shrink, heads with their dimensions unless they are to stay."""
+    if not parts or any(p not in (*PARTS, TOKENS) for p in parts):
+        raise click.UsageError(f"--parts takes some of {', '.join((TOKENS, *PARTS))}")
+    if not drop_heads and "heads" in parts:
+        raise click.UsageError("--no-heads contradicts heads in --parts: leave one of them out")
+    return (*parts, "heads") if drop_heads and "heads" not in parts and {"qk", "vo"} & set(parts) else parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from toast_onnx_cli.calibration_options import (
     gather_options,
     sample_progress,
 )
+from toast_onnx_cli.commands import options
 from toast_onnx_cli.console import Advance, format_bytes, format_seconds, print_json, say_note
+from toast_onnx_cli.models import FILE
 from toast_onnx_cli.numbers import percentage
 from toast_onnx_cli.shapes import shape_option
 from toast_onnx_cli.streams import ratios_given
@@ -75,31 +77,25 @@ def counted(advance: Advance) -> Counted:
     return show
 
 
-def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds the options of `gather_planning`."""
-    options = (
-        click.option("--data", required=True, metavar="DATA", help=DATA_HELP),
-        click.option(
-            "--settings",
-            metavar="FILE",
-            help="Ratios file whose selection, scores, compensation and alignment are used; its ratios are not.",
-        ),
-        click.option("--compensation", type=click.Choice(["ridge", "bias", "none"]), help="Instead of the file's."),
-        click.option(
-            "--align-heads", type=click.IntRange(1), help="Multiple that kept head dimensions are; default 8."
-        ),
-        click.option("--align-width", type=click.IntRange(1), help="Multiple that kept FFN widths are; default 8."),
-        click.option("--statistics", type=click.Path(path_type=Path), help=STATISTICS_HELP),
-        click.option("--labels", metavar="LABELS", help=f"Adds top-1: {LABELS_HELP}"),
-        click.option("--output-name", metavar="NAME", help="Output to measure at; the class scores, else the first."),
-        calibration_options,
-        click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default."),
-        shape_option,
-        workers_option,
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+#: The options of `gather_planning`.
+planning_options = options(
+    click.option("--data", required=True, metavar="DATA", help=DATA_HELP),
+    click.option(
+        "--settings",
+        metavar="FILE",
+        help="Ratios file whose selection, scores, compensation and alignment are used; its ratios are not.",
+    ),
+    click.option("--compensation", type=click.Choice(["ridge", "bias", "none"]), help="Instead of the file's."),
+    click.option("--align-heads", type=click.IntRange(1), help="Multiple that kept head dimensions are; default 8."),
+    click.option("--align-width", type=click.IntRange(1), help="Multiple that kept FFN widths are; default 8."),
+    click.option("--statistics", type=FILE, help=STATISTICS_HELP),
+    click.option("--labels", metavar="LABELS", help=f"Adds top-1: {LABELS_HELP}"),
+    click.option("--output-name", metavar="NAME", help="Output to measure at; the class scores, else the first."),
+    calibration_options,
+    click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default."),
+    shape_option,
+    workers_option,
+)
 
 
 @dataclass(frozen=True)

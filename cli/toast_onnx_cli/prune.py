@@ -40,7 +40,7 @@ from toast_onnx_cli.goals import (
     write_plan,
 )
 from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL, beside
+from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import Planning, target_option, with_ties
 from toast_onnx_cli.prune_run import Job, run_job
@@ -61,17 +61,13 @@ if TYPE_CHECKING:
     "prune model.onnx --ratios ratios.yaml -o small.onnx",
 )
 @click.argument("model", type=MODEL, required=False)
-@click.option("--replay", "repeated", type=click.Path(path_type=Path), metavar="JSON", help="Repeat a report's run.")
+@click.option("--replay", "repeated", type=FILE, metavar="JSON", help="Repeat a report's run.")
 @click.option("--ratios", metavar="FILE", help="File, - for standard input, or a preset such as paper:deit_small@2.7.")
 @goal_options
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Pruned model; default MODEL.pruned.onnx.")
-@click.option(
-    "--report",
-    type=click.Path(path_type=Path),
-    help="JSON; default beside the pruned model, - for standard output.",
-)
+@click.option("-o", "--output", type=FILE, help="Pruned model; default MODEL.pruned.onnx.")
+@click.option("--report", type=FILE, help="JSON; default beside the pruned model, - for standard output.")
 @click.option("--data", metavar="DATA", help=data_help("Measure activations on"))
-@click.option("--statistics", type=click.Path(path_type=Path), help=STATISTICS_HELP)
+@click.option("--statistics", type=FILE, help=STATISTICS_HELP)
 @calibration_options
 @click.option(
     "--compensation",

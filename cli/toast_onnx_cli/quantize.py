@@ -11,13 +11,12 @@ from toast_onnx.errors import ToastError
 from toast_onnx.report.measured import read_measured
 from toast_onnx.report.tables import Table
 from toast_onnx_cli.calibration_options import LABELS_HELP, data_help
-from toast_onnx_cli.commands import json_option, preprocess_option, toast_command
+from toast_onnx_cli.commands import toast_command
 from toast_onnx_cli.console import print_json, say_note, show_table
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL, beside
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.numbers import FiniteRange
-from toast_onnx_cli.pixels import max_pixels_option
+from toast_onnx_cli.pixels import image_options
 
 #: How many samples the ranges follow from where nothing says otherwise.
 SAMPLES = 64
@@ -27,7 +26,7 @@ SAMPLES = 64
 @click.argument("model", type=MODEL)
 @click.option("--data", required=True, metavar="DATA", help=data_help("Measure ranges on"))
 @click.option("--to", type=click.Choice(["int8", "fp8"]), default="int8", show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Quantized model; default MODEL.int8.onnx.")
+@click.option("-o", "--output", type=FILE, help="Quantized model; default MODEL.int8.onnx.")
 @click.option(
     "--method", type=click.Choice(["percentile", "entropy", "minmax"]), default="percentile", show_default=True
 )
@@ -39,8 +38,7 @@ SAMPLES = 64
 @click.option("--dense", type=MODEL, help="The dense model: a step more in the table.")
 @click.option("--eval-data", metavar="DATA", help="What the steps are compared on; --data by default.")
 @click.option("--labels", metavar="LABELS", help=f"Of --eval-data: {LABELS_HELP}")
-@preprocess_option
-@max_pixels_option
+@image_options
 @click.option(
     "--samples",
     type=click.IntRange(1),
@@ -50,9 +48,7 @@ SAMPLES = 64
 @click.option("--sensitivity", is_flag=True, help="Also quantize one layer at a time, and list what each costs.")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding.")
-@links_option
-@overwrite_option
-@json_option
+@result_options
 def command(
     model: Path,
     data: str,

@@ -14,16 +14,17 @@ from toast_onnx_cli.collections import can_draw, collection_options, show_collec
 from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.destinations import check_destinations, read_files
 from toast_onnx_cli.links import links_option
+from toast_onnx_cli.models import FILE
 
 
 @toast_command("report", "report model.pruned.json", "report model.sweep/ --sort macs")
-@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Page; RUN's name with .html, or report.html.")
+@click.argument("runs", type=FILE, nargs=-1, required=True, metavar="RUN...")
+@click.option("-o", "--output", type=FILE, help="Page; RUN's name with .html, or report.html.")
 @click.option(
     "--with",
     "extra",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="JSON",
     help="Show this too: what compare, eval, bench or check-engine printed with --json; may be repeated.",
 )

@@ -10,11 +10,10 @@ import click
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import study
 from toast_onnx.model import load_model
-from toast_onnx_cli.commands import json_option, toast_command
+from toast_onnx_cli.commands import toast_command
 from toast_onnx_cli.console import print_json, progress, say_note, show_table
-from toast_onnx_cli.destinations import check_destinations, overwrite_option, read_files
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL, beside
+from toast_onnx_cli.destinations import check_destinations, read_files, result_options
+from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.planning_options import (
     comma_list,
     counted,
@@ -37,12 +36,10 @@ ALL_PARTS = "tokens,qk,vo,fc1,fc2,fc1+fc2"
 @click.option("--ratios", callback=fractions, default=DEFAULT_RATIOS, show_default=True, help="Fractions removed.")
 @click.option("--parts", callback=comma_list, default=ALL_PARTS, show_default=True, help="What to prune in turn.")
 @click.option("--blocks", callback=comma_list, help="Numbers of blocks, such as 0,5,11; all by default.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Results; default MODEL.sensitivity.json.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves of every block to this image file.")
+@click.option("-o", "--output", type=FILE, help="Results; default MODEL.sensitivity.json.")
+@click.option("--plot", type=FILE, help="Draw the curves of every block to this image file.")
 @dry_run_option
-@links_option
-@overwrite_option
-@json_option
+@result_options
 def command(
     model: Path,
     ratios: tuple[float, ...],

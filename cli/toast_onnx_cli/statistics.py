@@ -9,6 +9,7 @@ import click
 from toast_onnx_cli.calibrate import print_header
 from toast_onnx_cli.commands import ToastCommand, json_option
 from toast_onnx_cli.destinations import check_destinations, overwrite_option
+from toast_onnx_cli.models import FILE
 
 
 @click.group("statistics")
@@ -21,8 +22,8 @@ def command() -> None:
     cls=ToastCommand,
     examples=("statistics merge a.npz b.npz -o all.npz",),
 )
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILES...")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="The statistics of all.")
+@click.argument("files", nargs=-1, required=True, type=FILE, metavar="FILES...")
+@click.option("-o", "--output", "out", required=True, type=FILE, help="The statistics of all.")
 @overwrite_option
 @json_option
 def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:

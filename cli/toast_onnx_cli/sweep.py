@@ -20,12 +20,11 @@ from toast_onnx.planning.strict_json import read_json
 from toast_onnx.wellformed import blame_model
 from toast_onnx_cli.calibration_options import DATA_HELP, calibration_options, gather_options
 from toast_onnx_cli.collections import can_draw, collection_options, show_collection, write_collection_page
-from toast_onnx_cli.commands import json_option, toast_command
+from toast_onnx_cli.commands import toast_command
 from toast_onnx_cli.console import say_note
-from toast_onnx_cli.destinations import check_destinations, is_overwriting, overwrite_option, read_files
+from toast_onnx_cli.destinations import check_destinations, is_overwriting, read_files, result_options
 from toast_onnx_cli.goals import HELD, holdable, measure_all, plan_for, planned_settings, refuse_unreachable
-from toast_onnx_cli.links import links_option
-from toast_onnx_cli.models import MODEL, beside
+from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import Planning, fractions, target_option, with_ties
 from toast_onnx_cli.prune_run import Job, run_job
@@ -49,7 +48,7 @@ def _shares(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--macs", callback=_shares, metavar="SHARES", help="Multiply-accumulates to keep, such as 0.8,0.6,0.5.")
 @click.option("--params", callback=_shares, metavar="SHARES", help="Parameters to keep, instead.")
 @click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder; default MODEL.sweep.")
+@click.option("-o", "--output", type=FILE, help="Folder; default MODEL.sweep.")
 @click.option("--compensation", type=click.Choice(["ridge", "bias", "none"]), help="Instead of ridge.")
 @calibration_options
 @click.option("--split-shared", is_flag=True, help="Give places that share weights a copy each; files may grow.")
@@ -59,9 +58,7 @@ def _shares(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @shape_option
 @workers_option
 @collection_options
-@links_option
-@overwrite_option
-@json_option
+@result_options
 def command(
     model: Path,
     macs: tuple[float, ...],

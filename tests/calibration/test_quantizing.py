@@ -127,7 +127,8 @@ def test_every_step_has_its_row(prepared: tuple[Path, Path], tmp_path: Path) -> 
 @pytest.mark.parametrize("to", ["int8", "fp8"])
 def test_tensorrt_builds_what_comes_out(to: str, exported: Exported, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install tensorrt_rtx")
-    from toast_onnx.engines import BuildRequest, EngineOptions, build
+    from toast_onnx.engines.backend import EngineOptions
+    from toast_onnx.engines.build import BuildRequest, build
 
     model, data, out = exported(zoo.Case("timm-vit", "dynamo-20")), tmp_path / "x.npy", tmp_path / "q.onnx"
     np.save(data, zoo.inputs(model, 8)["input"])

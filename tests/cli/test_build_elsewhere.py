@@ -10,8 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.engines import graphs
-from toast_onnx import engines
-from toast_onnx.engines import cuda
+from toast_onnx.engines import backends, cuda
 from toast_onnx_cli.main import main
 
 
@@ -46,7 +45,7 @@ def test_a_16_bit_graph_goes_in_with_its_types(folder: Path) -> None:
 
 
 def test_what_triton_and_polygraphy_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "choose", lambda name: SimpleNamespace(name="tensorrt-rtx"))
+    monkeypatch.setattr(backends, "choose", lambda name: SimpleNamespace(name="tensorrt-rtx"))
     result = run("--triton", "serve")
     assert result.exit_code == 1
     assert "Triton serves engines of tensorrt, not of tensorrt_rtx" in result.stderr

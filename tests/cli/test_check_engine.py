@@ -13,8 +13,7 @@ from click.testing import CliRunner, Result
 
 from tests.engines import graphs
 from tests.engines.test_engine_check import FakeCuda, fake_tensorrt
-from toast_onnx import engines
-from toast_onnx.engines import cuda, engine_check
+from toast_onnx.engines import backends, cuda, engine_check
 from toast_onnx.engines.build import record_path
 from toast_onnx.model import file_hash
 from toast_onnx_cli.check_engine import command
@@ -40,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (cuda, engine_check):
         monkeypatch.setattr(module, "driver", lambda: driver)
     monkeypatch.setattr(engine_check, "tensorrt_logger", lambda trt: None)
-    monkeypatch.setattr(engines, "choose", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(backends, "choose", lambda name: SimpleNamespace(name=name))
     return tmp_path
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from toast_onnx.deploy import load_deployment, plan_steps
+from toast_onnx.deploy.config import load_deployment
+from toast_onnx.deploy.steps import plan_steps
 from toast_onnx.errors import ConfigError
 
 LEAST = "version: 1\nmodel: m.onnx\nprune: {ratios: r.yaml}\n"

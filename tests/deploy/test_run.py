@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from tests.engines import graphs
-from toast_onnx.deploy import Finished, deploy, load_deployment, plan_steps
 from toast_onnx.deploy.code import code_files
+from toast_onnx.deploy.config import load_deployment
+from toast_onnx.deploy.run import Finished, deploy
+from toast_onnx.deploy.steps import plan_steps
 from toast_onnx.engines import cuda
 from toast_onnx.errors import BackendError, ConfigError
 
@@ -67,7 +69,7 @@ class Player:
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cuda, "gpu_name", lambda: None)
-    monkeypatch.setattr("toast_onnx.engines.choose", lambda name: type("Rtx", (), {"name": "tensorrt-rtx"}))
+    monkeypatch.setattr("toast_onnx.engines.backends.choose", lambda name: type("Rtx", (), {"name": "tensorrt-rtx"}))
     graphs.save(graphs.mlp(), tmp_path / "m.onnx")
     shutil.copy(EXAMPLES / "ratios.yaml", tmp_path)
     (tmp_path / "samples").mkdir()
@@ -226,7 +228,7 @@ def test_without_a_backend_the_engine_waits_and_what_reads_it_too(
     def none(name: str) -> None:
         raise BackendError("no TensorRT is installed; install one")
 
-    monkeypatch.setattr("toast_onnx.engines.choose", none)
+    monkeypatch.setattr("toast_onnx.engines.backends.choose", none)
     ran, statuses = go(source, Player())
     assert ran == [name for name in ORDER if not name.startswith("build")]
     assert statuses["build"] == statuses["check"] == statuses["bench-trtexec"] == "waiting"

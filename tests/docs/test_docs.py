@@ -16,7 +16,8 @@ import pytest
 import yaml
 from _pytest.mark import ParameterSet
 
-from toast_onnx.deploy import load_deployment, plan_steps
+from toast_onnx.deploy.config import load_deployment
+from toast_onnx.deploy.steps import plan_steps
 from toast_onnx.importance.scores import ATTENTION_SCORES, FFN_SCORES
 from toast_onnx.planning.ratios import load_ratios, resolve
 from toast_onnx.solving.compensations import COMPENSATIONS

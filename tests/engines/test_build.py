@@ -17,8 +17,11 @@ import pytest
 from tests import zoo
 from tests.engines import graphs
 from tests.pruning import UNEVEN, prune_file
-from toast_onnx.engines import BuildRequest, EngineOptions, UnsupportedGraphError, build, record_path
+from toast_onnx.engines.backend import EngineOptions
+from toast_onnx.engines.build import BuildRequest, build
+from toast_onnx.engines.engine import UnsupportedGraphError
 from toast_onnx.engines.ortmodel import build_ort
+from toast_onnx.engines.record import record_path
 from toast_onnx.errors import BackendError, ConfigError, ModelError
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install tensorrt_rtx")

@@ -11,10 +11,10 @@ import pytest
 
 import toast_onnx.model as room
 from tests.engines import graphs
-from toast_onnx.engines import BuildRequest, build, record_path
-from toast_onnx.engines.build import with_weights
+from toast_onnx.engines.build import BuildRequest, build, with_weights
 from toast_onnx.engines.convert import convert_file
 from toast_onnx.engines.precision import convert_precision, stated_precision
+from toast_onnx.engines.record import record_path
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.model import load_model
 

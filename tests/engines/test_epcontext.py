@@ -10,9 +10,9 @@ import onnx.helper
 import pytest
 
 from tests.engines import graphs
-from toast_onnx.engines import cuda, epcontext, record_path
+from toast_onnx.engines import cuda, epcontext
 from toast_onnx.engines.epcontext import build_ep_context
-from toast_onnx.engines.record import read_record
+from toast_onnx.engines.record import read_record, record_path
 from toast_onnx.errors import BackendError, ConfigError
 from toast_onnx.model import file_hash
 

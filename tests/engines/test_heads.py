@@ -100,9 +100,10 @@ def test_a_warning_where_pruning_unfused(
 
 def test_a_padded_attention_is_one_kernel_where_an_uneven_one_was_refused(exported: Exported, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install tensorrt_rtx")
-    from toast_onnx.engines import BuildRequest, EngineOptions, UnsupportedGraphError, build
+    from toast_onnx.engines.backend import EngineOptions
     from toast_onnx.engines.backends import choose
-    from toast_onnx.engines.engine import build_engine
+    from toast_onnx.engines.build import BuildRequest, build
+    from toast_onnx.engines.engine import UnsupportedGraphError, build_engine
 
     source = exported(zoo.Case("hf-vit", "dynamo-23", "static"))
     pruned, options = tmp_path / "uneven.onnx", EngineOptions(compute_capabilities=(89,))

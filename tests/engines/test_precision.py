@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from tests.engines import graphs
-from toast_onnx.engines.casts import sort_nodes
 from toast_onnx.engines.precision import convert_precision
 from toast_onnx.errors import ConfigError
+from toast_onnx.model import sort_nodes
 
 
 def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:

@@ -14,7 +14,6 @@ from toast_onnx.engines.profiles import (
     build_profile,
     graph_inputs,
     parse_batch,
-    parse_shapes,
 )
 from toast_onnx.errors import ConfigError
 
@@ -42,26 +41,6 @@ def test_batch_of_another_form_is_refused(text: str) -> None:
 def test_batch_out_of_order_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="ascending order"):
         parse_batch(text)
-
-
-@given(st.lists(st.integers(1, 4096), min_size=1, max_size=5), st.sampled_from(["x", "input:0", "a.b/c"]))
-def test_shapes_read_what_was_written(sizes: list[int], name: str) -> None:
-    assert parse_shapes([f"{name}:{'x'.join(map(str, sizes))}"]) == {name: tuple(sizes)}
-
-
-def test_shapes_of_several_inputs() -> None:
-    assert parse_shapes(["a:1x2,b:3", "c:4x5"]) == {"a": (1, 2), "b": (3,), "c": (4, 5)}
-
-
-@pytest.mark.parametrize("text", ["x", "x:", ":1x2", "x:1x0", "x:1xa", "x:1,2"])
-def test_shapes_of_another_form_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not NAME:AxBxC"):
-        parse_shapes([text])
-
-
-def test_a_shape_given_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match="given twice"):
-        parse_shapes(["x:1x2", "x:1x3"])
 
 
 def test_the_batch_range_fills_an_open_first_dimension() -> None:

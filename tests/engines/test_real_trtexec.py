@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.engines import graphs
-from toast_onnx.engines import BuildRequest, build, choose, cuda, trtexec
+from toast_onnx.engines import cuda, trtexec
+from toast_onnx.engines.backends import choose
+from toast_onnx.engines.build import BuildRequest, build
 from toast_onnx.engines.trtbench import measure, open_target
 
 PROGRAMS = {name: trtexec.find_trtexec(name) for name in trtexec.PROGRAMS}

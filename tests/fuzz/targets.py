@@ -20,9 +20,10 @@ from tests.fuzz import mutators
 from tests.matching.tiny import TOKENS, WIDTH, block
 from tests.pruning import UNEVEN, look, run
 from toast_onnx.choosing.synthetic import SyntheticStatistics
-from toast_onnx.deploy import load_deployment, plan_steps
+from toast_onnx.deploy.config import load_deployment
 from toast_onnx.deploy.state import read_record as read_deployment
-from toast_onnx.engines import read_record
+from toast_onnx.deploy.steps import plan_steps
+from toast_onnx.engines.record import read_record
 from toast_onnx.errors import ConfigError, ToastError
 from toast_onnx.matching.study import Study
 from toast_onnx.model import file_hash, save_model

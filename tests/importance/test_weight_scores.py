@@ -11,7 +11,7 @@ import pytest
 from toast_onnx.errors import ConfigError
 from toast_onnx.importance.activation import attended_magnitude, sample_patches, token_channel_scores
 from toast_onnx.importance.attention import lower_median, qk_energy, qk_scores, vo_energy, vo_scores
-from toast_onnx.importance.ffn import hidden_weight_scores, input_weight_scores
+from toast_onnx.importance.ffn import scaled_rows, weight_scores
 from toast_onnx.importance.selection import top_k
 
 
@@ -60,11 +60,10 @@ def test_couplings_read_the_sides_they_name(coupling: str, sides: str, score: st
 
 
 def test_layer_scale_counts_in_output_scores() -> None:
-    _, _, wv, wo = head_matrices()
     gamma = np.linspace(0.1, 2.0, 12)
-    np.testing.assert_allclose(vo_scores(wv, wo, "gm", gamma=gamma), vo_scores(wv, wo * gamma.astype(np.float64), "gm"))
     w1, w2 = np.ones((12, 5)), np.random.default_rng(1).standard_normal((5, 12))
-    np.testing.assert_allclose(hidden_weight_scores(w1, w2, gamma=gamma), 12 + ((w2 * gamma) ** 2).sum(axis=1))
+    scores = weight_scores([w1], scaled_rows(w2, gamma))
+    np.testing.assert_allclose(scores, 12 + ((w2 * gamma) ** 2).sum(axis=1))
 
 
 def test_unknown_names_are_config_errors() -> None:
@@ -74,17 +73,19 @@ def test_unknown_names_are_config_errors() -> None:
     with pytest.raises(ConfigError, match="q_only"):
         qk_scores(wq, wk, "gm", "q")
     with pytest.raises(ConfigError, match="l1 or l2"):
-        hidden_weight_scores(wo[0].T, wo[0], "gm")
+        weight_scores([wo[0].T], wo[0], "gm")
 
 
 def test_gated_units_are_scored_on_both_entries() -> None:
     rng = np.random.default_rng(2)
     gate, up, w2 = rng.standard_normal((4, 6)), rng.standard_normal((4, 6)), rng.standard_normal((6, 4))
     expected = (gate**2).sum(axis=0) + (up**2).sum(axis=0) + (w2**2).sum(axis=1)
-    np.testing.assert_allclose(hidden_weight_scores((gate, up), w2), expected)
-    gain = rng.standard_normal(4)
-    expected = (np.abs(gate).sum(axis=1) + np.abs(up).sum(axis=1)) * np.abs(gain)
-    np.testing.assert_allclose(input_weight_scores((gate, up), gain, "l1"), expected)
+    np.testing.assert_allclose(weight_scores((gate, up), w2), expected)
+
+
+def test_inputs_are_scored_on_what_reads_them() -> None:
+    rows = np.random.default_rng(2).standard_normal((4, 12))
+    np.testing.assert_allclose(weight_scores((), rows, "l1"), np.abs(rows).sum(axis=1))
 
 
 def test_energy_is_the_loss_of_removing_one_dimension() -> None:

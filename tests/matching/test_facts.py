@@ -9,7 +9,7 @@ import onnx
 import onnx.helper
 import pytest
 
-from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.facts import Facts, constant_value
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.model import load_model
 
@@ -112,3 +112,28 @@ def test_facts_that_another_graph_shares_are_those_from_scratch(tmp_path: Path) 
             assert shared.elem_type(name) == fresh.elem_type(name)
             assert shared.is_constant(name) == fresh.is_constant(name)
             np.testing.assert_array_equal(shared.value(name), fresh.value(name))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "kind"),
+    [
+        ("value_float", 1.5, np.float32),
+        ("value_floats", [1.5, 2.0], np.float32),
+        ("value_int", 3, np.int64),
+        ("value_ints", [3, 4], np.int64),
+        ("value_string", b"a", object),
+        ("value", onnx.numpy_helper.from_array(np.ones((2, 3), np.float16)), np.float16),
+    ],
+)
+def test_a_constant_is_read_from_whichever_attribute_holds_it(attribute: str, value: object, kind: type) -> None:
+    found = constant_value(onnx.helper.make_node("Constant", [], ["c"], **{attribute: value}))
+    assert found is not None
+    assert found.dtype == kind
+    wanted = onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value, kind)
+    assert np.array_equal(found, wanted)
+
+
+def test_a_sparse_constant_has_no_value() -> None:
+    values = onnx.helper.make_tensor("v", onnx.TensorProto.FLOAT, [1], [1.0])
+    sparse = onnx.helper.make_sparse_tensor(values, onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [1], [0]), [4])
+    assert constant_value(onnx.helper.make_node("Constant", [], ["c"], sparse_value=sparse)) is None

@@ -64,13 +64,13 @@ def test_what_keeps_an_axis_treats_each_place_alone(op: str, axis: int) -> None:
 
 @pytest.mark.parametrize("op", known(Effect.PASSES))
 def test_what_passes_changes_nothing(op: str) -> None:
-    (x,) = operands(op)
+    x = operands(op)[0]
     np.testing.assert_array_equal(run(op, [x]), x)
 
 
 @pytest.mark.parametrize("op", known(Effect.SUMS, Effect.REDUCES))
 def test_what_reduces_makes_one_of_an_axis(op: str) -> None:
-    (x,) = operands(op)
+    x = operands(op)[0]
     kept = run(op, [x, np.asarray([1])], keepdims=1)
     assert kept.shape == (3, 1, 5)
     np.testing.assert_allclose(run(op, [x[::-1], np.asarray([1])], keepdims=1), kept[::-1], rtol=1e-6)
@@ -80,7 +80,7 @@ def test_what_reduces_makes_one_of_an_axis(op: str) -> None:
 
 @pytest.mark.parametrize("op", known(Effect.NORMS))
 def test_what_norms_mixes_its_axis_alone(op: str) -> None:
-    (x,) = operands(op)[:1]
+    x = operands(op)[0][:1]
     rest = [] if op == "LpNormalization" else [np.ones(SHAPE[-1], np.float32)]
     made = run(op, [x, *rest])
     np.testing.assert_allclose(run(op, [x[::-1], *rest]), made[::-1], rtol=1e-6)
@@ -125,7 +125,7 @@ def test_what_joins_brings_more() -> None:
 
 @pytest.mark.parametrize("op", known(Effect.SHARES))
 def test_what_shares_adds_up_to_one(op: str) -> None:
-    (x,) = operands(op)
+    x = operands(op)[0]
     made = run(op, [x], axis=1)
     total = (np.exp(made) if op == "LogSoftmax" else made).sum(axis=1)
     np.testing.assert_allclose(total, np.ones_like(total), rtol=1e-5)
@@ -151,7 +151,7 @@ def test_what_norms_images_mixes_what_lies_behind_axis_1() -> None:
 
 @pytest.mark.parametrize("op", known(Effect.MEASURES))
 def test_what_measures_reads_no_element(op: str) -> None:
-    (x,) = operands(op)
+    x = operands(op)[0]
     np.testing.assert_array_equal(run(op, [x]), run(op, [0 * x]))
 
 
@@ -172,6 +172,35 @@ def test_what_scales_takes_a_sum_as_its_addends(op: str) -> None:
     again = [3 * x if k == first else 0 * x if op == "Where" and k == 2 else x for k, x in enumerate(given)]
     once = [0 * x if op == "Where" and k == 2 else x for k, x in enumerate(given)]
     np.testing.assert_allclose(run(op, again), 3 * run(op, once), rtol=1e-5)
+
+
+@pytest.mark.parametrize("op", sorted(having(Trait.COMPARES)))
+def test_what_compares_answers_yes_or_no(op: str) -> None:
+    x = operands(op)[0]
+    made = run(op, [x, x + 1])
+    assert made.dtype == bool
+    assert set(made.reshape(-1).tolist()) == {"Less" in op}
+
+
+@pytest.mark.parametrize("op", sorted(having(Trait.GUARDS)))
+def test_what_guards_leaves_no_length_at_zero(op: str) -> None:
+    lengths, least = np.asarray([0.0, 2.0], np.float32), np.asarray(1e-3, np.float32)
+    np.testing.assert_allclose(run(op, [lengths, least]), [1e-3, 2], rtol=1e-3)
+
+
+@pytest.mark.parametrize("op", sorted(set(known(Effect.DRAWS)) - {"Multinomial"}))  # which the reference lacks
+def test_what_draws_is_not_the_same_twice(op: str) -> None:
+    half = np.full((1, 64), 0.5, np.float32)
+    given: dict[str, Any] = {"shape": [64]} if op in ("RandomNormal", "RandomUniform") else {}
+    first, second = (run(op, [] if given else [half], seed=float(seed), **given) for seed in (1, 2))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("op", sorted(having(Trait.TAKES_LARGEST)))
+def test_what_takes_the_largest_keeps_channels_apart(op: str) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 3, 2, 2)).astype(np.float32)
+    made = run(op, [x], kernel_shape=[2, 2]) if op == "MaxPool" else run(op, [x, np.asarray([2, 3])])
+    np.testing.assert_array_equal(made.reshape(3), x.reshape(3, 4).max(axis=1))
 
 
 def test_every_operator_stands_once() -> None:

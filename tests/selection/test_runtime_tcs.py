@@ -322,7 +322,8 @@ def test_without_a_layer_normalization_the_stream_can_be_kept(exported: Exported
 @pytest.mark.parametrize("family", ["timm-deit", "timm-swin"])
 def test_tensorrt_takes_the_graph(family: str, exported: Exported, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install tensorrt_rtx")
-    from toast_onnx.engines import BuildRequest, EngineOptions, build
+    from toast_onnx.engines.backend import EngineOptions
+    from toast_onnx.engines.build import BuildRequest, build
 
     _, pruned = prune_at_run_time(exported(zoo.Case(family)), ratios(), check=False)
     save_model(pruned.model, tmp_path / "model.onnx")

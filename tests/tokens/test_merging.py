@@ -352,7 +352,7 @@ def test_shapes_that_are_read_stay_what_they_were(exported: Exported, tmp_path: 
 def test_tensorrt_rtx_builds_merged_graphs(metric: str, exported: Exported, tmp_path: Path) -> None:
     """TensorRT refuses graphs whose packed layer is read by the matching, too; operands of the attention it takes."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from toast_onnx.engines import BuildRequest, build
+    from toast_onnx.engines.build import BuildRequest, build
 
     _, _, merges = merge_file(exported(zoo.Case("timm-deit")), 3, tmp_path / "merged.onnx", metric)
     assert any(m.matched is not None for m in merges)

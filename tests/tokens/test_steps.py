@@ -46,18 +46,17 @@ def test_a_range_is_whole_special_or_declined(walker: Walker) -> None:
 
 def test_all_that_a_node_moves_must_be_tokens_of_one_place(walker: Walker) -> None:
     at = {walker.view.nodes[i].name: i for i in range(len(walker.view.nodes))}
-    join, pick = (walker.view.nodes[at[name]] for name in ("join", "pick"))
     walker.flow.tokens["x"] = Tokens(None, (TokenAxis(Along(1, 1, 17), 0),))
     with pytest.raises(Decline, match="joins the tokens with others"):
-        walker._moved_data(at["join"], join)
+        walker._moved_data(at["join"])
     walker.flow.tokens["other.out"] = Tokens(None, (TokenAxis(Along(1, 1, 17), 1),))
     with pytest.raises(Decline, match="of different places in the network"):
-        walker._moved_data(at["join"], join)
+        walker._moved_data(at["join"])
     walker.flow.tokens["other.out"] = walker.flow.tokens["x"]
-    assert walker._moved_data(at["join"], join) == ["x", "other.out"]
+    assert walker._moved_data(at["join"]) == ["x", "other.out"]
     walker.flow.tokens["best.out"] = walker.flow.tokens["x"]
     with pytest.raises(Decline, match="picks by tokens"):
-        walker._moved_data(at["pick"], pick)
+        walker._moved_data(at["pick"])
 
 
 def test_tokens_that_stay_are_found_behind_a_merge() -> None:

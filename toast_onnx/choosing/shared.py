@@ -62,21 +62,32 @@ def find_sharing(study: Study) -> Sharing:
         for names, members in by_weights.items():
             outputs = {each.output for index in members for each in roles[index]}
             outside = {user for name in names for user in users[name]} - outputs
-            reason = None
-            if outside:
-                node = study.view.label(study.view.producer[min(outside, key=study.view.producer.__getitem__)])
-                text = "its weights are shared with {node}, which is another kind of place"
-                reason = Kind.SHARED.says(text, node=node)
-            elif any(_reused(roles[index], names) for index in members):
-                reason = Kind.SHARED.says("one weight has two parts in it")
-            elif len(members) > 1 and not _alike(study, members, kind):
-                text = "its weights are shared by blocks {blocks}, whose biases, heads or norms differ"
-                reason = Kind.SHARED.says(text, blocks=_listed(members))
+            reason = _why_apart(study, kind, names, members, roles, outside)
             if reason is not None:
                 reasons.update({(index, kind): reason for index in members})
             elif len(members) > 1:
                 groups.update(dict.fromkeys(members, tuple(members)))
     return Sharing(found["attention"], found["ffn"], reasons)
+
+
+def _why_apart(
+    study: Study,
+    kind: str,
+    names: Sequence[str],
+    members: Sequence[int],
+    roles: Mapping[int, Sequence[Linear]],
+    outside: set[str],
+) -> Reason | None:
+    """Why places with the same weights cannot have one choice; None where they can."""
+    if outside:
+        node = study.view.label(study.view.producer[min(outside, key=study.view.producer.__getitem__)])
+        return Kind.SHARED.says("its weights are shared with {node}, which is another kind of place", node=node)
+    if any(_reused(roles[index], names) for index in members):
+        return Kind.SHARED.says("one weight has two parts in it")
+    if len(members) > 1 and not _alike(study, members, kind):
+        text = "its weights are shared by blocks {blocks}, whose biases, heads or norms differ"
+        return Kind.SHARED.says(text, blocks=_listed(members))
+    return None
 
 
 def agreed_widths(

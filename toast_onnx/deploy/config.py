@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
@@ -57,21 +57,7 @@ def _provider(value: str) -> str:
 Number = Annotated[float, BeforeValidator(_number), Field(gt=0)]
 
 
-class StepSettings(Section):
-    """A section with keys that have no default."""
-
-    required: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, data: Any) -> Any:
-        missing = [key for key in cls.required if isinstance(data, Mapping) and key not in data]
-        if missing:
-            raise invalid(f"has no {missing[0]}; add the key")
-        return data
-
-
-class Plan(StepSettings):
+class Plan(Section):
     """Finds ratios for one goal, in place of `prune.ratios`; as the options of `toast-onnx prune` of these names."""
 
     macs: Number | None = None
@@ -90,7 +76,7 @@ class Plan(StepSettings):
         return self
 
 
-class Prune(StepSettings):
+class Prune(Section):
     """Removes dimensions and channels.
 
     Attributes:
@@ -112,12 +98,10 @@ class Prune(StepSettings):
     target: Literal["any", "tensorrt"] | None = None
 
 
-class Quantize(StepSettings):
+class Quantize(Section):
     """Puts the linear layers of what was pruned into 8 bits; see `toast-onnx quantize` for the keys."""
 
-    required = ("data",)
-
-    data: Text = ""
+    data: Text
     to: Literal["int8", "fp8"] = "int8"
     method: Literal["percentile", "entropy", "minmax"] | None = None
     samples: Count | None = None
@@ -125,7 +109,7 @@ class Quantize(StepSettings):
     ends: bool = False
 
 
-class Build(StepSettings):
+class Build(Section):
     """Builds an engine, or ONNX Runtime's optimized model; see `toast-onnx build` for the options.
 
     Attributes:
@@ -149,29 +133,25 @@ class Build(StepSettings):
     polygraphy: Text | None = None
 
 
-class Compare(StepSettings):
+class Compare(Section):
     """Holds the model that ships against the dense one, in ONNX Runtime: agreement and drift. No GPU is needed."""
 
-    required = ("data",)
-
-    data: Text = ""
+    data: Text
     samples: Count | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
 
 
-class Eval(StepSettings):
+class Eval(Section):
     """Measures accuracy of the dense model and of the one that ships, on labelled data, in ONNX Runtime."""
 
-    required = ("data",)
-
-    data: Text = ""
+    data: Text
     labels: Text | None = None
     metric: Text | None = None
     samples: Count | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
 
 
-class Bench(StepSettings):
+class Bench(Section):
     """Times the dense model against the pruned one.
 
     Attributes:
@@ -190,7 +170,7 @@ class Bench(StepSettings):
     blocks: bool = False
 
 
-class Check(StepSettings):
+class Check(Section):
     """Holds the engine's outputs against ONNX Runtime's (needs a GPU); random inputs where there is no `data`."""
 
     data: Text | None = None
@@ -225,7 +205,7 @@ class Deployment(Section):
     check: Check | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _formats_fit(self) -> Self:
         engine = self.build is not None and self.build.format == "engine"
         if self.check is not None and not engine:
             raise invalid("has the key check, which needs an engine; add `build: {}`, or use compare")
@@ -237,6 +217,10 @@ class Deployment(Section):
             raise invalid("has triton or polygraphy with format: ort; they go with an engine", suffix="build")
         if self.quantize is not None and self.precision in ("fp16", "bf16"):
             raise invalid(f"has precision: {self.precision} with quantize, which works on float32; leave precision out")
+        return self
+
+    @model_validator(mode="after")
+    def _says_what_goes(self) -> Self:
         if self.prune is not None and self.prune.data is not None and self.prune.statistics is not None:
             raise invalid("has prune.data and prune.statistics; keep one")
         if self.prune is not None and self.prune.ratios is None and self.plan is None:

@@ -134,7 +134,8 @@ def _check_inputs(config: Deployment, folder: Path) -> None:
 
 def _what_is_missing(step: Step, config: Deployment, folder: Path, waiting: Collection[str]) -> str | None:
     """Why a step cannot run here, one line; None where it can."""
-    from toast_onnx.engines import choose, cuda
+    from toast_onnx.engines import cuda
+    from toast_onnx.engines.backends import choose
     from toast_onnx.engines.trtexec import PROGRAMS, find_trtexec
 
     late = [name for name in step.inputs if name in waiting]
@@ -158,7 +159,8 @@ def _what_is_missing(step: Step, config: Deployment, folder: Path, waiting: Coll
 
 def _backend_of(engine: Path) -> str:
     """The backend that built an engine, as the JSON beside it says."""
-    from toast_onnx.engines import BACKENDS, read_record
+    from toast_onnx.engines.backends import BACKENDS
+    from toast_onnx.engines.record import read_record
 
     record = read_record(engine)
     return record.backend if record is not None and record.backend in BACKENDS else "tensorrt"

@@ -172,21 +172,11 @@ def _convert(config: Deployment, files: Files) -> list[Step]:
     pairs = [("convert", files.pruned, files.ships)]
     if _wants_baseline(config) and files.baseline != files.ships:
         pairs.append(("convert-dense", files.dense, files.baseline))
+    options = ("--format", "onnx", "--precision", config.precision)
     return [
         Step(
             name,
-            (
-                "build",
-                before,
-                "--format",
-                "onnx",
-                "--precision",
-                config.precision,
-                "-o",
-                after,
-                "--overwrite",
-                "--json",
-            ),
+            ("build", before, *options, "-o", after, "--overwrite", "--json"),
             (before,),
             (after, f"{after}.json"),
         )

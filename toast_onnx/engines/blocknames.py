@@ -7,12 +7,13 @@ node or, where it fused many, lists them in the layer's metadata.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import Counter
 from collections.abc import Mapping
 
 import onnx
+
+from toast_onnx.matching.graph import scopes_of
 
 #: Torchvision's Swin counts blocks as `features.STAGE.BLOCK`.
 _FEATURES = re.compile(r"(?:^|[/._])features\.(\d+)\.(\d+)(?=$|[/._])")
@@ -41,17 +42,8 @@ def _spell(kind: str, number: str) -> str:
 
 def node_scopes(proto: onnx.ModelProto) -> dict[str, str]:
     """Module path of each node that carries one in its metadata, by node name."""
-    scopes = {}
-    for node in proto.graph.node:
-        text = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), None)
-        if text is not None:
-            try:
-                path = [str(part) for part in ast.literal_eval(text)]
-            except (ValueError, SyntaxError):
-                continue
-            # The last entry is the operation itself; the one before it is the innermost module.
-            scopes[node.name] = path[-2] if len(path) > 1 else ""
-    return scopes
+    # The last entry is the operation itself; the one before it is the innermost module.
+    return {node.name: path[-2] for node in proto.graph.node if len(path := scopes_of(node)) > 1}
 
 
 def block_of(layer: str, metadata: str = "", scopes: Mapping[str, str] | None = None) -> str | None:

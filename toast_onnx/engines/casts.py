@@ -1,28 +1,19 @@
-"""Tidying a graph after casts were put into it: needless pairs removed, float16 made bfloat16, nodes in order."""
+"""Tidying a graph after casts were put into it: needless pairs removed, float16 made bfloat16."""
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
-
-def node_reads(node: NodeProto) -> Iterator[str]:
-    """Names a node reads, those read by the graphs inside it included."""
-    yield from node.input
-    for attribute in node.attribute:
-        for inner in (attribute.g, *attribute.graphs):
-            for child in inner.node:
-                yield from node_reads(child)
+from toast_onnx.model import reads
 
 
 def _read_names(graph: onnx.GraphProto) -> set[str]:
-    return {name for node in graph.node for name in node_reads(node)} | {o.name for o in graph.output}
+    return {name for node in graph.node for name in reads(node)} | {o.name for o in graph.output}
 
 
 def _cast_type(node: NodeProto) -> int:
@@ -105,25 +96,3 @@ def retype_bfloat16(graph: onnx.GraphProto, exact: Mapping[str, np.ndarray]) -> 
         for inner in (attribute.g, *attribute.graphs):
             if inner.node:
                 retype_bfloat16(inner, exact)
-
-
-def sort_nodes(graph: onnx.GraphProto) -> None:
-    """Put nodes in topological order; nodes that are free to go come in the order they had."""
-    producer = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    waits = [
-        {producer[name] for name in node_reads(node) if name in producer} - {i} for i, node in enumerate(graph.node)
-    ]
-    readers: dict[int, list[int]] = defaultdict(list)
-    for i, needed in enumerate(waits):
-        for j in needed:
-            readers[j].append(i)
-    ready = [i for i, needed in enumerate(waits) if not needed]
-    order = []
-    while ready:
-        i = heapq.heappop(ready)
-        order.append(graph.node[i])
-        for j in readers[i]:
-            waits[j].discard(i)
-            if not waits[j]:
-                heapq.heappush(ready, j)
-    _replace_nodes(graph, order)

@@ -72,8 +72,8 @@ def build_ep_context(
         source, notes = precise_file(model, precision, Path(folder), fp16_io=fp16_io)
         draft = Path(folder) / "context.onnx"
         options = session_options()
-        for key, value in context_entries(draft).items():
-            options.add_session_config_entry(key, value)
+        for key, value in {"enable": "1", "embed_mode": "1", "file_path": str(draft)}.items():
+            options.add_session_config_entry(f"ep.context_{key}", value)
         if provider == "tensorrt":  # releases before 1.23 read these instead
             settings |= {
                 "trt_dump_ep_context_model": "1",
@@ -106,8 +106,3 @@ def build_ep_context(
     }
     write_with_record(output, written, record)
     return record
-
-
-def context_entries(path: Path) -> dict[str, str]:
-    """Settings of a session that writes its model with the engines inside to a file."""
-    return {"ep.context_enable": "1", "ep.context_embed_mode": "1", "ep.context_file_path": str(path)}

@@ -161,11 +161,11 @@ def _by_nodes(model: Model, given: Mapping[str, Sequence[int]] | None) -> Model:
         return model
     edit = GraphEdit(view)
     for core, uneven in found:
-        _pad_core(edit, view, facts, core, uneven)
+        _pad_core(edit, facts, core, uneven)
     return edit.apply()
 
 
-def _pad_core(edit: GraphEdit, view: GraphView, facts: Facts, core: Core, uneven: UnevenHeads) -> None:
+def _pad_core(edit: GraphEdit, facts: Facts, core: Core, uneven: UnevenHeads) -> None:
     assert uneven.size is not None
     given = {core.k: core.k_dim_axis, core.q: -1} if uneven.qk_dim < uneven.size else {}
     wider: dict[int, dict[str, tuple[int, int]]] = {core.qk: {n: (a, uneven.qk_dim) for n, a in given.items()}}

@@ -185,7 +185,7 @@ def benchmark(
     one_engine = known_provider(provider).shape_prefix is not None
     for path in models:
         inputs = session_inputs(open_session(path, "cpu", 1)) if one_engine else None
-        profile = None if inputs is None else _profile_for(inputs, batches, shapes)
+        profile = None if inputs is None else profile_for(inputs, batches, shapes)
         sessions.append(open_session(path, provider, threads, profile))
     specs = [session_inputs(session) for session in sessions]
     results: list[Timing] = []
@@ -197,9 +197,10 @@ def benchmark(
     return results
 
 
-def _profile_for(
+def profile_for(
     inputs: Sequence[InputSpec], batches: Sequence[int], shapes: Mapping[str, Shape] | None
 ) -> dict[str, ShapeRange]:
+    """Shape range of every input for runs at these batch sizes, best at the largest; as for `shapes_at`."""
     low, high = (shapes_at(inputs, pick(batches), shapes) for pick in (min, max))
     return {spec.name: ShapeRange(low[spec.name], high[spec.name], high[spec.name]) for spec in inputs}
 

@@ -29,12 +29,12 @@ from toast_onnx.engines.casts import (
     drop_unused_initializers,
     join_casts,
     retype_bfloat16,
-    sort_nodes,
     unique_value_info,
 )
 from toast_onnx.engines.sensitive import SENSITIVE_OPS, clipped_weights, nodes_at, ops_without, spelled_out_norms
 from toast_onnx.errors import BackendError, ConfigError, ModelError
 from toast_onnx.matching.operators import Trait, having
+from toast_onnx.model import sort_nodes
 
 #: Precisions a build can be asked for. `tf32` is float32 storage with 10-bit mantissas inside matrix products.
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")

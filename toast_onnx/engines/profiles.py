@@ -6,7 +6,7 @@ A profile entry is a triple of shapes; TensorRT picks kernels for `opt` and acce
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -90,26 +90,6 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     if not low <= usual <= high:
         raise ConfigError(f"batch '{text}' is not in ascending order; write MIN:OPT:MAX with MIN <= OPT <= MAX")
     return low, usual, high
-
-
-def parse_shapes(texts: Iterable[str]) -> dict[str, Shape]:
-    """Read trtexec's spelling of shapes, `name:1x3x224x224`, several of them apart by commas or given one by one.
-
-    The last colon parts name from shape, since names such as `input:0` are legal.
-
-    Raises:
-        ConfigError: an entry has another form, a size below 1, or names an input twice.
-    """
-    shapes: dict[str, Shape] = {}
-    for entry in (part for text in texts for part in text.split(",") if part):
-        name, _, dims = entry.rpartition(":")
-        sizes = dims.lower().split("x")
-        if not name or not all(s.isdecimal() and int(s) > 0 for s in sizes):
-            raise ConfigError(f"shape '{entry}' is not NAME:AxBxC (such as input:1x3x224x224) with sizes from 1")
-        if name in shapes:
-            raise ConfigError(f"shape of input '{name}' is given twice; keep one")
-        shapes[name] = tuple(int(s) for s in sizes)
-    return shapes
 
 
 def build_profile(

@@ -12,7 +12,7 @@ import numpy as np
 
 from toast_onnx.engines import trtexec
 from toast_onnx.engines.blocknames import node_scopes
-from toast_onnx.engines.ortbench import shapes_at
+from toast_onnx.engines.ortbench import profile_for
 from toast_onnx.engines.profiles import Shape, ShapeRange, graph_inputs
 from toast_onnx.engines.record import read_record, record_path
 from toast_onnx.engines.trtexec_report import (
@@ -74,9 +74,7 @@ def open_target(path: Path, batches: Sequence[int], shapes: Mapping[str, Shape] 
     if path.suffix == ".onnx":
         model = load_model(path)
         dynamic = [spec for spec in graph_inputs(model.proto) if spec.is_dynamic]
-        low, high = (shapes_at(dynamic, pick(batches), shapes) for pick in (min, max))
-        ranges = {name: ShapeRange(low[name], high[name], high[name]) for name in low}
-        return Target(path, ranges, node_scopes(model.proto))
+        return Target(path, profile_for(dynamic, batches, shapes), node_scopes(model.proto))
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; check the path of the engine")
     record = read_record(path)

@@ -10,7 +10,7 @@ import onnx.helper
 
 from toast_onnx.errors import ModelError
 from toast_onnx.finetune.require import require_torch
-from toast_onnx.model import Model
+from toast_onnx.model import Model, stub
 from toast_onnx.proof.precision import to_float32
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ def to_onnx(module: GraphModule, model: Model) -> Model:
             continue
         new = value.astype(old.dtype)
         if tensor in initializers:
-            stub = onnx.TensorProto(name=tensor, data_type=initializers[tensor].data_type, dims=new.shape)
-            initializers[tensor].CopyFrom(stub)
+            initializers[tensor].CopyFrom(stub(tensor, new))
             arrays[tensor] = new
         else:
             literals[tensor].CopyFrom(onnx.numpy_helper.from_array(new, literals[tensor].name))

@@ -69,7 +69,7 @@ def fisher(
         ModelError: an operator of the model has no counterpart in PyTorch.
         DataError: a gradient is not finite, or no tensor has any.
     """
-    torch = require_torch("ffn score 'fisher'", ", or choose second-order")
+    torch = require_torch("ffn score 'fisher' needs", ", or choose second-order")
     module = to_torch(model)
     draw = torch.Generator().manual_seed(seed)
     names = [probe.tensor for probe in probes]

@@ -10,20 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx.helper
 
 from toast_onnx.finetune.ops.movement import backwards
 from toast_onnx.finetune.ops.registry import Node
 
 Array = np.ndarray[Any, Any]
 HostFunction = Callable[..., Array]
-
-_NUMPY_TYPES: dict[int, type[np.generic]] = {
-    1: np.float32,
-    6: np.int32,
-    7: np.int64,
-    9: np.bool_,
-    11: np.float64,
-}
 
 #: Largest array (elements) that is computed here; larger constants are worked on where the weights are.
 LIMIT = 65536
@@ -44,7 +37,7 @@ def _div(node: Node, a: Array, b: Array) -> Array:
 
 
 def _cast(node: Node, x: Array) -> Array:
-    to = _NUMPY_TYPES[node.get("to")]
+    to = onnx.helper.tensor_dtype_to_np_dtype(node.get("to"))
     # A symbolic size cannot become a numpy number.
     return x if x.dtype == object else x.astype(to)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toast_onnx.errors import BackendError
+from toast_onnx.finetune import require
 from toast_onnx.finetune.convert import to_torch
 from toast_onnx.model import Model
 
@@ -79,13 +79,7 @@ def require_torch() -> Any:
     Raises:
         BackendError: it is not installed.
     """
-    try:
-        import torch
-    except ImportError as e:
-        raise BackendError(
-            "compensation: local trains with PyTorch: pip install 'toast-onnx[torch]', or choose kind: ridge"
-        ) from e
-    return torch
+    return require.require_torch("compensation: local trains with", ", or choose kind: ridge")
 
 
 def train_block(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import re
 
 import onnx
+
+from toast_onnx.matching.graph import scopes_of
 
 _MADE_UP = re.compile(r"^(onnx::.*|val_\d+|_val_\d+|\d+|[A-Za-z_]+_\d+|unsqueeze.*|t_\d+)$")
 _ROLES = {
@@ -30,7 +31,6 @@ _ROLES = {
     ("SkipLayerNormalization", 3): "bias",
     ("SkipLayerNormalization", 4): "skip_bias",
 }
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def readable_names(graph: onnx.GraphProto, weights: list[str]) -> dict[str, str]:
@@ -89,14 +89,9 @@ def _from_reader(tensor: str, reader: tuple[onnx.NodeProto, int] | None) -> str:
 
 def _scope(node: onnx.NodeProto) -> str:
     """Module path of a node, "" where the exporter left none."""
-    for prop in node.metadata_props:
-        if prop.key == _SCOPES:
-            try:
-                scopes = [s for s in ast.literal_eval(prop.value)[:-1] if s]
-            except (ValueError, SyntaxError):
-                continue
-            if scopes:
-                return _clean(scopes[-1])
+    scopes = [s for s in scopes_of(node)[:-1] if s]
+    if scopes:
+        return _clean(scopes[-1])
     parts = [p for p in node.name.split("/") if p][:-1]
     path: list[str] = []
     for part in parts:

@@ -13,9 +13,8 @@ from toast_onnx.finetune.losses import cross_entropy, kl_divergence, relative_ms
 from toast_onnx.finetune.settings import Settings
 from toast_onnx.finetune.streams import common_ends
 from toast_onnx.matching.graph import FLOATS
+from toast_onnx.matching.operators import Trait, having
 from toast_onnx.matching.study import Study
-
-_SQUASHING = frozenset({"Tanh", "Sigmoid", "Div", "LpNormalization", "LayerNormalization"})
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,6 @@ def _before_softmax(found: Study, name: str) -> str:
 def _is_squashed(found: Study, name: str) -> bool:
     """Whether an output is an embedding by its last node; averaged heads (DeiT's distilled) divide by a constant."""
     node = found.view.producer_of(name)
-    if node is None or node.op_type not in _SQUASHING:
+    if node is None or node.op_type not in having(Trait.SQUASHES):
         return False
     return node.op_type != "Div" or not found.facts.is_constant(node.input[1])

@@ -14,7 +14,8 @@ import onnx.numpy_helper
 from toast_onnx.errors import ModelError
 from toast_onnx.finetune.host import HOST, LIMIT
 from toast_onnx.finetune.ops import OPS, Node, Operator
-from toast_onnx.model import Model
+from toast_onnx.matching.facts import constant_value
+from toast_onnx.model import Model, in_order
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,17 @@ def _plan(
     host |= {name for name, value in constants.items() if _is_small(value)}
     plan = Plan(inputs, tuple(o.name for o in graph.output), [], constants, host)
     plan.kinds = {o.name: o.type.tensor_type.elem_type for o in graph.output}
-    for proto in _in_order(graph):
+    for proto in (graph.node[i] for i in in_order(graph.node)):  # half-precision converters append casts at the end
         if proto.op_type == "Constant" and proto.domain in ("", "ai.onnx"):
-            value = _constant(proto)
+            value = constant_value(proto)
+            if value is None or value.dtype == object:
+                label = proto.name or proto.output[0]
+                raise ModelError(f"the Constant node '{label}' has no numeric value; export the model again")
             constants[proto.output[0]] = value
             if _is_small(value):
                 host.add(proto.output[0])
             continue
-        node = _node(proto, opsets, constants, host, missing)
+        node = _node(proto, opsets, host, missing)
         on_host = node.op in ("Shape", "Size") or (
             node.op in HOST and bool(node.inputs) and all(name in host for name in node.inputs if name)
         )
@@ -116,33 +120,6 @@ def _plan(
         plan.steps.append(Step(node, operator, on_host))
     _mark_last(plan)
     return plan
-
-
-def _in_order(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes, each after those it reads from; converters to half precision append their casts at the end."""
-    producer = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    done: set[int] = set()
-    order: list[onnx.NodeProto] = []
-    stack = list(range(len(graph.node)))[::-1]
-    while stack:
-        i = stack[-1]
-        waiting = [producer[n] for n in _reads(graph.node[i]) if n in producer and producer[n] not in done]
-        if i not in done and waiting:
-            stack.extend(waiting)
-            continue
-        stack.pop()
-        if i not in done:
-            done.add(i)
-            order.append(graph.node[i])
-    return order
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    yield from node.input
-    for a in node.attribute:
-        for inner in a.g.node:
-            yield from _reads(inner)
-        yield from (o.name for o in a.g.output)
 
 
 def _is_small(value: np.ndarray[Any, Any]) -> bool:
@@ -166,15 +143,9 @@ def _inner_outputs(step: Step) -> set[str]:
     return {name for value in step.node.attributes.values() if isinstance(value, Plan) for name in value.outputs}
 
 
-def _node(
-    proto: onnx.NodeProto,
-    opsets: dict[str, int],
-    constants: dict[str, np.ndarray[Any, Any]],
-    host: set[str],
-    missing: dict[str, str],
-) -> Node:
+def _node(proto: onnx.NodeProto, opsets: dict[str, int], host: set[str], missing: dict[str, str]) -> Node:
     standard = proto.domain in ("", "ai.onnx")
-    attributes = {a.name: _attribute(a, opsets, constants, host, missing) for a in proto.attribute}
+    attributes = {a.name: _attribute(a, opsets, host, missing) for a in proto.attribute}
     return Node(
         proto.op_type if standard else f"{proto.domain}/{proto.op_type}",
         proto.name or next(iter(proto.output), ""),
@@ -185,34 +156,13 @@ def _node(
     )
 
 
-def _attribute(
-    a: onnx.AttributeProto,
-    opsets: dict[str, int],
-    constants: dict[str, np.ndarray[Any, Any]],
-    host: set[str],
-    missing: dict[str, str],
-) -> Any:
+def _attribute(a: onnx.AttributeProto, opsets: dict[str, int], host: set[str], missing: dict[str, str]) -> Any:
     if a.type == onnx.AttributeProto.GRAPH:
         inner = {t.name: onnx.numpy_helper.to_array(t) for t in a.g.initializer}
-        inner_plan = _plan(a.g, opsets, inner, set(host), (), missing)
-        return inner_plan
+        return _plan(a.g, opsets, inner, set(host), (), missing)
     value = onnx.helper.get_attribute_value(a)
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, onnx.TensorProto):
         return onnx.numpy_helper.to_array(value)
     return list(value) if a.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS) else value
-
-
-def _constant(proto: onnx.NodeProto) -> np.ndarray[Any, Any]:
-    for a in proto.attribute:
-        value = onnx.helper.get_attribute_value(a)
-        if a.name == "value":
-            return np.asarray(onnx.numpy_helper.to_array(value))
-        if a.name in ("value_float", "value_floats"):
-            return np.asarray(value, np.float32)
-        if a.name in ("value_int", "value_ints"):
-            return np.asarray(value, np.int64)
-    raise ModelError(
-        f"the Constant node '{proto.name or proto.output[0]}' has no numeric value; export the model again"
-    )

@@ -7,11 +7,11 @@ from typing import Any
 from toast_onnx.errors import BackendError
 
 
-def require_torch(what: str = "fine-tuning", instead: str = "") -> Any:
+def require_torch(what: str = "fine-tuning needs", instead: str = "") -> Any:
     """The torch package.
 
     Args:
-        what: needs it.
+        what: needs it, and the verb.
         instead: how to do without, continuing the sentence.
 
     Raises:
@@ -20,5 +20,5 @@ def require_torch(what: str = "fine-tuning", instead: str = "") -> Any:
     try:
         import torch
     except ImportError as e:
-        raise BackendError(f"{what} needs PyTorch: pip install 'toast-onnx[torch]'{instead}") from e
+        raise BackendError(f"{what} PyTorch: pip install 'toast-onnx[torch]'{instead}") from e
     return torch

@@ -5,12 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from toast_onnx.finetune.plan import Plan, Step
+from toast_onnx.matching.operators import Trait, having
 
-#: Operators in which a single number is part of a formula (GELU's constants, an attention's scale, an epsilon).
-_ELEMENTWISE = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Clip", "Where", "Mod", "Expand", "Identity"}
-)
-_COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 #: Added to scores, anything below this closes a token off.
 _MASKED = -80.0
 
@@ -62,7 +58,7 @@ def _compared(plan: Plan) -> set[str]:
     for step in plan.steps:
         if all(name in known for name in step.node.inputs if name):
             known.update(step.node.outputs)
-    found = {name for name, _, step in plan.readers() if step.node.op in _COMPARISONS and name in known}
+    found = {name for name, _, step in plan.readers() if step.node.op in having(Trait.COMPARES) and name in known}
     for step in reversed(plan.steps):
         if found.intersection(step.node.outputs):
             found.update(name for name in step.node.inputs if name in known)
@@ -78,8 +74,8 @@ def _reads_on_host(step: Step, slot: int) -> bool:
 
 
 def _is_formula(name: str, step: Step, made_by: dict[str, Step]) -> bool:
-    """Whether a step uses a single number as such, and not as the bias of a layer with one channel."""
-    if step.node.op not in _ELEMENTWISE:
+    """Whether a step uses a single number as such (in GELU, as a scale), and not as a layer's bias of one channel."""
+    if step.node.op not in having(Trait.NUMBERS):
         return False
     others = [made_by.get(other) for other in step.node.inputs if other != name]
     return not (step.node.op == "Add" and any(o is not None and o.node.op == "MatMul" for o in others))

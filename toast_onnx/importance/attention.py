@@ -86,9 +86,7 @@ def qk_scores(wq: ArrayLike, wk: ArrayLike, score: str = "gm", coupling: str = "
     return _couple(_head_rows(wq), _head_rows(wk), side, score, coupling)
 
 
-def vo_scores(
-    wv: ArrayLike, wo: ArrayLike, score: str = "gm", coupling: str = "coupled", gamma: ArrayLike | None = None
-) -> Array:
+def vo_scores(wv: ArrayLike, wo: ArrayLike, score: str = "gm", coupling: str = "coupled") -> Array:
     """Scores of the V/output-projection dimensions of every head; the highest stay.
 
     Couplings: `coupled` scores the rows of [W_V | W_O^T], `average` the mean of both scores, `q_only` those of
@@ -96,10 +94,9 @@ def vo_scores(
 
     Args:
         wv: (C, H, d).
-        wo: (H, d, C_out).
+        wo: (H, d, C_out), layer scale folded in.
         score: gm, l1 or l2.
         coupling: see above.
-        gamma: layer scale (C_out,) on the branch's output, folded into `wo`.
 
     Returns:
         (H, d).
@@ -107,11 +104,8 @@ def vo_scores(
     Raises:
         ConfigError: an unknown score or coupling.
     """
-    out = np.asarray(wo, dtype=np.float64)
-    if gamma is not None:
-        out = out * np.asarray(gamma, dtype=np.float64)
     side = "first" if coupling == "q_only" else "second"
-    return _couple(_head_rows(wv), out, side, score, coupling)
+    return _couple(_head_rows(wv), np.asarray(wo, dtype=np.float64), side, score, coupling)
 
 
 def qk_energy(s_qq: Array, s_kk: Array) -> Array:
@@ -120,20 +114,17 @@ def qk_energy(s_qq: Array, s_kk: Array) -> Array:
     return np.asarray(energy, dtype=np.float64)
 
 
-def vo_energy(context_covariance: Array, wo: ArrayLike, gamma: ArrayLike | None = None) -> Array:
+def vo_energy(context_covariance: Array, wo: ArrayLike) -> Array:
     """Variance each context dimension sends to the output, var(o_e) ||W_O,e||^2.
 
     Args:
         context_covariance: (H * d, H * d) or (H, d, d).
-        wo: (H, d, C_out).
-        gamma: layer scale (C_out,), folded into `wo`.
+        wo: (H, d, C_out), layer scale folded in.
 
     Returns:
         (H, d).
     """
     out = np.asarray(wo, dtype=np.float64)
-    if gamma is not None:
-        out = out * np.asarray(gamma, dtype=np.float64)
     variance = np.diagonal(context_covariance, axis1=-2, axis2=-1).reshape(out.shape[:2])
     return np.asarray(variance * np.square(out).sum(axis=-1), dtype=np.float64)
 
@@ -155,22 +146,16 @@ def select_qk_second_order(s_qq: Array, s_kk: Array, kept: int) -> Indices:
     return np.stack([keep_second_order(s_qq[h], roots[h], kept) for h in range(s_qq.shape[0])])
 
 
-def select_vo_second_order(
-    context: Moments, wo: ArrayLike, kept: int, gamma: ArrayLike | None = None, batch: int = 1
-) -> Indices:
+def select_vo_second_order(context: Moments, wo: ArrayLike, kept: int) -> Indices:
     """Indices of all heads chosen together, each removal refitting W_O of every head: (H, kept), ascending.
 
     Args:
         context: moments of the concatenated contexts, n = H * d.
-        wo: (H, d, C_out).
+        wo: (H, d, C_out), layer scale folded in.
         kept: dimensions that stay in every head.
-        gamma: layer scale (C_out,), folded into `wo`.
-        batch: removals between two refits.
     """
     out = np.asarray(wo, dtype=np.float64)
-    if gamma is not None:
-        out = out * np.asarray(gamma, dtype=np.float64)
     heads, d, _ = out.shape
     groups = np.repeat(np.arange(heads), d)
-    channels = keep_second_order(context.covariance, out.reshape(heads * d, -1), kept, batch, groups)
+    channels = keep_second_order(context.covariance, out.reshape(heads * d, -1), kept, groups=groups)
     return np.asarray(channels - d * np.arange(heads)[:, None], dtype=np.int64)

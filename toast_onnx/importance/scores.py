@@ -23,11 +23,10 @@ from toast_onnx.importance.attention import (
     vo_scores,
 )
 from toast_onnx.importance.ffn import (
-    hidden_weight_scores,
-    input_weight_scores,
     select_ffn_second_order,
     variance_scores,
     wanda_scores,
+    weight_scores,
 )
 from toast_onnx.importance.loss_curves import elimination_order
 from toast_onnx.importance.moments import Moments
@@ -201,10 +200,6 @@ def _entry(table: Mapping[str, S], name: str, part: str) -> S:
     return table[name]
 
 
-def _energy(of: QueriesKeys) -> Array:
-    return qk_energy(*of.measured())
-
-
 def _weight_score(row_score: str, meaning: str) -> AttentionScore:
     """A score of weight rows, under a coupling."""
 
@@ -235,20 +230,15 @@ def _vo_elimination(of: Values) -> Array:
 
 
 def _magnitude(row_score: str) -> Ranking[Channels]:
-    def ranks(of: Channels) -> Array:
-        if of.writers:
-            return hidden_weight_scores(of.writers, of.rows, row_score)
-        return input_weight_scores(of.rows, None, row_score)
-
-    return Ranking(ranks)
+    return Ranking(lambda of: weight_scores(of.writers, of.rows, row_score))
 
 
 ATTENTION_SCORES: dict[str, AttentionScore] = {
     "energy": AttentionScore(
         "moments",
-        Ranking(_energy),
+        Ranking(lambda of: qk_energy(*of.measured())),
         Ranking(lambda of: vo_energy(of.measured().covariance, of.wo)),
-        _energy,
+        lambda of: qk_energy(*of.measured()),
         False,
         "what a dimension carries alone: E[q²] E[k²], and var(o) ‖w‖² of a value",
     ),
@@ -256,7 +246,7 @@ ATTENTION_SCORES: dict[str, AttentionScore] = {
         "moments",
         Ranking(_qk_elimination, lambda of, kept: select_qk_second_order(*of.measured(), kept)),
         Ranking(_vo_elimination, lambda of, kept: select_vo_second_order(of.measured(), of.wo, kept)),
-        _energy,  # removals of one head have no meaning in another
+        lambda of: qk_energy(*of.measured()),  # removals of one head have no meaning in another
         True,
         "what removal costs once the others are refitted, one removal after the other; `energy` where heads must agree",
     ),

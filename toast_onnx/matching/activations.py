@@ -23,34 +23,33 @@ _SINGLE = {
     "ThresholdedRelu": "thresholded_relu",
     "PRelu": "prelu",
 }
-_CONTRIB = {"BiasGelu": "gelu", "FastGelu": "gelu_tanh"}
+_CONTRIB = {"Gelu": "gelu", "BiasGelu": "gelu", "FastGelu": "gelu_tanh"}
+#: Operators that an activation is spelled with, those of others among them later -> its name.
+_SPELLED = (
+    ({"Erf"}, "gelu"),
+    ({"Softplus", "Tanh"}, "mish"),
+    ({"Softplus"}, "softplus"),
+    ({"Tanh", "Mul"}, "gelu_tanh"),
+    ({"Tanh"}, "tanh"),
+)
 
 
 def activation_name(view: GraphView, facts: Facts, nodes: Sequence[int]) -> str | None:
     """Name of the activation that a region of elementwise nodes computes; None when it has no nonlinearity."""
     present = {view.nodes[i].op_type: view.nodes[i] for i in nodes}
     for op, node in present.items():
-        if node.domain == "com.microsoft":
-            if op == "Gelu":
-                return "gelu"
-            if op == "QuickGelu":
-                alpha = float(attribute(node, "alpha", 1.702))  # type: ignore[arg-type]
-                return "silu" if alpha == 1.0 else "quick_gelu"
-            if op in _CONTRIB:
-                return _CONTRIB[op]
-        if op in _SINGLE:
-            return _SINGLE[op]
+        contrib = node.domain == "com.microsoft"
+        if contrib and op == "QuickGelu":
+            return "silu" if attribute(node, "alpha", 1.702) == 1.0 else "quick_gelu"
+        name = _SINGLE.get(op) or (_CONTRIB.get(op) if contrib else None)
+        if name is not None:
+            return name
     if "Gelu" in present:
         return "gelu_tanh" if attribute(present["Gelu"], "approximate", b"none") == b"tanh" else "gelu"
-    if "Erf" in present:
-        return "gelu"
-    if "Softplus" in present:
-        return "mish" if "Tanh" in present else "softplus"
-    if "Tanh" in present:
-        return "gelu_tanh" if "Mul" in present else "tanh"
-    if "Sigmoid" in present:
-        return _sigmoid_name(facts, present["Sigmoid"], view)
-    return None
+    for operators, name in _SPELLED:
+        if operators <= present.keys():
+            return name
+    return _sigmoid_name(facts, present["Sigmoid"], view) if "Sigmoid" in present else None
 
 
 def _sigmoid_name(facts: Facts, node: onnx.NodeProto, view: GraphView) -> str:

@@ -6,12 +6,10 @@ probabilities. (A B)^T = B^T A^T, and the transposes are data movement that the 
 
 from __future__ import annotations
 
-import onnx
-import onnx.helper
-
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute, is_standard, rewired
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
 from toast_onnx.matching.operators import PASSING
+from toast_onnx.matching.respelling import Respelling, respelled
 from toast_onnx.model import Model
 
 
@@ -25,14 +23,11 @@ def turn_products(view: GraphView, facts: Facts) -> Model:
     Returns:
         A model that computes the same under the same names; the same model where there is nothing to turn.
     """
-    turned = {i: nodes for i in range(len(view.nodes)) if (nodes := _turned(view, facts, i)) is not None}
-    if not turned:
-        return view.model
-    unread = {view.producer[view.nodes[i].input[1]] for i in turned if _read_once(view, view.nodes[i].input[1])}
-    return rewired(view, turned, unread)
+    found = {i: turned for i in range(len(view.nodes)) if (turned := _turned(view, facts, i)) is not None}
+    return respelled(view, found)
 
 
-def _turned(view: GraphView, facts: Facts, i: int) -> list[onnx.NodeProto] | None:
+def _turned(view: GraphView, facts: Facts, i: int) -> Respelling | None:
     """The nodes in place of a product of values with transposed probabilities; None for any other node."""
     node = view.nodes[i]
     transpose = view.producer_of(node.input[1]) if node.op_type == "MatMul" and is_standard(node) else None
@@ -43,15 +38,17 @@ def _turned(view: GraphView, facts: Facts, i: int) -> list[onnx.NodeProto] | Non
     ranks = {len(facts.shape(tensor) or ()) for tensor in node.input}
     if len(perm) < 3 or perm != swapped or ranks != {len(perm)} or not from_softmax(view, transpose.input[0]):
         return None
-    name = node.name or node.output[0]
+    write = Respelling(view, node.name or node.output[0])
     values, context = f"{node.output[0]}/values", f"{node.output[0]}/context"
     if {values, context} & {*view.producer, *view.initializers}:
         return None
-    return [
-        onnx.helper.make_node("Transpose", [node.input[0]], [values], name=f"{name}/values/Transpose", perm=perm),
-        onnx.helper.make_node("MatMul", [transpose.input[0], values], [context], name=name),
-        onnx.helper.make_node("Transpose", [context], [node.output[0]], name=f"{name}/context/Transpose", perm=perm),
-    ]
+    write.node("Transpose", [node.input[0]], "values/Transpose", [values], perm=perm)
+    write.node("MatMul", [transpose.input[0], values], "", [context])
+    write.nodes[-1].name = write.name  # the product keeps its name
+    write.node("Transpose", [context], "context/Transpose", [node.output[0]], perm=perm)
+    if view.only_reader(node.input[1]) is not None:
+        write.gone.add(view.producer[node.input[1]])
+    return write
 
 
 def from_softmax(view: GraphView, tensor: str) -> bool:
@@ -60,7 +57,3 @@ def from_softmax(view: GraphView, tensor: str) -> bool:
     while node is not None and node.op_type in PASSING:
         node = view.producer_of(node.input[0])
     return node is not None and node.op_type == "Softmax"
-
-
-def _read_once(view: GraphView, tensor: str) -> bool:
-    return len(view.consumers[tensor]) == 1 and tensor not in view.outputs

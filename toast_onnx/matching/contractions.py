@@ -8,15 +8,16 @@ matching follows anywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
-import onnx.helper
 
 from toast_onnx.matching.cores import scores_of_softmax, weighs
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute, is_standard, rewired
+from toast_onnx.matching.graph import GraphView, attribute, is_standard, other_input
+from toast_onnx.matching.respelling import Respelling, respelled
 from toast_onnx.model import Model
 
 
@@ -33,34 +34,23 @@ class Equation:
     result: str
 
 
-@dataclass
-class _Spelling:
-    """Nodes and weights in place of one Einsum (and of the bias behind it)."""
+class _Spelling(Respelling):
+    """What stands in place of one Einsum (and of the bias behind it)."""
 
-    name: str
-    output: str
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    gone: tuple[int, ...] = ()
-
-    def add(self, op: str, *inputs: str, output: str = "", **attributes: object) -> str:
-        """Add a node; returns the name of what it makes."""
-        made = output or f"{self.output}/contraction_{len(self.nodes)}"
-        self.nodes.append(onnx.helper.make_node(op, inputs, [made], name=f"{self.name}/{op}_{len(self.nodes)}"))
-        self.nodes[-1].attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items())
-        return made
-
-    def constant(self, what: str, value: np.ndarray) -> str:
-        """Add an initializer; returns its name."""
-        name = f"{self.output}/{what}"
-        self.arrays[name] = np.ascontiguousarray(value)
-        return name
+    def node(
+        self, op: str, inputs: Sequence[str], what: str = "", outputs: int | Sequence[str] = 1, **attributes: Any
+    ) -> list[str]:
+        """Write a numbered node."""
+        number = len(self.nodes)
+        made = [f"{self.tensors}/contraction_{number}"] if isinstance(outputs, int) else outputs
+        return super().node(op, inputs, f"{op}_{number}", made, **attributes)
 
     def ordered(self, tensor: str, letters: str, wanted: str, output: str = "") -> str:
         """Transpose a tensor from one order of its letters to another, where they differ."""
         if letters == wanted and not output:
             return tensor
-        return self.add("Transpose", tensor, output=output, perm=[letters.index(c) for c in wanted])
+        perm = [letters.index(c) for c in wanted]
+        return self.node("Transpose", [tensor], outputs=[output] if output else 1, perm=perm)[0]
 
 
 def spell_contractions(view: GraphView, facts: Facts) -> Model:
@@ -74,11 +64,7 @@ def spell_contractions(view: GraphView, facts: Facts) -> Model:
         A model that computes the same under the same names; the same model where there is nothing to write.
     """
     found = {i: spelled for i in range(len(view.nodes)) if (spelled := _spelled(view, facts, i)) is not None}
-    if not found:
-        return view.model
-    arrays = {name: value for spelled in found.values() for name, value in spelled.arrays.items()}
-    gone = {i for spelled in found.values() for i in spelled.gone}
-    return rewired(view, {i: spelled.nodes for i, spelled in found.items()}, gone, arrays)
+    return respelled(view, found)
 
 
 def equation(node: onnx.NodeProto, ranks: Sequence[int]) -> Equation | None:
@@ -148,21 +134,20 @@ def _layer(view: GraphView, facts: Facts, i: int, said: Equation, kernel: int) -
     ):
         return None
     fan_out = int(np.prod([size[c] for c in made]))
-    spelled = _Spelling(node.name or node.output[0], node.output[0])
+    spelled = _Spelling(view, node.name or node.output[0], node.output[0])
     tensor = spelled.ordered(node.input[1 - kernel], x, lead + summed)
     if len(summed) > 1:
-        flat = spelled.constant("merged", np.asarray([0] * len(lead) + [int(np.prod([size[c] for c in summed]))]))
-        tensor = spelled.add("Reshape", tensor, flat)
+        merged = int(np.prod([size[c] for c in summed]))
+        tensor = spelled.reshape(tensor, [0] * len(lead) + [merged], called="merged")
     matrix = weight.transpose([w.index(c) for c in summed + made]).reshape(-1, fan_out)
-    tensor = spelled.add("MatMul", tensor, spelled.constant("kernel", matrix))
+    tensor = spelled.one("MatMul", [tensor, spelled.constant(matrix, "kernel")])
     output = node.output[0]
     if (bias := _bias_behind(view, facts, output, said.result, made, size)) is not None:
         add, vector = bias
-        tensor = spelled.add("Add", tensor, spelled.constant("bias", vector))
-        output, spelled.gone = view.nodes[add].output[0], (add,)
+        tensor = spelled.one("Add", [tensor, spelled.constant(vector, "bias")])
+        output, spelled.gone = view.nodes[add].output[0], {add}
     if len(made) > 1:
-        parts = spelled.constant("parted", np.asarray([0] * len(lead) + [size[c] for c in made]))
-        tensor = spelled.add("Reshape", tensor, parts)
+        tensor = spelled.reshape(tensor, [0] * len(lead) + [size[c] for c in made], called="parted")
     if lead + made != said.result:
         spelled.ordered(tensor, lead + made, said.result, output)
     else:
@@ -174,10 +159,10 @@ def _bias_behind(
     view: GraphView, facts: Facts, tensor: str, letters: str, made: str, size: Mapping[str, int]
 ) -> tuple[int, np.ndarray] | None:
     """The Add behind a layer and its bias (fan_out,), where it differs between made channels alone."""
-    readers = view.consumers.get(tensor, [])
-    if len(readers) != 1 or tensor in view.outputs or view.nodes[readers[0]].op_type != "Add":
+    reader = view.only_reader(tensor)
+    if reader is None or view.nodes[reader].op_type != "Add":
         return None
-    (other,) = [name for name in view.nodes[readers[0]].input if name != tensor] or [tensor]
+    other = other_input(view.nodes[reader], tensor)
     shape = facts.shape(other)
     if not facts.is_constant(other) or shape is None or len(shape) > len(letters):
         return None
@@ -185,7 +170,7 @@ def _bias_behind(
     if any(n != 1 and c not in made for c, n in zip(letters, value.shape, strict=True)):
         return None
     value = np.squeeze(value, tuple(k for k, c in enumerate(letters) if c not in made))
-    return readers[0], np.broadcast_to(value, [size[c] for c in made]).reshape(-1)
+    return reader, np.broadcast_to(value, [size[c] for c in made]).reshape(-1)
 
 
 def _product(view: GraphView, facts: Facts, i: int, said: Equation) -> _Spelling | None:
@@ -200,10 +185,10 @@ def _product(view: GraphView, facts: Facts, i: int, said: Equation) -> _Spelling
     if len(summed) != 1 or [len(letters) for letters in own] != [1, 1] or _broadcasts(facts, node, said):
         return None
     first = weighing.index(True) if any(weighing) else (0 if result.index(own[0]) < result.index(own[1]) else 1)
-    spelled = _Spelling(node.name or node.output[0], node.output[0])
+    spelled = _Spelling(view, node.name or node.output[0], node.output[0])
     rows = spelled.ordered(node.input[first], said.terms[first], shared + own[first] + summed)
     columns = spelled.ordered(node.input[1 - first], said.terms[1 - first], shared + summed + own[1 - first])
-    tensor = spelled.add("MatMul", rows, columns)
+    tensor = spelled.one("MatMul", [rows, columns])
     letters = shared + own[first] + own[1 - first]
     if letters == result:
         spelled.nodes[-1].output[0] = node.output[0]

@@ -6,19 +6,15 @@ Specification: ONNX Runtime's contrib operator documentation. Only what its opti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 
 from toast_onnx.matching.graph import attribute
-from toast_onnx.matching.operators import Effect, operators
+from toast_onnx.matching.operators import Effect, Trait, having, operators
 
 Shape = tuple[int, ...] | None
-
-#: Operators whose first output looks like their first input.
-_SAME_SHAPE = frozenset(
-    {"Gelu", "FastGelu", "QuickGelu", "BiasGelu", "BiasAdd", "BiasSoftmax", "BiasDropout", "Trilu", "RotaryEmbedding"}
-)
 
 
 def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape] | None:
@@ -27,7 +23,7 @@ def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape]
     if first is None:
         return None
     count = len(node.output)
-    if node.op_type in _SAME_SHAPE:
+    if node.op_type in having(Trait.LIKE_FIRST):
         return [first] + [None] * (count - 1)
     if node.op_type in operators(Effect.ADDS_AND_NORMS):
         statistics = (*first[:-1], 1)
@@ -39,21 +35,25 @@ def contrib_shapes(node: onnx.NodeProto, inputs: Sequence[Shape]) -> list[Shape]
         return lengths[:count]
     if node.op_type == "FusedMatMul":
         return [_fused_matmul(node, first, inputs[1])] + [None] * (count - 1)
-    if node.op_type == "Attention" and inputs[1] is not None:
-        sizes = attribute(node, "qkv_hidden_sizes")
-        hidden = sizes[2] if sizes else inputs[1][-1] // 3  # type: ignore[index]
-        return [(*first[:-1], int(hidden))] + [None] * (count - 1)
-    if node.op_type == "MultiHeadAttention":
-        value = inputs[2] if len(inputs) > 2 else None
-        hidden = first[-1] if len(first) == 3 else first[2] * first[4]  # packed: (batch, tokens, heads, 3, dim)
-        if value is not None:
-            hidden = value[-1] if len(value) == 3 else value[1] * value[-1]
-        return [(*first[:2], hidden)] + [None] * (count - 1)
-    if node.op_type == "GroupQueryAttention" and len(inputs) > 2 and inputs[1] is not None and inputs[2] is not None:
-        group = int(attribute(node, "num_heads", 1)) // int(attribute(node, "kv_num_heads", 1))  # type: ignore[call-overload]
-        return [(*first[:2], inputs[2][-1] * group)] + [None] * (count - 1)
     if node.op_type == "FusedGemm" and inputs[1] is not None:
         return [(first[0], inputs[1][0 if attribute(node, "transB", 0) else 1])]
+    width = _context_width(node, first, [*inputs[1:], None, None])
+    return None if width is None else [(*first[:2], width)] + [None] * (count - 1)
+
+
+def _context_width(node: onnx.NodeProto, first: tuple[int, ...], others: Sequence[Shape]) -> int | None:
+    """Channels of what an attention gives out, (batch, tokens, channels); None for other operators."""
+    second, third = others[:2]
+    if node.op_type == "Attention" and second is not None:
+        sizes: Any = attribute(node, "qkv_hidden_sizes")
+        return int(sizes[2]) if sizes else second[-1] // 3
+    if node.op_type == "MultiHeadAttention":
+        if third is not None:
+            return third[-1] if len(third) == 3 else third[1] * third[-1]
+        return first[-1] if len(first) == 3 else first[2] * first[4]  # packed: (batch, tokens, heads, 3, dim)
+    if node.op_type == "GroupQueryAttention" and second is not None and third is not None:
+        group = int(attribute(node, "num_heads", 1)) // int(attribute(node, "kv_num_heads", 1))  # type: ignore[call-overload]
+        return int(third[-1] * group)
     return None
 
 

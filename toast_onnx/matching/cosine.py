@@ -11,9 +11,7 @@ import onnx
 
 from toast_onnx.matching.facts import Facts, reduced_axes
 from toast_onnx.matching.graph import GraphView, attribute
-from toast_onnx.matching.operators import PASSING
-
-_GUARDS = frozenset({"Clip", "Max", "Add"})
+from toast_onnx.matching.operators import PASSING, Trait, having
 
 
 def length_division(view: GraphView, facts: Facts, tensor: str, operand: str) -> tuple[int | None, int] | None:
@@ -53,7 +51,7 @@ def length_division(view: GraphView, facts: Facts, tensor: str, operand: str) ->
         node = view.nodes[following[0]]
         if node.op_type == "Expand":
             expand = following[0]
-        elif node.op_type not in _GUARDS:
+        elif node.op_type not in having(Trait.GUARDS):
             return None
         name = node.output[0]
     if division.input[0] != tensor or not _moved(view, division.output[0], operand):

@@ -20,8 +20,7 @@ from toast_onnx.matching.probe import carried, scalar_factor
 from toast_onnx.reasons import Kind
 
 _MOVING, _LINEAR = having(Trait.CUTS), having(Trait.LINEAR)
-#: Pool tokens, each dimension for itself (the queries of Hiera and SAM 2).
-_POOLING = frozenset({"ReduceMax", "MaxPool"})
+_POOLING = having(Trait.TAKES_LARGEST)  # tokens, in the queries of Hiera and SAM 2
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def match_dims(
         plain = all(scalar_factor(view, facts, i) for i in computing)
         pools = [i for i in nodes if view.nodes[i].op_type in _POOLING]
         if pools and operand.what != "Q":
-            raise Kind.DIMENSIONS.decline("{node} pools {part}", node=view.label(pools[0]), part=operand.what)
+            raise view.decline(pools[0], Kind.DIMENSIONS, "{node} pools {part}", part=operand.what)
         regions.append(DimRegion(operand.start, nodes, tables, axes, unit_of, plain, bool(pools)))
     return tuple(regions), units
 
@@ -178,7 +177,7 @@ def _follow(
                 tensors.update(made)
                 pending.extend(made)
             else:
-                raise Kind.COMPUTED.decline("{part} is read by {node}", part=operand.what, node=view.label(i))
+                raise view.decline(i, Kind.COMPUTED, "{part} is read by {node}", part=operand.what)
     if operand.end not in tensors:
         raise Kind.UNFOLLOWED.decline("the way of {part} to the scores cannot be followed", part=operand.what)
     return tuple(sorted(nodes)), tuple(tables)
@@ -188,7 +187,7 @@ def _table(view: GraphView, facts: Facts, i: int, name: str) -> Table:
     """The other operand of a product over the last axis of `name`."""
     node = view.nodes[i]
     if list(node.input).count(name) != 1 or len(node.input) != 2:
-        raise Kind.DIMENSIONS.decline("it is multiplied by itself in {node}", node=view.label(i))
+        raise view.decline(i, Kind.DIMENSIONS, "it is multiplied by itself in {node}")
     mine = list(node.input).index(name)
     rank, other = len(facts.shape(name) or ()), len(facts.shape(node.input[1 - mine]) or ())
     if node.op_type == "MatMul" and rank > 1 and other > 1:
@@ -203,7 +202,7 @@ def _table(view: GraphView, facts: Facts, i: int, name: str) -> Table:
         counts = [split[mine].count(letter), split[1 - mine].count(letter), result.count(letter)]
         if letter.isalpha() and result and "." not in terms and counts == [1, 1, 0]:
             return Table(i, 1 - mine, split[1 - mine].index(letter))
-    raise Kind.DIMENSIONS.decline("it is read by {node}, not over the dimensions of a head", node=view.label(i))
+    raise view.decline(i, Kind.DIMENSIONS, "it is read by {node}, not over the dimensions of a head")
 
 
 def _check_tables(
@@ -246,7 +245,7 @@ def _carry(
     for i in nodes:
         node = view.nodes[i]
         if node.op_type == "Concat":
-            _concat(view, facts, i, labels)
+            _concat(view, i, labels)
         elif node.op_type in _MOVING:
             _move(view, facts, i, labels)
         elif node.op_type in _POOLING:
@@ -262,19 +261,19 @@ def _computed(view: GraphView, facts: Facts, i: int, labels: Mapping[str, list[n
     mine = [name for name in node.input if name in labels]
     both = len(mine) == len(node.input) or node.op_type in PASSING
     if node.op_type in ("Add", "Sub") and not both:
-        raise Kind.DIMENSIONS.decline("{node} adds something to single dimensions", node=view.label(i))
+        raise view.decline(i, Kind.DIMENSIONS, "{node} adds something to single dimensions")
     if (node.op_type == "Mul" and both) or (node.op_type == "Div" and mine != [node.input[0]]):
-        raise Kind.DIMENSIONS.decline("{node} is not linear in the dimensions", node=view.label(i))
+        raise view.decline(i, Kind.DIMENSIONS, "{node} is not linear in the dimensions")
     shapes = {facts.shape(name) for name in (*mine, node.output[0])}
     if len(shapes) > 1 or None in shapes:
-        raise Kind.DIMENSIONS.decline("{node} spreads the dimensions over new axes", node=view.label(i))
+        raise view.decline(i, Kind.DIMENSIONS, "{node} spreads the dimensions over new axes")
     return [array for name in mine for array in labels[name]]
 
 
-def _concat(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
+def _concat(view: GraphView, i: int, labels: dict[str, list[np.ndarray]]) -> None:
     node = view.nodes[i]
     if any(name not in labels for name in node.input):
-        raise Kind.DIMENSIONS.decline("{node} puts the dimensions beside something else", node=view.label(i))
+        raise view.decline(i, Kind.DIMENSIONS, "{node} puts the dimensions beside something else")
     most = max(len(labels[name]) for name in node.input)
     padded = [(labels[name] * most)[:most] for name in node.input]
     axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
@@ -284,7 +283,7 @@ def _concat(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.nda
 def _move(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
     node = view.nodes[i]
     if node.input[0] not in labels:
-        raise Kind.DIMENSIONS.decline("{node} uses the dimensions as numbers", node=view.label(i))
+        raise view.decline(i, Kind.DIMENSIONS, "{node} uses the dimensions as numbers")
     labels.update(carried(view, facts, i, map(np.ascontiguousarray, labels[node.input[0]])))
 
 
@@ -293,7 +292,7 @@ def _pool(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarr
     name, made = node.input[0], node.output[0]
     shape = facts.shape(made)
     if shape is None or any(node.output[1:]):
-        raise Kind.DIMENSIONS.decline("{node} tells where its largest elements lie", node=view.label(i))
+        raise view.decline(i, Kind.DIMENSIONS, "{node} tells where its largest elements lie")
     rank = len(facts.shape(name) or ())
     axes = reduced_axes(facts, node, rank) if node.op_type == "ReduceMax" else range(2, rank)
     along = None if axes is None else tuple(axes)
@@ -301,7 +300,7 @@ def _pool(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarr
     for array in labels[name]:
         pooled = array.min(axis=along, keepdims=True)
         if (pooled != array.max(axis=along, keepdims=True)).any():
-            raise Kind.DIMENSIONS.decline("{node} pools different dimensions of a head", node=view.label(i))
+            raise view.decline(i, Kind.DIMENSIONS, "{node} pools different dimensions of a head")
         same = pooled.size == int(np.prod(shape))
         labels[made].append(pooled.reshape(shape) if same else np.broadcast_to(pooled, shape))
 
@@ -315,9 +314,7 @@ def _check_contractions(
         name, shape = names[1 - table.operand], facts.shape(names[table.operand])
         last = len(facts.shape(name) or ()) - 1
         if shape is None or axes[name] != last or shape[table.axis] != unit_of[name].size:
-            raise Kind.DIMENSIONS.decline(
-                "it is read by {node}, not over the dimensions of a head", node=view.label(table.node)
-            )
+            raise view.decline(table.node, Kind.DIMENSIONS, "it is read by {node}, not over the dimensions of a head")
 
 
 def _units(found: Sequence[Mapping[str, list[np.ndarray]]], operands: Sequence[Operand], dim: int) -> np.ndarray:

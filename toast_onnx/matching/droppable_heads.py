@@ -39,17 +39,6 @@ class _Heads(Probe):
     count: int
     axes: dict[str, HeadAxis]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor.
-
-        Raises:
-            Decline: it is unknown.
-        """
-        shape = self.facts.shape(name)
-        if shape is None:
-            raise Kind.SHAPE.decline("the shape of '{tensor}' cannot be inferred", tensor=name)
-        return shape
-
 
 def match_heads(probe: Probe, attention: Attention) -> HeadRegion:
     """Follow the heads from Q, K and V to the output projection.
@@ -68,7 +57,21 @@ def match_heads(probe: Probe, attention: Attention) -> HeadRegion:
     found = _Heads(view, probe.facts, probe.other, attention.num_heads, dict(starts))
     # a packed layer's own movement goes on beside a walk that ends early
     moved = {i for branch in branches for i in branch.walk.nodes}
-    pending = sorted({i for name in starts for i in view.consumers.get(name, [])} - moved)
+    first = {i for name in starts for i in view.consumers.get(name, [])} - moved
+    nodes = _follow(found, first, context, starts)
+    if found.axes.get(context) != _head_axis(branches[3].layout, context):
+        raise Kind.MEET.decline("the heads do not arrive at the output projection as they left Q, K and V")
+    for name in (context, *(name for i in branches[3].walk.nodes for name in view.nodes[i].output)):
+        for i in view.consumers.get(name, []):
+            if view.nodes[i].op_type in MEASURING:
+                _check_extent(found, i, context, ())
+    operands = {(i, k): axis for i in nodes for k, axis in _outside(found, i).items()}
+    return HeadRegion(tuple(nodes), found.axes, operands)
+
+
+def _follow(found: _Heads, first: Iterable[int], context: str, starts: Iterable[str]) -> list[int]:
+    """Nodes that heads pass through from the first of them to the weighted sum; where they lie is noted on the way."""
+    view, pending = found.view, sorted(first)
     nodes: list[int] = []
     while pending:
         i = heapq.heappop(pending)
@@ -86,14 +89,7 @@ def match_heads(probe: Probe, attention: Attention) -> HeadRegion:
             found.axes[name] = axis
             for reader in view.consumers.get(name, []) if name != context else ():
                 heapq.heappush(pending, reader)
-    if found.axes.get(context) != _head_axis(branches[3].layout, context):
-        raise Kind.MEET.decline("the heads do not arrive at the output projection as they left Q, K and V")
-    for name in (context, *(name for i in branches[3].walk.nodes for name in view.nodes[i].output)):
-        for i in view.consumers.get(name, []):
-            if view.nodes[i].op_type in MEASURING:
-                _check_extent(found, i, context, ())
-    operands = {(i, k): axis for i in nodes for k, axis in _outside(found, i).items()}
-    return HeadRegion(tuple(nodes), found.axes, operands)
+    return nodes
 
 
 def _branches(a: Attention) -> tuple[Branch, Branch, Branch, Branch]:
@@ -132,10 +128,8 @@ def _head_axis(layout: Layout, tensor: str) -> HeadAxis:
 def _check_extent(found: _Heads, i: int, name: str, starts: Iterable[str]) -> None:
     """A Shape node goes on telling the old extents, which must be told by what is left."""
     axis = found.axes[name].axis
-    if name not in starts and found.shape(name)[axis] != (found.other.shape(name) or ())[axis]:
-        raise Kind.DYNAMIC.decline(
-            "{node} reads an extent that heads and a dynamic axis make together", node=found.view.label(i)
-        )
+    if name not in starts and found.facts.known_shape(name)[axis] != (found.other.shape(name) or ())[axis]:
+        raise found.view.decline(i, Kind.DYNAMIC, "{node} reads an extent that heads and a dynamic axis make together")
 
 
 def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
@@ -144,17 +138,17 @@ def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
     inside = [name for name in node.input if name in found.axes]
     op = node.op_type
     if node.domain == "com.microsoft" and op not in ("FusedMatMul", "MultiHeadAttention", "RotaryEmbedding"):
-        raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=view.label(i))
+        raise view.decline(i, Kind.UNKNOWN, "{node} is not known to keep heads apart")
     first = found.axes.get(node.input[0])
     made = [name for name in node.output if name]
     if op in RESHAPING and first is not None:
         return {made[0]: _reshaped(found, i, first)}
     if op == "Transpose" and first is not None:
-        rank = len(found.shape(node.input[0]))
+        rank = len(found.facts.known_shape(node.input[0]))
         perm = list(attribute(node, "perm") or range(rank)[::-1])  # type: ignore[call-overload]
         return {made[0]: HeadAxis(perm.index(first.axis), first.inner)}
     if op in ELEMENTWISE or op == "Expand":
-        return {made[0]: _aligned(found, i, inside, len(found.shape(made[0])))}
+        return {made[0]: _aligned(found, i, inside, len(found.facts.known_shape(made[0])))}
     if op in _ALONG or op in _NORMS:
         return _along(found, i, made)
     if op in ("MatMul", "FusedMatMul"):
@@ -163,7 +157,7 @@ def _through(found: _Heads, i: int) -> dict[str, HeadAxis]:
         return {made[0]: _einsum(found, i, inside)}
     if op in SCORE_TERMS or op == "RotaryEmbedding":
         return _fused(found, i)
-    raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=view.label(i))
+    raise view.decline(i, Kind.UNKNOWN, "{node} is not known to keep heads apart")
 
 
 def _reshaped(found: _Heads, i: int, axis: HeadAxis) -> HeadAxis:
@@ -177,15 +171,13 @@ def _reshaped(found: _Heads, i: int, axis: HeadAxis) -> HeadAxis:
         step = axis.inner * prod(before[axis.axis + 1 :])
         new.append(_axis_with(after, step, found.count))
     if new[0] is None or new[0] != new[1]:
-        raise Kind.MEET.decline("{node} puts heads and other things together", node=found.view.label(i))
+        raise found.view.decline(i, Kind.MEET, "{node} puts heads and other things together")
     if node.op_type == "Reshape":
         target = found.facts.value(node.input[1])
         if target is None:
-            raise Kind.CONTENTS.decline(
-                "the target shape of {node} depends on the input's contents", node=found.view.label(i)
-            )
+            raise found.view.decline(i, Kind.CONTENTS, "the target shape of {node} depends on the input's contents")
         if target[new[0].axis] == 0 and new[0] != axis:
-            raise Kind.DYNAMIC.decline("{node} copies an extent from where the heads were", node=found.view.label(i))
+            raise found.view.decline(i, Kind.DYNAMIC, "{node} copies an extent from where the heads were")
     return new[0]
 
 
@@ -200,9 +192,10 @@ def _axis_with(shape: tuple[int, ...], step: int, count: int) -> HeadAxis | None
 
 def _aligned(found: _Heads, i: int, inside: list[str], rank: int) -> HeadAxis:
     """The heads' axis of a result of `rank` axes to which operands are broadcast; all must agree."""
-    ends = {HeadAxis(found.axes[name].axis + rank - len(found.shape(name)), found.axes[name].inner) for name in inside}
+    shift = {name: rank - len(found.facts.known_shape(name)) for name in inside}
+    ends = {HeadAxis(found.axes[name].axis + shift[name], found.axes[name].inner) for name in inside}
     if len(ends) != 1:
-        raise Kind.MEET.decline("{node} lets heads meet each other", node=found.view.label(i))
+        raise found.view.decline(i, Kind.MEET, "{node} lets heads meet each other")
     return ends.pop()
 
 
@@ -210,16 +203,16 @@ def _along(found: _Heads, i: int, made: list[str]) -> dict[str, HeadAxis]:
     """Through a node that acts along other axes than the heads'."""
     node = found.view.nodes[i]
     if node.input[0] not in found.axes and node.op_type != "Concat":
-        raise Kind.MEET.decline("{node} takes heads for numbers", node=found.view.label(i))
+        raise found.view.decline(i, Kind.MEET, "{node} takes heads for numbers")
     inside = [name for name in node.input if name in found.axes]
     start = found.axes[inside[0]]
-    rank = len(found.shape(inside[0]))
+    rank = len(found.facts.known_shape(inside[0]))
     if any(found.axes[name] != start for name in inside):
-        raise Kind.MEET.decline("{node} lets heads meet each other", node=found.view.label(i))
+        raise found.view.decline(i, Kind.MEET, "{node} lets heads meet each other")
     axes = _own_axes(found, i, rank)
     if start.axis in axes:
-        raise Kind.MEET.decline("{node} runs over all heads", node=found.view.label(i))
-    after = len(found.shape(made[0]))
+        raise found.view.decline(i, Kind.MEET, "{node} runs over all heads")
+    after = len(found.facts.known_shape(made[0]))
     axis = start.axis
     if after != rank:  # a reduction that drops axes, or a Gather of one place
         axis += sum(after - rank for a in axes if a < start.axis) // max(len(axes), 1)
@@ -236,7 +229,7 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
     elif op == "Slice":
         starts = found.facts.value(node.input[1]) if len(node.input) > 1 else None
         if starts is None:
-            raise Kind.CONTENTS.decline("{node} slices by what the input holds", node=found.view.label(i))
+            raise found.view.decline(i, Kind.CONTENTS, "{node} slices by what the input holds")
         named = found.facts.value(node.input[3]) if len(node.input) > 3 and node.input[3] else None
         given = range(starts.size) if named is None else named.reshape(-1)
     elif op in _NORMS:
@@ -249,18 +242,18 @@ def _own_axes(found: _Heads, i: int, rank: int) -> list[int]:
         else:
             given = [attribute(node, "axis", default)]
     if given is None:
-        raise Kind.CONTENTS.decline("the axes of {node} depend on the input's contents", node=found.view.label(i))
+        raise found.view.decline(i, Kind.CONTENTS, "the axes of {node} depend on the input's contents")
     return [int(a) % rank for a in given]
 
 
 def _product(found: _Heads, i: int, inside: list[str]) -> HeadAxis:
     """Through a product: heads lie on an axis in front of the two that are multiplied."""
     node = found.view.nodes[i]
-    if any(found.axes[name].axis >= len(found.shape(name)) - 2 for name in inside):
-        raise Kind.MEET.decline("{node} sums over heads", node=found.view.label(i))
+    if any(found.axes[name].axis >= len(found.facts.known_shape(name)) - 2 for name in inside):
+        raise found.view.decline(i, Kind.MEET, "{node} sums over heads")
     if any(attribute(node, name, 0) for name in ("transBatchA", "transBatchB")):
-        raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=found.view.label(i))
-    return _aligned(found, i, inside, len(found.shape(node.output[0])))
+        raise found.view.decline(i, Kind.UNKNOWN, "{node} is not known to keep heads apart")
+    return _aligned(found, i, inside, len(found.facts.known_shape(node.output[0])))
 
 
 def _einsum(found: _Heads, i: int, inside: list[str]) -> HeadAxis:
@@ -273,10 +266,10 @@ def _einsum(found: _Heads, i: int, inside: list[str]) -> HeadAxis:
         if n in inside
     }
     if len(letters) != 1:
-        raise Kind.MEET.decline("{node} lets heads meet each other", node=found.view.label(i))
+        raise found.view.decline(i, Kind.MEET, "{node} lets heads meet each other")
     letter, inner = letters.pop()
     if letter not in result or any(term.count(letter) > 1 for term in (*terms, result)):
-        raise Kind.MEET.decline("{node} sums over heads", node=found.view.label(i))
+        raise found.view.decline(i, Kind.MEET, "{node} sums over heads")
     return HeadAxis(result.index(letter), inner)
 
 
@@ -286,7 +279,7 @@ def _terms(found: _Heads, i: int) -> tuple[list[str], str]:
     assert isinstance(equation, bytes)
     left, arrow, result = equation.decode().replace(" ", "").partition("->")
     if not arrow or "." in equation.decode():
-        raise Kind.UNKNOWN.decline("{node} is not known to keep heads apart", node=found.view.label(i))
+        raise found.view.decline(i, Kind.UNKNOWN, "{node} is not known to keep heads apart")
     return left.split(","), result
 
 
@@ -294,13 +287,13 @@ def _fused(found: _Heads, i: int) -> dict[str, HeadAxis]:
     """Through one node that holds scores, softmax and weighted sum, or turns queries and keys."""
     node = found.view.nodes[i]
     if any(name for name in node.output[1:]):
-        raise Kind.MEET.decline("{node} gives out more than the weighted sum", node=found.view.label(i))
+        raise found.view.decline(i, Kind.MEET, "{node} gives out more than the weighted sum")
     for name in node.input[: 3 if node.op_type in SCORE_TERMS else 1]:
-        axis, shape = found.axes.get(name), found.shape(name)
+        axis, shape = found.axes.get(name), found.facts.known_shape(name)
         expected = HeadAxis(1, 1) if len(shape) == 4 else HeadAxis(2, shape[-1] // found.count)
         if axis != expected:
-            raise Kind.MEET.decline("{node} does not take its heads from Q, K and V alone", node=found.view.label(i))
-    shape = found.shape(node.output[0])
+            raise found.view.decline(i, Kind.MEET, "{node} does not take its heads from Q, K and V alone")
+    shape = found.facts.known_shape(node.output[0])
     return {node.output[0]: HeadAxis(1, 1) if len(shape) == 4 else HeadAxis(2, shape[-1] // found.count)}
 
 
@@ -313,14 +306,12 @@ def _outside(found: _Heads, i: int) -> dict[int, HeadAxis]:
         if k in inside or not name or _is_setting(node.op_type, k):
             continue
         where, extent = _meeting(found, i, k, inside[0])
-        shape = found.shape(name)
+        shape = found.facts.known_shape(name)
         if where is None or shape[where.axis] == 1:
             continue
         if shape[where.axis] != extent:
-            raise Kind.UNKNOWN.decline(
-                "'{tensor}' meets the heads in {node} in a way that is not understood",
-                tensor=name,
-                node=found.view.label(i),
+            raise found.view.decline(
+                i, Kind.UNKNOWN, "'{tensor}' meets the heads in {node} in a way that is not understood", tensor=name
             )
         if (found.other.shape(name) or ())[where.axis : where.axis + 1] != (extent,):
             raise Kind.DYNAMIC.decline(
@@ -339,9 +330,9 @@ def _is_setting(op: str, k: int) -> bool:
 def _meeting(found: _Heads, i: int, k: int, inside: int) -> tuple[HeadAxis | None, int]:
     """Where an outside input of a node meets the heads of another one (None: nowhere), and the extent there."""
     node = found.view.nodes[i]
-    partner, rank = node.input[inside], len(found.shape(node.input[k]))
+    partner, rank = node.input[inside], len(found.facts.known_shape(node.input[k]))
     own = found.axes[partner]
-    extent = found.shape(partner)[own.axis]
+    extent = found.facts.known_shape(partner)[own.axis]
     if node.op_type == "Concat":
         return own, extent
     if node.op_type == "Einsum":
@@ -355,5 +346,5 @@ def _meeting(found: _Heads, i: int, k: int, inside: int) -> tuple[HeadAxis | Non
     if node.op_type == "RotaryEmbedding":
         return None, extent  # its tables have an angle for each position and pair
     result = found.axes[node.output[0]]
-    axis = rank - len(found.shape(node.output[0])) + result.axis
-    return (HeadAxis(axis, result.inner) if axis >= 0 else None), found.shape(node.output[0])[result.axis]
+    axis = rank - len(found.facts.known_shape(node.output[0])) + result.axis
+    return (HeadAxis(axis, result.inner) if axis >= 0 else None), found.facts.known_shape(node.output[0])[result.axis]

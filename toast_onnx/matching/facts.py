@@ -23,10 +23,15 @@ import onnx.shape_inference
 from toast_onnx.errors import ModelError
 from toast_onnx.matching.contrib import contrib_shapes
 from toast_onnx.matching.graph import FLOATS, ROWS, GraphView, attribute, is_standard
+from toast_onnx.matching.operators import Effect, operators
 from toast_onnx.model import reads
+from toast_onnx.reasons import Kind
 
 log = logging.getLogger(__name__)
 
+_RANDOM = operators(Effect.DRAWS)
+#: Attribute of a Constant node, without the s of its plural -> type of what it gives.
+_CONSTANTS = {"value_float": np.float32, "value_int": np.int64, "value_string": object}
 #: Largest tensor (elements) that is evaluated while walking; larger constants are evaluated on request.
 SMALL = 4096
 
@@ -120,6 +125,17 @@ class Facts:
         """Concrete shape of a tensor, None when unknown."""
         return self._facts.get(name, Fact(None)).shape
 
+    def known_shape(self, name: str) -> tuple[int, ...]:
+        """Concrete shape of a tensor.
+
+        Raises:
+            Decline: it is unknown.
+        """
+        shape = self.shape(name)
+        if shape is None:
+            raise Kind.SHAPE.decline("the shape of '{tensor}' cannot be inferred", tensor=name)
+        return shape
+
     def elem_type(self, name: str) -> int:
         """ONNX element type of a tensor, 0 when unknown."""
         return self._facts.get(name, Fact(None)).elem_type
@@ -156,7 +172,10 @@ class Facts:
             ModelError: the operator has no reference implementation or fails on these inputs.
         """
         if node.op_type == "Constant":
-            return [_constant_value(node)]
+            value = constant_value(node)
+            if value is None:
+                raise ModelError(f"the Constant node '{node.name or node.output[0]}' has no dense value")
+            return [value]
         try:
             return evaluate_node(node, inputs, self._opsets)
         except Exception as e:  # the reference evaluator raises whatever numpy raises
@@ -168,7 +187,7 @@ class Facts:
         facts = [self._facts.get(name, Fact(None)) for name in node.input]
         constant = all(f.constant for f, name in zip(facts, node.input, strict=True) if name)
         if node.op_type == "Constant" and is_standard(node):
-            tensor = _constant_value(node)
+            (tensor,) = self.evaluate(node, [])
             elem = int(onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype))
             keep = tensor if tensor.size <= SMALL else None
             self._facts[node.output[0]] = Fact(tensor.shape, elem, keep, True)
@@ -219,17 +238,17 @@ class Facts:
             found = contrib_shapes(node, [f.shape for f in facts])
             elem = next((f.elem_type for f in facts if f.elem_type in FLOATS), 0)
             return [(s, elem) for s in found] if found else unknown
-        if any(f.shape is None for f, name in zip(facts, node.input, strict=True) if name):
+        given = {name: fact for fact, name in zip(facts, node.input, strict=True) if name}
+        if any(fact.shape is None for fact in given.values()):
             return unknown
         if node.op_type == "GroupNormalization":  # since opset 21 a function body that only a whole model can infer
             return [(facts[0].shape, facts[0].elem_type)]
-        types, data = {}, {}
-        for fact, name in zip(facts, node.input, strict=True):
-            if not name:
-                continue
-            types[name] = onnx.helper.make_tensor_type_proto(fact.elem_type, fact.shape)
-            if fact.value is not None and fact.value.dtype != object:
-                data[name] = onnx.numpy_helper.from_array(np.asarray(fact.value, order="C"), name)
+        types = {name: onnx.helper.make_tensor_type_proto(fact.elem_type, fact.shape) for name, fact in given.items()}
+        data = {
+            name: onnx.numpy_helper.from_array(np.asarray(fact.value, order="C"), name)
+            for name, fact in given.items()
+            if fact.value is not None and fact.value.dtype != object
+        }
         try:
             schema = onnx.defs.get_schema(
                 node.op_type, self._opsets[""] if "" in self._opsets else self._opsets["ai.onnx"]
@@ -310,11 +329,6 @@ def slice_operands(facts: Facts, node: onnx.NodeProto) -> tuple[np.ndarray, np.n
     )
 
 
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
-)
-
-
 def evaluate_node(
     node: onnx.NodeProto, inputs: Sequence[np.ndarray | None], opsets: Mapping[str, int]
 ) -> list[np.ndarray]:
@@ -356,21 +370,16 @@ def _infer_function(
     return {o.name: o.type for o in model.graph.output if o.type.HasField("tensor_type")}
 
 
-def _constant_value(node: onnx.NodeProto) -> np.ndarray:
+def constant_value(node: onnx.NodeProto) -> np.ndarray | None:
+    """What a Constant node gives; None where that is sparse."""
     for a in node.attribute:
+        value = onnx.helper.get_attribute_value(a)
         if a.name == "value":
-            return onnx.numpy_helper.to_array(a.t)
-        if a.name == "value_float":
-            return np.asarray(a.f, np.float32)
-        if a.name == "value_int":
-            return np.asarray(a.i, np.int64)
-        if a.name == "value_floats":
-            return np.asarray(a.floats, np.float32)
-        if a.name == "value_ints":
-            return np.asarray(a.ints, np.int64)
-        if a.name in ("value_string", "value_strings"):
-            return np.asarray([a.s] if a.name == "value_string" else list(a.strings), object)
-    raise ModelError(f"the Constant node '{node.name or node.output[0]}' has no dense value")
+            return onnx.numpy_helper.to_array(value)
+        kind = _CONSTANTS.get(a.name.removesuffix("s"))
+        if kind is not None:
+            return np.asarray(value, kind)
+    return None
 
 
 def _volume(shape: Sequence[int]) -> int:

@@ -82,7 +82,7 @@ def match_ffn(view: GraphView, facts: Facts, linears: Mapping[str, Linear], fc2:
     unit_of: dict[str, np.ndarray] = {}
     if reason is None:
         try:
-            axes, unit_of = _channel_axes(view, labels, units, entries, fc2)
+            axes, unit_of = _channel_axes(view, labels, units, entries)
             check_readers(view, unit_of, [*nodes, fc2.node], "the hidden activation")
             _check_operands(view, facts, nodes, axes)
         except Decline as e:
@@ -187,7 +187,7 @@ def _label(
 def _move(view: GraphView, facts: Facts, i: int, labels: dict[str, list[np.ndarray]]) -> None:
     node = view.nodes[i]
     if node.op_type == "Concat":
-        raise Kind.JOINED.decline("{node} puts hidden channels together", node=view.label(i))
+        raise view.decline(i, Kind.JOINED, "{node} puts hidden channels together")
     if node.input[0] in labels:
         moved = carried(view, facts, i, labels[node.input[0]])
         labels.update({name: _distinct(arrays) for name, arrays in moved.items()})
@@ -233,7 +233,6 @@ def _channel_axes(
     labels: Mapping[str, list[np.ndarray]],
     units: tuple[np.ndarray, ...],
     entries: tuple[Linear, ...],
-    fc2: Linear,
 ) -> tuple[dict[str, int], dict[str, np.ndarray]]:
     """Axis of the hidden channels in every tensor between, and the unit at each position of it."""
     owner = np.full(1 + sum(e.out_features for e in entries), -1, np.int64)
@@ -274,9 +273,7 @@ def _check_operands(view: GraphView, facts: Facts, nodes: tuple[int, ...], axes:
                 continue
             shape = facts.shape(name)
             if shape is None or (len(shape) >= from_right and shape[-from_right] != 1):
-                raise Kind.JOINED.decline(
-                    "{node} joins the hidden channels with '{tensor}'", node=view.label(i), tensor=name
-                )
+                raise view.decline(i, Kind.JOINED, "{node} joins the hidden channels with '{tensor}'", tensor=name)
 
 
 def _returns_to_residual(view: GraphView, facts: Facts, source: str, output: str) -> bool:

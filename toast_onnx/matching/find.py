@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os.path
 from collections import Counter
 from collections.abc import Sequence
@@ -13,14 +12,12 @@ from toast_onnx.matching.blocks import Attention, Block, Ffn, Match
 from toast_onnx.matching.cores import find_cores
 from toast_onnx.matching.facts import Probe
 from toast_onnx.matching.ffn import match_ffn
-from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.graph import GraphView, scopes_of
 from toast_onnx.matching.linear import find_linears
 from toast_onnx.matching.operators import ATTENTIONS, QUANTIZED
 from toast_onnx.model import all_nodes
 from toast_onnx.reasons import Decline, Kind, Reason
 
-#: Metadata key under which PyTorch's exporter stores the module path of a node.
-_SCOPES = "pkg.torch.onnx.name_scopes"
 #: Operators that a transformer block's layers are made of.
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum", "FusedMatMul", *ATTENTIONS)
 
@@ -111,7 +108,7 @@ def _ffn_nodes(ffn: Ffn | None) -> list[int]:
 
 def _block_name(view: GraphView, nodes: Sequence[int], index: int) -> str:
     """The module path that the nodes share, from exporter metadata or from node names."""
-    scopes = [_scopes(view.nodes[i].metadata_props) for i in nodes]
+    scopes = [scopes_of(view.nodes[i]) for i in nodes]
     if all(scopes):
         shared = [s for s in scopes[0] if s and all(s in other for other in scopes)]
         if shared:
@@ -122,14 +119,3 @@ def _block_name(view: GraphView, nodes: Sequence[int], index: int) -> str:
         if common.strip("/"):
             return common.strip("/")
     return f"block.{index}"
-
-
-def _scopes(metadata: Sequence[object]) -> list[str]:
-    for entry in metadata:
-        if entry.key == _SCOPES:  # type: ignore[attr-defined]
-            try:
-                found = ast.literal_eval(entry.value)  # type: ignore[attr-defined]
-            except (ValueError, SyntaxError):
-                return []
-            return [str(s) for s in found]
-    return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 
 from toast_onnx.matching.operators import MEASURING
 from toast_onnx.model import Model, reads, stub
+from toast_onnx.reasons import Decline, Kind
 
 #: Floating-point element types.
 FLOATS = frozenset(
@@ -54,10 +56,19 @@ class GraphView:
         """Positions of the nodes that read what a tensor holds, and not its shape alone."""
         return [i for i in self.consumers.get(tensor, []) if self.nodes[i].op_type not in MEASURING]
 
+    def only_reader(self, tensor: str) -> int | None:
+        """Position of the one node that reads a tensor; None where several do, none, or the graph gives it out."""
+        readers = self.consumers.get(tensor, [])
+        return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
+
     def label(self, i: int) -> str:
         """How a node is called in messages: its name, or its first output when it has none."""
         node = self.nodes[i]
         return f"'{node.name or node.output[0]}' ({node.op_type})"
+
+    def decline(self, i: int, kind: Kind, text: str, *, part: str | None = None, **values: object) -> Decline:
+        """Why something is not done, at one node: `{node}` in the text is its label."""
+        return kind.decline(text, node=self.label(i), part=part, **values)
 
 
 def rewired(
@@ -95,6 +106,20 @@ def rewired(
 def is_standard(node: onnx.NodeProto) -> bool:
     """Whether a node's operator is one of ONNX's own."""
     return node.domain in ("", "ai.onnx")
+
+
+def scopes_of(node: onnx.NodeProto) -> list[str]:
+    """Module paths that PyTorch's exporter left on a node, outermost first and its operation last; mostly empty."""
+    text = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    try:
+        return [str(scope) for scope in ast.literal_eval(text)]
+    except (ValueError, SyntaxError):
+        return []
+
+
+def other_input(node: onnx.NodeProto, tensor: str) -> str:
+    """Of a node's two inputs the one that a tensor is not."""
+    return str(node.input[1] if node.input[0] == tensor else node.input[0])
 
 
 def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:

@@ -7,7 +7,7 @@ of the mean of squares times sqrt(d), which the gain takes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,24 @@ def match_norm(view: GraphView, facts: Facts, core: Sequence[int], start: str) -
     values = {start: np.concatenate([_LARGE * x, _SMALL * x]).reshape(*lead, 2 * _VECTORS, d)}
     found: HeadNorm | None = None
     nodes: list[int] = []
+    for i in _evaluated(view, facts, core, start, values):
+        nodes.append(i)
+        end = view.nodes[i].output[0]
+        y = values.get(end)
+        if y is not None and y.shape == values[start].shape:
+            fitted = _fitted(values[start].reshape(-1, d), y.reshape(-1, d))
+            if fitted is not None:
+                inside = _inside(view, nodes, start, end)
+                found = found if inside is None else HeadNorm(start, inside, end, *fitted)
+    if found is None:
+        raise Kind.NORM.decline("what it passes through is no norm over the dimensions of a head")
+    return found
+
+
+def _evaluated(
+    view: GraphView, facts: Facts, core: Sequence[int], start: str, values: dict[str, np.ndarray]
+) -> Iterator[int]:
+    """Nodes behind a tensor, in graph order, that compute on its value and constants alone; theirs join `values`."""
     pending = set(view.consumers.get(start, []))
     while pending:
         i = min(pending)
@@ -84,20 +102,11 @@ def match_norm(view: GraphView, facts: Facts, core: Sequence[int], start: str) -
             made = inputs[:1] if node.op_type == "Expand" else facts.evaluate(node, inputs)  # broadcast by its readers
         except ModelError:
             continue
-        nodes.append(i)
         for name, value in zip(node.output, made, strict=False):
             if name and value is not None:
                 values[name] = value
                 pending.update(view.consumers.get(name, []))
-        y = values.get(node.output[0])
-        if y is not None and y.shape == values[start].shape:
-            fitted = _fitted(values[start].reshape(-1, d), y.reshape(-1, d))
-            if fitted is not None:
-                inside = _inside(view, nodes, start, node.output[0])
-                found = found if inside is None else HeadNorm(start, inside, node.output[0], *fitted)
-    if found is None:
-        raise Kind.NORM.decline("what it passes through is no norm over the dimensions of a head")
-    return found
+        yield i
 
 
 def _inside(view: GraphView, nodes: Sequence[int], start: str, end: str) -> tuple[int, ...] | None:

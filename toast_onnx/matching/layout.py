@@ -118,7 +118,7 @@ def read_layout(
     if len(head_factors) > 1:
         raise Kind.LAYOUT.decline("{part}: heads lie along more than one axis", part=what)
     _check_tiling(axes, sizes, channel_axis, what)
-    channels = _channel_table(coordinates[channel_axis], axes, what)
+    channels = _channel_table(coordinates[channel_axis], axes)
     _check_reconstruction(coordinates, axes, channels, channel_axis, what)
     dynamic = tuple(a != b for a, b in zip(sizes, other_sizes, strict=True))
     others = _other_extents(axes, sizes, other_sizes, labels.shape, other_shape, what)
@@ -234,7 +234,7 @@ def _check_tiling(axes: list[list[Factor]], sizes: tuple[int, ...], channel_axis
             raise Kind.LAYOUT.decline("{part}: only part of the positions arrives", part=what)
 
 
-def _channel_table(channel: np.ndarray, axes: list[list[Factor]], what: str) -> np.ndarray:
+def _channel_table(channel: np.ndarray, axes: list[list[Factor]]) -> np.ndarray:
     """(num_heads, head_dim) channel numbers, read where all positions are zero."""
     index: list[int | slice] = []
     order = []

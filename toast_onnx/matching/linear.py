@@ -8,7 +8,7 @@ import numpy as np
 import onnx.helper
 
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute, is_standard
+from toast_onnx.matching.graph import GraphView, attribute, is_standard, other_input
 from toast_onnx.reasons import Kind, Reason
 
 
@@ -85,22 +85,12 @@ def _linear_at(view: GraphView, facts: Facts, i: int) -> Linear | None:
     shape, w_shape = facts.shape(x), facts.shape(w)
     if facts.is_constant(x) or not facts.is_constant(w) or shape is None or w_shape is None:
         return None
-    axis, kernel, own_bias = -1, 0, node.input[2] if len(node.input) > 2 and node.input[2] else None
-    if node.op_type == "Conv":
-        if any(k != 1 for k in w_shape[2:]) or attribute(node, "group", 1) != 1 or not _is_pointwise(node):
-            return None
-        axis, kernel, fan_in, fan_out = 1, len(w_shape) - 2, w_shape[1], w_shape[0]
-    elif node.op_type == "Gemm":
-        if attribute(node, "transA", 0):
-            return None
-        fan_in, fan_out = (w_shape[1], w_shape[0]) if attribute(node, "transB", 0) else w_shape
-    elif len(w_shape) == 2:
-        fan_in, fan_out = w_shape
-    else:
+    fans, b = _fans(node, w_shape), node.input[2] if len(node.input) > 2 and node.input[2] else None
+    if fans is None or (b is not None and not _is_vector(facts, b, fans[1], axis=-1)):
         return None
-    if own_bias is not None and not _is_vector(facts, own_bias, fan_out, axis=-1):
-        return None
-    add, output, b = None, node.output[0], own_bias
+    fan_in, fan_out = fans
+    axis, kernel = (1, len(w_shape) - 2) if node.op_type == "Conv" else (-1, 0)
+    add, output = None, node.output[0]
     if node.op_type == "MatMul":
         found = _bias_add(view, facts, output, fan_out)
         if found is not None:
@@ -109,18 +99,25 @@ def _linear_at(view: GraphView, facts: Facts, i: int) -> Linear | None:
     return Linear(i, add, x, output, w, b, fan_in, fan_out, axis, kernel, _stored_small(view, facts, w))
 
 
+def _fans(node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Channels in and out of a layer by the shape of its weight; None where it is no product of channels alone."""
+    if node.op_type == "Conv":
+        plain = all(k == 1 for k in shape[2:]) and attribute(node, "group", 1) == 1 and _is_pointwise(node)
+        return (shape[1], shape[0]) if plain else None
+    if len(shape) != 2 or attribute(node, "transA", 0):
+        return None
+    return (shape[1], shape[0]) if attribute(node, "transB", 0) else shape
+
+
 def _bias_add(view: GraphView, facts: Facts, tensor: str, width: int) -> tuple[int, str] | None:
-    consumers = view.consumers.get(tensor, [])
-    if len(consumers) != 1 or tensor in view.outputs:
+    reader = view.only_reader(tensor)
+    if reader is None or view.nodes[reader].op_type != "Add" or not is_standard(view.nodes[reader]):
         return None
-    node = view.nodes[consumers[0]]
-    if node.op_type != "Add" or not is_standard(node):
-        return None
-    other = node.input[1] if node.input[0] == tensor else node.input[0]
+    other = other_input(view.nodes[reader], tensor)
     if not facts.is_constant(other) or not _is_vector(facts, other, width, axis=-1):
         return None
     rank, other_rank = len(facts.shape(tensor) or ()), len(facts.shape(other) or ())
-    return (consumers[0], other) if other_rank <= rank else None
+    return (reader, other) if other_rank <= rank else None
 
 
 def _is_vector(facts: Facts, name: str, width: int, axis: int) -> bool:

@@ -26,9 +26,12 @@ class Effect(StrEnum):
     SHARES = "makes what lies along an axis shares of one, or their logarithms"
     SUMS = "sums, of whatever power, over axes that go or stay as 1"
     REDUCES = "takes the largest, the smallest or the product over axes that go or stay as 1"
+    POOLS = "takes the mean or the largest of neighbouring places of an image, each channel for itself"
     CONTRACTS = "sums products of two operands over axes of both"
     ATTENDS = "holds a whole attention: mixes queries with keys and values"
     MEASURES = "tells extents, whatever the elements are"
+    DRAWS = "draws random numbers"
+    FOREIGN = "of ONNX Runtime's own: computes what is told by its name alone, or not followed"
     QUANTIZES = "quantizes, dequantizes, or computes on quantized numbers"
 
 
@@ -53,9 +56,12 @@ _TABLE = {
     Effect.SHARES: "LogSoftmax Softmax",
     Effect.SUMS: "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMean ReduceSum ReduceSumSquare",
     Effect.REDUCES: "ReduceMax ReduceMin ReduceProd",
+    Effect.POOLS: "AveragePool GlobalAveragePool GlobalMaxPool MaxPool",
     Effect.CONTRACTS: "Conv Einsum FusedMatMul Gemm MatMul",
     Effect.ATTENDS: "Attention GroupQueryAttention MultiHeadAttention",
     Effect.MEASURES: "Shape Size",
+    Effect.DRAWS: "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike",
+    Effect.FOREIGN: "BiasAdd BiasDropout BiasSoftmax RotaryEmbedding Trilu",
     Effect.QUANTIZES: """
         ConvInteger DequantizeLinear DynamicQuantizeLinear DynamicQuantizeMatMul MatMulBnb4 MatMulInteger
         MatMulIntegerToFloat MatMulNBits QAttention QGemm QLinearAdd QLinearConv QLinearMatMul QLinearMul
@@ -75,6 +81,12 @@ class Trait(StrEnum):
     CUTS = "can be cut to some of the channels that it moves"
     RESPELLS = "can be given other numbers of tokens than it was written for"
     MASKS = "makes masks, scales and caps of scores, each of them alone"
+    TAKES_LARGEST = "can take the largest of several tokens, each dimension for itself"
+    GUARDS = "can keep a length away from zero"
+    SQUASHES = "brings an output to a size or a range of its own, as embeddings have"
+    COMPARES = "tells which of two numbers is larger, or whether they are the same"
+    NUMBERS = "takes single numbers as part of a formula; elsewhere (a slope of PRelu) they are weights"
+    LIKE_FIRST = "of ONNX Runtime's own: what it makes has the shape of its first input"
     ROUNDS = "makes quantized numbers of single ones, or single ones of those"
 
 
@@ -84,6 +96,12 @@ _TRAITS = {
     Trait.CUTS: "Concat Expand Flatten Gather GatherND Reshape Slice Split Squeeze Tile Transpose Unsqueeze",
     Trait.RESPELLS: "Concat Expand Flatten Gather Reshape Slice Split Squeeze Transpose Unsqueeze",
     Trait.MASKS: "Add And Cast Clip Div Dropout Identity IsInf IsNaN Max Min Mul Not Or Sub Tanh Where",
+    Trait.TAKES_LARGEST: "MaxPool ReduceMax",
+    Trait.GUARDS: "Add Clip Max",
+    Trait.SQUASHES: "Div LayerNormalization LpNormalization Sigmoid Tanh",
+    Trait.COMPARES: "Equal Greater GreaterOrEqual Less LessOrEqual",
+    Trait.NUMBERS: "Add Clip Div Expand Identity Max Min Mod Mul Pow Sub Where",
+    Trait.LIKE_FIRST: "BiasAdd BiasDropout BiasGelu BiasSoftmax FastGelu Gelu QuickGelu RotaryEmbedding Trilu",
     Trait.ROUNDS: "DequantizeLinear QuantizeLinear",
 }
 
@@ -102,6 +120,8 @@ def having(trait: Trait) -> frozenset[str]:
 
 #: Attention in one node that a term may be added to the scores of, and which of its inputs that is.
 SCORE_TERMS = {"Attention": 3, "MultiHeadAttention": 5}
+#: Operators that choose among numbers, and which of their outputs holds the positions of those chosen.
+POSITIONS = {"ArgMax": 0, "ArgMin": 0, "NonMaxSuppression": 0, "TopK": 1}
 
 PASSING = operators(Effect.PASSES)
 RESHAPING = operators(Effect.RESHAPES)

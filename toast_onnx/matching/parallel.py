@@ -7,21 +7,18 @@ ParallelScalingBlock; others read both branches' ends, put side by side, in one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnx.helper
-import onnx.numpy_helper
 
 from toast_onnx.matching.cores import is_meeting
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView, attribute, rewired
+from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.linear import Linear, bias, find_linears, weights
 from toast_onnx.matching.operators import MEASURING
 from toast_onnx.matching.probe import is_plain
+from toast_onnx.matching.respelling import Respelling, respelled
 from toast_onnx.matching.walks import downstream
 from toast_onnx.model import Model
 
@@ -36,29 +33,6 @@ class _Slice:
     attends: bool
 
 
-@dataclass
-class _Parted:
-    """What stands in place of a packed layer."""
-
-    at: int
-    gone: tuple[int, ...]
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def layer(self, x: str, w: np.ndarray, b: np.ndarray | None, output: str) -> None:
-        """y = x W + b as MatMul and Add."""
-        product = output if b is None else f"{output}/product"
-        self.arrays[f"{output}/weight"] = np.ascontiguousarray(w)
-        self.add("MatMul", [x, f"{output}/weight"], [product], output)
-        if b is not None:
-            self.arrays[f"{output}/bias"] = np.ascontiguousarray(b)
-            self.add("Add", [product, f"{output}/bias"], [output], output)
-
-    def add(self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> None:
-        """Add a node."""
-        self.nodes.append(onnx.helper.make_node(op, inputs, outputs, name=f"{name}/{op}", **attributes))
-
-
 def part_layers(view: GraphView, facts: Facts) -> Model:
     """Give the attention and the network of parallel blocks layers of their own.
 
@@ -69,30 +43,31 @@ def part_layers(view: GraphView, facts: Facts) -> Model:
     Returns:
         A model that computes the same under the same names; the same model where there is nothing to part.
     """
-    parted: list[_Parted] = []
+    parted: dict[int, Respelling] = {}
     linears = find_linears(view, facts)
     readers = {linear.node for linear in linears.values()}
     for linear in linears.values():
         if linear.channel_axis != -1 or linear.small is not None or not _alone(view, linear):
             continue
         found = _entrance(view, facts, linear, readers) or _exit(view, facts, linear)
-        if found is not None and not {*found.arrays, *_made(found)} & {*view.producer, *view.initializers} - _old(
-            view, found
-        ):
-            parted.append(found)
-    if not parted:
-        return view.model
-    arrays = {name: value for each in parted for name, value in each.arrays.items()}
-    return rewired(view, {each.at: each.nodes for each in parted}, {i for each in parted for i in each.gone}, arrays)
+        if found is not None and _is_free(view, found):
+            parted[linear.node] = found
+    return respelled(view, parted)
 
 
-def _made(parted: _Parted) -> set[str]:
-    return {name for node in parted.nodes for name in node.output}
+def _is_free(view: GraphView, parted: Respelling) -> bool:
+    """Whether no tensor that stays is called as what stands in place of a packed layer."""
+    made = {*parted.arrays, *(name for node in parted.nodes for name in node.output)}
+    old = {name for i in parted.gone for name in view.nodes[i].output}
+    return not made & {*view.producer, *view.initializers} - old
 
 
-def _old(view: GraphView, parted: _Parted) -> set[str]:
-    """Names that are free again once a packed layer is gone."""
-    return {name for i in parted.gone for name in view.nodes[i].output}
+def _layer(parted: Respelling, x: str, w: np.ndarray, b: np.ndarray | None, output: str) -> None:
+    """y = x W + b as MatMul and Add."""
+    write, product = parted.within(output), output if b is None else f"{output}/product"
+    write.node("MatMul", [x, write.constant(w, "weight")], outputs=[product])
+    if b is not None:
+        write.node("Add", [product, write.constant(b, "bias")], outputs=[output])
 
 
 def _alone(view: GraphView, linear: Linear) -> bool:
@@ -101,7 +76,7 @@ def _alone(view: GraphView, linear: Linear) -> bool:
     return all(len(view.consumers.get(name, [])) == 1 for name in names)
 
 
-def _entrance(view: GraphView, facts: Facts, linear: Linear, readers: set[int]) -> _Parted | None:
+def _entrance(view: GraphView, facts: Facts, linear: Linear, readers: set[int]) -> Respelling | None:
     """A layer that makes the operands of an attention and the hidden activation of a network."""
     found = _slices(view, facts, linear)
     if found is None:
@@ -115,7 +90,8 @@ def _entrance(view: GraphView, facts: Facts, linear: Linear, readers: set[int]) 
     if len(slices) < len(ranges) or len({each.attends for each in slices}) < 2:
         return None
     w, b = weights(view, facts, linear), bias(view, facts, linear)
-    parted = _Parted(linear.node, (*linear.nodes, *nodes))
+    parted = Respelling(view, linear.output, inline="Constant")
+    parted.gone = {*linear.nodes, *nodes}
     runs: list[list[_Slice]] = []
     for each in slices:
         if runs and runs[-1][0].attends == each.attends:
@@ -125,20 +101,11 @@ def _entrance(view: GraphView, facts: Facts, linear: Linear, readers: set[int]) 
     for run in runs:
         start, end = run[0].start, run[-1].end
         output = run[0].tensor if len(run) == 1 else f"{run[0].tensor}/packed"
-        parted.layer(linear.input, w[:, start:end], None if b is None else b[start:end], output)
+        _layer(parted, linear.input, w[:, start:end], None if b is None else b[start:end], output)
         if len(run) > 1:
-            _split(view, parted, output, run, len(facts.shape(linear.output) or ()) - 1)
+            sizes, axis = [each.end - each.start for each in run], len(facts.shape(linear.output) or ()) - 1
+            parted.within(output).split(output, sizes, axis, [each.tensor for each in run])
     return parted
-
-
-def _split(view: GraphView, parted: _Parted, packed: str, run: Sequence[_Slice], axis: int) -> None:
-    sizes, names = [each.end - each.start for each in run], [each.tensor for each in run]
-    if view.model.opset < 13:
-        parted.nodes.append(onnx.helper.make_node("Split", [packed], names, f"{packed}/Split", axis=axis, split=sizes))
-        return
-    value = onnx.numpy_helper.from_array(np.asarray(sizes, np.int64))
-    parted.add("Constant", [], [f"{packed}/sizes"], packed, value=value)
-    parted.add("Split", [packed, f"{packed}/sizes"], names, packed, axis=axis)
 
 
 def _slices(view: GraphView, facts: Facts, linear: Linear) -> tuple[list[int], list[tuple[str, int, int]]] | None:
@@ -191,24 +158,25 @@ def _reaches_attention(view: GraphView, facts: Facts, tensor: str, readers: set[
     return False if layer else None
 
 
-def _exit(view: GraphView, facts: Facts, linear: Linear) -> _Parted | None:
+def _exit(view: GraphView, facts: Facts, linear: Linear) -> Respelling | None:
     """A layer that reads the end of an attention beside the hidden activation of a network."""
     node = view.producer_of(linear.input)
-    if node is None or node.op_type != "Concat" or len(view.consumers[linear.input]) != 1:
+    if node is None or node.op_type != "Concat" or view.only_reader(linear.input) is None:
         return None
     rank = len(facts.shape(linear.input) or ())
     extents = [(facts.shape(name) or (0,))[-1] for name in node.input]
     if int(attribute(node, "axis", 0)) % rank != rank - 1 or sum(extents) != linear.in_features:  # type: ignore[call-overload]
         return None
     attends = [_from_attention(view, facts, name) for name in node.input]
-    if attends.count(True) != 1 or len(attends) != 2 or linear.input in view.outputs:
+    if attends.count(True) != 1 or len(attends) != 2:
         return None
     w, b = weights(view, facts, linear), bias(view, facts, linear)
-    parted = _Parted(linear.node, (*linear.nodes, view.producer[linear.input]))
+    parted = Respelling(view, linear.output)
+    parted.gone = {*linear.nodes, view.producer[linear.input]}
     ends, names = np.cumsum(extents), [f"{linear.output}/{'attention' if a else 'network'}" for a in attends]
     for name, x, end, extent, a in zip(names, node.input, ends, extents, attends, strict=True):
-        parted.layer(x, w[end - extent : end], None if a else b, name)
-    parted.add("Add", names, [linear.output], linear.output)
+        _layer(parted, x, w[end - extent : end], None if a else b, name)
+    parted.node("Add", names, outputs=[linear.output])
     return parted
 
 

@@ -145,7 +145,7 @@ def _sources(
             data = _followed(view, facts, i)
             if data is None and view.nodes[i].op_type in QUANTIZED:
                 text = "{part} passes through {node}; prune first, then quantize"
-                raise Kind.QUANTIZED.decline(text, part=what, node=view.label(i))
+                raise view.decline(i, Kind.QUANTIZED, text, part=what)
             if data is None:
                 opaque.add(i)
                 data = _activations(view, facts, i)
@@ -319,7 +319,7 @@ def check_readers(view: GraphView, tensors: Iterable[str], allowed: Iterable[int
             raise Kind.OUTPUT.decline("{part} is also an output of the graph ('{tensor}')", part=what, tensor=tensor)
         for i in view.readers(tensor):
             if i not in permitted:
-                raise Kind.READ.decline("{part} is also read by {node}", part=what, node=view.label(i))
+                raise view.decline(i, Kind.READ, "{part} is also read by {node}", part=what)
 
 
 def propagate(view: GraphView, facts: Facts, nodes: Iterable[int], seed: str) -> dict[str, np.ndarray]:
@@ -363,7 +363,7 @@ def carried(view: GraphView, facts: Facts, i: int, arrays: Iterable[np.ndarray])
     node = view.nodes[i]
     operands = [facts.value(name) if name else None for name in node.input[1:]]
     if any(v is None and name for v, name in zip(operands, node.input[1:], strict=True)):
-        raise Kind.CONTENTS.decline("an operand of {node} depends on the input's contents", node=view.label(i))
+        raise view.decline(i, Kind.CONTENTS, "an operand of {node} depends on the input's contents")
     results = [facts.evaluate(node, [array, *operands]) for array in arrays]
     return {name: [each[k] for each in results] for k, name in enumerate(node.output) if name}
 
@@ -380,7 +380,7 @@ def _operand(view: GraphView, facts: Facts, i: int, name: str) -> np.ndarray | N
     if value is None and facts.is_constant(name):
         value = facts.array(name)
     if value is None:
-        raise Kind.CONTENTS.decline(
-            "an operand of {node} ('{tensor}') depends on the input's contents", node=view.label(i), tensor=name
+        raise view.decline(
+            i, Kind.CONTENTS, "an operand of {node} ('{tensor}') depends on the input's contents", tensor=name
         )
     return value

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-import onnx.helper
 import onnx.numpy_helper
 
-from toast_onnx.matching.graph import GraphView, attribute, rewired
+from toast_onnx.matching.graph import GraphView, attribute, other_input, rewired
+from toast_onnx.matching.respelling import Respelling
 from toast_onnx.model import Model
 
 
@@ -31,8 +31,9 @@ def join_split_biases(model: Model) -> Model:
         return model
     joined = {i: _joined(view, i, adds) for i, adds in found.items()}
     gone = {add for adds in found.values() for add in adds if add is not None}
-    made = rewired(view, {i: nodes for i, (_, *nodes) in joined.items()}, gone)
-    made.proto.graph.initializer.extend(bias for bias, _, _ in joined.values())
+    made = rewired(view, {i: each.nodes for i, each in joined.items()}, gone)
+    biases = {name: value for each in joined.values() for name, value in each.arrays.items()}
+    made.proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in biases.items())
     return made
 
 
@@ -42,7 +43,7 @@ def _biased_parts(view: GraphView, i: int) -> list[int | None]:
     product = view.producer_of(node.input[0]) if node.op_type == "Split" else None
     if product is None or product.op_type != "MatMul" or product.input[1] not in view.initializers:
         return []
-    if len(view.consumers[node.input[0]]) != 1 or node.input[0] in view.outputs or attribute(node, "axis", 0) == 0:
+    if view.only_reader(node.input[0]) is None or attribute(node, "axis", 0) == 0:
         return []
     width, sizes = view.initializers[product.input[1]].dims[-1], _sizes(view, node)
     if sum(sizes) != width:  # split along another axis
@@ -60,33 +61,28 @@ def _sizes(view: GraphView, split: onnx.NodeProto) -> list[int]:
 
 
 def _bias_add(view: GraphView, part: str, size: int) -> int | None:
-    readers = view.consumers.get(part, [])
-    if len(readers) != 1 or part in view.outputs or view.nodes[readers[0]].op_type != "Add":
+    reader = view.only_reader(part)
+    if reader is None or view.nodes[reader].op_type != "Add":
         return None
-    bias = view.initializers.get(_other(view.nodes[readers[0]], part))
-    return readers[0] if bias is not None and list(bias.dims) == [size] else None
+    bias = view.initializers.get(other_input(view.nodes[reader], part))
+    return reader if bias is not None and list(bias.dims) == [size] else None
 
 
-def _other(add: onnx.NodeProto, tensor: str) -> str:
-    return str(add.input[1] if add.input[0] == tensor else add.input[0])
-
-
-def _joined(
-    view: GraphView, i: int, adds: Sequence[int | None]
-) -> tuple[onnx.TensorProto, onnx.NodeProto, onnx.NodeProto]:
+def _joined(view: GraphView, i: int, adds: Sequence[int | None]) -> Respelling:
     """The bias of all parts (width,), the Add that applies it, and the Split behind it."""
-    node, name = view.nodes[i], view.nodes[i].name or view.nodes[i].output[0]
+    node = view.nodes[i]
+    write = Respelling(view, node.name or node.output[0])
     vectors = [
-        None if add is None else view.model.array(view.initializers[_other(view.nodes[add], part)])
+        None if add is None else view.model.array(view.initializers[other_input(view.nodes[add], part)])
         for add, part in zip(adds, node.output, strict=True)
     ]
     dtype = next(v.dtype for v in vectors if v is not None)
     filled = [np.zeros(n, dtype) if v is None else v for v, n in zip(vectors, _sizes(view, node), strict=True)]
-    bias = onnx.numpy_helper.from_array(np.concatenate(filled), f"{name}/joined_bias")
-    total = f"{name}/joined_output"
-    add = onnx.helper.make_node("Add", [node.input[0], bias.name], [total], name=f"{name}/joined")
+    bias = write.constant(np.concatenate(filled), "joined_bias")
+    (total,) = write.node("Add", [node.input[0], bias], "joined", [f"{write.name}/joined_output"])
     split = onnx.NodeProto()
     split.CopyFrom(node)
     split.input[0] = total
     split.output[:] = [p if a is None else view.nodes[a].output[0] for a, p in zip(adds, node.output, strict=True)]
-    return bias, add, split
+    write.nodes.append(split)
+    return write

@@ -70,22 +70,11 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     asked = given
     shapes, counted, usual, note = counted_shapes(view, given)
     named, given = bool(given), given if usual else shapes
-    written = spell_softmaxes(view, counted)
-    if written is not view.model:
-        view = GraphView(written)
-        counted = Facts(view, shapes)
-    contracted = spell_contractions(view, counted)
-    if contracted is not view.model:
-        view = GraphView(contracted)
-        counted = Facts(view, shapes)
-    parted = part_layers(view, counted)
-    if parted is not view.model:
-        view = GraphView(parted)
-        counted = Facts(view, shapes)
-    turned = turn_products(view, counted)
-    if turned is not view.model:
-        view = GraphView(turned)
-        counted = Facts(view, shapes)
+    for respell in (spell_softmaxes, spell_contractions, part_layers, turn_products):
+        respelled = respell(view, counted)
+        if respelled is not view.model:
+            view = GraphView(respelled)
+            counted = Facts(view, shapes)
     plain, spelled = spell_out(view, counted)
     if spelled:
         view = GraphView(plain)

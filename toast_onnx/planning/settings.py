@@ -103,6 +103,8 @@ def _problem(problem: ErrorDetails) -> str:
     kind, value, context = problem["type"], problem.get("input"), problem.get("ctx", {})
     if kind == "setting":
         return str(context["problem"])
+    if kind == "missing":
+        return f"has no {problem['loc'][-1]}; add the key"
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         hint = _did_you_mean(value, allowed) if isinstance(value, str) else ""
@@ -121,7 +123,7 @@ def _key(problem: ErrorDetails, document: Mapping[Any, Any]) -> str:
     """Returns the key's path, such as `ffn.fc2[3]` or `blocks[0].attention.qk`."""
     path = ""
     level: Any = document
-    for part in problem["loc"]:
+    for part in problem["loc"][: -1 if problem["type"] == "missing" else None]:
         if isinstance(part, int) and isinstance(level, Mapping):  # validated as the sequence of its items
             name = list(level)[part]
             path += f"[{name!r}]"

@@ -14,10 +14,8 @@ import onnx.helper
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import FLOATS, attribute, is_standard
+from toast_onnx.matching.operators import POSITIONS
 from toast_onnx.model import Model
-
-#: Operator -> which of its outputs holds positions.
-_POSITIONS = {"TopK": 1, "ArgMax": 0, "ArgMin": 0, "NonMaxSuppression": 0}
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def follow_decisions(twin: Model, pruned: Model, facts: Facts) -> tuple[Model, t
         The twin with an input for every choice (the very same one where there is none), and the choices.
     """
     opset = next(o.version for o in twin.proto.opset_import if o.domain in ("", "ai.onnx"))
-    theirs = {tuple(node.output): node for node in pruned.proto.graph.node if node.op_type in _POSITIONS}
+    theirs = {tuple(node.output): node for node in pruned.proto.graph.node if node.op_type in POSITIONS}
     taken = {name for node in twin.proto.graph.node for name in node.output} | {i.name for i in twin.proto.graph.input}
     decisions: list[Decision] = []
     nodes: list[onnx.NodeProto] = []
@@ -76,7 +74,7 @@ def follow_decisions(twin: Model, pruned: Model, facts: Facts) -> tuple[Model, t
 
 
 def _decision(node: onnx.NodeProto, facts: Facts) -> Decision | None:
-    position = _POSITIONS.get(node.op_type) if is_standard(node) else None
+    position = POSITIONS.get(node.op_type) if is_standard(node) else None
     if position is None or len(node.output) <= position or not node.output[position]:
         return None
     made = [name for name in node.input if name and not facts.is_constant(name)]

@@ -10,7 +10,7 @@ def headline(name: str, entry: dict[str, Any]) -> str:
 
     Args:
         name: the step.
-        entry: its entry in the record that `toast_onnx.deploy.deploy` writes.
+        entry: its entry in the record that `toast_onnx.deploy.run.deploy` writes.
     """
     result = entry.get("result")
     if entry["status"] != "done":

@@ -14,6 +14,7 @@ from toast_onnx.report.deployment import headline
 from toast_onnx.report.lineage import side_of
 from toast_onnx.report.page_charts import Line, costs_chart, lines_chart, tokens_chart, widths_chart
 from toast_onnx.report.page_sources import Sources
+from toast_onnx.report.tables import format_bytes, format_count
 
 #: A drop of accuracy that is shown in another colour, and half the share of changed answers that is.
 LOSS = 0.05
@@ -119,9 +120,9 @@ def tiles(sources: Sources) -> list[dict[str, str]]:
     """The figures at the top: a name, the pruned value, the dense one and what is left of it."""
     dense, pruned = sources.run["dense"], sources.run["pruned"]
     found = [
-        _tile("MACs", dense["macs"], pruned["macs"], _count),
-        _tile("parameters", dense["params"], pruned["params"], _count),
-        _tile("file", dense["bytes"], pruned["bytes"], lambda v: f"{_count(v)}B"),
+        _tile("MACs", dense["macs"], pruned["macs"], format_count),
+        _tile("parameters", dense["params"], pruned["params"], format_count),
+        _tile("file", dense["bytes"], pruned["bytes"], format_bytes),
     ]
     accuracy = top1_of(sources)
     if len(accuracy) == 2:
@@ -199,15 +200,6 @@ def _timed(sources: Sources, rows: list[dict[str, Any]], side: str) -> dict[str,
 def _tile(name: str, dense: float, pruned: float, show: Any) -> dict[str, str]:
     left = f"{pruned / dense:.1%} of {show(dense)}" if dense else ""
     return {"name": name, "value": show(pruned), "note": left}
-
-
-def _count(value: float) -> str:
-    """Three digits and a unit: 1.25 G."""
-    for unit in ("", " K", " M", " G"):
-        if abs(value) < 999.5:
-            return f"{value:.3g}{unit}" if unit else f"{value:.3g} "
-        value /= 1000
-    return f"{value:.3g} T"
 
 
 def _block_row(block: dict[str, Any]) -> dict[str, Any]:
@@ -386,7 +378,7 @@ def _engine_rows(sources: Sources) -> list[list[str]]:
                 record["engine"],
                 kind or f"{record['backend']} {record['backend_version']}",
                 record["precision"],
-                f"{_count(record['engine_bytes'])}B",
+                format_bytes(record["engine_bytes"]),
                 capabilities or "–",
                 f"{record['build_seconds']:.1f} s",
             ]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import onnx
 import onnx.helper
 
-from toast_onnx.edit import tidy
+from toast_onnx.edit import drop_attributes, tidy
 from toast_onnx.matching.fused import SpelledOut
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.model import Model
@@ -75,8 +75,7 @@ def _fuse_attention(model: Model, view: GraphView, i: int, old: onnx.NodeProto) 
     if sizes is None:
         return
     scale, heads = attribute(core, "scale"), attribute(core, "num_heads")
-    for a in [a for a in fused.attribute if a.name in ("qkv_hidden_sizes", "scale", "num_heads")]:
-        fused.attribute.remove(a)
+    drop_attributes(fused, "qkv_hidden_sizes", "scale", "num_heads")
     fused.attribute.append(onnx.helper.make_attribute("num_heads", heads))
     fused.attribute.append(onnx.helper.make_attribute("qkv_hidden_sizes", sizes))
     if scale is not None:

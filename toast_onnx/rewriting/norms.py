@@ -16,7 +16,7 @@ import onnx.helper
 from toast_onnx.edit import GraphEdit
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.facts import Facts, reduced_axes
-from toast_onnx.matching.graph import FLOATS, GraphView, attribute, is_standard
+from toast_onnx.matching.graph import FLOATS, GraphView, attribute, is_standard, other_input
 from toast_onnx.model import Model
 
 #: First opset with the LayerNormalization operator.
@@ -175,15 +175,14 @@ def _square_of(view: GraphView, facts: Facts, tensor: str) -> str | None:
 def _applied(view: GraphView, facts: Facts, i: int, op: str, channels: int) -> tuple[int, str]:
     """(position, vector) of the only reader of node `i`, where it applies one constant a channel; else (i, "")."""
     output = view.nodes[i].output[0]
-    readers = view.consumers.get(output, [])
-    if len(readers) != 1 or output in view.outputs or not _is(view.nodes[readers[0]], op):
+    reader = view.only_reader(output)
+    if reader is None or not _is(view.nodes[reader], op):
         return i, ""
-    node = view.nodes[readers[0]]
-    other = node.input[1] if node.input[0] == output else node.input[0]
+    other = other_input(view.nodes[reader], output)
     shape = facts.shape(other)
     rank = len(facts.shape(output) or ())
     fits = bool(shape) and shape is not None and shape[-1] == channels == int(np.prod(shape)) and len(shape) <= rank
-    return (readers[0], other) if fits and facts.is_constant(other) else (i, "")
+    return (reader, other) if fits and facts.is_constant(other) else (i, "")
 
 
 def _is(node: onnx.NodeProto, *ops: str) -> bool:

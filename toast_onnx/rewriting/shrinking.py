@@ -49,7 +49,7 @@ def shrink_node(
     if node.op_type in MOVEMENT and is_standard(node):
         names_width = _shrink_movement(edit, probe, changed, axes, keep, i, name)
     else:
-        names_width = _shrink_operands(edit, probe.facts, changed, axes, keep, i, name)
+        names_width = _shrink_operands(edit, probe.facts, changed, axes, keep, i)
     if names_width:
         edit.replace(i, changed)
 
@@ -208,7 +208,7 @@ def _shrink_gather(edit: GraphEdit, facts: Facts, node: onnx.NodeProto, kept: np
 
 
 def _shrink_operands(
-    edit: GraphEdit, facts: Facts, node: onnx.NodeProto, axes: Mapping[str, int], keep: Keep, at: int, name: str
+    edit: GraphEdit, facts: Facts, node: onnx.NodeProto, axes: Mapping[str, int], keep: Keep, at: int
 ) -> bool:
     """Slice whatever enters a node with one value a channel; False when nothing does."""
     output = node.output[0]

@@ -11,26 +11,24 @@ import numpy as np
 import onnx
 import onnx.helper
 
-from toast_onnx.edit import GraphEdit, PlaceWriter
+from toast_onnx.edit import PlaceWriter
 from toast_onnx.importance.activation import CLASS_WEIGHT
 from toast_onnx.selection.plan import Selection
 from toast_onnx.tokens.nodes import write_sums
 from toast_onnx.tokens.rewrite import WrittenMerge
 
 
-def write_scores(edit: GraphEdit, at: int, selection: Selection, scored: str) -> str:
+def write_scores(write: PlaceWriter, selection: Selection, scored: str) -> str:
     """Insert the scores of a tensor's channels over the batch.
 
     Args:
-        edit: graph edit.
-        at: position to insert at, behind what is read.
+        write: writer, behind what is read.
         selection: what is scored.
         scored: tensor (batch, ..., channels).
 
     Returns:
         Tensor (channels,) in float32.
     """
-    write = PlaceWriter(edit, at, selection.name)
     x = write.reshape(scored, [0, -1, selection.channels], called="token_shape")
     tokens = selection.tokens
     if tokens is not None:
@@ -75,12 +73,11 @@ def _of_those_left(w: PlaceWriter, row: str, heads: int, merge: WrittenMerge) ->
     return w.one("Transpose", [write_sums(w, each, merge.matched, counts)], "tokens_last", perm=[0, 2, 1])
 
 
-def write_choice(edit: GraphEdit, at: int, selection: Selection, scores: str, spare: int = 0) -> str:
+def write_choice(write: PlaceWriter, selection: Selection, scores: str, spare: int = 0) -> str:
     """Insert the choice of the highest scores.
 
     Args:
-        edit: graph edit.
-        at: position to insert at.
+        write: writer.
         selection: how many stay.
         scores: tensor (channels,).
         spare: how many of the next best to name behind them.
@@ -88,50 +85,37 @@ def write_choice(edit: GraphEdit, at: int, selection: Selection, scores: str, sp
     Returns:
         Tensor (kept + spare,) of channel numbers, best first.
     """
-    write = PlaceWriter(edit, at, selection.name)
     count = write.numbers([selection.kept + spare], "kept_count")
-    names = [edit.fresh(f"{selection.name}/{what}") for what in ("chosen_scores", "chosen")]
+    names = [write.edit.fresh(f"{selection.name}/{what}") for what in ("chosen_scores", "chosen")]
     return write.node("TopK", [scores, count], outputs=names, axis=0)[1]
 
 
-def write_mask(edit: GraphEdit, at: int, selection: Selection, kept: str, dtype: int) -> str:
+def write_mask(write: PlaceWriter, selection: Selection, kept: str, dtype: int) -> str:
     """Insert a mask (channels,) of element type `dtype`: one for the `kept` (kept,) channel numbers, zero elsewhere."""
-    write = PlaceWriter(edit, at, selection.name)
     numpy_type = onnx.helper.tensor_dtype_to_np_dtype(dtype)
     zeros = write.constant(np.zeros(selection.channels, numpy_type), "zeros")
     ones = write.constant(np.ones(selection.kept, numpy_type), "ones")
     return write.one("ScatterElements", [zeros, kept, ones], axis=0)
 
 
-def write_first(edit: GraphEdit, at: int, selection: Selection, chosen: str) -> str:
+def write_first(write: PlaceWriter, selection: Selection, chosen: str) -> str:
     """Insert the cut of `chosen` to its first `kept` entries."""
-    write = PlaceWriter(edit, at, selection.name)
     return write.one("Slice", [chosen, write.numbers([0], "start"), write.numbers([selection.kept], "end")])
 
 
 def write_small_linear(
-    edit: GraphEdit,
-    at: int,
-    selection: Selection,
-    x: str,
-    chosen: str,
-    w: np.ndarray,
-    b: np.ndarray | None,
-    output: str,
+    write: PlaceWriter, x: str, chosen: str, w: np.ndarray, b: np.ndarray | None, output: str
 ) -> None:
     """Insert y = x[..., chosen] @ W[chosen] + b.
 
     Args:
-        edit: graph edit.
-        at: position to insert at.
-        selection: what is selected.
+        write: writer.
         x: input tensor.
         chosen: tensor (kept,) of channel numbers.
         w: (channels, out_features).
         b: (out_features,), None for no bias.
         output: name of y.
     """
-    write = PlaceWriter(edit, at, selection.name)
     small = write.one("Gather", [write.constant(w, "weight"), chosen], axis=0)
     kept = write.one("Gather", [x, chosen], axis=-1)
     if b is None:
@@ -141,8 +125,7 @@ def write_small_linear(
 
 
 def write_normed_linear(
-    edit: GraphEdit,
-    at: int,
+    write: PlaceWriter,
     selection: Selection,
     unit: str,
     chosen: str,
@@ -157,8 +140,7 @@ def write_normed_linear(
     dropped rows. Nothing is approximated, and the product has kept + 1 rows in place of all.
 
     Args:
-        edit: graph edit.
-        at: position to insert at.
+        write: writer.
         selection: what is selected.
         unit: tensor (..., channels), before gain and bias.
         chosen: tensor (kept + 1,) of channel numbers, the last one dropped.
@@ -167,8 +149,7 @@ def write_normed_linear(
         b: (out_features,), the norm's bias folded in, in float64.
         output: name of y.
     """
-    write = PlaceWriter(edit, at, selection.name)
-    kept = write_first(edit, at, selection, chosen)
+    kept = write_first(write, selection, chosen)
     small = write.one("Gather", [write.constant(w, "weight"), kept], axis=0)
     gains = write.one("Gather", [write.constant(gain[:, None], "gain"), kept], axis=0)  # (kept, 1)
     scaled = write.one("Mul", [small, gains])

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from toast_onnx.edit import GraphEdit
+from toast_onnx.edit import GraphEdit, PlaceWriter
 from toast_onnx.errors import MatchError
-from toast_onnx.matching.blocks import Ffn
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute
 from toast_onnx.matching.input_shapes import input_shapes
@@ -98,62 +97,45 @@ def select_at_run_time(study: Study, model: Model, selections: Sequence[Selectio
                 f"block {selection.block}: {selection.part} cannot select at run time: one fused node is its attention "
                 "and hides what the class token attends to; export without attention fusion"
             )
-        write = _write_fc2 if selection.part == "fc2" else _write_fc1
-        if selection.residual == "masked":
-            write = _write_fc1_masked
-        written.append(write(target, ffn, selection))
+        layers = [target.linears[e.output] for e in ([ffn.fc2] if selection.part == "fc2" else ffn.entries)]
+        write = _write_masked if selection.residual == "masked" else _write_chosen
+        written.append(write(target, layers, selection))
     return target.edit.apply(), tuple(written)
 
 
-def _write_fc2(target: Target, ffn: Ffn, selection: Selection) -> Chosen:
-    """h[kept] @ W2[kept] in place of h @ W2."""
-    layer = target.linears[ffn.fc2.output]
-    at = layer.node
-    kept = _choose(target, at, selection, layer.input)
-    target.edit.remove(layer.nodes)
-    w, b = weights(target.view, target.facts, layer), bias(target.view, target.facts, layer)
-    write_small_linear(target.edit, at, selection, layer.input, kept, w, b, layer.output)
-    return Chosen(selection, kept, layer.input)
-
-
-def _write_fc1(target: Target, ffn: Ffn, selection: Selection) -> Chosen:
-    """x[kept] @ W1[kept], x the normalised input: the norm and the residual stream see every channel."""
-    layers = [target.linears[e.output] for e in ffn.entries]
-    at = min(each.node for each in layers)
-    kept = _choose(target, at, selection, layers[0].input)
+def _write_chosen(target: Target, layers: Sequence[Linear], selection: Selection) -> Chosen:
+    """x[kept] @ W[kept] in place of x @ W; in front of fc1 the norm and the residual stream see every channel."""
+    scored = layers[0].input
+    write = PlaceWriter(target.edit, min(each.node for each in layers), selection.name)
+    kept = write_choice(write, selection, write_scores(write, selection, scored))
     for layer in layers:
         target.edit.remove(layer.nodes)
         w, b = weights(target.view, target.facts, layer), bias(target.view, target.facts, layer)
-        write_small_linear(target.edit, at, selection, layer.input, kept, w, b, layer.output)
-    return Chosen(selection, kept, layers[0].input)
+        write_small_linear(write, layer.input, kept, w, b, layer.output)
+    return Chosen(selection, kept, scored)
 
 
-def _write_fc1_masked(target: Target, ffn: Ffn, selection: Selection) -> Chosen:
+def _write_masked(target: Target, layers: Sequence[Linear], selection: Selection) -> Chosen:
     """The release's form: dropped channels are zero in the residual stream, and so in what the norm sees."""
     edit, view, facts = target.edit, target.view, target.facts
     at, raw = move_stream(target, selection)
-    chosen = write_choice(edit, at, selection, write_scores(edit, at, selection, raw), spare=1)
-    kept = write_first(edit, at, selection, chosen)
-    mask = write_mask(edit, at, selection, kept, facts.elem_type(selection.scored))
+    write = PlaceWriter(edit, at, selection.name)
+    chosen = write_choice(write, selection, write_scores(write, selection, raw), spare=1)
+    kept = write_first(write, selection, chosen)
+    mask = write_mask(write, selection, kept, facts.elem_type(selection.scored))
     edit.emit(at, "Mul", [raw, mask], selection.scored, f"{selection.name}/Mul")
 
-    layers = [target.linears[e.output] for e in ffn.entries]
     norm = view.nodes[view.producer[layers[0].input]]
     gain = facts.array(norm.input[1]).reshape(-1)
     shift = facts.array(norm.input[2]).reshape(-1) if len(norm.input) > 2 and norm.input[2] else np.zeros_like(gain)
-    at = min(each.node for each in layers)
-    unit = _unit_norm(edit, at, norm, gain, selection)
+    write = PlaceWriter(edit, min(each.node for each in layers), selection.name)
+    unit = _unit_norm(write, norm, gain)
     for layer in layers:
         edit.remove(layer.nodes)
         w, b = weights(view, facts, layer), bias(view, facts, layer)
         shifted = shift.astype(np.float64) @ w.astype(np.float64) + (0 if b is None else b.astype(np.float64))
-        write_normed_linear(edit, at, selection, unit, chosen, w, gain, shifted, layer.output)
+        write_normed_linear(write, selection, unit, chosen, w, gain, shifted, layer.output)
     return Chosen(selection, kept, raw)
-
-
-def _choose(target: Target, at: int, selection: Selection, scored: str) -> str:
-    scores = write_scores(target.edit, at, selection, scored)
-    return write_choice(target.edit, at, selection, scores)
 
 
 def move_stream(target: Target, selection: Selection) -> tuple[int, str]:
@@ -171,10 +153,9 @@ def move_stream(target: Target, selection: Selection) -> tuple[int, str]:
     return at, raw
 
 
-def _unit_norm(edit: GraphEdit, at: int, norm: onnx.NodeProto, gain: np.ndarray, selection: Selection) -> str:
+def _unit_norm(write: PlaceWriter, norm: onnx.NodeProto, gain: np.ndarray) -> str:
     """The norm without its gain and bias."""
-    ones = edit.constant(f"{selection.name}/unit_gain", np.ones_like(gain))
-    output = edit.fresh(f"{selection.name}/unit")
-    name = f"{selection.name}/LayerNormalization"
+    ones = write.constant(np.ones_like(gain), "unit_gain")
+    output = [write.edit.fresh(f"{write.name}/unit")]
     epsilon = float(attribute(norm, "epsilon", 1e-5))  # type: ignore[arg-type]
-    return edit.emit(at, "LayerNormalization", [norm.input[0], ones], output, name, axis=-1, epsilon=epsilon)
+    return write.one("LayerNormalization", [norm.input[0], ones], outputs=output, axis=-1, epsilon=epsilon)

@@ -274,35 +274,15 @@ class Walker:
             return self._reduce(i, node)
         if op == "BatchNormalization":
             return self._batch_norm(node)
-        raise Kind.ACROSS.decline("{node} acts on more than one token at a time", node=self.view.label(i))
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        shape = self.facts.shape(name)
-        if shape is None:
-            raise Kind.SHAPE.decline("the shape of '{tensor}' cannot be inferred", tensor=name)
-        return shape
+        raise self.view.decline(i, Kind.ACROSS, "{node} acts on more than one token at a time")
 
     def _elementwise(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
-        out = self._shape(node.output[0])
+        out = self.facts.known_shape(node.output[0])
         carrying = {n: self.flow.tokens[n] for n in node.input if n in self.flow.tokens}
-        merged: dict[int, TokenAxis] = {}
-        batch: Along | None = None
-        for name, tokens in carrying.items():
-            shift = len(out) - len(self._shape(name))
-            if tokens.batch is not None:
-                batch = replace(tokens.batch, axis=tokens.batch.axis + shift)
-            for each in tokens.axes:
-                moved = replace(each, along=replace(each.along, axis=each.along.axis + shift))
-                old = merged.setdefault(moved.along.axis, moved)
-                if old.along != moved.along or old.stage != moved.stage:
-                    raise Kind.PLACES.decline(
-                        "{node} joins tokens of different places in the network", node=self.view.label(i)
-                    )
-                if moved.counted and not old.counted:
-                    merged[moved.along.axis] = moved
+        batch, merged = self._joined(i, carrying, len(out))
         counted = any(a.counted for a in merged.values())
         if counted and (node.op_type not in _SCALES or (node.op_type in ("Mul", "Div") and len(carrying) > 1)):
-            raise Kind.ACROSS.decline("{node} changes attention probabilities one by one", node=self.view.label(i))
+            raise self.view.decline(i, Kind.ACROSS, "{node} changes attention probabilities one by one")
         if any(a.stage for a in merged.values()):
             for k, name in enumerate(node.input):
                 if name and name not in carrying:
@@ -311,24 +291,37 @@ class Walker:
                     self._check_other_axes(i, name, carrying[name], out, merged)
         return {node.output[0]: Tokens(batch, tuple(merged[a] for a in sorted(merged)))}
 
+    def _joined(self, i: int, carrying: Mapping[str, Tokens], rank: int) -> tuple[Along | None, dict[int, TokenAxis]]:
+        """The batch and the tokens of a result of `rank` axes to which operands are broadcast; all must agree."""
+        batch: Along | None = None
+        merged: dict[int, TokenAxis] = {}
+        for name, tokens in carrying.items():
+            moved = _shifted(tokens, rank - len(self.facts.known_shape(name)))
+            batch = moved.batch or batch
+            for each in moved.axes:
+                old = merged.setdefault(each.along.axis, each)
+                if old.along != each.along or old.stage != each.stage:
+                    raise self.view.decline(i, Kind.PLACES, "{node} joins tokens of different places in the network")
+                if each.counted and not old.counted:
+                    merged[each.along.axis] = each
+        return batch, merged
+
     def _check_other_axes(
         self, i: int, name: str, tokens: Tokens, out: tuple[int, ...], axes: Mapping[int, TokenAxis]
     ) -> None:
         """An operand with tokens on one axis must not have an entry for every token on another."""
-        shape = self._shape(name)
+        shape = self.facts.known_shape(name)
         shift = len(out) - len(shape)
         for axis, each in axes.items():
             own = axis - shift
             if each.stage and own >= 0 and shape[own] != 1 and tokens.axis(own) is None:
-                raise Kind.PER_TOKEN.decline(
-                    "{node} has an operand ('{tensor}') with an entry for every token",
-                    node=self.view.label(i),
-                    tensor=name,
+                raise self.view.decline(
+                    i, Kind.PER_TOKEN, "{node} has an operand ('{tensor}') with an entry for every token", tensor=name
                 )
 
     def _operand(self, i: int, k: int, name: str, out: tuple[int, ...], axes: Mapping[int, TokenAxis]) -> None:
         """An operand without tokens must be the same for all of them."""
-        shape = self._shape(name)
+        shape = self.facts.known_shape(name)
         shift = len(out) - len(shape)
         wide = [a - shift for a, each in axes.items() if a >= shift and shape[a - shift] != 1 and each.stage]
         if not wide:
@@ -337,24 +330,20 @@ class Walker:
             value = self.facts.array(name)
             for axis in wide:
                 if not (value == (one := np.take(value, [0], axis))).all():
-                    raise Kind.PER_TOKEN.decline(
-                        "{node} has a table ('{tensor}') with an entry for every token",
-                        node=self.view.label(i),
-                        tensor=name,
+                    raise self.view.decline(
+                        i, Kind.PER_TOKEN, "{node} has a table ('{tensor}') with an entry for every token", tensor=name
                     )
                 value = one
             self.flow.uniform[(i, k)] = value
         elif (single := uniform_value(self.view, self.facts, name)) is not None:
             self.flow.uniform[(i, k)] = single
         else:
-            raise Kind.PER_TOKEN.decline(
-                "{node} has an operand ('{tensor}') that depends on a token's place",
-                node=self.view.label(i),
-                tensor=name,
+            raise self.view.decline(
+                i, Kind.PER_TOKEN, "{node} has an operand ('{tensor}') that depends on a token's place", tensor=name
             )
 
     def _movement(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
-        data = self._moved_data(i, node)
+        data = self._moved_data(i)
         first = self.flow.tokens[data[0]]
         batches = self._moved(i, node, data, [self.flow.tokens[n].batch for n in data])
         ranges = [
@@ -370,34 +359,34 @@ class Walker:
             if axes:
                 batch = batches[name]
                 if first.batch is not None and not isinstance(batch, Along):
-                    raise Kind.BATCH.decline("{node} regroups the items of the batch", node=self.view.label(i))
+                    raise self.view.decline(i, Kind.BATCH, "{node} regroups the items of the batch")
                 result[name] = Tokens(batch if isinstance(batch, Along) else None, axes)
         if first.merged:
             if node.op_type not in _RESPELLS:
-                raise Kind.UNKNOWN.decline("{node} is not understood behind merged tokens", node=self.view.label(i))
+                raise self.view.decline(i, Kind.UNKNOWN, "{node} is not understood behind merged tokens")
             self.flow.respell.append(i)
         return result
 
-    def _moved_data(self, i: int, node: onnx.NodeProto) -> list[str]:
+    def _moved_data(self, i: int) -> list[str]:
         """The inputs whose tokens a node moves: all of them, from one place in the network."""
         data = data_inputs(self.view, i)
         if not any(n in self.flow.tokens for n in data):
-            raise Kind.PER_TOKEN.decline("{node} picks by tokens", node=self.view.label(i))
+            raise self.view.decline(i, Kind.PER_TOKEN, "{node} picks by tokens")
         if not all(n in self.flow.tokens for n in data):
-            raise Kind.PLACES.decline("{node} joins the tokens with others", node=self.view.label(i))
+            raise self.view.decline(i, Kind.PLACES, "{node} joins the tokens with others")
         if len({tuple((a.stage, a.counted) for a in self.flow.tokens[n].axes) for n in data}) > 1:
-            raise Kind.PLACES.decline("{node} joins tokens of different places in the network", node=self.view.label(i))
+            raise self.view.decline(i, Kind.PLACES, "{node} joins tokens of different places in the network")
         return data
 
     def _range_behind(self, i: int, moved: Along | int | None) -> Along | None:
         """Where tokens lie behind a movement; None where those are left alone that are never merged."""
         along = Along(0, 1, 1, moved) if isinstance(moved, int) else moved
         if along is None:
-            raise Kind.WINDOWS.decline("{node} regroups tokens (windows, pooling, a grid)", node=self.view.label(i))
+            raise self.view.decline(i, Kind.WINDOWS, "{node} regroups tokens (windows, pooling, a grid)")
         if self.sequence.is_special(along):
             return None
         if not self.sequence.is_whole(along):
-            raise Kind.WINDOWS.decline("{node} takes a part of the tokens", node=self.view.label(i))
+            raise self.view.decline(i, Kind.WINDOWS, "{node} takes a part of the tokens")
         return along
 
     def _moved(
@@ -410,15 +399,15 @@ class Walker:
         for name in node.input:
             if name in data:
                 place = places[data.index(name)]
-                shape = self._shape(name)
+                shape = self.facts.known_shape(name)
                 operands.append(np.zeros(shape, np.int64) if place is None else place.labels(shape).astype(np.int64))
             elif not name:
                 operands.append(None)
             else:
                 value = self.facts.value(name)
                 if value is None:
-                    raise Kind.CONTENTS.decline(
-                        "an operand of {node} ('{tensor}') is not known", node=self.view.label(i), tensor=name
+                    raise self.view.decline(
+                        i, Kind.CONTENTS, "an operand of {node} ('{tensor}') is not known", tensor=name
                     )
                 operands.append(value)
         found: dict[str, Along | int | None] = {}
@@ -430,17 +419,15 @@ class Walker:
     def _norm(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         name = next(n for n in node.input if n in self.flow.tokens)
         tokens = self.flow.tokens[name]
-        rank = len(self._shape(name))
+        rank = len(self.facts.known_shape(name))
         axis = int(attribute(node, "axis", -1)) % rank  # type: ignore[call-overload]
         reduced = {axis} if node.op_type == "LpNormalization" else set(range(axis, rank))
         if any(a.along.axis in reduced or a.counted for a in tokens.axes):
-            raise Kind.ACROSS.decline("{node} normalizes over tokens", node=self.view.label(i))
+            raise self.view.decline(i, Kind.ACROSS, "{node} normalizes over tokens")
         if node.op_type in _ADDS:
             both = [self.flow.tokens.get(n) for n in node.input[:2]]
             if both[0] != both[1]:
-                raise Kind.PLACES.decline(
-                    "{node} joins tokens of different places in the network", node=self.view.label(i)
-                )
+                raise self.view.decline(i, Kind.PLACES, "{node} joins tokens of different places in the network")
         full = [n for k, n in enumerate(node.output) if n and (k == 0 or node.op_type in _ADDS)]
         return dict.fromkeys(full, tokens)
 
@@ -453,44 +440,39 @@ class Walker:
     def _product(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         a, b = node.input[0], node.input[1]
         left, right = self.flow.tokens.get(a), self.flow.tokens.get(b)
-        if node.op_type != "MatMul" and (
-            attribute(node, "transA", 0) or (right is not None and node.op_type == "Gemm")
-        ):
-            raise Kind.ACROSS.decline("{node} multiplies tokens with a transposed operand", node=self.view.label(i))
-        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
-            bias = self._shape(node.input[2])
-            if len(bias) == 2 and bias[0] != 1:
-                raise Kind.PER_TOKEN.decline("{node} has a bias for every token", node=self.view.label(i))
-        rank = len(self._shape(node.output[0]))
-        rows, columns = self._sides(node, left, right, a, b)
+        self._check_operands(i, node, right)
+        rank = len(self.facts.known_shape(node.output[0]))
+        rows, columns = self._sides(node, a, b)
+        batch: Along | None = None
         axes: list[TokenAxis] = []
         for tokens, name, inner in ((left, a, rows[1]), (right, b, columns[0])):
             if tokens is None:
                 continue
-            shift = rank - len(self._shape(name))
-            for each in tokens.axes:
-                if each.along.axis != inner:
-                    axis = each.along.axis + shift
-                    axis = rank - 1 if name == b and each.along.axis == columns[1] else axis
-                    axes.append(replace(each, along=replace(each.along, axis=axis)))
+            moved = _shifted(tokens, rank - len(self.facts.known_shape(name)))
+            batch = moved.batch or batch
+            for old, each in zip(tokens.axes, moved.axes, strict=True):
+                last = name == b and old.along.axis == columns[1]
+                if old.along.axis != inner:
+                    axes.append(replace(each, along=replace(each.along, axis=rank - 1)) if last else each)
         self._check_sum(i, left, right, rows[1], columns[0], a, b)
         if len({x.along.axis for x in axes}) < len(axes):
-            raise Kind.ACROSS.decline("{node} pairs every token with itself", node=self.view.label(i))
-        batch = None
-        for tokens, name in ((left, a), (right, b)):
-            if tokens is not None and tokens.batch is not None:
-                batch = replace(tokens.batch, axis=tokens.batch.axis + rank - len(self._shape(name)))
+            raise self.view.decline(i, Kind.ACROSS, "{node} pairs every token with itself")
         return {node.output[0]: Tokens(batch, tuple(sorted(axes, key=lambda x: x.along.axis)))} if axes else {}
 
-    def _sides(
-        self, node: onnx.NodeProto, left: Tokens | None, right: Tokens | None, a: str, b: str
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _check_operands(self, i: int, node: onnx.NodeProto, right: Tokens | None) -> None:
+        """Neither a transposed operand may hold tokens, nor Gemm's bias an entry for each."""
+        gemm = node.op_type == "Gemm"
+        if node.op_type != "MatMul" and (attribute(node, "transA", 0) or (right is not None and gemm)):
+            raise self.view.decline(i, Kind.ACROSS, "{node} multiplies tokens with a transposed operand")
+        bias = self.facts.known_shape(node.input[2]) if gemm and len(node.input) > 2 and node.input[2] else ()
+        if len(bias) == 2 and bias[0] != 1:
+            raise self.view.decline(i, Kind.PER_TOKEN, "{node} has a bias for every token")
+
+    def _sides(self, node: onnx.NodeProto, a: str, b: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """(row axis, summed axis) of the first operand, (summed axis, column axis) of the second."""
-        ra, rb = len(self._shape(a)), len(self._shape(b))
+        ra, rb = len(self.facts.known_shape(a)), len(self.facts.known_shape(b))
         if min(ra, rb) < 2:
-            raise Kind.UNKNOWN.decline(
-                "{node} multiplies with a vector", node=self.view.label(self.view.producer[node.output[0]])
-            )
+            raise self.view.decline(self.view.producer[node.output[0]], Kind.UNKNOWN, "{node} multiplies with a vector")
         turned = bool(attribute(node, "transB", 0))
         return (ra - 2, ra - 1), ((rb - 1, rb - 2) if turned else (rb - 2, rb - 1))
 
@@ -505,29 +487,28 @@ class Walker:
         if one is None or two is None:
             present, what = (one, b) if one is not None else (two, a)
             if present is not None and present.stage:
-                raise Kind.ACROSS.decline(
-                    "{node} sums over tokens with weights of their own ('{tensor}')",
-                    node=self.view.label(i),
-                    tensor=what,
+                raise self.view.decline(
+                    i, Kind.ACROSS, "{node} sums over tokens with weights of their own ('{tensor}')", tensor=what
                 )
             return
         if one.stage != two.stage or (one.stage and one.counted == two.counted):
-            raise Kind.ACROSS.decline(
-                "{node} sums over tokens without a softmax in front (linear attention)", node=self.view.label(i)
+            raise self.view.decline(
+                i, Kind.ACROSS, "{node} sums over tokens without a softmax in front (linear attention)"
             )
 
     def _softmax(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         tokens = self.flow.tokens[node.input[0]]
-        rank = len(self._shape(node.input[0]))
+        shape = self.facts.known_shape(node.input[0])
+        rank = len(shape)
         default = -1 if self.view.model.opset >= 13 else 1
         axis = int(attribute(node, "axis", default)) % rank  # type: ignore[call-overload]
         over = tokens.axis(axis)
         if any(a.counted for a in tokens.axes) or (self.view.model.opset < 13 and axis != rank - 1):
-            raise Kind.ACROSS.decline("{node} runs over more than one axis", node=self.view.label(i))
+            raise self.view.decline(i, Kind.ACROSS, "{node} runs over more than one axis")
         if over is None:
             return {node.output[0]: tokens}
-        if node.op_type != "Softmax" or over.along.inner != 1 or over.along.count != self._shape(node.input[0])[axis]:
-            raise Kind.ACROSS.decline("{node} runs over tokens and something else", node=self.view.label(i))
+        if node.op_type != "Softmax" or over.along.inner != 1 or over.along.count != shape[axis]:
+            raise self.view.decline(i, Kind.ACROSS, "{node} runs over tokens and something else")
         if over.stage:
             self._check_broadcast(i, tokens, node.input[0])
             self.flow.sized.append(i)
@@ -536,44 +517,42 @@ class Walker:
 
     def _check_broadcast(self, i: int, tokens: Tokens, name: str) -> None:
         """The items of the batch must be found on one axis, outermost there, so that each gets its own sizes."""
-        shape, batch = self._shape(name), tokens.batch
+        shape, batch = self.facts.known_shape(name), tokens.batch
         if batch is not None and (batch.axis != 0 or batch.inner * batch.count != shape[0]):
-            raise Kind.BATCH.decline("{node} has heads outside the batch on one axis", node=self.view.label(i))
+            raise self.view.decline(i, Kind.BATCH, "{node} has heads outside the batch on one axis")
 
     def _fused(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         q, k, v = (self.flow.tokens.get(n) for n in [*node.input, "", ""][:3])
         if k is None or v is None or any(n in self.flow.tokens for n in node.input[3:]):
-            raise Kind.ACROSS.decline("{node} is no plain attention over the tokens", node=self.view.label(i))
+            raise self.view.decline(i, Kind.ACROSS, "{node} is no plain attention over the tokens")
         if attribute(node, "is_causal", 0) or attribute(node, "unidirectional", 0):
-            raise Kind.CAUSAL.decline("{node} is causal", node=self.view.label(i))
+            raise self.view.decline(i, Kind.CAUSAL, "{node} is causal")
         if len(k.axes) != 1 or len(v.axes) != 1 or k.axes[0].stage != v.axes[0].stage or k.axes != v.axes:
-            raise Kind.PLACES.decline(
-                "{node} takes keys and values of different places in the network", node=self.view.label(i)
-            )
+            raise self.view.decline(i, Kind.PLACES, "{node} takes keys and values of different places in the network")
         if any(n for n in node.output[1:]):
-            raise Kind.OUTPUT.decline("{node} returns its keys, values or scores", node=self.view.label(i))
+            raise self.view.decline(i, Kind.OUTPUT, "{node} returns its keys, values or scores")
         if k.axes[0].stage:
             place = SCORE_TERMS[node.op_type]
             for j, name in enumerate(node.input):
                 if j < 3 or not name:
                     continue
                 if j != place or uniform_value(self.view, self.facts, name) is None:
-                    raise Kind.PER_TOKEN.decline(
-                        "{node} has a mask or position bias ('{tensor}')", node=self.view.label(i), tensor=name
+                    raise self.view.decline(
+                        i, Kind.PER_TOKEN, "{node} has a mask or position bias ('{tensor}')", tensor=name
                     )
             if k.batch is not None and (k.batch.axis != 0 or k.batch.inner != 1):
-                raise Kind.BATCH.decline("{node} has its batch on another axis", node=self.view.label(i))
+                raise self.view.decline(i, Kind.BATCH, "{node} has its batch on another axis")
             self.flow.sized.append(i)
         return {node.output[0]: q} if q is not None else {}
 
     def _reduce(self, i: int, node: onnx.NodeProto) -> dict[str, Tokens]:
         name = node.input[0]
-        tokens, shape = self.flow.tokens[name], self._shape(name)
+        tokens, shape = self.flow.tokens[name], self.facts.known_shape(name)
         axes = averaged_axes(self.facts, node, len(shape))
         keep = node.op_type == "GlobalAveragePool" or bool(attribute(node, "keepdims", 1))
         inside = [a for a in tokens.axes if a.along.axis in axes]
         if any(a.counted for a in tokens.axes):
-            raise Kind.ACROSS.decline("{node} sums attention probabilities", node=self.view.label(i))
+            raise self.view.decline(i, Kind.ACROSS, "{node} sums attention probabilities")
         if inside and inside[0].stage:
             self._check_mean(i, node, tokens, inside[0], shape)
         shift = {a: a - (0 if keep else sum(r < a for r in axes)) for a in range(len(shape))}
@@ -591,13 +570,11 @@ class Walker:
         batch, along = tokens.batch, over.along
         plain = along.inner == 1 and along.count == shape[along.axis] and along.axis > 0
         if node.op_type not in ("ReduceMean", "ReduceSum", "GlobalAveragePool") or not plain or len(tokens.axes) > 1:
-            raise Kind.ACROSS.decline(
-                "{node} takes another statistic than a mean over the tokens", node=self.view.label(i)
-            )
+            raise self.view.decline(i, Kind.ACROSS, "{node} takes another statistic than a mean over the tokens")
         if batch is not None and (
             batch.axis != 0 or batch.inner != 1 or 0 in averaged_axes(self.facts, node, len(shape))
         ):
-            raise Kind.BATCH.decline("{node} has its batch on another axis", node=self.view.label(i))
+            raise self.view.decline(i, Kind.BATCH, "{node} has its batch on another axis")
         self.flow.weighted.append(i)
 
 
@@ -611,6 +588,12 @@ def averaged_axes(facts: Facts, node: onnx.NodeProto, rank: int) -> set[int]:
     if axes is None:
         raise Kind.CONTENTS.decline("the axes of a reduction are not known")
     return set(axes)
+
+
+def _shifted(tokens: Tokens, by: int) -> Tokens:
+    """Tokens of a tensor that gets `by` axes in front."""
+    batch = tokens.batch and replace(tokens.batch, axis=tokens.batch.axis + by)
+    return Tokens(batch, tuple(replace(a, along=replace(a.along, axis=a.along.axis + by)) for a in tokens.axes))
 
 
 def _at_stage(tokens: Tokens, stage: int) -> Tokens:

@@ -6,7 +6,7 @@ hold; attentions learn the tokens' sizes, means over tokens too, and what wants 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -189,12 +189,8 @@ class _Sequence:
     def _change(self, i: int, node: onnx.NodeProto, made: Sequence[str]) -> None:
         """Write one node anew, with what must stand in front of it and behind."""
         copy = self.work.copy(i)
-        for name in [n for n, reader in self.flow.unmerge if reader == i]:
-            _substitute(copy, name, self._unmerged(i, name))
-        for name in [n for n, reader in self.drops if reader == i]:
-            _substitute(copy, name, self._special(i, name))
-        for name in [n for n in node.input if n in self.renamed]:
-            _substitute(copy, name, self.renamed[name])
+        for name, new in self._read_instead(i, node):
+            _substitute(copy, name, new)
         for k in [k for reader, k in self.flow.uniform if reader == i]:
             copy.input[k] = self.edit.constant(f"{node.input[k]}/of_any_token", self.flow.uniform[(i, k)])
         if i in self.flow.respell:
@@ -213,6 +209,12 @@ class _Sequence:
                 self._merge(i, name, self.renamed[name])
             if (name, -1) in self.flow.unmerge:
                 self.edit.emit(i, "Identity", [self._unmerged(i, name)], name, f"{name}/unmerged")
+
+    def _read_instead(self, i: int, node: onnx.NodeProto) -> Iterator[tuple[str, str]]:
+        """Tensors that a node reads, with those that it has to read now."""
+        yield from ((name, self._unmerged(i, name)) for name, reader in self.flow.unmerge if reader == i)
+        yield from ((name, self._special(i, name)) for name, reader in self.drops if reader == i)
+        yield from ((name, self.renamed[name]) for name in node.input if name in self.renamed)
 
     def _note(self, node: onnx.NodeProto) -> None:
         """Remember where the old extents of merged tensors can be read, for what computes with them."""
