@@ -41,6 +41,7 @@ from toast_onnx_calibration.costs import measure_costs, onnxruntime_runtime
 from toast_onnx_calibration.labels import open_labels
 from toast_onnx_calibration.planning import (
     POINTS,
+    TRIAL_SAMPLES,
     Budget,
     counted_groups,
     plan_counted,
@@ -96,6 +97,7 @@ def arguments() -> argparse.Namespace:
     parser = parser_with_data(__doc__)
     parser.add_argument("--cut", type=float, default=0.35, help="share of the blocks' MACs that goes")
     parser.add_argument("--samples", type=int, default=256, help="images to plan with")
+    parser.add_argument("--trial-samples", type=int, default=TRIAL_SAMPLES, help="of them, the first that trials run")
     parser.add_argument("--points", type=float, nargs="+", default=POINTS, help="ratios measured for each part")
     parser.add_argument("--allocations", type=int, default=10, help="random allocations to rank")
     parser.add_argument("--latency", type=float, help="also plan for this share of the latency")
@@ -122,10 +124,11 @@ def planner(
     if not (folder / "statistics.npz").exists():
         calibrate(look, images, folder / "statistics.npz", statistics_for(look, settings, PARTS), reading)
     statistics = CalibratedStatistics(look, folder / "statistics.npz")
-    trials = Trials(look, read_samples(look, images, reading, work), reading, work)
+    samples = read_samples(look, images, reading, work)
+    trials = Trials(look, samples, reading, work).on_first(options.trial_samples)
     solver = Solver(look, settings, statistics)
     results = folder / "sensitivity.json"
-    found = resume(results, identity_of(look, trials, settings, statistics), "kl", None)
+    found = resume(results, identity_of(look, trials, len(samples.rows), settings, statistics), "kl", None)
     grid = trial_grid(look, settings, PARTS, options.points)
 
     def note(done: int, total: int, what: str) -> None:

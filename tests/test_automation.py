@@ -67,7 +67,6 @@ def test_the_core_brings_only_what_the_core_imports() -> None:
         "onnxruntime-gpu": "onnxruntime",
         "Pillow": "PIL",
         "PyYAML": "yaml",
-        "onnx-graphsurgeon": "onnx_graphsurgeon",
     }
     rooms = ("toast_onnx", "calibration", "cli")
     text = "\n".join(p.read_text(encoding="utf-8") for room in rooms for p in (ROOT / room).rglob("*.py"))

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.helper
-import onnx.numpy_helper
-import onnx_graphsurgeon as gs
 
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear
@@ -219,22 +217,28 @@ def drop_attributes(node: onnx.NodeProto, *names: str) -> None:
 
 
 def tidy(model: Model) -> None:
-    """Drop nodes and initializers that no output needs, and value_info that may be stale; keep the rest as it is.
-
-    onnx-graphsurgeon says what is dead (subgraphs included); the surviving protobuf nodes stay untouched.
-    """
+    """Drop nodes and initializers that no output needs, and value_info that may be stale; keep the rest as it is."""
     graph = model.proto.graph
-    # An input-less copy of the initializers is enough for reachability and does not load a weight.
-    shadow = gs.import_onnx(model.proto).cleanup(remove_unused_graph_inputs=False)
-    alive_nodes = {output.name for node in shadow.nodes for output in node.outputs if output.name}
-    alive_tensors = set(shadow.tensors()) | {t.name for t in shadow.outputs}
-    nodes = [n for n in graph.node if any(o in alive_nodes for o in n.output)]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    used = {name for node in nodes for name in reads(node)} | {o.name for o in graph.output}
-    initializers = [t for t in graph.initializer if t.name in alive_tensors or t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(initializers)
+    nodes = list(graph.node)
+    producer = {name: k for k, node in enumerate(nodes) for name in node.output if name}
+    alive: set[int] = set()
+    pending = [o.name for o in graph.output]
+    while pending:
+        k = producer.get(pending.pop())
+        if k is not None and k not in alive:
+            alive.add(k)
+            pending.extend(reads(nodes[k]))
+    kept = [nodes[k] for k in sorted(alive)]
+    # an initializer that is an input, too, is part of what the graph promises
+    used = {name for node in kept for name in reads(node)}
+    used |= {value.name for values in (graph.input, graph.output) for value in values}
+    initializers = [t for t in graph.initializer if t.name in used]
+    if len(kept) < len(nodes):
+        del graph.node[:]
+        graph.node.extend(kept)
+    if len(initializers) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(initializers)
     names = {t.name for t in initializers}
     model.arrays = {name: value for name, value in model.arrays.items() if name in names}
     del graph.value_info[:]

@@ -14,6 +14,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -265,10 +266,21 @@ def model_files(path: Path) -> list[Path]:
     Raises:
         ModelError: as for `read_graph` and `check_files`.
     """
-    proto = read_graph(path)
+    state = regular_file(path, ModelError, "give the path of an .onnx file", remember=False)
+    check_link(path, path)
+    proto = onnx.ModelProto()
+    proto.CopyFrom(_outside(path, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)))
     check_files(proto, path)
     names = {external.ExternalDataInfo(t).location for t in all_tensors(proto) if external.uses_external_data(t)}
     return [path, *(path.parent / name for name in sorted(names))]
+
+
+@lru_cache(maxsize=8)
+def _outside(path: Path, _state: tuple[int, ...]) -> onnx.ModelProto:
+    """The tensors of a graph file whose values lie outside of it; in that state it is read once."""
+    found = onnx.ModelProto()
+    found.graph.initializer.extend(t for t in all_tensors(read_graph(path)) if external.uses_external_data(t))
+    return found
 
 
 def links_out(path: Path) -> dict[str, Path]:

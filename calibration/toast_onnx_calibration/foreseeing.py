@@ -27,7 +27,8 @@ class Foreseen:
         trials: models that are run on the samples.
         seconds: in one process, as busy as the machine is now.
         disk: bytes of working files at their most.
-        samples: that are run.
+        samples: that are drawn.
+        trial_samples: that single parts are run on.
         tried: samples that this was measured on.
     """
 
@@ -35,6 +36,7 @@ class Foreseen:
     seconds: float
     disk: int
     samples: int
+    trial_samples: int
     tried: int
 
 
@@ -48,6 +50,7 @@ def foresee(
     statistics: Path | None = None,
     output: str | None = None,
     planned: bool = False,
+    trial_samples: int | None = None,
 ) -> Foreseen:
     """Measure one trial of every part on one batch, and say what all trials on all samples will take.
 
@@ -61,6 +64,7 @@ def foresee(
         statistics: file of earlier measurements; None measures them first.
         output: as for `open_work`.
         planned: whether schedules of merging, and then whole plans, are run behind the trials.
+        trial_samples: how many samples trials run on; None for all.
 
     Raises:
         ToastError: as for `open_work`.
@@ -68,6 +72,7 @@ def foresee(
     count = drawn(data, options.samples)
     tried = min(options.batch, count or options.batch)
     longer = 1.0 if count is None else count / tried
+    run = min(count or tried, max(tried, trial_samples or count or tried))
     running = 0.0
 
     @contextmanager
@@ -91,12 +96,12 @@ def foresee(
         first = {trial.part: trial for trial in reversed(trials)}
         for _ in work.damages(list(first.values())):
             pass
-        ahead = [(trial.part, work.cost(trial)) for trial in trials]
+        ahead = [(trial.part, work.cost(trial) * run / (count or run)) for trial in trials]
         number = len(trials)
         tokens = open_token_trials(dense, settings, work.trials, work.merged) if planned and TOKENS in parts else None
         if tokens is not None:
             schedules = trials_needed(tokens)
-            ahead += [(TOKENS, min(1.0, SAMPLES / (count or SAMPLES)))] * schedules
+            ahead += [(TOKENS, min(run, SAMPLES) / (count or run))] * schedules
             number += schedules
         if planned:
             whole = [(part, 0.0) for part in parts if part != TOKENS for _ in dense.match.blocks]
@@ -105,4 +110,6 @@ def foresee(
         seconds += work.forecast.seconds(ahead, longer) or 0.0
     wanted = statistics_for(dense, settings, [p for p in parts if p != TOKENS])  # type: ignore[misc]
     spool = spool_bytes(dense, pass_links(dense, wanted, options), count or 0) if wanted and statistics is None else 0
-    return Foreseen(number, seconds, max(spool, working_bytes(dense, count, output)), count or 0, tried)
+    return Foreseen(
+        number, seconds, max(spool, working_bytes(dense, count, output)), count or 0, min(run, count or 0), tried
+    )

@@ -13,7 +13,7 @@ from toast_onnx.planning.ratios import Ratios
 from toast_onnx_calibration import calibrating
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.needs import needed
-from toast_onnx_calibration.planning import POINTS, Budget, check_settings
+from toast_onnx_calibration.planning import POINTS, TRIAL_SAMPLES, Budget, check_settings
 from toast_onnx_calibration.plans import Plan, Planner
 from toast_onnx_calibration.sensitivity_trials import Sensitivity, measure, resume, trial_grid
 from toast_onnx_calibration.statistics import CalibratedStatistics
@@ -69,6 +69,7 @@ def plan(
     settings: Ratios | None = None,
     parts: Sequence[str] = ("tokens", "heads", "qk", "vo", "fc2"),
     points: Sequence[float] = POINTS,
+    trial_samples: int | None = TRIAL_SAMPLES,
     preprocess: str | None = None,
     samples: int | None = SAMPLES,
     seed: int = 0,
@@ -84,6 +85,7 @@ def plan(
         settings: selection, scores, compensation and alignment; its ratios do not count.
         parts: what may shrink; `tokens` merges tokens where they can be merged and `macs` is the budget.
         points: ratios that are measured.
+        trial_samples: how many of the samples are run for each; None for all.
         preprocess: as for `calibrate`.
         samples: as for `calibrate`.
         seed: as for `calibrate`.
@@ -100,7 +102,7 @@ def plan(
     settings = settings or Ratios()
     check_settings(settings)
     chosen = CalibrationOptions(preprocess=preprocess, samples=samples, seed=seed, **options)
-    with open_work(model, data, settings, parts, chosen) as work:
+    with open_work(model, data, settings, parts, chosen, trial_samples=trial_samples) as work:
         return Planner(model, settings, tuple(parts), tuple(points), None, None, None, work).plan(budgets[0])
 
 

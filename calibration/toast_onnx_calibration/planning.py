@@ -52,6 +52,8 @@ P = TypeVar("P")
 BudgetKind = Literal["macs", "params", "latency"]
 #: Fractions removed at which every part of every block is measured.
 POINTS = (0.25, 0.6)
+#: Samples that this is measured on unless told otherwise; the plan itself is judged on all.
+TRIAL_SAMPLES = 128
 #: A latency that was measured this close to the budget is met.
 TOLERANCE = 0.03
 #: Rounds of measuring a planned model and correcting the budget for what the table did not see.

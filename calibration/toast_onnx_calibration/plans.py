@@ -208,7 +208,8 @@ class Planner:
             },
             "predicted": {"metric": _metric(metric), "damage": predicted},
             "measured": measured,
-            "samples": len(work.trials.samples.rows),
+            "samples": len(work.judge.samples.rows),
+            "trial_samples": len(work.trials.samples.rows),
             "statistics_sha256": None if work.narrowing is None else work.narrowing.sha256,
             "kept": {str(b): dict(kept) for b, kept in plan.kept.items()},
             "tokens": None if schedule is None or tokens is None else _tokens(tokens, schedule),
@@ -305,7 +306,7 @@ def _measured(
     smaller = {b: kept for b, kept in smaller.items() if kept}
     new = work.narrowing.solver.weights(smaller) if smaller and work.narrowing is not None else {}
     if schedule is None or tokens is None:
-        return _Measured(planned_ratios(settings, plan.kept, widths), work.trials.damage(new) if new else {}, {})
+        return _Measured(planned_ratios(settings, plan.kept, widths), work.judge.damage(new) if new else {}, {})
     ratios = planned_ratios(settings, plan.kept, widths, exact_shares(tokens.tokens, schedule.removed))
     _, merged, _ = merge_tokens(dense, rewritten(dense, new) if new else dense.source, ratios)
     look = study(merged, dense.counted_shapes)
@@ -313,7 +314,7 @@ def _measured(
         "macs": graph_macs(look.view, look.counted) / graph_macs(dense.view, dense.counted),
         "params": graph_params(look.view) / graph_params(dense.view),
     }
-    return _Measured(ratios, work.trials.damage_of(merged), counted)
+    return _Measured(ratios, work.judge.damage_of(merged), counted)
 
 
 def _tokens(tokens: TokenTrials, schedule: Schedule) -> dict[str, Any]:

@@ -120,6 +120,7 @@ class Trials:
             ConfigError: there is no such output, or labels for one that is no class scores.
         """
         self.study, self.samples, self.options, self.folder = study, samples, options, folder
+        self._known = labels
         self.output = chosen_output(study, output)
         self.classes = is_classifier(study, self.output)
         if labels is not None and not self.classes:
@@ -135,6 +136,18 @@ class Trials:
         if dense is None:
             dense = store_values(folder / "dense.npy", self._whole(study.view.model), samples.count)
         self.dense = dense
+
+    def on_first(self, count: int | None) -> Trials:
+        """The same on the first so many samples, in whole batches; itself where those are all, or None is given."""
+        few = self.samples if count is None else self.samples.first(count)
+        if few.count == self.samples.count:
+            return self
+        folder = self.folder / "first"
+        folder.mkdir(exist_ok=True)
+        labels = None
+        if self._known is not None and any(row in self._known.by_row for row in few.rows):
+            labels = self._known
+        return Trials(self.study, few, self.options, folder, self.output, labels, self.dense[: few.count])
 
     def damage(self, new: Mapping[int, BlockWeights]) -> dict[str, float]:
         """Damage at the output of the model with these new weights.

@@ -123,7 +123,7 @@ class Sensitivity(Shown):
             cells = {t.ratio: t.damage[self.metric] for t in self.trials if (t.block, t.part) == (block, part)}
             rows.append([str(block), part, *(f"{cells[r]:.3g}" if r in cells else "" for r in columns)])
         what = "KL in nats" if self.metric == "kl" else "relative error"
-        samples = self.identity["data"]["samples"]
+        samples = self.identity["trial_samples"]
         sides: list[Side] = ["right", "left", *(["right"] * len(columns))]  # type: ignore[list-item]
         title = f"{what} at the output by fraction removed, {samples} samples"
         return Table(title, ["block", "part", *(f"{r:g}" for r in columns)], rows, sides)
@@ -236,9 +236,17 @@ class Solver:
 
 
 def identity_of(
-    study: Study, trials: Trials, settings: Ratios, statistics: CalibratedStatistics | None
+    study: Study, trials: Trials, samples: int, settings: Ratios, statistics: CalibratedStatistics | None
 ) -> dict[str, Any]:
-    """What results belong to; without statistics, where only tokens are merged."""
+    """What results belong to.
+
+    Args:
+        study: the model.
+        trials: what runs them.
+        samples: how many there are, of which trials may run the first ones.
+        settings: how parts are pruned.
+        statistics: of the dense model; None where only tokens are merged.
+    """
     path = study.view.model.path
     stated = {} if statistics is None else statistics.to_document()
     measured = {k: v for k, v in stated.items() if k not in ("source", "data", "notes")}
@@ -251,8 +259,9 @@ def identity_of(
             "source": source.description,
             "fingerprint": source.fingerprint,
             "preprocessing": source.recipe.model_dump(mode="json") if source.recipe else None,
-            "samples": len(trials.samples.rows),
+            "samples": samples,
         },
+        "trial_samples": len(trials.samples.rows),
         "statistics": measured,
         "settings": {key: document[key] for key in ("attention", "ffn", "align", "compensation")}
         | ({"blocks": document["blocks"]} if document.get("blocks") else {}),
@@ -328,6 +337,7 @@ def resume(path: Path | None, identity: dict[str, Any], metric: str, dense_top1:
     if path is None or not path.exists():
         return fresh
     document = read_results(path)
+    document["trial_samples"] = _tried(document)
     for key, value in fresh.identity.items():
         if _comparable(document.get(key)) != _comparable(value):
             raise ConfigError(
@@ -351,6 +361,21 @@ def known(path: Path | None) -> Sensitivity:
     return Sensitivity({}, document["metric"], None, [Trial(**t) for t in document["trials"]])
 
 
+def trial_samples_of(path: Path | None) -> int | None:
+    """How many samples the trials of a file of results ran on; None where there is no file.
+
+    Raises:
+        DataError: as for `known`.
+    """
+    return None if path is None or not path.exists() else _tried(read_results(path))
+
+
+def _tried(document: Mapping[str, Any]) -> int | None:
+    """How many samples its trials ran on: all of them in files that do not say."""
+    found: int | None = document.get("trial_samples", document.get("data", {}).get("samples"))
+    return found
+
+
 class _Trial(BaseModel):
     """A trial as it stands in a file of results."""
 
@@ -370,11 +395,21 @@ class _Trial(BaseModel):
         return part
 
 
+class _Data(BaseModel):
+    """What is read again of the samples of a file of results."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    samples: Annotated[int, Field(ge=1)] = 1
+
+
 class _Results(BaseModel):
     """What is read again of a file of results."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
+    data: _Data = Field(default_factory=_Data)
+    trial_samples: Annotated[int, Field(ge=1)] = 1
     metric: str
     dense_top1: float | None
     trials: list[_Trial]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,12 @@ class Samples:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of one batch by input name."""
         return {name: tuple(array.shape[1:]) for name, array in self.feeds.items()}
+
+    def first(self, count: int) -> Samples:
+        """The batches of the first so many samples, one batch at least; all where there are no more."""
+        batches = min(self.count, max(1, count // self.size))
+        feeds = {name: array[:batches] for name, array in self.feeds.items()}
+        return replace(self, feeds=feeds, rows=self.rows[: batches * self.size])
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
         for k in range(self.count):

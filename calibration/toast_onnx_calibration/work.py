@@ -70,7 +70,8 @@ class Work:
     """What damages are measured with.
 
     Attributes:
-        trials: runs new weights.
+        judge: runs whole plans, on all samples.
+        trials: runs single parts and schedules of merging; on the first samples where those are to do.
         narrowing: what makes new weights; None where only tokens are merged.
         settings: how parts would be pruned.
         labels: class numbers, None without.
@@ -78,6 +79,7 @@ class Work:
         forecast: learns how long trials take.
     """
 
+    judge: Trials
     trials: Trials
     narrowing: Narrowing | None
     settings: Ratios
@@ -133,7 +135,7 @@ class Work:
 
     def order(self) -> WorkOrder:
         """What another process opens the same from."""
-        trials, samples = self.trials, self.trials.samples
+        trials, samples = self.judge, self.judge.samples
         feeds = {name: np.asarray(array) for name, array in samples.feeds.items()}
         path = trials.study.view.model.path.absolute()
         return WorkOrder(
@@ -146,12 +148,14 @@ class Work:
             self.labels,
             self.settings,
             trials.options.sent(path),
+            len(self.trials.samples.rows),
         )
 
     def identity(self) -> dict[str, Any]:
         """What results measured with this belong to."""
         statistics = None if self.narrowing is None else self.narrowing.statistics
-        return identity_of(self.trials.study, self.trials, self.settings, statistics)
+        samples = len(self.judge.samples.rows)
+        return identity_of(self.trials.study, self.trials, samples, self.settings, statistics)
 
     def damage(self, trial: Trial) -> dict[str, float]:
         """Make what a trial says and measure it: one part of one block smaller, or tokens merged behind it."""
@@ -178,6 +182,7 @@ class WorkOrder(ByOptions):
         labels: class numbers, None without.
         settings: how parts would be pruned.
         options: provider and threads.
+        trial_samples: how many of the samples trials run on.
     """
 
     model: Path
@@ -189,6 +194,7 @@ class WorkOrder(ByOptions):
     labels: Labels | None
     settings: Ratios
     options: CalibrationOptions
+    trial_samples: int
 
     @property
     def files(self) -> tuple[tuple[Path, ...], ...]:
@@ -201,11 +207,11 @@ class WorkOrder(ByOptions):
         """The same work in a process of its own."""
         dense = study(load_model(find(self.model)), self.given)
         check_room(working_bytes(dense, len(self.samples.rows), self.output))
-        trials = Trials(dense, self.samples, self.options, folder, self.output, self.labels, self.dense)
+        judge = Trials(dense, self.samples, self.options, folder, self.output, self.labels, self.dense)
         narrowing = None
         if self.statistics is not None:
             narrowing = _narrowing(dense, self.settings, find(self.statistics))
-        yield Work(trials, narrowing, self.settings, self.labels)
+        yield Work(judge, judge.on_first(self.trial_samples), narrowing, self.settings, self.labels)
 
 
 def working_bytes(dense: Study, samples: int | None, output: str | None = None) -> int:
@@ -246,6 +252,7 @@ def open_work(
     calibrating: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
     note: Callable[[str], object] = lambda _: None,
     executor: Executor | None = None,
+    trial_samples: int | None = None,
 ) -> Iterator[Work]:
     """Statistics, samples and the dense model's answers, in a folder that is removed at the end.
 
@@ -261,6 +268,7 @@ def open_work(
         calibrating: opens what is called after every batch of calibration.
         note: called with what the user should know of the samples.
         executor: who measures; None for this process.
+        trial_samples: how many of the samples trials run on, in whole batches; None for all.
 
     Raises:
         ConfigError: nothing can be pruned.
@@ -282,8 +290,8 @@ def open_work(
         samples = read_samples(dense, data, options, folder)
         for text in samples.notes:
             note(text)
-        trials = Trials(dense, samples, options, folder, output, known)
+        judge = Trials(dense, samples, options, folder, output, known)
         narrowing = _narrowing(dense, settings, path) if path is not None and narrow else None
-        work = Work(trials, narrowing, settings, known)
+        work = Work(judge, judge.on_first(trial_samples), narrowing, settings, known)
         with (executor or Here()).open(work) as pool:
             yield replace(work, pool=pool)

@@ -16,7 +16,7 @@ from toast_onnx_cli.console import print_json, say_note, show_table
 from toast_onnx_cli.destinations import check_destinations, read_files, result_options
 from toast_onnx_cli.models import FILE, MODEL, beside
 from toast_onnx_cli.numbers import FiniteRange
-from toast_onnx_cli.planners import open_planner
+from toast_onnx_cli.planners import open_planner, trial_samples_for
 from toast_onnx_cli.planning_options import (
     comma_list,
     dry_run_option,
@@ -66,6 +66,11 @@ share = FiniteRange(0, 1, min_open=True, max_open=True)
 )
 @click.option("--points", callback=fractions, default="0.25,0.6", show_default=True, help="Ratios that are measured.")
 @click.option(
+    "--trial-samples",
+    type=click.IntRange(1),
+    help="Samples that are run for each; by default what --sensitivity was measured on, else 128.",
+)
+@click.option(
     "--sensitivity",
     "results",
     type=FILE,
@@ -86,6 +91,7 @@ def command(
     target: str,
     tie: bool | None,
     points: tuple[float, ...],
+    trial_samples: int | None,
     results: Path | None,
     costs: Path | None,
     no_timing: bool,
@@ -128,9 +134,10 @@ def command(
     if dry_run:
         narrow = tuple(p for p in parts if p != TOKENS)
         grid = missing(trial_grid(dense, planning.settings, narrow, points), known(results))
-        show_foreseen(dense, planning, parts, grid, as_json, planned=True)
+        show_foreseen(dense, planning, parts, grid, as_json, True, trial_samples_for(trial_samples, results))
         return
-    with open_planner(dense, planning, parts, points, results, chosen[0].kind, costs, no_timing) as planner:
+    kind = chosen[0].kind
+    with open_planner(dense, planning, parts, points, results, kind, costs, no_timing, trial_samples) as planner:
         plan = planner.plan(chosen[0])
     if plan.missed:
         say_note(plan.missed)

@@ -34,6 +34,7 @@ def open_planner(
     kind: str = "macs",
     costs: Path | None = None,
     no_timing: bool = False,
+    trial_samples: int | None = None,
 ) -> Iterator[Planner]:
     """What plans for budgets of a kind; statistics, samples and the dense model's answers are taken here, once.
 
@@ -46,14 +47,27 @@ def open_planner(
         kind: macs, params or latency.
         costs: latency table, read or written.
         no_timing: trust the table.
+        trial_samples: how many samples are run for what is measured, as for `trial_samples_for`.
     """
     from toast_onnx_calibration.plans import Planner
 
     table, runtime = _costs(dense, planning, parts, costs, no_timing) if kind == "latency" else (None, None)
     if table is not None:
         parts = _timed(dense, table, parts)
-    with open_trials(dense, planning, parts) as work:
+    with open_trials(dense, planning, parts, trial_samples_for(trial_samples, results)) as work:
         yield Planner(dense, planning.settings, parts, points, results, table, runtime, work, _measuring)
+
+
+def trial_samples_for(asked: int | None, results: Path | None) -> int:
+    """How many samples trials run on: what was asked for, else what those of a results file ran on, else the default.
+
+    Raises:
+        DataError: the file is damaged, or no results file.
+    """
+    from toast_onnx_calibration.planning import TRIAL_SAMPLES
+    from toast_onnx_calibration.sensitivity_trials import trial_samples_of
+
+    return asked or trial_samples_of(results) or TRIAL_SAMPLES
 
 
 def _costs(

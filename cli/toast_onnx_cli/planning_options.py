@@ -205,6 +205,7 @@ def show_foreseen(
     trials: Sequence[Trial],
     as_json: bool,
     planned: bool = False,
+    trial_samples: int | None = None,
 ) -> None:
     """Say what measuring trials will take.
 
@@ -215,6 +216,7 @@ def show_foreseen(
         trials: to be measured.
         as_json: print one JSON document.
         planned: whether a plan is made of them.
+        trial_samples: how many samples they run on; None for all.
     """
     from toast_onnx_calibration.foreseeing import foresee
 
@@ -228,6 +230,7 @@ def show_foreseen(
         planning.statistics,
         planning.output,
         planned,
+        trial_samples,
     )
     place = tempfile.gettempdir()
     free = shutil.disk_usage(place).free
@@ -239,17 +242,20 @@ def show_foreseen(
                 "disk_bytes": found.disk,
                 "free_bytes": free,
                 "samples": found.samples,
+                "trial_samples": found.trial_samples,
                 "measured_on": found.tried,
             }
         )
         return
-    click.echo(f"trials: {found.trials}, on {found.samples} samples each")
+    click.echo(f"trials: {found.trials}, on {found.trial_samples} samples each")
     click.echo(f"time: {format_seconds(found.seconds)} in one process, by one trial a part on {found.tried} samples")
     click.echo(f"disk: {format_bytes(found.disk)} of working files in {place}, where {format_bytes(free)} are free")
 
 
 @contextmanager
-def open_trials(dense: Study, planning: Planning, parts: tuple[str, ...]) -> Iterator[Work]:
+def open_trials(
+    dense: Study, planning: Planning, parts: tuple[str, ...], trial_samples: int | None = None
+) -> Iterator[Work]:
     """As `toast_onnx_calibration.work.open_work`, with its progress and notes shown."""
     from toast_onnx_calibration.work import open_work
 
@@ -267,6 +273,7 @@ def open_trials(dense: Study, planning: Planning, parts: tuple[str, ...]) -> Ite
             lambda: sample_progress("calibrating"),
             say_note,
             executor,
+            trial_samples,
         ) as work,
     ):
         yield work

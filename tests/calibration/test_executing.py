@@ -72,7 +72,8 @@ def test_one_process_reports_all_tasks_as_one() -> None:
     assert seen == [1, 2, 3, 4, 5]
 
 
-def test_trials_are_exactly_those_of_one_process(exported: Exported, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [None, 4])
+def test_trials_are_exactly_those_of_one_process(first: int | None, exported: Exported, tmp_path: Path) -> None:
     path = exported(zoo.Case("timm-vit"))
     dense, data, parts = look(path), tmp_path / "x.npy", ["tokens", "qk"]
     np.save(data, zoo.inputs(path, 8)["input"])
@@ -80,8 +81,17 @@ def test_trials_are_exactly_those_of_one_process(exported: Exported, tmp_path: P
     schedules = [{0: 3}, {0: 2, 1: 2}, {1: 5}]
     calibrate(dense, data, tmp_path / "s.npz", {k: frozenset({"qk"}) for k in (0, 1)}, OPTIONS)
     with (
-        open_work(dense, data, SETTINGS, parts, OPTIONS, tmp_path / "s.npz") as one,
-        open_work(dense, data, SETTINGS, parts, OPTIONS, tmp_path / "s.npz", executor=Elsewhere(tmp_path)) as two,
+        open_work(dense, data, SETTINGS, parts, OPTIONS, tmp_path / "s.npz", trial_samples=first) as one,
+        open_work(
+            dense,
+            data,
+            SETTINGS,
+            parts,
+            OPTIONS,
+            tmp_path / "s.npz",
+            executor=Elsewhere(tmp_path),
+            trial_samples=first,
+        ) as two,
     ):
         assert isinstance(two.pool, Apart)
         found = {trial.key: damage for trial, damage in two.damages(grid)}

@@ -89,10 +89,13 @@ def test_a_full_disk_is_told_before_the_work(
 
 
 @pytest.mark.parametrize(
-    ("command", "least"),
-    [(["sensitivity", "--ratios", "0.5", "--parts", "qk,vo"], 4), (["plan", "--macs", "0.9", "--parts", "vo"], 4)],
+    ("command", "least", "each"),
+    [
+        (["sensitivity", "--ratios", "0.5", "--parts", "qk,vo"], 4, 8),
+        (["plan", "--macs", "0.9", "--parts", "vo", "--trial-samples", "4"], 4, 4),
+    ],
 )
-def test_dry_runs(command: list[str], least: int, exported: Exported, tmp_path: Path) -> None:
+def test_dry_runs(command: list[str], least: int, each: int, exported: Exported, tmp_path: Path) -> None:
     path = exported(zoo.Case("timm-vit"))
     np.save(tmp_path / "x.npy", zoo.inputs(path, 8)["input"])
     given = [*command, str(path), "--data", str(tmp_path / "x.npy"), "-o", str(tmp_path / "out"), "--batch", "2"]
@@ -100,7 +103,7 @@ def test_dry_runs(command: list[str], least: int, exported: Exported, tmp_path: 
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["trials"] >= least
-    assert (document["samples"], document["measured_on"]) == (8, 2)
+    assert (document["samples"], document["trial_samples"], document["measured_on"]) == (8, each, 2)
     assert 0 < document["seconds"] < 600
     assert 0 < document["disk_bytes"] < document["free_bytes"]
     assert not (tmp_path / "out").exists()

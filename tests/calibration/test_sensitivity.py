@@ -80,6 +80,29 @@ def test_damage_is_that_of_the_pruned_model(kept: Kept, vit: Study, tmp_path: Pa
     assert found["top1_agreement"] == (a.argmax(axis=1) == b.argmax(axis=1)).mean()
 
 
+def test_trials_on_the_first_samples_are_those_of_the_first_samples_alone(vit: Study, tmp_path: Path) -> None:
+    """In whole batches; what is judged on all samples in between does not disturb them."""
+    trials = trials_of(vit, tmp_path)
+    few = trials.on_first(6)  # one batch of four and a half
+    weights = Solver(vit, SETTINGS, SyntheticStatistics(vit)).weights({1: {"vo": 5}})
+    found, whole, again = few.damage(weights), trials.damage(weights), few.damage(weights)
+    a, b = reference(vit, {1: {"vo": 5}}, tmp_path)
+    assert found["relative_error"] == pytest.approx(np.linalg.norm((a - b)[:4]) / np.linalg.norm(a[:4]), rel=1e-2)
+    assert whole["relative_error"] == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-2)
+    assert found == again != whole
+    assert few.samples.rows == trials.samples.rows[:4]
+    assert trials.on_first(3).samples.rows == trials.samples.rows[:4]
+    assert trials.on_first(None) is trials.on_first(9) is trials
+
+
+def test_labels_of_the_first_samples(vit: Study, tmp_path: Path) -> None:
+    late = Labels({"6": 0, "7": 0}, "made up")
+    assert trials_of(vit, tmp_path, labels=late).on_first(4).dense_top1() is None
+    answers = run(vit.view.model.path, {"input": np.load(tmp_path / "x.npy")})[0].argmax(axis=1)
+    right = {str(i): int(c) + (i == 3) for i, c in enumerate(answers)}
+    assert trials_of(vit, tmp_path, labels=Labels(right, "made up")).on_first(4).dense_top1() == pytest.approx(3 / 4)
+
+
 def test_the_order_of_trials_does_not_matter(vit: Study, tmp_path: Path) -> None:
     trials = trials_of(vit, tmp_path)
     solver = Solver(vit, SETTINGS, SyntheticStatistics(vit))

@@ -142,6 +142,28 @@ def test_sensitivity_is_resumed_and_used_by_plan(files: Path) -> None:
     assert "another settings" in error(run("sensitivity", *common, "--compensation", "none", "--ratios", "0.5"))
 
 
+def test_a_plan_goes_on_with_the_samples_of_its_results(files: Path) -> None:
+    """Trials on fewer samples are never mixed with those on all."""
+    common = ("m.onnx", "--data", "x.npy", *QUICK, "--batch", "2")
+    planned = ("plan", *common, "--parts", "vo", "--macs", "0.9", "--points", "0.5", "--json", "--overwrite")
+    kept = (*planned, "--sensitivity", "s.json")
+    first = document(run(*kept, "--trial-samples", "4"))
+    assert (first["samples"], first["trial_samples"]) == (8, 4)
+    assert json.loads((files / "s.json").read_text())["trial_samples"] == 4
+    found = json.loads((files / "s.json").read_text())["trials"]
+    assert document(run(*kept, "--points", "0.5,0.7"))["trial_samples"] == 4
+    more = json.loads((files / "s.json").read_text())["trials"]
+    assert all(trial in more for trial in found)
+    assert len(more) > len(found)
+    assert "another trial_samples" in error(run(*kept, "--trial-samples", "8"))
+    assert "another trial_samples" in error(run("sensitivity", *common, "--parts", "vo", "-o", "s.json"))
+    whole = document(run("sensitivity", *common, "--parts", "vo,heads", "--ratios", "0.5", "-o", "a.json", "--json"))
+    del whole["trial_samples"]  # as it was written before
+    (files / "a.json").write_text(json.dumps(whole))
+    assert document(run(*planned, "--sensitivity", "a.json"))["trial_samples"] == 8
+    assert json.loads((files / "a.json").read_text())["trials"] == whole["trials"]
+
+
 def test_top1_with_labels(files: Path) -> None:
     found = document(
         run(
