@@ -125,7 +125,7 @@ def opset_of(proto: onnx.ModelProto) -> int:
 
 
 def load_model(path: str | os.PathLike[str]) -> Model:
-    """Read an ONNX file, leave external weights on disk, inline local functions.
+    """Read an ONNX file: external weights stay on disk, local functions are inlined, weights are no inputs.
 
     Raises:
         ModelError: the file is missing, not ONNX, truncated, empty, or its external data is missing or short.
@@ -141,11 +141,27 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     check_graph(proto, path)
     if not sort_nodes(proto.graph):  # some converters append nodes at the end
         raise ModelError(f"{path}: the graph has a cycle; export it again")
+    _fix_weights(proto)
     if path.stat().st_size >= LEAVE_INSIDE:
         leave_inside(proto.graph, path)
         emptied, proto = proto, onnx.ModelProto()
         proto.CopyFrom(emptied)  # a message keeps the memory of fields that were cleared as long as it lives
     return Model(proto, path)
+
+
+def _fix_weights(proto: onnx.ModelProto) -> None:
+    """Take the weights out of a graph's inputs, where all are among them (in place).
+
+    Before IR version 4 they had to be, and exporters have an option for it. Whoever feeds one has the old weight, which
+    fits no pruned graph. Single initializers among the inputs are defaults of theirs, and stay.
+    """
+    graph = proto.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in weights]
+    if weights and len(inputs) + len(weights) == len(graph.input):
+        del graph.input[:]
+        graph.input.extend(inputs)
+        proto.ir_version = max(proto.ir_version, 4)
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
