@@ -229,6 +229,9 @@ def test_samples_come_in_the_batch_that_is_baked_in(tmp_path: Path) -> None:
     pruned = CliRunner().invoke(main, arguments)
     assert pruned.exit_code == 0, pruned.output
     assert "samples of" in pruned.output
+    again = ["--data", str(tmp_path / "data.npy"), "--steps", "2", "--batch", "4", "-o", str(tmp_path / "tuned.onnx")]
+    tuned = CliRunner().invoke(main, ["finetune", str(tmp_path / "model.pruned.onnx"), "--teacher", str(path), *again])
+    assert tuned.exit_code == 0, tuned.output
 
 
 @pytest.mark.parametrize(("rows", "extra", "side"), [(36, 1, 96), (49, 0, 112)])

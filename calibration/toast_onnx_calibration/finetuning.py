@@ -27,7 +27,7 @@ from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.prepared import SHOWN, Note, Values, seen_text, silent
 from toast_onnx_calibration.recipe_files import check_fit, recipe_for
 from toast_onnx_calibration.samples import NumberedSamples, open_samples
-from toast_onnx_calibration.sessions import make_session, model_inputs
+from toast_onnx_calibration.sessions import held_inputs, make_session, model_inputs
 
 if TYPE_CHECKING:
     from toast_onnx.finetune.trainer import Outcome
@@ -143,7 +143,7 @@ def finetune(
     model = load_model(job.pruned)
     pruned = study(model, job.shapes)
     dense = None if job.teacher is None else study(load_model(job.teacher), job.shapes)
-    data = _open_data(job)
+    data = _open_data(job, pruned)
     for text in data.notes:
         note(text)
     targets = choose_targets(pruned, dense, job.distil, data.labels is not None)
@@ -187,11 +187,11 @@ def finetune(
     return Finetuned(outcome, document, data.notes, settings)
 
 
-def _open_data(job: Job) -> _Data:
+def _open_data(job: Job, pruned: Study) -> _Data:
     from toast_onnx.finetune.samples import hold_out
 
     session = make_session(job.pruned, threads=1)
-    inputs = model_inputs(session)
+    inputs = held_inputs(pruned, model_inputs(session))
     labels = open_labels(job.labels, job.data) if job.labels is not None else None
     shape = inputs[0].shape if len(inputs) == 1 else None
     choice = recipe_for(job.pruned, job.preprocess, shape, session.get_modelmeta().custom_metadata_map)
