@@ -11,7 +11,7 @@ from typing import Any
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import Study, study
-from toast_onnx.model import file_hash
+from toast_onnx.model import Model, file_hash
 from toast_onnx.planning.cost_table import CostTable
 from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.planned import planned_ratios
@@ -264,7 +264,7 @@ class _Measured:
     Attributes:
         ratios: that make it.
         damage: measure -> value; empty where nothing is removed.
-        shares: costs counted on the graph, where tokens are merged.
+        shares: costs counted on the graph, where tokens are merged or queries are learned.
     """
 
     ratios: Ratios
@@ -306,15 +306,21 @@ def _measured(
     smaller = {b: kept for b, kept in smaller.items() if kept}
     new = work.narrowing.solver.weights(smaller) if smaller and work.narrowing is not None else {}
     if schedule is None or tokens is None:
-        return _Measured(planned_ratios(settings, plan.kept, widths), work.judge.damage(new) if new else {}, {})
+        # what only made learned queries goes with them, and no width says so
+        counted = _left(dense, rewritten(dense, new)) if new and dense.learned else {}
+        return _Measured(planned_ratios(settings, plan.kept, widths), work.judge.damage(new) if new else {}, counted)
     ratios = planned_ratios(settings, plan.kept, widths, exact_shares(tokens.tokens, schedule.removed))
     _, merged, _ = merge_tokens(dense, rewritten(dense, new) if new else dense.source, ratios)
-    look = study(merged, dense.counted_shapes)
-    counted = {
+    return _Measured(ratios, work.judge.damage_of(merged), _left(dense, merged))
+
+
+def _left(dense: Study, smaller: Model) -> dict[str, float]:
+    """Shares of multiply-accumulates and parameters that a model has of the dense one's."""
+    look = study(smaller, dense.counted_shapes)
+    return {
         "macs": graph_macs(look.view, look.counted) / graph_macs(dense.view, dense.counted),
         "params": graph_params(look.view) / graph_params(dense.view),
     }
-    return _Measured(ratios, work.judge.damage_of(merged), counted)
 
 
 def _tokens(tokens: TokenTrials, schedule: Schedule) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.nn import functional
 
@@ -21,6 +24,7 @@ from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything
 from toast_onnx_calibration.statistics import CalibratedStatistics
+from toast_onnx_cli.main import main
 
 WIDTH, HEADS, DIM, TOKENS, QUERIES = 32, 4, 8, 7, 3
 HALF = {"version": 1, "attention": {"qk": 0.5, "vo": 0.5, "select": "index", "score": "l2"}, "align": 1}
@@ -258,3 +262,21 @@ def test_one_query_for_all_heads_is_named_and_left(tmp_path: Path) -> None:
     assert block.attention is not None
     assert block.attention.vo_reason is None
     assert "learned queries" in str(block.attention.qk_reason)
+
+
+def test_a_plan_counts_the_layer_that_made_the_queries(tmp_path: Path) -> None:
+    """Its weights go with the first dimension, as the queries are a constant then."""
+    path = saved("linear", tmp_path / "model.onnx", dead=False)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "x.npz", x=rng.standard_normal((8, TOKENS, WIDTH), np.float32))
+    plan = ["plan", str(path), "--data", str(tmp_path / "x.npz"), "--params", "0.8", "--parts", "qk,vo", "--json"]
+    planned = CliRunner().invoke(main, [*plan, "-o", str(tmp_path / "r.yaml")])
+    assert planned.exit_code == 0, planned.output
+    reached = json.loads(planned.stdout)["reached"]["params"]
+    written = ["prune", str(path), "--ratios", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "small.onnx")]
+    assert CliRunner().invoke(main, written).exit_code == 0
+    counts = [
+        sum(int(np.prod(t.dims)) for t in onnx.load(p).graph.initializer if t.data_type == 1 and prod(t.dims) > 1)
+        for p in (path, tmp_path / "small.onnx")
+    ]
+    assert reached["share"] == pytest.approx(counts[1] / counts[0], abs=1e-3)
