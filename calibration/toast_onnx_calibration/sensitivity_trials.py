@@ -340,13 +340,20 @@ def resume(path: Path | None, identity: dict[str, Any], metric: str, dense_top1:
     document["trial_samples"] = _tried(document)
     for key, value in fresh.identity.items():
         if _comparable(document.get(key)) != _comparable(value):
-            raise ConfigError(
-                f"{path}: its results were measured with another {key}; give the same again, remove the file, or name "
-                "another one with -o"
-            )
+            raise ConfigError(f"{path}: {_difference(key, document.get(key), value)}")
     if document["metric"] != metric or (document["dense_top1"] is None) != (dense_top1 is None):
         raise ConfigError(f"{path}: its results were measured with other labels; remove the file or choose another")
     return Sensitivity(fresh.identity, metric, dense_top1, [Trial(**t) for t in document["trials"]])
+
+
+def _difference(key: str, found: object, now: object) -> str:
+    """What keeps a file of results from being gone on with, and what to do."""
+    if key == "trial_samples":
+        what = f"its trials ran on {found} samples each, and these would run on {now}"
+        what += f"; plan with --trial-samples {found}"
+    else:
+        what = f"its results were measured with another {key}; give the same again"
+    return f"{what}, remove the file, or name another one"
 
 
 def known(path: Path | None) -> Sensitivity:
