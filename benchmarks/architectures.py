@@ -62,15 +62,6 @@ TWO = {"num_hidden_layers": 2}
 RELATIVE = TWO | {"use_relative_position_bias": True}
 WINDOWS = {"depths": [2, 2], "num_heads": [6, 6]}
 QWEN = {"depth": 2}
-EAGER = (
-    "table-transformer",
-    "d-fine",
-    "grounding-dino",
-    "deimv2",
-    "rt-detr",
-    "rt-detr-v2",
-    "zoedepth",
-)  # their backbones know no other
 SHALLOW = {"depths": [1, 1, 1, 1]}
 DETR = {"use_pretrained_backbone": False, "encoder_layers": 2, "decoder_layers": 2}
 #: Hugging Face: name -> model, configuration, its options, image size (channels, height, width) or number of tokens.
@@ -231,14 +222,13 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
 
     kind, config, options, size = HF[model]
     made = _class(transformers, config)(**options)
-    made._attn_implementation = "eager" if model in EAGER else "sdpa"
     text = len(size) == 1
     example = torch.randint(1, 99, (2, *size)) if text else torch.randn(2, *size)
     named = {"ast": "input_values", "whisper-encoder": "input_features", "florence-2 (davit)": "hidden_states"}
     if model.startswith("qwen"):  # one row for every patch of all images, how many there are says grid_thw
         named[model], example = "hidden_states", example[0]
     name = named.get(model, "input_ids" if text else "pixel_values")
-    return Tensors(_class(transformers, kind)(made), name, FIXED.get(model, {})), example
+    return Tensors(_with_sdpa(_class(transformers, kind), made), name, FIXED.get(model, {})), example
 
 
 #: Where classes of transformers stand that are not exported at the top.
@@ -250,6 +240,16 @@ INNER = {
     "Qwen3VLVisionConfig": "qwen3_vl.configuration_qwen3_vl",
     "Florence2VisionConfig": "florence2.configuration_florence2",
 }
+
+
+def _with_sdpa(kind: Any, config: Any) -> Any:
+    """A model of Hugging Face with PyTorch's fused attention, or its own where it or its backbone knows no other."""
+    try:
+        config._attn_implementation = "sdpa"
+        return kind(config)
+    except ValueError:
+        config._attn_implementation = "eager"
+        return kind(config)
 
 
 def _class(transformers: Any, name: str) -> Any:
