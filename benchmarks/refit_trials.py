@@ -64,7 +64,6 @@ LATE = (20.0, 100.0, 1000.0)
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    torch.set_grad_enabled(False)
     data: Path = options.data
     images, labels = evaluation_images(data / "data" / "ilsvrc_val_300", options.images)
     judged = torch.from_numpy(images)
@@ -74,6 +73,7 @@ def main() -> None:
         look = study(load_model(export_deit(data / "weights" / "deit_tiny_patch16_224.safetensors", folder / "d.onnx")))
         seen = calibration_images(data / "data" / "calibration_256", options.samples)
         found = statistics(look, data / "data" / "calibration_256", folder, options)
+        torch.set_grad_enabled(False)  # behind the statistics, which may take gradients
         dense = [Layers.of_module(block) for block in module.blocks]
         scores, own = (run_blocks(module, dense, x) for x in (judged, seen))
         shown = torch.cat([seen, seen.flip(-1)]) if options.mirrored else seen

@@ -86,7 +86,7 @@ def cut(proto: onnx.ModelProto, link: Link, outputs: Iterable[str], taken: Mappi
     nodes = [graph.node[k] for k in sorted(kept)]
     used = {name for node in nodes for name in reads(node)}
     weights = [t for t in graph.initializer if t.name in used]
-    # before IR version 4 weights are inputs too: those of nodes that are gone would have to be fed
+    # an initializer may be an input, too: those of nodes that are gone would have to be fed
     every, left = ({t.name for t in tensors} for tensors in (graph.initializer, weights))
     inputs = [i for i in graph.input if i.name in left or (not taken and i.name not in every)]
     inputs += [value for name, value in taken.items() if name in used]

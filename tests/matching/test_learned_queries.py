@@ -213,7 +213,7 @@ def test_learned_keys_beside_those_of_a_layer_are_named(tmp_path: Path) -> None:
     (block,) = found.match.blocks
     assert block.attention is not None
     reasons = [str(block.attention.qk_reason), str(block.attention.vo_reason)]
-    assert reasons == [f"{part} holds constants besides what 1 linear layers make" for part in "KV"]
+    assert reasons == [f"{part} holds constants besides what a linear layer makes" for part in "KV"]
 
 
 def test_learned_keys_beside_those_of_a_packed_layer_are_named(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_learned_keys_beside_those_of_a_packed_layer_are_named(tmp_path: Path) -
     (block,) = found.match.blocks
     assert block.attention is not None
     reasons = [str(block.attention.qk_reason), str(block.attention.vo_reason)]
-    assert reasons == [f"{part} holds constants besides what 1 linear layers make" for part in "KV"]
+    assert reasons == [f"{part} holds constants besides what a linear layer makes" for part in "KV"]
 
 
 def test_an_obstacle_of_the_keys_is_named_before_learned_queries(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def _mixed_products(view: GraphView, facts: Facts, i: int) -> _Mixed | None:
     move the transposes around the mixing through the Softmax: its axis is the one that the keys arrive on.
     """
     scores = _only_source(view, facts, view.nodes[i].input[0])
-    if scores is None or not _is_product(view, facts, scores[0]):
+    if scores is None or not is_product(view, facts, scores[0]):
         return None
     total = _only_reader(view, facts, view.nodes[i].output[0])
     if total is None:
@@ -280,7 +280,7 @@ def _data(view: GraphView, facts: Facts, i: int) -> list[str]:
 def _only_reader(view: GraphView, facts: Facts, tensor: str) -> tuple[int, list[int]] | None:
     """The one activation product that takes up all of a tensor as its first operand, and the nodes on the way."""
     met = list(downstream(view, [tensor], lambda i: _lies_around(view, facts, i)))
-    found = {i for i, name in met if _is_product(view, facts, i) and view.nodes[i].input[0] == name}
+    found = {i for i, name in met if is_product(view, facts, i) and view.nodes[i].input[0] == name}
     way = list(dict.fromkeys(i for i, _ in met if _lies_around(view, facts, i)))
     reached = {tensor, *(name for i in way for name in view.nodes[i].output)}
     alone = all(name in reached for i in way for name in _data(view, facts, i))
@@ -292,7 +292,7 @@ def _lies_around(view: GraphView, facts: Facts, i: int) -> bool:
     return view.nodes[i].op_type in _AROUND and not _meets(view, facts, i)
 
 
-def _is_product(view: GraphView, facts: Facts, i: int, learned: bool = False) -> bool:
+def is_product(view: GraphView, facts: Facts, i: int, learned: bool = False) -> bool:
     """Whether a node multiplies two activations; with `learned`, the first may be constant (learned queries)."""
     node = view.nodes[i]
     if node.op_type == "FusedMatMul" and node.domain == "com.microsoft":
@@ -305,7 +305,7 @@ def _is_product(view: GraphView, facts: Facts, i: int, learned: bool = False) ->
 def _meets(view: GraphView, facts: Facts, i: int) -> bool:
     """Whether two activations meet in a node in any product: matrix product or contraction."""
     einsum = view.nodes[i].op_type == "Einsum" and sum(not facts.is_constant(n) for n in view.nodes[i].input) > 1
-    return einsum or _is_product(view, facts, i)
+    return einsum or is_product(view, facts, i)
 
 
 def is_meeting(view: GraphView, facts: Facts, i: int) -> bool:
@@ -350,13 +350,13 @@ def _before(view: GraphView, facts: Facts, tensor: str, passed: frozenset[str]) 
 
 def _products_before(view: GraphView, facts: Facts, tensor: str) -> list[int]:
     """Activation products reached backwards through scale, mask and shape nodes."""
-    return [i for i in _before(view, facts, tensor, _BETWEEN) if _is_product(view, facts, i, learned=True)]
+    return [i for i in _before(view, facts, tensor, _BETWEEN) if is_product(view, facts, i, learned=True)]
 
 
 def _products_after(view: GraphView, facts: Facts, tensor: str) -> list[int]:
     """Activation products that read the probabilities as their first operand."""
     met = downstream(view, [tensor], lambda i: view.nodes[i].op_type in _BETWEEN)
-    return list({i: None for i, name in met if _is_product(view, facts, i) and view.nodes[i].input[0] == name})
+    return list({i: None for i, name in met if is_product(view, facts, i) and view.nodes[i].input[0] == name})
 
 
 def _reader_before_values(view: GraphView, facts: Facts, tensor: str) -> int | None:

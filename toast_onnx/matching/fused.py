@@ -15,7 +15,7 @@ import onnx
 
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute, rewired
-from toast_onnx.matching.respelling import Respelling
+from toast_onnx.matching.respelling import Respelling, free_prefix
 from toast_onnx.model import Model
 
 #: What both operators share.
@@ -136,9 +136,5 @@ def _plain(write: Respelling, node: onnx.NodeProto, inputs: list[str]) -> Respel
 
 
 def _writer(view: GraphView, node: onnx.NodeProto) -> Respelling:
-    """A writer under a prefix that no tensor and no node has."""
-    taken = {*view.producer, *view.initializers, *(n.name for n in view.nodes)}
-    name = node.name or node.output[0]
-    while any(other.startswith(f"{name}/") for other in taken):
-        name += "_spelled"
-    return Respelling(view, name, inline="{}/Constant")
+    """A writer under a prefix of its own."""
+    return Respelling(view, free_prefix(view, node.name or node.output[0]), inline="{}/Constant")

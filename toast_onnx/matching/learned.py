@@ -12,20 +12,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnx.helper
 
-from toast_onnx.matching.cores import leads_to_softmax
+from toast_onnx.matching.cores import is_product, leads_to_softmax
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import LEARNED, ROWS, GraphView, attribute, is_standard
+from toast_onnx.matching.graph import LEARNED, ROWS, GraphView, attribute, rewired
 from toast_onnx.matching.layout import HEAD, Factor, read_layout
 from toast_onnx.matching.linear import Linear, find_linears
 from toast_onnx.matching.operators import ATTENTIONS
 from toast_onnx.matching.probe import propagate, walk_back
+from toast_onnx.matching.respelling import Respelling, free_prefix
 from toast_onnx.model import Model, stub
 from toast_onnx.reasons import Decline
 
 #: More queries than these are left alone: their identity matrix is as large as their number squared.
 MOST = 2048
+#: Last part of an initializer's name -> what marks it.
+_MARKS = {"rows": ROWS, "weight": LEARNED}
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,11 @@ class LearnedQueries:
     Attributes:
         tensor: the constant, as the graph had it.
         layer: what the layer makes.
-        operand: what the attention reads now.
         reader: first output of the node that reads it.
     """
 
     tensor: str
     layer: str
-    operand: str
     reader: str
 
 
@@ -59,50 +59,32 @@ def spell_learned(view: GraphView, facts: Facts) -> tuple[Model, tuple[LearnedQu
     found = {i: spelled for i in range(len(view.nodes)) if (spelled := _spelled(view, facts, linears, i)) is not None}
     if not found:
         return view.model, ()
-    proto, arrays = onnx.ModelProto(), dict(view.model.arrays)
-    proto.CopyFrom(view.model.proto)
-    del proto.graph.node[:]
-    for i, node in enumerate(view.nodes):
-        proto.graph.node.extend(found[i].nodes if i in found else [node])
-    for each in found.values():
-        for name, value in each.arrays.items():
-            proto.graph.initializer.append(stub(name, value))
-            proto.graph.initializer[-1].doc_string = each.marks.get(name, "")
-        arrays.update(each.arrays)
-    return Model(proto, view.model.path, arrays), tuple(each.queries for each in found.values())
+    model = rewired(view, {i: write.nodes for i, (write, _) in found.items()})  # the constants stay, to be put back
+    for name, value in (item for write, _ in found.values() for item in write.arrays.items()):
+        tensor = stub(name, value)
+        tensor.doc_string = _MARKS.get(name.rpartition("/")[2], "")
+        model.proto.graph.initializer.append(tensor)
+        model.arrays[name] = value
+    return model, tuple(queries for _, queries in found.values())
 
 
-@dataclass(frozen=True)
-class _Spelling:
-    """Nodes in place of an attention's first one, their constants, and what marks some of those."""
-
-    queries: LearnedQueries
-    nodes: tuple[onnx.NodeProto, ...]
-    arrays: Mapping[str, np.ndarray]
-    marks: Mapping[str, str]
-
-
-def _spelled(view: GraphView, facts: Facts, linears: Mapping[str, Linear], i: int) -> _Spelling | None:
+def _spelled(
+    view: GraphView, facts: Facts, linears: Mapping[str, Linear], i: int
+) -> tuple[Respelling, LearnedQueries] | None:
+    """What stands in place of an attention's first node where its queries are constant; None for any other node."""
     node = view.nodes[i]
     if len(node.input) < 2 or not facts.is_constant(node.input[0]) or facts.is_constant(node.input[1]):
         return None
     shape = facts.shape(node.input[0]) or ()
     if node.op_type in ATTENTIONS and len(shape) == 3:
         axes: list[tuple[Factor, ...]] | None = [(Factor(0, 1, shape[0]),)]
-    elif node.op_type in ATTENTIONS or _multiplies(node):
+    elif node.op_type in ATTENTIONS or is_product(view, facts, i, learned=True):
         axes = _as_keys(view, facts, linears, i) if len(shape) > 1 else None
     else:
         return None
     if axes is None or not (node.op_type in ATTENTIONS or leads_to_softmax(view, facts, i)):
         return None
     return _layer(view, facts, i, [list(factors) for factors in axes])
-
-
-def _multiplies(node: onnx.NodeProto) -> bool:
-    """Whether a node is a plain matrix product whose first operand is not transposed."""
-    if node.op_type == "FusedMatMul":
-        return not any(attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))
-    return node.op_type == "MatMul" and is_standard(node)
 
 
 def _as_keys(view: GraphView, facts: Facts, linears: Mapping[str, Linear], i: int) -> list[tuple[Factor, ...]] | None:
@@ -131,7 +113,7 @@ def _as_keys(view: GraphView, facts: Facts, linears: Mapping[str, Linear], i: in
     return axes
 
 
-def _layer(view: GraphView, facts: Facts, i: int, axes: list[list[Factor]]) -> _Spelling | None:
+def _layer(view: GraphView, facts: Facts, i: int, axes: list[list[Factor]]) -> tuple[Respelling, LearnedQueries] | None:
     """The layer and the data movement behind it, in front of the node as it was.
 
     queries (leading axes, queries, dim) -> (positions, queries, heads, dim) -> weights (rows, heads x dim)
@@ -145,38 +127,18 @@ def _layer(view: GraphView, facts: Facts, i: int, axes: list[list[Factor]]) -> _
     rows = int(np.prod(moved.shape[: len(order) - len(heads) - 1]))
     if rows > MOST or value.dtype.kind == "i":
         return None
-    name = _free(view, f"{node.output[0]}/queries")
-    base = f"{node.name or node.output[0]}_queries"
-    eye, weight, layer, split, turned, operand = (
-        f"{name}/{part}" for part in ("rows", "weight", "layer", "split", "turned", "operand")
-    )
-    arrays = {
-        eye: np.eye(rows, dtype=value.dtype),
-        weight: np.ascontiguousarray(moved.reshape(rows, -1)),
-        f"{split}/shape": np.asarray(moved.shape, np.int64),
-        f"{operand}/shape": np.asarray(value.shape, np.int64),
-    }
+    write = Respelling(view, free_prefix(view, f"{node.output[0]}/queries"))
+    eye = write.constant(np.eye(rows, dtype=value.dtype), "rows")
+    layer = write.one("MatMul", [eye, write.constant(moved.reshape(rows, -1), "weight")])
+    split = write.reshape(layer, moved.shape, called="split")
+    turned = write.one("Transpose", [split], perm=np.argsort(order).tolist())
+    whole = write.numbers(value.shape, "shape")
+    operand = write.one("Reshape", [turned, whole], outputs=[f"{write.tensors}/values"])
+    for k, made in enumerate(write.nodes):  # the path in a name, and the metadata, tell the block that a node is in
+        made.name = f"{node.name or node.output[0]}_queries_{k}"
+        made.metadata_props.extend(node.metadata_props)
     core = onnx.NodeProto()
     core.CopyFrom(node)
     core.input[0] = operand
-    nodes = (
-        onnx.helper.make_node("MatMul", [eye, weight], [layer], name=f"{base}_MatMul"),
-        onnx.helper.make_node("Reshape", [layer, f"{split}/shape"], [split], name=f"{base}_split"),
-        onnx.helper.make_node(
-            "Transpose", [split], [turned], name=f"{base}_Transpose", perm=np.argsort(order).tolist()
-        ),
-        onnx.helper.make_node("Reshape", [turned, f"{operand}/shape"], [operand], name=f"{base}_Reshape"),
-        core,
-    )
-    for made in nodes[:-1]:
-        made.metadata_props.extend(node.metadata_props)  # the module path that names the block
-    queries = LearnedQueries(node.input[0], layer, operand, node.output[0])
-    return _Spelling(queries, nodes, arrays, {eye: ROWS, weight: LEARNED})
-
-
-def _free(view: GraphView, wanted: str) -> str:
-    """A prefix that no tensor of the graph has."""
-    taken = {*view.producer, *view.initializers}
-    while any(name.startswith(f"{wanted}/") for name in taken):
-        wanted += "_"
-    return wanted
+    write.nodes.append(core)
+    return write, LearnedQueries(node.input[0], layer, node.output[0])

@@ -105,8 +105,7 @@ def walk_back(view: GraphView, facts: Facts, linears: Mapping[str, Linear], targ
     if not found:
         raise Kind.CONSTANT.decline("{part} is made of constants (learned queries), not by a linear layer", part=what)
     if constants:
-        text = "{part} holds constants besides what {layers} linear layers make"
-        raise Kind.CONSTANT.decline(text, part=what, layers=len(found))
+        raise Kind.CONSTANT.decline("{part} holds constants besides what a linear layer makes", part=what)
     if len(found) > 1:
         raise Kind.NO_LAYER.decline("{part} comes from {layers} linear layers", part=what, layers=len(found))
     (linear,) = found

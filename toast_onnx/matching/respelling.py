@@ -70,6 +70,14 @@ class Respelling(NodeWriter):
         return self.node("Constant", [], self._inline.format(what), [f"{self.tensors}/{what}"], value=value)[0]
 
 
+def free_prefix(view: GraphView, wanted: str) -> str:
+    """A prefix that no tensor and no node has."""
+    taken = {*view.producer, *view.initializers, *(node.name for node in view.nodes)}
+    while any(name.startswith(f"{wanted}/") for name in taken):
+        wanted += "_spelled"
+    return wanted
+
+
 def respelled(view: GraphView, found: Mapping[int, Respelling]) -> Model:
     """The model with nodes respelled, by their position; the very same one where there are none."""
     if not found:

@@ -6,23 +6,11 @@ of its inputs, and the operator guards itself against overflow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import onnx
-import onnx.helper
-
 from toast_onnx.matching.cores import weighs_values
 from toast_onnx.matching.facts import Facts, reduced_axes
-from toast_onnx.matching.graph import GraphView, attribute, is_standard, rewired
+from toast_onnx.matching.graph import GraphView, attribute, is_standard
+from toast_onnx.matching.respelling import Respelling, respelled
 from toast_onnx.model import Model
-
-
-@dataclass(frozen=True)
-class _Spelling:
-    """What a softmax is taken of, and the nodes that it takes besides the last one."""
-
-    scores: str
-    nodes: tuple[int, ...]
 
 
 def spell_softmaxes(view: GraphView, facts: Facts) -> Model:
@@ -35,35 +23,40 @@ def spell_softmaxes(view: GraphView, facts: Facts) -> Model:
     Returns:
         A model that computes the same under the same names; the same model where there is nothing to write.
     """
-    made: dict[int, list[onnx.NodeProto]] = {}
-    gone: set[int] = set()
-    for i, node in enumerate(view.nodes):
-        if not is_standard(node) or node.op_type not in ("Exp", "Div"):
-            continue
-        found = _exponential(view, facts, i) if node.op_type == "Exp" else _quotient(view, facts, i)
-        if found is None or not weighs_values(view, facts, node.output[0]):
-            continue
-        last = len(facts.shape(found.scores) or ()) - 1
-        softmax = onnx.helper.make_node("Softmax", [found.scores], [node.output[0]], name=node.name, axis=last)
-        softmax.metadata_props.extend(node.metadata_props)
-        made[i] = [softmax]
-        gone.update(found.nodes)
-    return rewired(view, made, gone) if made else view.model
+    found = {i: spelled for i in range(len(view.nodes)) if (spelled := _spelled(view, facts, i)) is not None}
+    return respelled(view, found)
 
 
-def _exponential(view: GraphView, facts: Facts, i: int) -> _Spelling | None:
-    """exp(LogSoftmax(x))."""
+def _spelled(view: GraphView, facts: Facts, i: int) -> Respelling | None:
+    """The operator in place of a node that ends a softmax; None for any other node."""
+    node = view.nodes[i]
+    if not is_standard(node) or node.op_type not in ("Exp", "Div"):
+        return None
+    found = _exponential(view, facts, i) if node.op_type == "Exp" else _quotient(view, facts, i)
+    if found is None or not weighs_values(view, facts, node.output[0]):
+        return None
+    scores, gone = found
+    write = Respelling(view, node.name)
+    write.node("Softmax", [scores], outputs=[node.output[0]], axis=len(facts.shape(scores) or ()) - 1)
+    write.nodes[-1].name = node.name
+    write.nodes[-1].metadata_props.extend(node.metadata_props)
+    write.gone = gone
+    return write
+
+
+def _exponential(view: GraphView, facts: Facts, i: int) -> tuple[str, set[int]] | None:
+    """x, and the nodes besides the last one, of exp(LogSoftmax(x))."""
     inner = view.producer.get(view.nodes[i].input[0])
     if inner is None or view.nodes[inner].op_type != "LogSoftmax" or not _read_by(view, inner, i):
         return None
     rank = len(facts.shape(view.nodes[inner].input[0]) or ())
     default = -1 if view.model.opset >= 13 else 1
     axis = int(attribute(view.nodes[inner], "axis", default))  # type: ignore[call-overload]
-    return _Spelling(view.nodes[inner].input[0], (inner,)) if rank and axis % rank == rank - 1 else None
+    return (view.nodes[inner].input[0], {inner}) if rank and axis % rank == rank - 1 else None
 
 
-def _quotient(view: GraphView, facts: Facts, i: int) -> _Spelling | None:
-    """exp(x) / sum(exp(x)), where x may be what is left of y - max(y)."""
+def _quotient(view: GraphView, facts: Facts, i: int) -> tuple[str, set[int]] | None:
+    """x, and the nodes besides the last one, of exp(x) / sum(exp(x)); y where x is what is left of y - max(y)."""
     above, below = (view.producer.get(name) for name in view.nodes[i].input)
     if above is None or below is None or view.nodes[above].op_type != "Exp":
         return None
@@ -74,11 +67,11 @@ def _quotient(view: GraphView, facts: Facts, i: int) -> _Spelling | None:
     x = view.nodes[above].input[0]
     shift = view.producer.get(x)
     if shift is None or view.nodes[shift].op_type != "Sub" or not _read_by(view, shift, above):
-        return _Spelling(x, (above, below))
+        return x, {above, below}
     y, most = view.nodes[shift].input[0], view.producer.get(view.nodes[shift].input[1])
     if most is None or not _reduces(view, facts, most, "ReduceMax", y) or not _read_by(view, most, shift):
-        return _Spelling(x, (above, below))
-    return _Spelling(y, (above, below, shift, most))
+        return x, {above, below}
+    return y, {above, below, shift, most}
 
 
 def _reduces(view: GraphView, facts: Facts, i: int, op: str, tensor: str) -> bool:
