@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deit import (
+from benchmarks.deit import (
     CALIBRATION,
     evaluation_images,
     export,
@@ -36,7 +36,6 @@ from deit import (
     parser_with_data,
     uniform_ratios,
 )
-
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import BackendError
 from toast_onnx.finetune.local import LocalSettings
@@ -153,10 +152,10 @@ def ours(
     look: Study, source: Measured, ratio: float, folder: Path, judge: Judge, methods: list[str] | None
 ) -> Iterator[dict[str, Any]]:
     """This project's rows: simpler settings first, then no data at all, then the feed-forward networks alone."""
-    for name, (*settings, correction) in METHODS.items():
+    for name, (attention, ffn, compensation, correction) in METHODS.items():
         if methods is not None and name not in methods:
             continue
-        ratios = uniform_ratios(*settings, ratio, heads=True)
+        ratios = uniform_ratios(attention, ffn, compensation, ratio, heads=True)
         statistics = source.sequential() if "statistics" in ratios["compensation"] else source.statistics
         try:
             refine = None if correction is None else source.refine(correction)

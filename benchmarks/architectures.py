@@ -212,7 +212,7 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     if library == "timm":
         import timm
 
-        module = timm.create_model(model, pretrained=False, num_classes=10, exportable=True)
+        module: Any = timm.create_model(model, pretrained=False, num_classes=10, exportable=True)
         return module, torch.randn(2, *module.pretrained_cfg["input_size"])
     if library == "vit-pytorch":
         kind, options, size = VIT_PYTORCH[model]

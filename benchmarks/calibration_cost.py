@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def main() -> None:
         def measure() -> None:
             calibrate(look, data, out, None, settings)
 
-        seconds = {infer: [], measure: []}
+        seconds: dict[Callable[[], None], list[float]] = {infer: [], measure: []}
         for number in range(options.rounds + 1):  # the first round warms up
             for work, times in seconds.items():
                 started = time.perf_counter()

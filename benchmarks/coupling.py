@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deit import evaluation_images, export_deit, logits, parser_with_data
-
+from benchmarks.deit import evaluation_images, export_deit, logits, parser_with_data
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.importance.attention import qk_scores, vo_scores
 from toast_onnx.importance.selection import top_k

@@ -14,10 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deit import evaluation_images, export_deit, logits, parser_with_data
-
+from benchmarks.deit import evaluation_images, export_deit, logits, parser_with_data
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model

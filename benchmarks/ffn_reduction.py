@@ -29,10 +29,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deit import CALIBRATION, evaluation_images, export, load_deit, logits, parser_with_data
-
+from benchmarks.deit import CALIBRATION, evaluation_images, export, load_deit, logits, parser_with_data
 from toast_onnx.importance.ffn import select_ffn_second_order
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.second_order import default_batch

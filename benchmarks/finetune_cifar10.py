@@ -22,9 +22,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from installed import toast_onnx
+from benchmarks.installed import toast_onnx
 
 RECIPE = {"mean": 0.5, "std": 0.25}
 #: A little more than half of the hidden units, so that with patch embedding and head less than half the MACs are left.

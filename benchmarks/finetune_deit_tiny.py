@@ -17,15 +17,15 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deit import export_deit, logits, parser_with_data
-from installed import toast_onnx
-
+from benchmarks.deit import export_deit, logits, parser_with_data
+from benchmarks.installed import toast_onnx
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.images import decode, find_images
 from toast_onnx_calibration.recipes import NAMED
@@ -64,7 +64,7 @@ def main() -> None:
     images = np.stack([NAMED["imagenet"].apply(decode(test / name)) for name in names])
     labels = read_labels(test, names)
     wanted = logits(dense, images, options.threads).astype(np.float64)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, model in (("dense", dense), ("pruned to half", pruned), ("fine-tuned", tuned)):
         found = logits(model, images, options.threads).astype(np.float64)
         top1 = float((found.argmax(axis=1) == labels).mean())

@@ -13,6 +13,7 @@ are timed as well. No data are needed: weights may be random, and speed does not
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,9 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from deit import export, import_timm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import toast_onnx as toast
+from benchmarks.deit import export, import_timm
 from toast_onnx.engines import cuda, trtbench, trtexec
 from toast_onnx.engines.build import BuildRequest, build
 from toast_onnx.engines.convert import convert_file

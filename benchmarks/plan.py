@@ -5,7 +5,8 @@
 The folder (`--data` or TOAST_DATA) holds weights/deit_tiny_patch16_224.safetensors, data/ilsvrc_val_300 and
 data/calibration_256. The 256 unlabelled images plan; the 300 labelled ones judge and are used for nothing else. Uniform
 ratios are not aligned, planned widths are multiples of 8; both graphs are pruned with the same selection and
-compensation. `--latency 0.7` adds a plan for a latency budget, timed on this machine.
+compensation, one-shot unless `--corrections` names what follows it. `--latency 0.7` adds a plan for a latency budget,
+timed on this machine.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import yaml
 from scipy.stats import spearmanr
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deit import CALIBRATION, EVALUATION, export_deit, parser_with_data
-
+from benchmarks.deit import CALIBRATION, EVALUATION, export_deit, parser_with_data
+from toast_onnx.finetune.local import LocalSettings
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.macs import graph_macs, graph_params
@@ -39,6 +40,7 @@ from toast_onnx.pruning import prune
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.costs import measure_costs, onnxruntime_runtime
 from toast_onnx_calibration.labels import open_labels
+from toast_onnx_calibration.local import refine_locally
 from toast_onnx_calibration.planning import (
     POINTS,
     TRIAL_SAMPLES,
@@ -56,6 +58,9 @@ from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_cli.console import print_table
 
 PARTS: tuple[Part, ...] = ("qk", "vo", "fc2", "heads")
+#: name -> how the blocks are corrected one after the other; None: not at all.
+CORRECTIONS: dict[str, LocalSettings | None] = {"none": None, "refit": LocalSettings(steps=0), "local": LocalSettings()}
+Refiner = Callable[[Any], Any] | None
 
 
 def main() -> None:
@@ -69,22 +74,18 @@ def main() -> None:
         settings = parse_ratios({"version": 1})
         started = time.perf_counter()
         solver, choices = planner(look, settings, folder, options)
-        budget = 1 - options.cut * blocks_share(look)
-        thinned = [c for c in choices if c.part != "heads"]
-        plans = {
-            "planned, no heads": plan_counted(look, thinned, Budget("macs", budget)),
-            "planned": plan_counted(look, choices, Budget("macs", budget)),
-        }
         seconds = time.perf_counter() - started
         judge = open_judge(look, folder, options)
-        results: dict[str, Any] = {
-            "cut": options.cut,
-            "planning_seconds": seconds,
-            "comparison": compare(look, settings, plans, solver, judge, options.cut),
-            "kept": {title: plan.kept for title, plan in plans.items()},
-            "ranking": ranking(look, choices, solver, judge, budget, options.allocations),
-            "budgets": budgets(look, choices),
-        }
+        results: dict[str, Any] = {"planning_seconds": seconds, "cuts": [], "budgets": budgets(look, choices)}
+        for cut in options.cuts:
+            plans = planned(look, choices, cut)
+            refined = {name: refiner(look, name, folder, options) for name in options.corrections}
+            rows = compare(look, settings, plans, solver, judge, cut, refined)
+            kept = {title: plan.kept for title, plan in plans.items()}
+            results["cuts"].append({"cut": cut, "comparison": rows, "kept": kept})
+        if options.allocations:
+            budget = 1 - options.cuts[0] * blocks_share(look)
+            results["ranking"] = ranking(look, choices, solver, judge, budget, options.allocations)
         if options.latency:
             results["latency"] = latency(look, choices, options)
     if options.json:
@@ -95,11 +96,20 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = parser_with_data(__doc__)
-    parser.add_argument("--cut", type=float, default=0.35, help="share of the blocks' MACs that goes")
+    parser.add_argument(
+        "--cuts", type=float, nargs="+", default=[0.35], help="shares of the blocks' MACs that go; the first is ranked"
+    )
+    parser.add_argument(
+        "--corrections",
+        nargs="+",
+        choices=CORRECTIONS,
+        default=["none"],
+        help="what follows the closed form: nothing, means and last layers block by block, or local training",
+    )
     parser.add_argument("--samples", type=int, default=256, help="images to plan with")
     parser.add_argument("--trial-samples", type=int, default=TRIAL_SAMPLES, help="of them, the first that trials run")
     parser.add_argument("--points", type=float, nargs="+", default=POINTS, help="ratios measured for each part")
-    parser.add_argument("--allocations", type=int, default=10, help="random allocations to rank")
+    parser.add_argument("--allocations", type=int, default=10, help="random allocations to rank; 0: none")
     parser.add_argument("--latency", type=float, help="also plan for this share of the latency")
     parser.add_argument("--work", type=Path, help="keep what was measured here, and go on from it")
     return parser.parse_args()
@@ -131,11 +141,17 @@ def planner(
     found = resume(results, identity_of(look, trials, len(samples.rows), settings, statistics), "kl", None)
     grid = trial_grid(look, settings, PARTS, options.points)
 
-    def note(done: int, total: int, what: str) -> None:
+    def note(done: int, total: int, what: str, seconds: float | None) -> None:
         if done % 12 == 0:
             print(f"planning: {done}/{total} {what}", file=sys.stderr)
 
-    measure(in_turn(lambda t: trials.damage(solver.weights({t.block: dict(t.kept)}))), grid, found, results, note)
+    measure(
+        in_turn(lambda t: trials.damage(solver.weights({t.block: cast(dict[Part, int], t.kept)}))),
+        grid,
+        found,
+        results,
+        note,
+    )
     return solver, predicted_choices(look, settings, statistics, found, PARTS)
 
 
@@ -154,22 +170,53 @@ def blocks_share(look: Study) -> float:
     return blocks / graph_macs(look.view, look.counted)
 
 
+def planned(look: Study, choices: list[PartChoice], cut: float) -> dict[str, Found]:
+    """Plans that take a share of the blocks' MACs, without and with whole heads."""
+    budget = Budget("macs", 1 - cut * blocks_share(look))
+    thinned = [c for c in choices if c.part != "heads"]
+    return {
+        "planned, no heads": plan_counted(look, thinned, budget),
+        "planned": plan_counted(look, choices, budget),
+    }
+
+
+def refiner(look: Study, correction: str, folder: Path, options: argparse.Namespace) -> Refiner:
+    """What corrects pruned blocks on the unlabelled images."""
+    local = CORRECTIONS[correction]
+    if local is None:
+        return None
+    images = options.data / "data" / "calibration_256"
+    reading = CalibrationOptions(
+        preprocess=recipe(folder, "calibration", CALIBRATION), samples=options.samples, threads=options.threads
+    )
+    return lambda new: refine_locally(look, new, images, reading, local)
+
+
 def compare(
-    look: Study, settings: Ratios, plans: dict[str, Found], solver: Solver, judge: Trials, cut: float
+    look: Study,
+    settings: Ratios,
+    plans: dict[str, Found],
+    solver: Solver,
+    judge: Trials,
+    cut: float,
+    refiners: dict[str, Refiner],
 ) -> list[dict[str, Any]]:
     """Uniform and planned ratios, all pruned and proven by the library, on images not used for planning."""
     uniform = parse_ratios({"version": 1, "attention": {"qk": cut, "vo": cut}, "ffn": {"fc2": cut}, "align": 1})
     dense = [dense_widths(b) for b in look.match.blocks]
-    planned = {title: planned_ratios(settings, plan.kept, dense) for title, plan in plans.items()}
-    rows = [{"ratios": "dense", "macs": graph_macs(look.view, look.counted), "top1": judge.dense_top1(), "kl": 0.0}]
+    wanted = {"uniform": uniform} | {t: planned_ratios(settings, plan.kept, dense) for t, plan in plans.items()}
+    whole = {"macs": graph_macs(look.view, look.counted), "top1": judge.dense_top1(), "kl": 0.0}
+    rows: list[dict[str, Any]] = [{"ratios": "dense", "correction": "none"} | whole]
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "pruned.onnx"
-        for title, ratios in ({"uniform": uniform} | planned).items():
-            pruned = prune(look, ratios, solver.statistics)
-            save_model(pruned.model, path)
-            small = study(load_model(path))
-            rows.append({"ratios": title, "macs": graph_macs(small.view, small.counted)} | judge.damage(pruned.weights))
-            print(f"{title}: {rows[-1]}", file=sys.stderr)
+        for title, ratios in wanted.items():
+            for correction, refine in refiners.items():
+                pruned = prune(look, ratios, solver.statistics, refine=refine)
+                save_model(pruned.model, path)
+                small = study(load_model(path))
+                row = {"ratios": title, "correction": correction, "macs": graph_macs(small.view, small.counted)}
+                rows.append(row | judge.damage(pruned.weights))
+                print(json.dumps({"cut": cut} | rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
@@ -228,7 +275,7 @@ def latency(look: Study, choices: list[PartChoice], options: argparse.Namespace)
     table = measure_costs(look, runtime, PARTS)
     measuring = time.perf_counter() - started
     known = [
-        PartChoice(c.block, c.part, *zip(*pairs, strict=True))
+        PartChoice(c.block, c.part, tuple(k for k, _ in pairs), tuple(d for _, d in pairs))
         for c in choices
         if (pairs := [(k, d) for k, d in zip(c.widths, c.damages, strict=True) if k in table.widths(c.block, c.part)])
     ]
@@ -247,19 +294,20 @@ def latency(look: Study, choices: list[PartChoice], options: argparse.Namespace)
 
 def show(results: dict[str, Any]) -> None:
     """Tables."""
-    rows = [
-        [r["ratios"], f"{r['macs'] / 1e9:.3f}", f"{r['top1']:.1%}", f"{r['kl']:.3f}"] for r in results["comparison"]
-    ]
-    title = f"{results['cut']:.0%} of the blocks' MACs removed; planned in {results['planning_seconds']:.0f} s"
-    print_table(("ratios", "GMACs", "top-1", "KL"), rows, title=title)
-    uniform, *planned = results["comparison"][1:]
-    for row in planned:
-        print(f"KL of {row['ratios']} against uniform ratios: {row['kl'] / uniform['kl'] - 1:+.1%}")
-    print()
-    ranking = results["ranking"]
-    cells = [[str(i), f"{r['predicted']:.3f}", f"{r['measured']:.3f}"] for i, r in enumerate(ranking["allocations"])]
-    title = f"random allocations of equal MACs, Spearman {ranking['spearman']:.2f}"
-    print_table(("allocation", "predicted", "measured"), cells, title=title)
+    for found in results["cuts"]:
+        rows = [
+            [r["ratios"], r["correction"], f"{r['macs'] / 1e9:.3f}", f"{r['top1']:.1%}", f"{r['kl']:.3f}"]
+            for r in found["comparison"]
+        ]
+        title = f"{found['cut']:.0%} of the blocks' MACs removed; planned in {results['planning_seconds']:.0f} s"
+        print_table(("ratios", "corrected", "GMACs", "top-1", "KL"), rows, title=title)
+    if "ranking" in results:
+        ranking = results["ranking"]
+        cells = [
+            [str(i), f"{r['predicted']:.3f}", f"{r['measured']:.3f}"] for i, r in enumerate(ranking["allocations"])
+        ]
+        title = f"random allocations of equal MACs, Spearman {ranking['spearman']:.2f}"
+        print_table(("allocation", "predicted", "measured"), cells, title=title)
     cells = [[r["budget"], f"{r['asked']:g}", f"{r['reached']:.4f}"] for r in results["budgets"]]
     print_table(("budget", "asked", "reached"), cells, title="budgets")
     if "latency" in results:

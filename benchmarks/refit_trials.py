@@ -27,9 +27,12 @@ import numpy as np
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deit import (
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm
+
+from benchmarks.deit import (
     CALIBRATION,
     evaluation_images,
     export_deit,
@@ -37,9 +40,6 @@ from deit import (
     parser_with_data,
     uniform_ratios,
 )
-from torch import Tensor
-from torch.nn.functional import gelu, layer_norm
-
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model
 from toast_onnx.planning.ratios import parse_ratios

@@ -74,7 +74,7 @@ def fold_transposes(path: Path) -> None:
             kept.append(node)
             continue
         info = external.ExternalDataInfo(source)
-        data = np.memmap(path.parent / info.location, np.float32, "r+", info.offset, tuple(source.dims)[::-1])
+        data = np.memmap(path.parent / info.location, np.float32, "r+", info.offset or 0, tuple(source.dims)[::-1])
         data[:] = np.array(data).reshape(tuple(source.dims)).T
         source.name, source.dims[:] = node.output[0], data.shape
     del proto.graph.node[:]

@@ -22,10 +22,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 
-from deit import export
-
+from benchmarks.deit import export
 from tests import zoo
 from tests.weightless import export_weightless
 from toast_onnx.choosing.synthetic import SyntheticStatistics

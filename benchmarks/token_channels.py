@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deit import CALIBRATION, evaluation_images, export_deit, logits, parser_with_data
-
+from benchmarks.deit import CALIBRATION, evaluation_images, export_deit, logits, parser_with_data
 from toast_onnx.engines.ortbench import benchmark
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
@@ -111,7 +110,7 @@ def pruned_models(look: Study, options: argparse.Namespace, folder: Path) -> dic
     parts = {"hidden", "fc2"} | ({"inputs", "fc1"} if any(fc1 for fc1, _ in options.cases) else set())
     calibrate(look, options.data / "data" / "calibration_256", out, everything(look, parts), settings)
     measured = CalibratedStatistics(look, out)
-    found = {}
+    found: dict[tuple[str, float, float], Path] = {}
     for fc1, fc2 in options.cases:
         runtime = RUNTIME if fc1 else {"run time": {}}
         methods = STATIC | {name: ({"mode": "runtime"} | extra, "none") for name, extra in runtime.items()}

@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import yaml
-from deit import CALIBRATION, evaluation_images, export_deit, logits, parser_with_data
 
+from benchmarks.deit import CALIBRATION, evaluation_images, export_deit, logits, parser_with_data
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.macs import graph_macs
@@ -68,7 +68,7 @@ def main() -> None:
             save_model(model, merged)
             look = study(load_model(merged))
             found = logits(merged, images, options.threads).astype(np.float64)
-            row = {
+            row: dict[str, Any] = {
                 "tokens": what,
                 "metric": metric,
                 "unread dropped": unread,
@@ -102,7 +102,8 @@ def planned(dense: Study, share: float, images: Path, folder: Path) -> dict[int,
     recipe.write_text(yaml.safe_dump(CALIBRATION))
     options = CalibrationOptions(preprocess=str(recipe), samples=SAMPLES, batch=16, threads=1)
     samples = read_samples(dense, str(images), options, folder)
-    work = Work(Trials(dense, samples, options, folder), None, Ratios())
+    every = Trials(dense, samples, options, folder)
+    work = Work(every, every, None, Ratios())
     trials = open_token_trials(dense, Ratios(), work.trials, work.merged)
     assert trials is not None
     found = schedule_at(trials, explore(trials, share), share)

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import yaml
-from deit import CALIBRATION, evaluation_images, export_deit, logits, parser_with_data
 
+from benchmarks.deit import CALIBRATION, evaluation_images, export_deit, logits, parser_with_data
 from toast_onnx.errors import ConfigError
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
@@ -32,7 +32,7 @@ from toast_onnx.planning.macs import graph_macs, graph_params
 from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.planning.search import PartChoice
-from toast_onnx.planning.width_costs import TOKENS, dense_widths
+from toast_onnx.planning.width_costs import TOKENS, Part, dense_widths
 from toast_onnx.pruning import prune
 from toast_onnx.tokens.schedule import exact_shares
 from toast_onnx_calibration.agreement import divergences
@@ -50,7 +50,7 @@ from toast_onnx_calibration.token_planning import (
 from toast_onnx_calibration.work import Work, open_work
 from toast_onnx_cli.console import print_table
 
-WIDTHS = ("heads", "qk", "vo", "fc2")
+WIDTHS: tuple[Part, ...] = ("heads", "qk", "vo", "fc2")
 #: Shares of the MACs at which schedules are measured; the surface through all of them serves every share.
 EXPLORED = (0.7, 0.5)
 

@@ -1,0 +1,1 @@
+"""Scripts, each run by its path; they import each other as `benchmarks.NAME`."""
