@@ -61,6 +61,7 @@ PARTS: tuple[Part, ...] = ("qk", "vo", "fc2", "heads")
 #: name -> how the blocks are corrected one after the other; None: not at all.
 CORRECTIONS: dict[str, LocalSettings | None] = {"none": None, "refit": LocalSettings(steps=0), "local": LocalSettings()}
 Refiner = Callable[[Any], Any] | None
+ROWS = ("uniform", "planned, no heads", "planned")
 
 
 def main() -> None:
@@ -77,10 +78,11 @@ def main() -> None:
         seconds = time.perf_counter() - started
         judge = open_judge(look, folder, options)
         results: dict[str, Any] = {"planning_seconds": seconds, "cuts": [], "budgets": budgets(look, choices)}
+        refiners = {name: refiner(look, name, folder, options) for name in options.corrections}
         for cut in options.cuts:
             plans = planned(look, choices, cut)
-            refined = {name: refiner(look, name, folder, options) for name in options.corrections}
-            rows = compare(look, settings, plans, solver, judge, cut, refined)
+            wanted = compared(look, settings, plans, cut)
+            rows = compare(look, {title: wanted[title] for title in options.rows}, solver, judge, cut, refiners)
             kept = {title: plan.kept for title, plan in plans.items()}
             results["cuts"].append({"cut": cut, "comparison": rows, "kept": kept})
         if options.allocations:
@@ -109,6 +111,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=256, help="images to plan with")
     parser.add_argument("--trial-samples", type=int, default=TRIAL_SAMPLES, help="of them, the first that trials run")
     parser.add_argument("--points", type=float, nargs="+", default=POINTS, help="ratios measured for each part")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which ratios to compare")
     parser.add_argument("--allocations", type=int, default=10, help="random allocations to rank; 0: none")
     parser.add_argument("--latency", type=float, help="also plan for this share of the latency")
     parser.add_argument("--work", type=Path, help="keep what was measured here, and go on from it")
@@ -192,19 +195,22 @@ def refiner(look: Study, correction: str, folder: Path, options: argparse.Namesp
     return lambda new: refine_locally(look, new, images, reading, local)
 
 
+def compared(look: Study, settings: Ratios, plans: dict[str, Found], cut: float) -> dict[str, Ratios]:
+    """Uniform and planned ratios by their title."""
+    uniform = parse_ratios({"version": 1, "attention": {"qk": cut, "vo": cut}, "ffn": {"fc2": cut}, "align": 1})
+    dense = [dense_widths(b) for b in look.match.blocks]
+    return {"uniform": uniform} | {t: planned_ratios(settings, plan.kept, dense) for t, plan in plans.items()}
+
+
 def compare(
     look: Study,
-    settings: Ratios,
-    plans: dict[str, Found],
+    wanted: dict[str, Ratios],
     solver: Solver,
     judge: Trials,
     cut: float,
     refiners: dict[str, Refiner],
 ) -> list[dict[str, Any]]:
-    """Uniform and planned ratios, all pruned and proven by the library, on images not used for planning."""
-    uniform = parse_ratios({"version": 1, "attention": {"qk": cut, "vo": cut}, "ffn": {"fc2": cut}, "align": 1})
-    dense = [dense_widths(b) for b in look.match.blocks]
-    wanted = {"uniform": uniform} | {t: planned_ratios(settings, plan.kept, dense) for t, plan in plans.items()}
+    """All ratios, pruned, corrected and proven by the library, on images not used for planning."""
     whole = {"macs": graph_macs(look.view, look.counted), "top1": judge.dense_top1(), "kl": 0.0}
     rows: list[dict[str, Any]] = [{"ratios": "dense", "correction": "none"} | whole]
     with tempfile.TemporaryDirectory() as name:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,8 +73,8 @@ def refinement(
     from toast_onnx_calibration.local import refine_locally
 
     trains = ratios.compensation.kind == "local"
-    chosen = LocalSettings(class_weight=options.class_weight, seed=options.seed)
-    chosen = chosen if trains else replace(chosen, steps=0)
+    steps = ratios.compensation.steps if trains else 0
+    chosen = LocalSettings(steps, class_weight=options.class_weight, seed=options.seed)
     note = "training" if trains else "refitting"
 
     def refine(new: Mapping[int, BlockWeights]) -> tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]:

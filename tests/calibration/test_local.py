@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -18,10 +19,11 @@ from tests import zoo
 from tests.pruning import look, run
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import BackendError, ConfigError, DataError
+from toast_onnx.finetune import local
 from toast_onnx.finetune.local import LocalResult, LocalSettings
 from toast_onnx.matching.span import block_span
 from toast_onnx.matching.study import Study
-from toast_onnx.model import save_model
+from toast_onnx.model import Model, save_model
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import Pruned, prune
 from toast_onnx.runtime import run_model
@@ -163,6 +165,28 @@ def test_what_gets_worse_is_not_kept(vit: Study, samples: Path) -> None:
         assert same(pruned.weights[block], start.weights[block]) == (result.kept == "closed form") or (
             result.kept in ("mean", "refit")
         )
+
+
+def test_the_best_weights_are_kept_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer learns four noisy rows by heart: held-out rows are best some way before the end."""
+    rng = np.random.default_rng(3)
+    true, start = rng.standard_normal((2, 16, 4))
+    x = rng.standard_normal((6, 2, 16)).astype(np.float32)
+    y = (x @ (0.2 * true) + 2 * rng.standard_normal((6, 2, 4))).astype(np.float32)
+    weight = onnx.numpy_helper.from_array((0.5 * start).astype(np.float32), "w")
+    inputs, outputs = ([onnx.helper.make_tensor_value_info(n, 1, [2, c])] for n, c in (("x", 16), ("y", 4)))
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "layer", inputs, outputs, [weight])
+    piece = Model(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), Path("layer.onnx"))
+    settings = LocalSettings(steps=200, check=10, rate=0.1, held_out=0.5)
+    looks: list[float] = []
+    error = local._Problem.error
+    monkeypatch.setattr(local._Problem, "error", lambda self, judges: looks.append(error(self, judges)) or looks[-1])
+    found, best = local.train_block(piece, {"w": np.ones((16, 4), bool)}, x, y, np.ones((1, 1)), settings)
+    assert len(looks) == 21
+    assert best == min(looks) < 0.98 * looks[-1]
+    judged = np.mean([((a @ found["w"] - b) ** 2).sum() / (b**2).sum() for a, b in zip(x[3:], y[3:], strict=True)])
+    assert judged == pytest.approx(best, rel=1e-5)
 
 
 def test_parts_that_keep_their_width_are_left_alone(vit: Study, samples: Path) -> None:

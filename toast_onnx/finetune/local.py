@@ -8,7 +8,7 @@ block also takes back part of the error of the earlier ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ class LocalSettings:
 
     Attributes:
         steps: Adam steps; 0 only corrects the mean and refits the last layer of each block, and needs no PyTorch.
+        check: steps between two looks at the held-out samples, the best of which is kept.
         rate: peak learning rate, as a fraction of a tensor's root mean square; falls to 0 by a cosine.
         group: batches a step.
         held_out: fraction of the batches that only judge the result.
@@ -40,7 +41,8 @@ class LocalSettings:
         seed: of the order of batches.
     """
 
-    steps: int = 100
+    steps: int = 400
+    check: int = 25
     rate: float = 0.01
     group: int = 1
     held_out: float = 0.125
@@ -90,7 +92,7 @@ def train_block(
     weights: Array,
     settings: LocalSettings,
 ) -> tuple[dict[str, Array], float]:
-    """Train a block's weights on pairs of input and wanted output; held-out pairs decide what is kept.
+    """Train a block's weights on pairs of input and wanted output; held-out pairs decide when the weights were best.
 
     Args:
         piece: the block as a model of one input and one output.
@@ -116,10 +118,22 @@ def train_block(
     free = {t: parameters[by_tensor[t]] for t in masks if t in by_tensor}
     problem = _Problem(module, inputs, targets, torch.as_tensor(weights, dtype=torch.float32))
     fit, judge = split(len(inputs), settings.held_out)
-    before = problem.error(judge)
-    _fit(problem, free, {t: torch.from_numpy(masks[t]) for t in free}, fit, settings)
-    after = problem.error(judge)
-    return ({t: p.detach().numpy() for t, p in free.items()}, after) if after < before else ({}, before)
+    best = _Best(problem.error(judge))
+    for _ in _fit(problem, free, {t: torch.from_numpy(masks[t]) for t in free}, fit, settings):
+        best.look(problem.error(judge), free)
+    return best.values, best.error
+
+
+class _Best:
+    """The weights with the least error so far; none while the start is best."""
+
+    def __init__(self, error: float) -> None:
+        self.error = error
+        self.values: dict[str, Array] = {}
+
+    def look(self, error: float, free: Mapping[str, torch.Tensor]) -> None:
+        if error < self.error:
+            self.error, self.values = error, {t: p.detach().numpy().copy() for t, p in free.items()}
 
 
 def split(count: int, held_out: float) -> tuple[list[int], list[int]]:
@@ -165,7 +179,8 @@ def _fit(
     masks: Mapping[str, torch.Tensor],
     batches: list[int],
     settings: LocalSettings,
-) -> None:
+) -> Iterator[int]:
+    """Train, pausing where the weights are to be looked at; yields the number of steps done."""
     import torch
 
     rates = []
@@ -191,6 +206,8 @@ def _fit(
             if p.grad is not None:
                 p.grad *= masks[t]
         optimizer.step()
+        if (step + 1) % settings.check == 0 or step + 1 == settings.steps:
+            yield step + 1
     for p in free.values():
         p.requires_grad_(False)
 

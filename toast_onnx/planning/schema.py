@@ -229,11 +229,13 @@ class Compensation(Section):
         kind: A key of `toast_onnx.solving.compensations.COMPENSATIONS`.
         statistics: Take them all from the dense model (`one-shot`) or from the compressed prefix (`sequential`).
         ridge: Strength of the regularization, or `auto`.
+        steps: Of training a block where `kind` is `local`, eight samples each.
     """
 
     kind: CompensationKind = "ridge"
     statistics: Literal["one-shot", "sequential"] = "one-shot"
     ridge: Annotated[Decimal | Literal["auto"], PlainValidator(_ridge)] = "auto"
+    steps: Annotated[int, Field(ge=1)] = 400
 
 
 def _no_code(value: str) -> str:
