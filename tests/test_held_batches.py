@@ -61,6 +61,24 @@ def test_it_is_found_and_pruning_is_proven_at_it(batch: int, exporter: str, tmp_
     assert (given.dynamic_batch, given.counted_shapes) == (False, dense.counted_shapes)
 
 
+@pytest.mark.parametrize("batch", [2, 4])
+def test_it_is_found_where_no_constant_names_it(batch: int, tmp_path: Path) -> None:
+    """Windows of all images are parted one by one, three for each image."""
+    sizes = onnx.numpy_helper.from_array(np.ones(3 * batch, np.int64), "sizes")
+    parts = [f"part{n}" for n in range(3 * batch)]
+    nodes = [
+        onnx.helper.make_node("Concat", ["x", "x", "x"], ["windows"], axis=0),
+        onnx.helper.make_node("Split", ["windows", "sizes"], parts, axis=0),
+        onnx.helper.make_node("Concat", parts, ["y"], axis=0),
+    ]
+    values = [onnx.helper.make_tensor_value_info(n, 1, ["batch", 4]) for n in "xy"]
+    graph = onnx.helper.make_graph(nodes, "windows", values[:1], values[1:], [sizes])
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
+    dense = look(path)
+    assert (dense.dynamic_batch, dense.counted_shapes) == (False, {"x": (batch, 4)})
+
+
 def test_a_batch_that_is_free_stays_free() -> None:
     dense = look(zoo.export(zoo.Case("timm-vit")))
     assert dense.dynamic_batch
