@@ -20,7 +20,7 @@ from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.images import ReadReport
 from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
-from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, run
+from toast_onnx_calibration.sessions import ModelInput, fed_inputs, make_session, run
 from toast_onnx_calibration.sources import Source, load_callable, shares_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def evaluate(
     """
     function = load_callable(metric) if metric is not None else None
     session = make_session(model, provider, threads=threads)
-    inputs = model_inputs(session)
+    inputs = fed_inputs(Path(model), session)
     known = open_labels(labels, data) if function is None or labels is not None else None
     only = known.by_row.keys() if known else None
     for text in known.notes if known else ():
@@ -212,7 +212,7 @@ class EvaluationOrder:
         """Model and samples in a process of their own."""
         model = find(self.model)
         session = make_session(model, self.provider, threads=self.threads)
-        inputs = model_inputs(session)
+        inputs = fed_inputs(model, session)
         source, _ = open_prepared(
             model,
             self.data,

@@ -14,7 +14,7 @@ import onnx.helper
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.files import files_read
-from toast_onnx.finetune.require import require_torch
+from toast_onnx.finetune.require import require_torch, with_gradients
 from toast_onnx.finetune.settings import Settings
 from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.study import Study, study
@@ -114,6 +114,7 @@ class _Data:
     notes: tuple[str, ...]
 
 
+@with_gradients
 def finetune(
     job: Job,
     *,

@@ -16,7 +16,7 @@ from toast_onnx.model import Model, load_model
 from toast_onnx.runtime import expose
 from toast_onnx_calibration.feeds import batches
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
-from toast_onnx_calibration.sessions import make_session, model_inputs, model_session, run
+from toast_onnx_calibration.sessions import fed_inputs, make_session, model_session, run
 
 _LARGEST = "__toast_largest_"
 
@@ -52,7 +52,7 @@ def largest_magnitudes(
     """
     model = load_model(model_path)
     session = make_session(model_path, threads=threads)
-    inputs, metadata = model_inputs(session), session.get_modelmeta().custom_metadata_map
+    inputs, metadata = fed_inputs(model_path, session), session.get_modelmeta().custom_metadata_map
     del session
     source, _ = open_prepared(
         model_path,

@@ -29,9 +29,8 @@ from toast_onnx.edit import GraphEdit
 from toast_onnx.engines.build import with_weights
 from toast_onnx.engines.precision import name_nodes, why_not_converted
 from toast_onnx.errors import BackendError, ConfigError, one_line
-from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.input_shapes import input_shapes
+from toast_onnx.matching.input_shapes import counted_shapes
 from toast_onnx.model import Model, load_model, opset_of, save_model, write_draft
 from toast_onnx.runtime import expose
 from toast_onnx_calibration.evaluating import classifier_output, classify
@@ -39,7 +38,7 @@ from toast_onnx_calibration.feeds import batches
 from toast_onnx_calibration.labels import open_labels
 from toast_onnx_calibration.prepared import open_prepared
 from toast_onnx_calibration.quantized_layers import layer_damages
-from toast_onnx_calibration.sessions import ModelInput, make_session, model_inputs, model_session, run
+from toast_onnx_calibration.sessions import ModelInput, fed_inputs, make_session, model_session, run
 from toast_onnx_calibration.sources import Source
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def quantize(model_path: Path, data: str | Path, out: Path, options: QuantizeOpt
     model = Model(with_weights(model), model.path)
     name_nodes(model.proto.graph)
     session = make_session(model_path, threads=given.threads)
-    inputs, metadata = model_inputs(session), session.get_modelmeta().custom_metadata_map
+    inputs, metadata = fed_inputs(model_path, session), session.get_modelmeta().custom_metadata_map
     del session
     source, told = open_prepared(
         model_path,
@@ -195,7 +194,7 @@ def equalize_norms(
         The new model, which computes the same, and how many norms were equalized.
     """
     view = GraphView(model)
-    facts = Facts(view, input_shapes(view, {}, 1))
+    _, facts, _, _ = counted_shapes(view, {})
     norms = {}
     for i, node in enumerate(view.nodes):
         readers = [r for r in view.consumers.get(node.output[0], []) if view.nodes[r].op_type != "Shape"]
@@ -337,7 +336,7 @@ def table_of_steps(
     """
     first = next(iter(steps.values()))
     session = make_session(first, threads=threads)
-    inputs, output = model_inputs(session), classifier_output(session)
+    inputs, output = fed_inputs(first, session), classifier_output(session)
     known = None if labels is None else open_labels(labels, data)
     only = known.by_row.keys() if known is not None else None
     metadata = {e.key: e.value for path in steps.values() for e in load_model(path).proto.metadata_props}

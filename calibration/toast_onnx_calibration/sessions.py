@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import BackendError, DataError, ModelError, one_line
 from toast_onnx.external import follow_links
+from toast_onnx.matching.batches import held_batches
 from toast_onnx.matching.study import Study
-from toast_onnx.model import Model, scratch_folder, write_draft
+from toast_onnx.model import Model, load_model, scratch_folder, write_draft
 from toast_onnx.providers import known_provider, open_on
 from toast_onnx.runtime import NUMPY_TYPES
 from toast_onnx_calibration.recipes import Dim
@@ -129,9 +130,27 @@ def graph_inputs(model: Model) -> list[ModelInput]:
 
 def held_inputs(study: Study, inputs: Sequence[ModelInput]) -> list[ModelInput]:
     """The inputs with the batch that a graph holds inside, where it declares a symbolic one all the same."""
-    if study.dynamic_batch:
-        return list(inputs)
-    held = {name: shape[0] for name, shape in study.counted_shapes.items() if shape}
+    held = {} if study.dynamic_batch else {name: shape[0] for name, shape in study.counted_shapes.items() if shape}
+    return _at_batches(inputs, held)
+
+
+def fed_inputs(path: Path, session: ort.InferenceSession) -> list[ModelInput]:
+    """As `model_inputs` and `held_inputs`, for a model that is run as it is and never studied.
+
+    Raises:
+        DataError: as for `model_inputs`.
+    """
+    inputs = model_inputs(session)
+    if all(isinstance(each.shape[0], int) for each in inputs if each.shape):
+        return inputs
+    try:
+        held = held_batches(load_model(path))
+    except ModelError:  # what ONNX Runtime alone can read is taken at its word
+        return inputs
+    return _at_batches(inputs, held)
+
+
+def _at_batches(inputs: Sequence[ModelInput], held: Mapping[str, int]) -> list[ModelInput]:
     return [
         replace(each, shape=(held.get(each.name, each.shape[0]), *each.shape[1:])) if each.shape else each
         for each in inputs

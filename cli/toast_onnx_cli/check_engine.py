@@ -128,9 +128,9 @@ def _from_data(
     """Inputs from the user's data, prepared as calibration prepares them."""
     from toast_onnx_calibration.feeds import batches
     from toast_onnx_calibration.prepared import open_prepared
-    from toast_onnx_calibration.sessions import model_inputs
+    from toast_onnx_calibration.sessions import fed_inputs
 
-    inputs = model_inputs(session)
+    inputs = fed_inputs(model, session)
     kept = session.get_modelmeta().custom_metadata_map
     source, _ = open_prepared(model, data, inputs, preprocess, metadata=kept, samples=samples, seed=seed, note=say_note)
     for part in batches(source, inputs, batch):

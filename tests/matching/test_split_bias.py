@@ -11,8 +11,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, numpy_helper
 
+from toast_onnx.engines.build import with_weights
+from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.split_bias import join_split_biases
 from toast_onnx.model import Model
+from toast_onnx.planning.macs import graph_params
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {
@@ -48,7 +51,7 @@ def graph(*adds: tuple[str, str], axis: int = -1, outputs: tuple[str, ...] = ())
 
 def values(model: Model) -> list[np.ndarray]:
     x = np.linspace(-1, 1, 40, dtype=np.float32).reshape(2, 5, 4)
-    return list(ort.InferenceSession(model.proto.SerializeToString()).run(None, {"x": x}))
+    return list(ort.InferenceSession(with_weights(model).SerializeToString()).run(None, {"x": x}))
 
 
 @pytest.mark.parametrize("adds", [(("a", "p0"), ("b", "p1"), ("c", "p2")), (("b", "p1"),), (("a", "p0"), ("c", "p2"))])
@@ -57,6 +60,21 @@ def test_biases_are_joined_and_nothing_else_changes(adds: tuple[tuple[str, str],
     new = join_split_biases(model)
     assert [n.op_type for n in new.proto.graph.node] == ["MatMul", "Add", "Split"]
     assert list(new.proto.graph.output) == list(model.proto.graph.output)
+    for ours, theirs in zip(values(new), values(model), strict=True):
+        assert np.array_equal(ours, theirs)
+    unread = {"row", *"abc"} - {constant for constant, _ in adds}  # the graph never read them
+    bias = sum(len(WEIGHTS[constant]) for constant, _ in adds)
+    zeros = 9 - bias  # of parts without a bias
+    assert {t.name for t in new.proto.graph.initializer} >= unread
+    assert graph_params(GraphView(new)) == graph_params(GraphView(model)) + zeros, "the old biases are gone"
+
+
+def test_a_bias_that_something_else_reads_stays_for_it() -> None:
+    model = graph(("a", "p0"), ("b", "p1"), ("c", "p2"))
+    model.proto.graph.node.append(onnx.helper.make_node("Neg", ["a"], ["other"]))
+    model.proto.graph.output.append(onnx.helper.make_tensor_value_info("other", TensorProto.FLOAT, None))
+    new = join_split_biases(model)
+    assert {t.name for t in new.proto.graph.initializer} & set("abc") == {"a"}
     for ours, theirs in zip(values(new), values(model), strict=True):
         assert np.array_equal(ours, theirs)
 

@@ -18,9 +18,8 @@ from toast_onnx.engines.even_heads import UnevenHeads, even_heads, uneven_heads
 from toast_onnx.engines.uneven_attention import spell_out_uneven
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.matching.cores import find_cores
-from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.input_shapes import input_shapes
+from toast_onnx.matching.input_shapes import counted_shapes
 from toast_onnx.model import Model
 
 #: What to do with attention whose Q/K and V have different widths.
@@ -65,7 +64,7 @@ def settle_heads(
         raise ConfigError(f"uneven heads: '{choice}' is unknown; use one of {', '.join(CHOICES)}")
     try:
         view = GraphView(model)
-        facts = Facts(view, input_shapes(view, given or {}, 1))
+        facts = counted_shapes(view, given or {})[1]
     except ModelError as e:
         return SettledHeads(model, None, notes=(f"the attentions of this graph were not looked at: {e}",))
     cores, uneven = find_cores(view, facts)[0], uneven_heads(view, facts)

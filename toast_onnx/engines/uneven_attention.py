@@ -14,7 +14,7 @@ import onnx.helper
 from toast_onnx.edit import GraphEdit, PlaceWriter
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView, attribute, is_standard
-from toast_onnx.matching.input_shapes import input_shapes
+from toast_onnx.matching.input_shapes import counted_shapes
 from toast_onnx.model import Model
 
 #: Scores of masked keys, by element type, where those of float32 do not fit.
@@ -38,7 +38,7 @@ def spell_out_uneven(model: Model) -> tuple[Model, int]:
     if not any(_is_attention(node) for node in model.proto.graph.node):
         return model, 0
     view = GraphView(model)
-    facts = Facts(view, input_shapes(view, {}, 1))
+    facts = counted_shapes(view, {})[1]
     found = [i for i, node in enumerate(view.nodes) if _is_attention(node) and _is_uneven(facts, node)]
     if not found:
         return model, 0

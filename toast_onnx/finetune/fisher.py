@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError
 from toast_onnx.finetune.convert import to_torch
-from toast_onnx.finetune.require import require_torch
+from toast_onnx.finetune.require import require_torch, with_gradients
 from toast_onnx.model import Model
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Probe:
     first_weight: float = 1.0
 
 
+@with_gradients
 def fisher(
     model: Model,
     probes: Sequence[Probe],

@@ -84,6 +84,7 @@ def require_torch() -> Any:
     return require.require_torch("compensation: local trains with", ", or choose kind: ridge")
 
 
+@require.with_gradients
 def train_block(
     piece: Model,
     masks: Mapping[str, Array],

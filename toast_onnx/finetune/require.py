@@ -1,10 +1,16 @@
-"""PyTorch is an optional dependency: imported when needed, and missed with a clear word."""
+"""PyTorch is an optional dependency: imported when needed, and missed with a clear word; its gradients, when needed."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from toast_onnx.errors import BackendError
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def require_torch(what: str = "fine-tuning needs", instead: str = "") -> Any:
@@ -22,3 +28,17 @@ def require_torch(what: str = "fine-tuning needs", instead: str = "") -> Any:
     except ImportError as e:
         raise BackendError(f"{what} PyTorch: pip install 'toast-onnx[torch]'{instead}") from e
     return torch
+
+
+def with_gradients(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function with gradients on while it runs, also under a caller's `torch.no_grad` or `torch.inference_mode`."""
+
+    @functools.wraps(work)
+    def guarded(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        torch = sys.modules.get("torch")
+        if torch is None:  # nobody can have switched them off, and the work says what it needs PyTorch for
+            return work(*args, **options)
+        with torch.inference_mode(False), torch.enable_grad():
+            return work(*args, **options)
+
+    return guarded

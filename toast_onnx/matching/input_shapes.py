@@ -18,6 +18,8 @@ Dims = Sequence[onnx.TensorShapeProto.Dimension]
 _LONGEST = 4096
 #: Sides of images that are tried where the graph fixes none that can be read off: text lines, then common crops.
 _SIDES = (32, 48, 64, 96, 128, 224, 256, 384, 448, 512)
+#: Batches that are tried besides the lengths that a graph names: it may hold one multiplied by something else.
+_BATCHES = (2, 3, 4, 8, 16, 32)
 #: How many sizes are tried together for two axes that differ.
 _PAIRS = 200
 #: Nodes walked, over all sizes tried: half a minute at most. Sizes that do not fit mostly show at the first Reshape.
@@ -98,7 +100,7 @@ def _attempts(view: GraphView, free: Iterable[str], batches: Iterable[str]) -> I
         yield from (dict(zip(free, pair, strict=True)) for pair in islice(product(tried, tried), _PAIRS))
     batches = list(batches)
     if batches:
-        yield from (dict.fromkeys(batches, length) for length in lengths)
+        yield from (dict.fromkeys(batches, length) for length in sorted({*_BATCHES, *lengths}))
         yield from (
             dict.fromkeys(batches, batch) | dict.fromkeys(free, length)
             for batch, length in islice(product(lengths, tried), _PAIRS)

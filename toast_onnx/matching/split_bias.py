@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-import onnx.numpy_helper
 
-from toast_onnx.matching.graph import GraphView, attribute, other_input, rewired
-from toast_onnx.matching.respelling import Respelling
+from toast_onnx.matching.graph import GraphView, attribute, other_input
+from toast_onnx.matching.respelling import Respelling, respelled
 from toast_onnx.model import Model
 
 
@@ -27,14 +26,7 @@ def join_split_biases(model: Model) -> Model:
     """
     view = GraphView(model)
     found = {i: adds for i, node in enumerate(view.nodes) if (adds := _biased_parts(view, i)) and any(adds)}
-    if not found:
-        return model
-    joined = {i: _joined(view, i, adds) for i, adds in found.items()}
-    gone = {add for adds in found.values() for add in adds if add is not None}
-    made = rewired(view, {i: each.nodes for i, each in joined.items()}, gone)
-    biases = {name: value for each in joined.values() for name, value in each.arrays.items()}
-    made.proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in biases.items())
-    return made
+    return respelled(view, {i: _joined(view, i, adds) for i, adds in found.items()})
 
 
 def _biased_parts(view: GraphView, i: int) -> list[int | None]:
@@ -85,4 +77,5 @@ def _joined(view: GraphView, i: int, adds: Sequence[int | None]) -> Respelling:
     split.input[0] = total
     split.output[:] = [p if a is None else view.nodes[a].output[0] for a, p in zip(adds, node.output, strict=True)]
     write.nodes.append(split)
+    write.gone.update(add for add in adds if add is not None)
     return write

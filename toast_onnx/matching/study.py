@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from toast_onnx.errors import ModelError
+from toast_onnx.matching.batches import elsewhere, free_batch, is_symbolic
 from toast_onnx.matching.blocks import Match
 from toast_onnx.matching.channels_first import turn_products
 from toast_onnx.matching.contractions import spell_contractions
@@ -13,7 +13,7 @@ from toast_onnx.matching.facts import Facts, Probe
 from toast_onnx.matching.find import find_blocks
 from toast_onnx.matching.fused import SpelledOut, spell_out
 from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.input_shapes import Shapes, counted_shapes, input_shapes
+from toast_onnx.matching.input_shapes import Shapes, counted_shapes
 from toast_onnx.matching.learned import LearnedQueries, spell_learned
 from toast_onnx.matching.parallel import part_layers
 from toast_onnx.matching.softmaxes import spell_softmaxes
@@ -31,7 +31,7 @@ class Study(Probe):
         facts: facts at probing shapes: two batch items where the batch is dynamic.
         counted: facts at the shapes that MACs are counted for: one batch item unless given otherwise.
         counted_shapes: those shapes.
-        dynamic_batch: whether the first axis of the inputs is dynamic.
+        dynamic_batch: whether the first axis of the inputs is dynamic, in what they declare and in the graph itself.
         match: the blocks.
         source: the model as it came.
         spelled_out: the nodes that are spelled out in `view`.
@@ -83,33 +83,16 @@ def _look_at(model: Model, given: Mapping[str, Sequence[int]]) -> Study:
     if learned:
         view = GraphView(constant)
         counted = Facts(view, shapes)
-    dynamic_batch = input_shapes(view, {}, 2) != input_shapes(view, {}, 3)
-    if dynamic_batch:
-        try:
-            facts = Facts(view, input_shapes(view, given, 2, fixed_batch=False))
-        except ModelError:
-            # The graph declares a dynamic batch but holds a fixed one inside.
-            dynamic_batch, facts = False, counted
-            if note is None and not named:
-                size = next(extents[0] for extents in shapes.values() if extents)
-                note = f"the batch is declared symbolic, but the graph holds {size} inside: taken as fixed"
+    probed = free_batch(view, given)
+    if probed is not None:
+        facts, other = probed
     else:
-        facts = counted
-    other = _other_facts(view, given, facts, dynamic_batch)
+        facts, other = counted, elsewhere(view, given, 1, fixed_batch=True) or counted
+        if note is None and not named and is_symbolic(view):
+            size = next(extents[0] for extents in shapes.values() if extents)
+            note = f"the batch is declared symbolic, but the graph holds {size} inside: taken as fixed"
     facts.trust(other)
     other.trust(facts)
     match = find_blocks(Probe(view, facts, other))
     notes = () if note is None else (note,)
-    return Study(view, facts, other, counted, shapes, dynamic_batch, match, model, spelled, learned, notes, asked)
-
-
-def _other_facts(view: GraphView, given: Mapping[str, Sequence[int]], facts: Facts, dynamic_batch: bool) -> Facts:
-    """Facts with every dynamic axis at another size, as far as the graph allows."""
-    batch = 3 if dynamic_batch else 1
-    for shift in (32, 64, 28, 224, 0):
-        shapes = input_shapes(view, given, batch, fixed_batch=not dynamic_batch, shift=shift)
-        try:
-            return Facts(view, shapes)
-        except ModelError:
-            continue
-    return facts
+    return Study(view, facts, other, counted, shapes, probed is not None, match, model, spelled, learned, notes, asked)
