@@ -35,7 +35,6 @@ WEIGHTS_ALONE = (
 )
 BLOCK = "{attention: {qk: 0.5, vo: 0.5}, ffn: {fc2: 0.5}}"
 TWO_BLOCKS = f"version: 1\nblocks: {{0: {BLOCK}, 1: {BLOCK}}}\n"
-CALIBRATE = ["calibrate", "MODEL", "--data", "MANY", "--threads", "1"]
 FROM_STATISTICS = ["prune", "MODEL", "--statistics", "KEPT", "--no-check"]
 #: What is run: title, ratios file if any, and the command's arguments.
 STEPS: dict[str, tuple[str, str | None, list[str]]] = {
@@ -45,8 +44,11 @@ STEPS: dict[str, tuple[str, str | None, list[str]]] = {
     "two": ("prune two blocks with the defaults, no twin", TWO_BLOCKS, ["prune", "MODEL", "--no-check"]),
     "prune": ("prune with the defaults, with the twin", HALF, ["prune", "MODEL"]),
     "calibrate": ("calibrate on 4 images", None, ["calibrate", "MODEL", "--data", "IMAGES", "-o", "STATISTICS"]),
-    "two-images": ("calibrate on 2 images", None, [*CALIBRATE, "--samples", "2", "-o", "STATISTICS"]),
-    "statistics": ("calibrate, statistics kept", None, [*CALIBRATE, "-o", "KEPT"]),
+    "statistics": (
+        "calibrate, statistics kept",
+        None,
+        ["calibrate", "MODEL", "--data", "MANY", "--threads", "1", "-o", "KEPT"],
+    ),
     "half": ("prune from them with the defaults, a half, no twin", HALF, FROM_STATISTICS),
     "third": ("prune from them with the defaults, 35 %, no twin", THIRD, FROM_STATISTICS),
 }
