@@ -43,10 +43,10 @@ def flops(width: int, heads: int, hidden: int) -> dict[str, float]:
     k, d = hidden // 2, width // heads
     rank = d // 2
     others, together = (heads - 1) * rank, heads * rank
-    turn = (EIGEN + 1) * others**3 + 2 * others**2 * (width + 2 * d) + 2 * others * d * width + 6 * d * d * width
+    turn = (EIGEN + 3) * others**3 + 2 * others**2 * d + 2 * others * d * width + 6 * d * d * width
     selection = hidden**3 + (hidden**3 - k**3) / 3 + width * (hidden**2 - k**2)
-    refit = 2 * k**3 + 2 * k**2 * (hidden - k) + 2 * k * (hidden - k) * width + 4 * k**2 * width
-    read_out = 4 * width**3 + EIGEN * together**3 + 6 * together**2 * width
+    refit = 4 / 3 * k**3 + 2 * k**2 * (hidden - k) + 2 * k * (hidden - k) * width + 4 * k**2 * width
+    read_out = 4 * width**3 + (EIGEN + 2) * together**3 + 5 * together**2 * width
     return {
         "queries and keys": 4 * width * width * rank + heads * 40 * d**3,
         "values and output projection": 2 * heads * turn + read_out,

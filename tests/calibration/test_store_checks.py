@@ -20,13 +20,14 @@ from tests.end_to_end.command import DIGITS
 from tests.matching.tiny import TOKENS, WIDTH, block
 from tests.pruning import look
 from toast_onnx.errors import DataError
+from toast_onnx.importance.blocked import Cholesky
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import everything
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.store import open_statistics
-from toast_onnx_calibration.store_checks import nearest_moments
+from toast_onnx_calibration.store_checks import nearest_moments, value_problem
 
 EVERY_PART = ("qk", "context", "hidden", "inputs", "fc1", "fc2")
 Entries = dict[str, np.ndarray]
@@ -249,6 +250,43 @@ def test_attention_that_sees_one_key_a_query_is_measured_and_opens(factor: float
     file = open_statistics(tmp_path / "s.npz")
     for name in file.names():
         file.array(name)
+
+
+def tolerance(matrix: np.ndarray) -> float:
+    """What eigenvalues may lie below zero."""
+    return float((len(matrix) + 1000) * np.finfo(np.float32).eps * np.diagonal(matrix).max())
+
+
+@pytest.mark.parametrize("tokens", [60, 2000])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.5])
+def test_rounding_of_a_factor_in_float32_is_a_tenth_of_the_tolerance_at_most(tokens: int, decay: float) -> None:
+    n = 700
+    rng = np.random.default_rng(tokens)
+    x = (rng.standard_normal((tokens, n)) * np.arange(1, n + 1) ** -decay) @ rng.standard_normal((n, n))
+    s = (x.T @ x / tokens).astype(np.float32)
+    shift = tolerance(s) / 2
+    factor = Cholesky(s, shift, np.float32).factor.astype(np.float64)
+    error = factor @ factor.T - s - shift * np.eye(n)
+    assert np.abs(np.linalg.eigvalsh(error)).max() < tolerance(s) / 10
+
+
+@pytest.mark.parametrize(("below", "fits"), [(0.3, True), (0.8, True), (1.2, False), (3.0, False)])
+def test_eigenvalues_may_lie_below_zero_by_the_tolerance(below: float, fits: bool) -> None:
+    n = 300
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))[0]
+    values = np.linspace(1, 2, n)
+    s = (turn * values) @ turn.T
+    values[0] = -below * tolerance(s)
+    s = (turn * values) @ turn.T
+    problem = value_problem("0.context.covariance", (s + s.T) / 2, np.zeros(n))
+    assert problem == (None if fits else "is not positive semi-definite")
+
+
+@pytest.mark.parametrize("place", [(0, 299), (299, 0), (260, 250), (10, 3)])
+def test_one_number_that_differs_from_its_mirror_image_is_found(place: tuple[int, int]) -> None:
+    s = np.eye(300)
+    s[place] = 0.5
+    assert value_problem("0.context.covariance", s, np.zeros(300)) == "is not symmetric"
 
 
 def test_moments_are_kept_as_they_are_and_others_are_the_nearest() -> None:

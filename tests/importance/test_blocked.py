@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from toast_onnx.importance.blocked import LEAF, Cholesky, inverse
+from toast_onnx.importance.blocked import LEAF, TILE, Cholesky, inverse, mirror
 from toast_onnx.importance.loss_curves import elimination_order, readout_losses
 from toast_onnx.importance.regular import regular
 from toast_onnx.importance.second_order import POOL, keep_second_order, regular_inverse
@@ -32,6 +32,22 @@ def test_inverse_factor_and_solutions_are_those_of_lapack(n: int) -> None:
     np.testing.assert_allclose(known.solve(b), reference, atol=1e-8 * np.abs(reference).max())
     found, reference = inverse(s), np.linalg.inv(s)
     np.testing.assert_allclose(found, reference, atol=1e-8 * np.abs(reference).max())
+
+
+def test_a_factor_has_the_precision_and_the_shift_that_are_asked_for() -> None:
+    s = covariance(2 * LEAF + 3)
+    shift = 0.1 * float(np.trace(s)) / len(s)
+    known = Cholesky(s, shift, np.float32).factor
+    assert known.dtype == np.float32
+    expected = np.linalg.cholesky(s + shift * np.eye(len(s)))
+    np.testing.assert_allclose(known, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (TILE, TILE), (TILE + 3, 2 * TILE + 1)])
+def test_a_mirror_image_is_the_transpose(shape: tuple[int, int]) -> None:
+    source, target = np.random.default_rng(0).standard_normal(shape), np.zeros(shape[::-1])
+    mirror(source, target)
+    np.testing.assert_array_equal(target, source.T)
 
 
 @pytest.mark.parametrize("n", [5, 2 * LEAF + 3])

@@ -37,11 +37,28 @@ def test_shards_merge_in_any_order(cuts: list[int], order: object, seed: int) ->
         assert np.linalg.norm(a - b) <= 1e-12 * max(np.linalg.norm(b), 1.0)
 
 
+def test_a_covariance_that_is_given_stays_as_it_is_beside_a_large_mean() -> None:
+    """Taken off the sum of products again, it would have lost its digits to the mean."""
+    rng = np.random.default_rng(4)
+    mean, covariance = rng.standard_normal(5) * 1e6, np.cov(rng.standard_normal((5, 40)))
+    got = Moments.known(mean, covariance, 30.0, 25.0)
+    np.testing.assert_array_equal(got.covariance, covariance)
+    assert not got.covariance.flags.writeable
+    assert covariance.flags.writeable
+    np.testing.assert_allclose(got.gram, 30 * (covariance + np.outer(mean, mean)))
+    both = got.merge(Moments.known(-mean, covariance, 30.0, 5.0))
+    np.testing.assert_allclose(both.gram, 60 * (covariance + np.outer(mean, mean)))
+    assert (both.count, both.tokens) == (60.0, 30.0)
+    np.testing.assert_allclose(both.mean, 0, atol=1e-9)
+
+
 def test_moments_reject_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         Moments(1.0, np.zeros(3), np.zeros((2, 2)))
     with pytest.raises(ValueError, match="count"):
         Moments(0.0, np.zeros(2), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="does not fit"):
+        Moments.known(np.zeros(3), np.zeros((2, 2)))
 
 
 def test_linear_maps_carry_moments_exactly() -> None:

@@ -19,10 +19,11 @@ def problem(n: int, m: int, count: int, noise: float = 0.3) -> tuple[np.ndarray,
     return x.T @ x / count, x.T @ y / count, np.square(y).mean(axis=0)
 
 
-@pytest.mark.parametrize("n", [3, BLOCK, BLOCK + 1, 2 * BLOCK + 7, 6 * BLOCK + 5])
+@pytest.mark.parametrize("n", [3, BLOCK, BLOCK + 1, 2 * BLOCK + 7, 6 * BLOCK + 5, 10 * BLOCK])
 @pytest.mark.parametrize("share", [0.5, 3])
 def test_it_gives_what_the_inverse_gives(n: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(banded, "STRIP", 4)
+    monkeypatch.setattr(banded, "SOLVED", 4)
     s, c, energy = problem(n, 10, int(share * n) + 1)
     least = damping(s, STRENGTHS[0])
     found = Banded(s, c, energy, least)
@@ -45,7 +46,7 @@ def test_where_nothing_is_to_be_eliminated_nothing_is(first: int) -> None:
     if first == 0:
         s += 2 * np.eye(len(s)) + 0.5 * (np.eye(len(s), k=1) + np.eye(len(s), k=-1))  # banded already
         c[:] = problem(len(s), 3, 400)[1]
-    known, wide = Spectrum(s, c, float(energy.sum())), Banded(s, c, energy, damping(s, STRENGTHS[0]))
+    known, wide = Spectrum(s, c @ c.T, float(energy.sum())), Banded(s, c, energy, damping(s, STRENGTHS[0]))
     shift = 1e-3 * wide.mean
     assert wide.used(shift) == pytest.approx(known.used(shift))
     np.testing.assert_allclose(wide.solve(c, shift), known.solve(c, shift), atol=1e-9)
@@ -78,5 +79,5 @@ def test_scores_that_are_not_needed_change_no_choice(count: int, noise: float) -
         scores.append(0.0 if holds else max(left, exact) / freedom**2 if freedom > 0 else np.inf)
     good = [shift for shift, score in zip(shifts, scores, strict=True) if score <= 1.01 * min(scores)]
     expected = shifts[-1] if np.isinf(min(scores)) else good[0]
-    for spectrum in (Spectrum(s, c, float(energy.sum())), Banded(s, c, energy, shifts[0])):
+    for spectrum in (Spectrum(s, c @ c.T, float(energy.sum())), Banded(s, c, energy, shifts[0])):
         assert best_strength(spectrum, count, float(energy.sum()), least) == pytest.approx(expected)

@@ -7,6 +7,7 @@ import pytest
 
 from toast_onnx.importance.ffn import select_ffn_second_order
 from toast_onnx.importance.moments import Moments
+from toast_onnx.importance.regular import damping
 from toast_onnx.solving.ffn import solve_ffn
 from toast_onnx.solving.linear_algebra import ALIKE, STRENGTHS, Spectrum, best_strength, ridge_operator, ridge_solve
 from toast_onnx.solving.vo import solve_vo_subspace
@@ -39,7 +40,7 @@ def reference(s: np.ndarray, c: np.ndarray, tokens: float, energy: float) -> lis
 
 def chosen(s: np.ndarray, c: np.ndarray, tokens: float, energy: float) -> float:
     """The strength that is chosen, as a fraction of the mean eigenvalue."""
-    return best_strength(Spectrum(s, c, energy), tokens, energy, 0.0) / values_mean(s)
+    return best_strength(Spectrum(s, c @ c.T, energy), tokens, energy, 0.0) / values_mean(s)
 
 
 @pytest.mark.parametrize("count", [500, 1000, 1500])
@@ -111,10 +112,26 @@ def test_values_fall_back_to_the_plain_projection_not_to_zero() -> None:
 def test_the_operator_is_what_solutions_multiply_by(tokens: float, ridge: float | str) -> None:
     x, y = tokens_of(300, 20, 1), tokens_of(300, 30, 1)[:, :6]
     s, c, energy = x.T @ x / 300, x.T @ y / 300, float(np.square(y).sum() / 300)
-    operator = ridge_operator(s, c, ridge, tokens=tokens, energy=energy)  # type: ignore[arg-type]
+    operator = ridge_operator(s, c @ c.T, ridge, tokens=tokens, energy=energy)  # type: ignore[arg-type]
     solved = ridge_solve(s, c, ridge, tokens=tokens, energy=energy)  # type: ignore[arg-type]
     np.testing.assert_allclose(operator @ c, solved, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(operator, operator.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("leading", [1.0, 30.0, 1000.0])
+def test_what_targets_share_with_channels_may_be_read_off_its_products(leading: float) -> None:
+    """The bound that `Spectrum` names, where one direction holds nearly everything."""
+    n = 300
+    x = tokens_of(1000, n, 1)
+    x[:, 0] *= leading
+    y = x @ np.random.default_rng(3).standard_normal((n, 40)) / n
+    s, c, energy = x.T @ x / 1000, x.T @ y / 1000, float(np.square(y).sum() / 1000)
+    values, vectors = np.linalg.eigh(s)
+    least = damping(s, 0.0)
+    gain = (1 + least / (values + least)) / (values + least)
+    seen = np.square(vectors.T @ c).sum(axis=1)
+    left = energy - float(seen @ (gain * (2 - values * gain)))
+    assert abs(Spectrum(s, c @ c.T, energy).left(least, np.inf) - left) < 1e-9 * n * energy
 
 
 @pytest.mark.parametrize("ridge", ["auto", 0.0, 1e-12])
@@ -124,7 +141,7 @@ def test_sums_that_rounding_left_indefinite_are_solved_all_the_same(ridge: float
     s = (x.T @ x / 12).astype(np.float32).astype(np.float64)
     assert np.linalg.eigvalsh(s)[0] < 0
     c = s[:, :5]
-    operator = ridge_operator(s, c, ridge, tokens=1e9, energy=1.0)  # type: ignore[arg-type]
+    operator = ridge_operator(s, c @ c.T, ridge, tokens=1e9, energy=1.0)  # type: ignore[arg-type]
     solved = ridge_solve(s, c, ridge, tokens=1e9, energy=1.0)  # type: ignore[arg-type]
     assert np.isfinite(operator).all()
     np.testing.assert_allclose(s @ operator @ c, s @ solved, atol=1e-4 * np.abs(s).max())

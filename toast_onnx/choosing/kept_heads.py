@@ -102,5 +102,6 @@ def keep_heads(
 def _statistics_of(found: AttentionStatistics, kept: Indices, flat: Indices, heads: int) -> AttentionStatistics:
     """Statistics of some heads; those of queries and keys that all heads share stay."""
     s_qq, s_kk = (s[kept] if s.ndim == 3 and len(s) == heads else s for s in (found.s_qq, found.s_kk))
-    context = replace(found.context, total=found.context.total[flat], gram=found.context.gram[np.ix_(flat, flat)])
+    whole, square = found.context, np.ix_(flat, flat)
+    context = Moments.known(whole.mean[flat], whole.covariance[square], whole.count, whole.tokens)
     return replace(found, s_qq=s_qq, s_kk=s_kk, context=context)

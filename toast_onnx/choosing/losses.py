@@ -123,14 +123,17 @@ def predicted_errors(
 
 def _readout_error(spread: Array, w: NDArray[Any], kept: Indices, new: NDArray[Any]) -> float:
     """Relative error of x W (n, m) by new rows (kept, m) for some channels, with second moments (n, n) of x."""
-    old = np.asarray(w, np.float64)
-    lost = old.copy()
+    lost = np.array(w, np.float64)
     lost[kept] -= np.asarray(new, np.float64)
-    return _share(_energy(spread, lost), _energy(spread, old))
+    return _share(_energy(spread, lost), _energy(spread, np.asarray(w, np.float32)))
 
 
-def _energy(spread: Array, w: Array) -> float:
-    """Energy of x W over all outputs; half of W W^T is formed, which is symmetric as `spread` is."""
+def _energy(spread: Array, w: NDArray[Any]) -> float:
+    """Energy of x W over all outputs; half of W W^T is formed, which is symmetric as `spread` is.
+
+    W W^T has the precision of W. float32 is enough for weights as they are, where little cancels; not for what a fit
+    leaves.
+    """
     found = 0.0
     for rows in spans(len(w), ROWS):
         pairs = w[rows] @ w[: rows.stop].T

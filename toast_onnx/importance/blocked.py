@@ -2,12 +2,13 @@
 
 NumPy's own inverse knows nothing of symmetry, and its solutions factor anew every time. Here a matrix is halved until
 its blocks are small, so that nearly all work lies in large matrix products, which run at the speed of the machine.
-float64 throughout.
+float64, but where a caller asks a `Cholesky` for less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ Array = NDArray[np.float64]
 
 #: Matrices up to this size are left to LAPACK.
 LEAF = 128
+#: Rows and columns that are transposed at once.
+TILE = 64
 #: Row blocks of a product of which one half is the other's mirror image.
 STRIPS = 16
 
@@ -23,6 +26,11 @@ STRIPS = 16
 def spans(n: int, block: int) -> Iterator[slice]:
     """0..n in pieces of `block`."""
     return (slice(start, min(start + block, n)) for start in range(0, n, block))
+
+
+def strips(n: int) -> Iterator[slice]:
+    """0..n in at most `STRIPS` pieces, none of them too small for a matrix product to be fast."""
+    return spans(n, max(LEAF, -(-n // STRIPS)))
 
 
 def inverse(s: Array, shift: float = 0.0) -> Array:
@@ -47,57 +55,69 @@ def _invert(a: Array) -> None:
     first, cross, last = a[:half, :half], a[:half, half:], a[half:, half:]
     _invert(first)
     carry = first @ cross
-    _add_symmetric(last, cross.T, -carry)
+    _symmetric(np.subtract, last, cross.T, carry)
     _invert(last)
     back = carry @ last
-    _add_symmetric(first, back, carry.T)
+    _symmetric(np.add, first, back, carry.T)
     np.negative(back, out=cross)
-    a[half:, :half] = cross.T
+    mirror(cross, a[half:, :half])
 
 
-def _add_symmetric(a: Array, x: Array, y: Array) -> None:
-    """A += X Y in place, where X Y (n, n) is known to be symmetric."""
-    n = len(a)
-    for rows in spans(n, -(-n // STRIPS)):
-        strip = x[rows] @ y[:, : rows.stop]
-        a[rows, : rows.stop] += strip
-        a[: rows.start, rows] = a[rows, : rows.start].T
+def _symmetric(operation: np.ufunc, a: Array, x: Array, y: Array) -> None:
+    """A becomes A + X Y, or A - X Y, in place, where X Y (n, n) is known to be symmetric."""
+    for rows in strips(len(a)):
+        own = a[rows, : rows.stop]
+        operation(own, x[rows] @ y[:, : rows.stop], out=own)
+        mirror(own[:, : rows.start], a[: rows.start, rows])
+
+
+def mirror(source: Array, target: Array) -> None:
+    """Write the transpose of (m, n) into (n, m), by tiles that stay in the cache."""
+    for rows in spans(len(source), TILE):
+        for columns in spans(source.shape[1], TILE):
+            target[columns, rows] = source[rows, columns].T
 
 
 class Cholesky:
-    """L with L L^T = S, and what it solves.
+    """L with L L^T = S + shift I, and what it solves.
 
     Attributes:
         factor: L (n, n), zero above the diagonal.
     """
 
-    def __init__(self, s: Array) -> None:
+    def __init__(self, s: NDArray[Any], shift: float = 0.0, dtype: type[np.floating[Any]] = np.float64) -> None:
         """Factor S (n, n).
 
+        Args:
+            s: the matrix.
+            shift: what is added to its diagonal.
+            dtype: in which precision.
+
         Raises:
-            LinAlgError: S is not positive definite.
+            LinAlgError: S + shift I is not positive definite.
         """
-        self.factor = np.array(s, np.float64)
-        self._leaves: dict[int, Array] = {}  # inverses of the diagonal blocks of L, by their start
+        self.factor: NDArray[Any] = np.array(s, dtype)
+        self.factor.flat[:: len(s) + 1] += shift
+        self._leaves: dict[int, NDArray[Any]] = {}  # inverses of the diagonal blocks of L, by their start
         self._factor(slice(0, len(s)))
 
     def _factor(self, own: slice) -> None:
         a, n = self.factor, own.stop - own.start
         if n <= LEAF:
             a[own, own] = np.linalg.cholesky(a[own, own])
-            self._leaves[own.start] = np.asarray(np.linalg.inv(a[own, own]), np.float64)
+            self._leaves[own.start] = np.linalg.inv(a[own, own])
             return
         first, last = _halves(own)
         self._factor(first)
         self._divide(a[last, first], first)
         panel = a[last, first]
-        for rows in spans(len(panel), -(-len(panel) // STRIPS)):
+        for rows in strips(len(panel)):
             below = slice(last.start + rows.start, last.start + rows.stop)
             a[below, last.start : below.stop] -= panel[rows] @ panel[: rows.stop].T
         self._factor(last)
         a[first, last] = 0.0
 
-    def _divide(self, b: Array, own: slice) -> None:
+    def _divide(self, b: NDArray[Any], own: slice) -> None:
         """B L^-T in place, for B (m, k) and the k rows and columns of L that `own` names."""
         if own.stop - own.start <= LEAF:
             b[:] = b @ self._leaves[own.start].T
@@ -108,7 +128,7 @@ class Cholesky:
         b[:, half:] -= b[:, :half] @ self.factor[last, first].T
         self._divide(b[:, half:], last)
 
-    def _multiply_back(self, b: Array, own: slice) -> None:
+    def _multiply_back(self, b: NDArray[Any], own: slice) -> None:
         """B L^-1 in place; as `_divide`."""
         if own.stop - own.start <= LEAF:
             b[:] = b @ self._leaves[own.start]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property, reduce
 
 import numpy as np
@@ -13,27 +12,39 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
 class Moments:
     """Weighted sums over tokens of one activation `x` with n channels, or of one activation per head.
+
+    Nothing of it is to be written to. Of the sum of products and the covariance one is given, and the other one is
+    computed once where it is asked for.
 
     Attributes:
         count: sum of the token weights (dimensionless; the number of tokens when all weights are one).
         total: sum of w * x, shape (..., n).
-        gram: sum of w * x x^T, shape (..., n, n). Leading axes, if any, are heads.
         tokens: number of tokens behind the sums, which says how far they can be trusted; infinite for a distribution.
     """
 
-    count: float
-    total: Array
-    gram: Array
-    tokens: float = math.inf
+    def __init__(self, count: float, total: Array, gram: Array, tokens: float = math.inf) -> None:
+        """Moments from sums.
 
-    def __post_init__(self) -> None:
-        if self.gram.shape != (*self.total.shape, self.total.shape[-1]):
-            raise ValueError(f"gram {self.gram.shape} does not fit total {self.total.shape}")
-        if not self.count > 0:
-            raise ValueError(f"count must be positive, got {self.count}")
+        Args:
+            count: as the attribute.
+            total: as the attribute.
+            gram: sum of w * x x^T, shape (..., n, n). Leading axes, if any, are heads.
+            tokens: as the attribute.
+
+        Raises:
+            ValueError: shapes do not fit, or no positive count.
+        """
+        self._begin(count, total, gram, tokens)
+        self.gram = gram
+
+    def _begin(self, count: float, total: Array, products: Array, tokens: float) -> None:
+        if products.shape != (*total.shape, total.shape[-1]):
+            raise ValueError(f"gram {products.shape} does not fit total {total.shape}")
+        if not count > 0:
+            raise ValueError(f"count must be positive, got {count}")
+        self.count, self.total, self.tokens = count, total, tokens
 
     @classmethod
     def of(cls, x: ArrayLike, weights: ArrayLike | None = None) -> Moments:
@@ -46,16 +57,25 @@ class Moments:
     @classmethod
     def known(cls, mean: ArrayLike, covariance: ArrayLike, count: float = 1.0, tokens: float = math.inf) -> Moments:
         """Moments of a distribution, or of tokens, given by `mean` (..., n) and `covariance` (..., n, n)."""
-        m = np.asarray(mean, dtype=np.float64)
-        gram = m[..., :, None] * m[..., None, :]
-        gram += np.asarray(covariance)
-        gram *= count
-        return cls(count, count * m, gram, tokens)
+        found, around = cls.__new__(cls), np.asarray(covariance, dtype=np.float64).view()
+        found._begin(count, count * np.asarray(mean, dtype=np.float64), around, tokens)
+        around.flags.writeable = False
+        found.covariance = around
+        return found
 
     @property
     def mean(self) -> Array:
         """E[x], shape (..., n)."""
         return self.total / self.count
+
+    @cached_property
+    def gram(self) -> Array:
+        """Sum of w * x x^T, shape (..., n, n)."""
+        mean = self.mean
+        found = mean[..., :, None] * mean[..., None, :]
+        found += self.covariance
+        found *= self.count
+        return found
 
     @property
     def second(self) -> Array:
@@ -64,7 +84,7 @@ class Moments:
 
     @cached_property
     def covariance(self) -> Array:
-        """E[(x - mean)(x - mean)^T], shape (..., n, n); computed once, so it is not to be written to."""
+        """E[(x - mean)(x - mean)^T], shape (..., n, n)."""
         found, mean = self.second, self.mean
         found -= mean[..., :, None] * mean[..., None, :]
         found.flags.writeable = False

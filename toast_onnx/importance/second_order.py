@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toast_onnx.importance.blocked import STRIPS, spans
 from toast_onnx.importance.blocked import inverse as inverse_of
+from toast_onnx.importance.blocked import spans, strips
 from toast_onnx.importance.regular import RELATIVE_JITTER, damping
 from toast_onnx.importance.selection import Indices
 
@@ -187,7 +187,7 @@ class Elimination:
         """Take what is pending off M, and close the gaps that removed channels left; in place, strip by strip."""
         stay = np.flatnonzero(self._there)
         factor = self._pending[stay, : self._used]
-        for rows in spans(stay.size, -(-stay.size // STRIPS)):
+        for rows in strips(stay.size):
             present = self._inverse[stay[rows]].take(stay[: rows.stop], axis=1, mode="clip")
             present -= factor[rows] @ factor[: rows.stop].T
             self._inverse[rows, : rows.stop] = present

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from toast_onnx.importance.blocked import spans
+from toast_onnx.importance.blocked import mirror, spans
 
 Array = NDArray[np.float64]
 
@@ -18,8 +18,10 @@ Array = NDArray[np.float64]
 BLOCK = 64
 #: Eliminated blocks whose reflections act on the targets as one.
 GATHERED = 4
-#: Targets that are turned and solved for at once, so that they stay in the cache.
+#: Targets that are looked at before it is asked whether more are needed.
 STRIP = 256
+#: Targets that are solved for at once.
+SOLVED = 1024
 
 
 class Banded:
@@ -28,6 +30,7 @@ class Banded:
     R stands for (S + lambda I)^-1; solutions are refined once: (R + lambda R^2) C.
 
     Attributes:
+        size: number of channels.
         mean: mean eigenvalue.
     """
 
@@ -43,7 +46,7 @@ class Banded:
         Raises:
             LinAlgError: S + least I is not positive definite.
         """
-        self.mean = float(np.trace(s)) / len(s)
+        self.size, self.mean = len(s), float(np.trace(s)) / len(s)
         self._turns: list[tuple[int, Array, Array]] = []  # where, V and T of I - V T V^T
         self._diagonal, self._below = self._reduce(np.array(s, np.float64))
         self._factor(least)
@@ -51,32 +54,40 @@ class Banded:
         self._seen: dict[int, Array] = {}  # targets turned by Q, `STRIP` of them (n, c), by the first
 
     def _reduce(self, a: Array) -> tuple[list[Array], list[Array]]:
-        """Blocks of B on the diagonal, and below it; `a` is used up."""
-        starts = range(0, len(a), BLOCK)
-        below, waiting = [], list[Array]()
-        for start in starts[1:]:
-            rest, own = slice(start, None), slice(start - BLOCK, start)
-            if len(a) - start <= BLOCK:
-                below.append(a[rest, own].copy())
+        """Blocks of B on the diagonal, and below it; `a` is used up.
+
+        What `GATHERED` blocks of reflections do to `a` is taken off it at once, left @ right.T; until then, off the
+        columns that are eliminated and off products with `a`.
+        """
+        n, diagonal, below = len(a), list[Array](), list[Array]()
+        left, right = np.empty((2, n, 2 * GATHERED * BLOCK))
+        waiting: list[Array] = []
+        for start in range(0, n, BLOCK):
+            own, rest, used = slice(start, start + BLOCK), slice(start + BLOCK, None), 2 * BLOCK * len(waiting)
+            diagonal.append(a[own, own] - left[own, :used] @ right[own, :used].T)
+            panel = a[rest, own] - left[rest, :used] @ right[own, :used].T
+            if len(panel) <= BLOCK:
+                below.extend([panel] if len(panel) else [])
                 continue
-            packed, scale = np.linalg.qr(a[rest, own], mode="raw")
-            below.append(np.triu(packed.T[:BLOCK]))
-            v = np.tril(packed.T, -1)
-            np.fill_diagonal(v, 1.0)
-            v[:, scale == 0] = 0.0  # nothing to eliminate
-            t = _together(v)
-            moved = a[rest, rest] @ v @ t
+            corner, v, t = _eliminated(panel)
+            below.append(corner)
+            moved = ((v.T @ a[rest, rest]).T - left[rest, :used] @ (right[rest, :used].T @ v)) @ t
             moved -= v @ (t.T @ (v.T @ moved) / 2)
-            left, right = np.hstack([moved, v]), np.hstack([v, moved]).T
-            for rows in spans(len(v), STRIP):
-                a[rest, rest][rows] -= left[rows] @ right
+            added = slice(used, used + 2 * BLOCK)
+            np.concatenate([moved, v], axis=1, out=left[rest, added])
+            np.concatenate([v, moved], axis=1, out=right[rest, added])
             waiting.append(v)
-            if len(waiting) == GATHERED or len(a) - start <= 2 * BLOCK:
-                height = len(waiting[0])
-                gathered = np.hstack([np.pad(each, ((height - len(each), 0), (0, 0))) for each in waiting])
-                self._turns.append((len(a) - height, gathered, _together(gathered)))
+            if len(waiting) == GATHERED or len(panel) <= 2 * BLOCK:
+                _take_off(a[rest, rest], left[rest, : added.stop], right[rest, : added.stop])
+                self._gather(n, waiting)
                 waiting = []
-        return [a[start : start + BLOCK, start : start + BLOCK].copy() for start in starts], below
+        return diagonal, below
+
+    def _gather(self, n: int, reflections: list[Array]) -> None:
+        """Keep blocks of reflections, the first of which is the tallest, as one."""
+        height = len(reflections[0])
+        gathered = np.hstack([np.pad(each, ((height - len(each), 0), (0, 0))) for each in reflections])
+        self._turns.append((n - height, gathered, _together(gathered)))
 
     def _turned(self, x: Array) -> Array:
         """Q^T X for X (n, m)."""
@@ -155,13 +166,30 @@ class Banded:
     def solve(self, target: Array, shift: float) -> Array:
         """The refined solution for targets (n, p)."""
         factor, solution = self._factor(shift), np.empty_like(target)
-        for columns in spans(target.shape[1], STRIP):
+        for columns in spans(target.shape[1], SOLVED):
             once = self._backward(factor, self._forward(factor, self._turned(target[:, columns])))
             found = once + shift * self._backward(factor, self._forward(factor, once))
             for start, v, t in reversed(self._turns):
                 found[start:] -= v @ (t @ (v.T @ found[start:]))
             solution[:, columns] = found
         return solution
+
+
+def _eliminated(panel: Array) -> tuple[Array, Array, Array]:
+    """Reflections I - V T V^T that leave nothing of a panel (n, b) below its upper triangle: that, V and T."""
+    packed, scale = np.linalg.qr(panel, mode="raw")
+    v = np.tril(packed.T, -1)
+    np.fill_diagonal(v, 1.0)
+    v[:, scale == 0] = 0.0  # nothing to eliminate
+    return np.triu(packed.T[: panel.shape[1]]), v, _together(v)
+
+
+def _take_off(a: Array, left: Array, right: Array) -> None:
+    """A -= left @ right.T in place, which is symmetric as A (n, n) is."""
+    for rows in spans(len(a), STRIP):
+        own = a[rows, : rows.stop]
+        own -= left[rows] @ right[: rows.stop].T
+        mirror(own[:, : rows.start], a[: rows.start, rows])
 
 
 def _together(v: Array) -> Array:

@@ -72,10 +72,15 @@ def ridge_solve(
     return np.asarray(np.linalg.solve(regular(s, _fraction(ridge), DOUBLE), target))
 
 
-def ridge_operator(s: Array, cross: Array, ridge: Ridge = "auto", *, tokens: float, energy: float) -> Array:
-    """What `ridge_solve` multiplies its targets by, (n, n) and symmetric; arguments as there."""
+def ridge_operator(s: Array, shared: Array, ridge: Ridge = "auto", *, tokens: float, energy: float) -> Array:
+    """What `ridge_solve` multiplies its targets by, (n, n) and symmetric.
+
+    Args:
+        s: as there, and so ridge, tokens and energy.
+        shared: C C^T (n, n), all that is read of the covariance C with the targets.
+    """
     if ridge == "auto" and tokens < s.shape[0] * PLENTY:
-        spectrum = Spectrum(s, cross, energy)
+        spectrum = Spectrum(s, shared, energy)
         return spectrum.operator(best_strength(spectrum, tokens, energy, damping(s, 0.0)))
     if ridge == "auto":
         shift = damping(s, STRENGTHS[0])
@@ -95,7 +100,7 @@ def _analysed(s: Array, cross: Array, energy: float | Array) -> Spectrum | Bande
     if len(s) >= WIDE and isinstance(energy, np.ndarray):
         with suppress(np.linalg.LinAlgError):  # rounding beyond what the least strength lifts
             return Banded(s, cross, energy, damping(s, STRENGTHS[0]))
-    return Spectrum(s, cross, float(np.sum(energy)))
+    return Spectrum(s, cross @ cross.T, float(np.sum(energy)))
 
 
 def _inverse(s: Array, shift: float) -> Array:
@@ -118,20 +123,26 @@ class Spectrum:
     """Covariance S of channels by its eigenvectors, and what targets share with each direction.
 
     Attributes:
+        size: number of channels.
         mean: mean eigenvalue.
     """
 
-    def __init__(self, s: Array, cross: Array, energy: float) -> None:
-        """S (n, n), possibly singular, its covariance with the targets (n, m), and the summed variance of these."""
+    def __init__(self, s: Array, shared: Array, energy: float) -> None:
+        """S (n, n), possibly singular, C C^T with C its covariance with the targets, and the summed variance of these.
+
+        What rounding of C C^T adds to the variance left is below n eps |S| / lambda of all variance: lambda never lies
+        below the rounding of float32 sums (`damping`), so that is 1e-9 n of it at most, less than what is called exact.
+        """
         values, self._vectors = np.linalg.eigh((s + s.T) / 2)
         self._values = np.clip(values, 0, None)
-        self._cross, self._energy = cross, energy
+        self._shared, self._energy = shared, energy
+        self.size = len(s)
         self.mean = float(self._values.mean())
 
     @cached_property
     def _seen(self) -> Array:
         """Squared covariance of each direction with the targets, summed over these, (n,)."""
-        return np.asarray(np.square(self._vectors.T @ self._cross).sum(axis=1))
+        return np.asarray(np.einsum("ij,ij->j", self._vectors, self._shared @ self._vectors))
 
     def _gains(self, shift: float) -> Array:
         """Of each direction: the refined solution over what its targets share with it, (1 + l / (e + l)) / (e + l)."""
@@ -177,8 +188,8 @@ def best_strength(spectrum: Spectrum | Banded, tokens: float, energy: float, lea
         return shifts[0]
     left = exact = 1e-6 * energy  # what the sums' rounding leaves of redundant channels
     scores: list[float] = []
-    for shift in shifts:
-        used, best = 1 + spectrum.used(shift), min(scores, default=math.inf)
+    for shift, used in zip(shifts, _coefficients(spectrum, shifts, tokens), strict=True):
+        best = min(scores, default=math.inf)
         freedom = max(1 - ALIKE * used / max(tokens, 1.0), 0.0) ** 2
         # A stronger ridge leaves no less than a weaker one; the last one needs no score when no other has one.
         idle = freedom == 0 or left >= best * freedom or (math.isinf(best) and shift == shifts[-1])
@@ -190,6 +201,19 @@ def best_strength(spectrum: Spectrum | Banded, tokens: float, energy: float, lea
     if math.isinf(min(scores)):
         return shifts[-1]
     return next(shift for shift, score in zip(shifts, scores, strict=True) if score <= 1.01 * min(scores))
+
+
+def _coefficients(spectrum: Spectrum | Banded, shifts: list[float], tokens: float) -> list[float]:
+    """Coefficients in use at each lambda (ascending), the mean's among them; what is beyond use may be told too low.
+
+    A weaker ridge uses no fewer than a stronger one. So where a stronger one leaves no freedom, and there are more
+    tokens than coefficients, its number does for the weaker ones.
+    """
+    found: list[float] = []
+    for shift in reversed(shifts):
+        beyond = found and ALIKE * found[-1] >= tokens > spectrum.size + 1
+        found.append(found[-1] if beyond else 1 + spectrum.used(shift))
+    return found[::-1]
 
 
 def predict_all(s: Array, kept: Indices, ridge: Ridge = "auto", tokens: float = math.inf) -> Array:

@@ -88,16 +88,13 @@ def solve_vo_subspace(
         sharing = np.flatnonzero(numbers == number)
         readers = np.concatenate([seen[_head(int(h), d)] for h in sharing], axis=1)
         each[number] = _leading_basis(own[sharing].mean(axis=0), readers, kept)
-    bases = [each[number] for number in numbers]
-    if compensation == "ridge":
-        bases = _alternate(s, seen, bases, sweeps, ridge, context.tokens) if groups is None else bases
-        mix = _block_diagonal(bases)  # (H * d, H * r)
-        new = _readout(s, mix, w, ridge, context.tokens)
-    else:
-        mix = _block_diagonal(bases)
-        new = _readout(_block_diagonal(list(own)), mix, w, ridge, context.tokens)
-    shift = context.mean @ (w - mix @ new) if compensation != "none" else np.zeros(w.shape[1])
-    return _solution(wv, bv, out, bo, np.stack(bases), new, shift, None)
+    bases = np.stack([each[number] for number in numbers])  # (H, d, r)
+    if compensation == "ridge" and groups is None:
+        bases = _alternate(s, seen, bases, sweeps, ridge, context.tokens)
+    known = s if compensation == "ridge" else _block_diagonal(own)
+    new = _readout(known, bases, w, ridge, context.tokens)
+    shift = context.mean @ (w - _restored(new, bases)) if compensation != "none" else np.zeros(w.shape[1])
+    return _solution(wv, bv, out, bo, bases, new, shift, None)
 
 
 def solve_vo_index(
@@ -167,22 +164,23 @@ def refit(
     return new, moments.mean @ w - moments.mean[kept] @ new
 
 
-def _readout(s: Array, mix: Array, w: Array, ridge: Ridge, tokens: float) -> Array:
-    """Rows for reduced contexts o A that come closest to o W: (k, m).
+def _readout(s: Array, bases: Array, w: Array, ridge: Ridge, tokens: float) -> Array:
+    """Rows for reduced contexts o A that come closest to o W: (H * r, m).
 
     The ridge acts on what is added to the plain projection A^T W, so that too strong a one falls back to that.
 
     Args:
         s: covariance of the contexts o, (n, n).
-        mix: orthonormal A, (n, k).
+        bases: orthonormal blocks of A, (H, d, r).
         w: (n, m).
         ridge, tokens: as in `ridge_solve`.
     """
-    plain = mix.T @ w
-    left = w - mix @ plain
+    plain = _reduced(w.T, bases).T
+    left = w - _restored(plain, bases)
     unseen = s @ left
     energy = np.einsum("ij,ij->j", left, unseen)
-    return plain + ridge_solve(mix.T @ s @ mix, mix.T @ unseen, ridge, tokens=tokens, energy=energy)
+    own = _reduced(_reduced(s, bases).T, bases)
+    return np.asarray(plain + ridge_solve(own, _reduced(unseen.T, bases).T, ridge, tokens=tokens, energy=energy))
 
 
 def _leading_basis(s: Array, w: Array, rank: int) -> Array:
@@ -196,8 +194,8 @@ def _leading_basis(s: Array, w: Array, rank: int) -> Array:
     return np.asarray(q, dtype=np.float64)
 
 
-def _alternate(s: Array, w: Array, bases: list[Array], sweeps: int, ridge: Ridge, tokens: float) -> list[Array]:
-    """Bases (d, r) of all heads, each in turn the best one when the others' reduced contexts are regressed out.
+def _alternate(s: Array, w: Array, bases: Array, sweeps: int, ridge: Ridge, tokens: float) -> Array:
+    """Bases (H, d, r) of all heads, each in turn the best one when the others' reduced contexts are regressed out.
 
     What the reduced contexts share with all contexts and with the outputs is kept, and only the head that changed is
     computed again.
@@ -205,35 +203,55 @@ def _alternate(s: Array, w: Array, bases: list[Array], sweeps: int, ridge: Ridge
     Args:
         s: covariance of the contexts, (n, n).
         w: (n, m) read-out.
-        bases: one for each head, where to start.
+        bases: (H, d, r), where to start.
         sweeps: passes over the heads.
         ridge, tokens: as in `ridge_solve`.
     """
-    heads, (d, rank) = len(bases), bases[0].shape
+    heads, d, rank = bases.shape
     if heads == 1:
         return bases
-    found, shared = list(bases), s @ w  # (n, m) covariance of contexts and outputs
+    found, shared = bases.copy(), s @ w  # (n, m) covariance of contexts and outputs
     total, spread = float(np.sum(w * shared)), float(np.trace(s))
     with_contexts = np.concatenate([a.T @ s[_head(h, d)] for h, a in enumerate(found)])  # (H * r, n)
     with_outputs = np.concatenate([a.T @ shared[_head(h, d)] for h, a in enumerate(found)])  # (H * r, m)
-    alike = with_outputs @ with_outputs.T
+    among = _reduced(with_contexts, found)  # (H * r, H * r), and so the next two
+    seen, alike = with_contexts @ with_contexts.T, with_outputs @ with_outputs.T
     for h in list(range(heads)) * sweeps:
         own, mine = _head(h, d), _head(h, rank)
-        others = np.r_[0 : mine.start, mine.stop : heads * rank]
-        cross, outputs = with_contexts[others], with_outputs[others]
-        among = np.concatenate([cross[:, _head(g, d)] @ a for g, a in enumerate(found) if g != h], axis=1)
-        solve = ridge_operator(among, cross, ridge, tokens=tokens, energy=spread)
-        explained = solve @ cross[:, own]
-        own_cov = s[own, own] - cross[:, own].T @ explained  # of what the others leave
-        unseen = shared[own] - explained.T @ outputs  # its covariance with the outputs, (d, m)
-        energy = total - float(np.sum(solve * alike[np.ix_(others, others)]))
+        solve = ridge_operator(_without(among, mine), _without(seen, mine), ridge, tokens=tokens, energy=spread)
+        by_others = solve @ np.delete(with_contexts[:, own], mine, axis=0)
+        explained = np.insert(by_others, mine.start, np.zeros((rank, d)), axis=0)  # (H * r, d), nothing by its own
+        own_cov = s[own, own] - with_contexts[:, own].T @ explained  # of what the others leave
+        unseen = shared[own] - explained.T @ with_outputs  # its covariance with the outputs, (d, m)
+        energy = total - float(np.vdot(solve, _without(alike, mine)))
         solution = ridge_solve(own_cov, unseen, ridge, tokens=tokens, energy=energy)
         found[h] = _leading_basis(own_cov, solution, rank)
         with_contexts[mine] = found[h].T @ s[own]
         with_outputs[mine] = found[h].T @ shared[own]
+        among[mine] = _reduced(with_contexts[mine], found)
+        seen[mine] = with_contexts[mine] @ with_contexts.T
         alike[mine] = with_outputs[mine] @ with_outputs.T
-        alike[:, mine] = alike[mine].T
+        for each in (among, seen, alike):
+            each[:, mine] = each[mine].T
     return found
+
+
+def _without(x: Array, gone: slice) -> Array:
+    """X (n, n) less some rows and the same columns."""
+    return np.delete(np.delete(x, gone, axis=0), gone, axis=1)
+
+
+def _reduced(x: Array, bases: Array) -> Array:
+    """X A for X (k, H * d) and A of the heads' bases (H, d, r) on its diagonal: (k, H * r)."""
+    heads, d, _ = bases.shape
+    by_head = x.reshape(len(x), heads, d).swapaxes(0, 1) @ bases  # (H, k, r)
+    return np.asarray(by_head.swapaxes(0, 1).reshape(len(x), -1))
+
+
+def _restored(x: Array, bases: Array) -> Array:
+    """A X for X (H * r, m), A as in `_reduced`: (H * d, m)."""
+    heads, d, rank = bases.shape
+    return np.asarray((bases @ x.reshape(heads, rank, -1)).reshape(heads * d, -1))
 
 
 def _solution(
@@ -262,11 +280,12 @@ def _head(h: int, d: int) -> slice:
     return slice(h * d, (h + 1) * d)
 
 
-def _block_diagonal(blocks: list[Array]) -> Array:
-    rows, columns = blocks[0].shape
-    result = np.zeros((rows * len(blocks), columns * len(blocks)))
-    for i, block in enumerate(blocks):
-        result[_head(i, rows), _head(i, columns)] = block
+def _block_diagonal(blocks: Array) -> Array:
+    """(H, d, d) on the diagonal of a matrix."""
+    d = blocks.shape[1]
+    result = np.zeros((len(blocks) * d, len(blocks) * d))
+    for h, block in enumerate(blocks):
+        result[_head(h, d), _head(h, d)] = block
     return result
 
 
