@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scale import run_step, write_model
 
+from benchmarks.scale import run_step, write_model
 from toast_onnx import load
 
 IMAGES = 16
