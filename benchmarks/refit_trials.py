@@ -6,7 +6,8 @@ the kept dimensions, `proj` to the residual stream behind the attention, `fc1` t
 The strength of each ridge comes from four folds of images. Further trials: token 0 may count more in the last blocks,
 images may be shown mirrored as well, and a matrix may be fitted in front of the classifier.
 
-The last line of every trial also gives KL on the calibration images themselves: how much of the fit is theirs alone.
+Every trial also gives KL on the calibration images themselves, and with fewer `--samples` than there are on the other
+ones: how much of the fit is theirs alone.
 
 Needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors, data/ilsvrc_val_300 and
 data/calibration_256. The fits run in PyTorch on DeiT-Tiny's own layers; pruning is the library's.
@@ -71,11 +72,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="toast-refit-") as name:
         folder = Path(name)
         look = study(load_model(export_deit(data / "weights" / "deit_tiny_patch16_224.safetensors", folder / "d.onnx")))
-        seen = calibration_images(data / "data" / "calibration_256", options.samples)
+        seen, others = calibration_images(data / "data" / "calibration_256", options.samples)
         found = statistics(look, data / "data" / "calibration_256", folder, options)
         torch.set_grad_enabled(False)  # behind the statistics, which may take gradients
         dense = [Layers.of_module(block) for block in module.blocks]
         scores, own = (run_blocks(module, dense, x) for x in (judged, seen))
+        apart = run_blocks(module, dense, others) if len(others) else None
         shown = torch.cat([seen, seen.flip(-1)]) if options.mirrored else seen
         rows = []
         for ratio in options.ratios:
@@ -93,6 +95,7 @@ def main() -> None:
                 row["top1"] = float((classify(module, outs).argmax(1).numpy() == labels).mean())
                 row["kl_head"] = kl(module, scores, outs + head_change(own, answers)(outs))
                 row["kl_calibration"] = kl(module, own, answers)
+                row["kl_others"] = None if apart is None else kl(module, apart, run_blocks(module, fitted, others))
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
     if options.json:
@@ -100,10 +103,10 @@ def main() -> None:
         return
     cells = [
         [f"{r['removed']:g}", r["fitted"], f"{r['top1']:.1%}"]
-        + [f"{r[key]:.3f}" for key in ("kl", "kl_head", "kl_calibration")]
+        + ["-" if r[key] is None else f"{r[key]:.3f}" for key in ("kl", "kl_head", "kl_calibration", "kl_others")]
         for r in rows
     ]
-    heading = ("removed", "fitted", "top-1", "KL", "with head", "KL, calibration")
+    heading = ("removed", "fitted", "top-1", "KL", "with head", "KL, calibration", "KL, other images")
     print_table(heading, cells, title=f"DeiT-Tiny, {len(labels)} images")
 
 
@@ -128,11 +131,17 @@ def _fits(text: str) -> str:
     return text
 
 
-def calibration_images(folder: Path, samples: int) -> Tensor:
-    """(samples, 3, 224, 224)."""
+def calibration_images(folder: Path, samples: int) -> tuple[Tensor, Tensor]:
+    """(samples, 3, 224, 224) as `--samples` draws them, and the other images of the folder."""
     inputs = [ModelInput("input", ("batch", 3, 224, 224), np.dtype(np.float32))]
-    source = open_source(folder, inputs, parse_recipe(CALIBRATION, "calibration"), samples=samples)
-    return torch.from_numpy(np.concatenate([chunk.arrays["input"] for chunk in source]))
+    recipe = parse_recipe(CALIBRATION, "calibration")
+    drawn = {row for chunk in open_source(folder, inputs, recipe, samples=samples) for row in chunk.rows}
+    arrays: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    for chunk in open_source(folder, inputs, recipe):
+        taken = np.array([row in drawn for row in chunk.rows])
+        for side in arrays:
+            arrays[side].append(chunk.arrays["input"][taken == side])
+    return torch.from_numpy(np.concatenate(arrays[True])), torch.from_numpy(np.concatenate(arrays[False]))
 
 
 def statistics(look: Study, images: Path, folder: Path, options: argparse.Namespace) -> CalibratedStatistics:

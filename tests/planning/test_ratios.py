@@ -239,7 +239,7 @@ def test_the_document_shows_defaults() -> None:
         "coupling": "coupled",
         "tie": False,
     }
-    assert document["compensation"] == {"kind": "ridge", "statistics": "one-shot", "ridge": "auto", "steps": 400}
+    assert document["compensation"] == {"kind": "ridge", "statistics": "one-shot", "ridge": "auto", "steps": 100}
 
 
 def test_the_document_can_be_read_again(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class LocalSettings:
         seed: of the order of batches.
     """
 
-    steps: int = 400
+    steps: int = 100
     check: int = 25
     rate: float = 0.01
     group: int = 1
@@ -95,6 +95,8 @@ def train_block(
 ) -> tuple[dict[str, Array], float]:
     """Train a block's weights on pairs of input and wanted output; held-out pairs decide when the weights were best.
 
+    It runs on the GPU that PyTorch finds, else on the processor.
+
     Args:
         piece: the block as a model of one input and one output.
         masks: initializer name -> (its shape) True where it may change; all others stay.
@@ -111,16 +113,17 @@ def train_block(
         ModelError: an operator of the piece has no counterpart in PyTorch.
     """
     torch = require_torch()
-    module = to_torch(piece)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = to_torch(piece).to(device)
     by_tensor = {tensor: name for name, tensor in module.initializers.items()}
     parameters = dict(module.named_parameters())
     for p in parameters.values():
         p.requires_grad_(False)
     free = {t: parameters[by_tensor[t]] for t in masks if t in by_tensor}
-    problem = _Problem(module, inputs, targets, torch.as_tensor(weights, dtype=torch.float32))
+    problem = _Problem(module, inputs, targets, torch.as_tensor(weights, dtype=torch.float32, device=device))
     fit, judge = split(len(inputs), settings.held_out)
     best = _Best(problem.error(judge))
-    for _ in _fit(problem, free, {t: torch.from_numpy(masks[t]) for t in free}, fit, settings):
+    for _ in _fit(problem, free, {t: torch.as_tensor(masks[t], device=device) for t in free}, fit, settings):
         best.look(problem.error(judge), free)
     return best.values, best.error
 
@@ -134,7 +137,7 @@ class _Best:
 
     def look(self, error: float, free: Mapping[str, torch.Tensor]) -> None:
         if error < self.error:
-            self.error, self.values = error, {t: p.detach().numpy().copy() for t, p in free.items()}
+            self.error, self.values = error, {t: p.detach().cpu().numpy().copy() for t, p in free.items()}
 
 
 def split(count: int, held_out: float) -> tuple[list[int], list[int]]:
@@ -157,7 +160,8 @@ class _Problem:
     def batch(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        x, y = (torch.from_numpy(np.array(a[k], np.float32)) for a in (self.inputs, self.targets))
+        device = self.weights.device
+        x, y = (torch.from_numpy(np.array(a[k], np.float32)).to(device) for a in (self.inputs, self.targets))
         return x, y
 
     def loss(self, k: int) -> torch.Tensor:

@@ -235,7 +235,7 @@ class Compensation(Section):
     kind: CompensationKind = "ridge"
     statistics: Literal["one-shot", "sequential"] = "one-shot"
     ridge: Annotated[Decimal | Literal["auto"], PlainValidator(_ridge)] = "auto"
-    steps: Annotated[int, Field(ge=1)] = 400
+    steps: Annotated[int, Field(ge=1)] = 100
 
 
 def _no_code(value: str) -> str:
