@@ -79,6 +79,30 @@ def test_it_is_found_where_no_constant_names_it(batch: int, tmp_path: Path) -> N
     assert (dense.dynamic_batch, dense.counted_shapes) == (False, {"x": (batch, 4)})
 
 
+@pytest.mark.parametrize("batch", [2, 3])
+def test_it_is_found_where_one_item_is_broadcast(batch: int, tmp_path: Path) -> None:
+    """As behind positions that an exporter repeats for every image: one image comes out as many."""
+    path = tmp_path / "model.onnx"
+    noise = np.random.default_rng(1).standard_normal((batch, *SIZE)).astype(np.float32)
+    free = onnx.load(zoo.export(zoo.Case("timm-vit")))
+    (name,) = [value.name for value in free.graph.input]
+    for node in free.graph.node:
+        node.input[:] = ["noisy" if each == name else each for each in node.input]
+    free.graph.node.insert(0, onnx.helper.make_node("Add", [name, "noise"], ["noisy"]))
+    free.graph.initializer.append(onnx.numpy_helper.from_array(noise, "noise"))
+    del free.graph.value_info[:]
+    onnx.save(free, path)
+    assert run(path, {name: X[:1]})[0].shape[0] == batch
+    dense = look(path)
+    assert (dense.dynamic_batch, dense.counted_shapes) == (False, {name: (batch, *SIZE)})
+    assert f"--shape {name}={batch}x3x64x64" in dense.notes[0]
+    labels = _outputs(path, batch).argmax(axis=1)
+    np.savez(tmp_path / "data.npz", **{name: X, "labels": labels})
+    found = evaluate(path, tmp_path / "data.npz")
+    assert found.accuracy is not None
+    assert (found.batch, found.accuracy.top1, found.accuracy.samples) == (batch, 7, 7)
+
+
 def test_a_batch_that_is_free_stays_free() -> None:
     dense = look(zoo.export(zoo.Case("timm-vit")))
     assert dense.dynamic_batch

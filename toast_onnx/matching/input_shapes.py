@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, product
 
 import onnx
@@ -41,7 +41,8 @@ def counted_shapes(view: GraphView, given: Mapping[str, Sequence[int]]) -> tuple
     """
     shapes = input_shapes(view, given, 1)
     try:
-        return shapes, Facts(view, shapes), True, None
+        facts = Facts(view, shapes)
+        return _broadcast(view, given, shapes, facts) or (shapes, facts, True, None)
     except Contradiction as e:
         free, batches = _free_axes(view, given)
         walked = 0
@@ -59,6 +60,33 @@ def counted_shapes(view: GraphView, given: Mapping[str, Sequence[int]]) -> tuple
             raise
         where = ", ".join(f"{each}" for each in (*free.values(), *batches.values()))
         raise ModelError(f"{e} (free are {where})") from e
+
+
+def _broadcast(
+    view: GraphView, given: Mapping[str, Sequence[int]], shapes: Shapes, facts: Facts
+) -> tuple[Shapes, Facts, bool, str | None] | None:
+    """As `counted_shapes`, where one item goes in and several come out that are declared as many as go in.
+
+    Such a graph holds a batch in operands that its own repeat: positions expanded to (3, tokens, channels), say.
+    """
+    symbols = _batch_symbols(_inputs(view)) - {d.dim_param for name in given for d in _inputs(view)[name]}
+    rows = _rows(view, facts, symbols)
+    if len(rows) != 1 or rows == {1}:
+        return None
+    (size,) = rows
+    tried = input_shapes(view, given, size)
+    try:
+        found = Facts(view, tried)
+    except Contradiction:
+        return None
+    return (tried, found, False, _found(view, shapes, tried)) if _rows(view, found, symbols) == {size} else None
+
+
+def _rows(view: GraphView, facts: Facts, symbols: Collection[str]) -> set[int]:
+    """First extents of the outputs that declare one of these symbols there."""
+    dims = {o.name: o.type.tensor_type.shape.dim for o in view.model.proto.graph.output}
+    named = [name for name, declared in dims.items() if len(declared) and declared[0].dim_param in symbols]
+    return {extents[0] for name in named if (extents := facts.shape(name))}
 
 
 def _found(view: GraphView, defaults: Shapes, shapes: Shapes) -> str:
