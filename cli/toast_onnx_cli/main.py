@@ -55,8 +55,9 @@ EXIT_TERMINATED = 143
 #: Least address space, in bytes: libraries and their threads map some 300 MiB on a machine of few cores.
 ADDRESS_SPACE = 1 << 30
 
-#: Freed memory up to this many bytes stays with the process; larger arrays come from the system one by one.
-KEPT_MEMORY = 1 << 30
+#: Freed memory up to this many bytes stays with the process; larger arrays come from the system one by one. Older
+#: versions of glibc take no more than the second.
+KEPT_MEMORY = (1 << 30, 1 << 25)
 #: Options of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
@@ -167,8 +168,9 @@ def keep_freed_memory() -> None:
         return
     with contextlib.suppress(OSError, AttributeError):
         set_option = ctypes.CDLL(None).mallopt
-        for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            set_option(option, KEPT_MEMORY)
+        # The second option alone would freeze the first at its least value, so it is set only where that one was taken.
+        if any(set_option(_MMAP_THRESHOLD, size) for size in KEPT_MEMORY):
+            set_option(_TRIM_THRESHOLD, KEPT_MEMORY[0])
 
 
 def _discard_output() -> None:
