@@ -200,8 +200,8 @@ def equalize_norms(
         readers = [r for r in view.consumers.get(node.output[0], []) if view.nodes[r].op_type != "Shape"]
         if node.op_type != "LayerNormalization" or not readers or len(node.input) < 2:
             continue
-        fits = all(view.nodes[r].op_type == "MatMul" and view.nodes[r].input[1] in view.initializers for r in readers)
-        alone = all(view.consumers.get(name) == [i] for name in node.input[1:])
+        fits = all(_multiplies_by_own(view, r, readers) for r in readers)
+        alone = all(name in view.initializers and view.consumers.get(name) == [i] for name in node.input[1:])
         if fits and alone and node.output[0] not in {o.name for o in model.proto.graph.output}:
             norms[i] = readers
     if not norms:
@@ -219,6 +219,14 @@ def equalize_norms(
             edit.replace_initializer(name, w * s[:, None])
     changed = edit.apply()
     return Model(with_weights(changed), changed.path), len(norms)
+
+
+def _multiplies_by_own(view: GraphView, reader: int, readers: Sequence[int]) -> bool:
+    """Whether a node multiplies by a weight that only these nodes read."""
+    node = view.nodes[reader]
+    if node.op_type != "MatMul" or node.input[1] not in view.initializers:
+        return False
+    return set(view.consumers[node.input[1]]) <= set(readers)
 
 
 def _largest(

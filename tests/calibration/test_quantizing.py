@@ -78,6 +78,42 @@ def test_equalized_channels_change_nothing(prepared: tuple[Path, Path], tmp_path
     assert any(not np.allclose(a, b) for a, b in zip(*gains, strict=True))
 
 
+def test_a_norm_whose_bias_another_node_makes_is_not_equalized(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    """As exporters hand on one of several equal weights; written beside that node, it would be defined twice."""
+    path, data = prepared
+    model = onnx.load(path)
+    norm = next(n for n in model.graph.node if n.op_type == "LayerNormalization")
+    bias = next(t for t in model.graph.initializer if t.name == norm.input[2])
+    norm.input[2], bias.name = "handed.on", "shared"
+    model.graph.node.insert(0, onnx.helper.make_node("Identity", ["shared"], ["handed.on"]))
+    shared = tmp_path / "shared.onnx"
+    onnx.save(model, shared)
+    inputs = model_inputs(make_session(shared))
+    made, count = equalize_norms(load_model(shared), open_source(data, inputs, None), inputs, 0.5)
+    assert count == 3
+    save_model(made, tmp_path / "e.onnx")
+    x = zoo.inputs(path, 3)
+    assert worst(run(tmp_path / "e.onnx", x), run(path, x)) < 1e-5
+
+
+def test_a_norm_whose_layer_shares_its_weight_is_not_equalized(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    path, data = prepared
+    model = onnx.load(path)
+    first, other = [n.output[0] for n in model.graph.node if n.op_type == "LayerNormalization"][:2]
+    layer = next(n for n in model.graph.node if n.op_type == "MatMul" and n.input[0] == first)
+    at = next(k for k, n in enumerate(model.graph.node) if other in n.output)
+    model.graph.node.insert(at + 1, onnx.helper.make_node("MatMul", [other, layer.input[1]], ["again"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("again", 1, ["batch", "tokens", "wide"]))
+    shared = tmp_path / "shared.onnx"
+    onnx.save(model, shared)
+    inputs = model_inputs(make_session(shared))
+    made, count = equalize_norms(load_model(shared), open_source(data, inputs, None), inputs, 0.5)
+    assert count == 2
+    save_model(made, tmp_path / "e.onnx")
+    x = zoo.inputs(path, 3)
+    assert worst(run(tmp_path / "e.onnx", x), run(shared, x)) < 1e-5
+
+
 def test_layers_are_kept_by_name(prepared: tuple[Path, Path]) -> None:
     model = load_model(prepared[0])
     every, _ = choose_layers(model, PLAIN)
