@@ -133,6 +133,9 @@ def test_sensitivity_is_resumed_and_used_by_plan(files: Path) -> None:
     assert again.exit_code == 0, again.stderr
     assert "going on from there" in again.stderr
     assert "fc1+fc2" in again.stdout
+    (files / "longer.yaml").write_text("version: 1\ncompensation: {steps: 7}\n")  # of training, which trials do without
+    longer = run("sensitivity", *common, "--ratios", "0.5", "--parts", "vo", "--settings", "longer.yaml")
+    assert "going on from there" in longer.stderr, longer.stderr
     planned = run("plan", *common, "--params", "0.8", "--points", "0.5", "--sensitivity", "m.sensitivity.json")
     assert planned.exit_code == 0, planned.stderr
     assert "parameters" in planned.stdout
