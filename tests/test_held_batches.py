@@ -13,6 +13,8 @@ from tests import zoo
 from tests.pruning import UNEVEN, look, prune_file, run
 from tests.zoo.exporting import _export
 from toast_onnx.engines.even_heads import even_heads
+from toast_onnx.engines.ortbench import benchmark
+from toast_onnx.errors import BackendError
 from toast_onnx.model import load_model, save_model
 from toast_onnx_calibration.evaluating import evaluate
 from toast_onnx_calibration.magnitudes import largest_magnitudes
@@ -129,6 +131,14 @@ def test_tools_that_study_nothing_feed_it(batch: int, tmp_path: Path) -> None:
     first, second = table_of_steps({"float": path, "int8": small}, tmp_path / "data.npy")
     assert first["agreement"] == 1
     assert second["agreement"] == (_outputs(small, batch).argmax(axis=1) == scores.argmax(axis=1)).mean()
+
+
+def test_a_benchmark_at_another_batch_names_the_one_inside(tmp_path: Path) -> None:
+    path = _held(tmp_path / "model.onnx", 3)
+    with pytest.raises(BackendError, match="holds a batch of 3 inside: use --batch 3"):
+        benchmark([path], [1], rounds=1, warmup=0)
+    (timing,) = benchmark([path], [3], rounds=1, warmup=0)
+    assert timing.batch == 3
 
 
 def test_heads_are_padded_for_an_engine(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def equalize_norms(
         The new model, which computes the same, and how many norms were equalized.
     """
     view = GraphView(model)
-    _, facts, _, _ = counted_shapes(view, {})
+    facts = counted_shapes(view, {}).facts
     norms = {}
     for i, node in enumerate(view.nodes):
         readers = [r for r in view.consumers.get(node.output[0], []) if view.nodes[r].op_type != "Shape"]

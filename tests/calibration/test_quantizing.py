@@ -62,15 +62,21 @@ def test_linear_layers_are_quantized_and_the_rest_stays(
     assert 1e-6 < worst(run(out, x), run(model, x)) < 0.1
 
 
+def equalized(path: Path, data: Path, out: Path) -> int:
+    """Write a model with its norms equalized, make sure that it computes the same, and tell how many there are."""
+    inputs = model_inputs(make_session(path))
+    loaded = Model(with_weights(load_model(path)), path)
+    model, count = equalize_norms(loaded, open_source(data, inputs, None), inputs, 0.5)
+    save_model(model, out)
+    x = zoo.inputs(path, 3)
+    assert worst(run(out, x), run(path, x)) < 1e-5
+    return count
+
+
 def test_equalized_channels_change_nothing(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     path, data = prepared
-    loaded = load_model(path)
-    inputs = model_inputs(make_session(path))
-    model, count = equalize_norms(Model(with_weights(loaded), path), open_source(data, inputs, None), inputs, 0.5)
-    assert count == 4  # both norms of both blocks; the last one is read as one token
-    save_model(model, tmp_path / "e.onnx")
-    x = zoo.inputs(path, 3)
-    assert worst(run(tmp_path / "e.onnx", x), run(path, x)) < 1e-5
+    # both norms of both blocks; the last one is read as one token
+    assert equalized(path, data, tmp_path / "e.onnx") == 4
     gains = [
         [onnx.numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer if "norm" in t.name]
         for p in (path, tmp_path / "e.onnx")
@@ -86,14 +92,8 @@ def test_a_norm_whose_bias_another_node_makes_is_not_equalized(prepared: tuple[P
     bias = next(t for t in model.graph.initializer if t.name == norm.input[2])
     norm.input[2], bias.name = "handed.on", "shared"
     model.graph.node.insert(0, onnx.helper.make_node("Identity", ["shared"], ["handed.on"]))
-    shared = tmp_path / "shared.onnx"
-    onnx.save(model, shared)
-    inputs = model_inputs(make_session(shared))
-    made, count = equalize_norms(load_model(shared), open_source(data, inputs, None), inputs, 0.5)
-    assert count == 3
-    save_model(made, tmp_path / "e.onnx")
-    x = zoo.inputs(path, 3)
-    assert worst(run(tmp_path / "e.onnx", x), run(path, x)) < 1e-5
+    onnx.save(model, tmp_path / "shared.onnx")
+    assert equalized(tmp_path / "shared.onnx", data, tmp_path / "e.onnx") == 3
 
 
 def test_a_norm_whose_layer_shares_its_weight_is_not_equalized(prepared: tuple[Path, Path], tmp_path: Path) -> None:
@@ -104,14 +104,8 @@ def test_a_norm_whose_layer_shares_its_weight_is_not_equalized(prepared: tuple[P
     at = next(k for k, n in enumerate(model.graph.node) if other in n.output)
     model.graph.node.insert(at + 1, onnx.helper.make_node("MatMul", [other, layer.input[1]], ["again"]))
     model.graph.output.append(onnx.helper.make_tensor_value_info("again", 1, ["batch", "tokens", "wide"]))
-    shared = tmp_path / "shared.onnx"
-    onnx.save(model, shared)
-    inputs = model_inputs(make_session(shared))
-    made, count = equalize_norms(load_model(shared), open_source(data, inputs, None), inputs, 0.5)
-    assert count == 2
-    save_model(made, tmp_path / "e.onnx")
-    x = zoo.inputs(path, 3)
-    assert worst(run(tmp_path / "e.onnx", x), run(shared, x)) < 1e-5
+    onnx.save(model, tmp_path / "shared.onnx")
+    assert equalized(tmp_path / "shared.onnx", data, tmp_path / "e.onnx") == 2
 
 
 def test_layers_are_kept_by_name(prepared: tuple[Path, Path]) -> None:

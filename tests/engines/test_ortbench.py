@@ -73,7 +73,7 @@ def test_shapes_follow_the_batch() -> None:
 @pytest.mark.parametrize(
     ("spec", "shapes", "message"),
     [
-        (TOKENS, None, r"'ids' \(batch x sequence\) has open dimensions; give --shapes"),
+        (TOKENS, None, r"'ids' \(batch x sequence\) has open dimensions; give --shape ids=AxBxC"),
         (InputSpec("f", (2, 3), ("?", "?"), TensorProto.FLOAT), None, "fixed batch of 2; use --batch 2"),
         (TOKENS, {"ids": (1, 2, 3)}, "has 3 dimensions, not 2"),
     ],

@@ -64,7 +64,7 @@ def test_a_batch_outside_the_profile_is_refused_before_a_run(tmp_path: Path) -> 
 def test_an_engine_without_its_json_needs_shapes(tmp_path: Path) -> None:
     path = tmp_path / "a.engine"
     path.touch()
-    with pytest.raises(ConfigError, match="give its inputs with --shapes"):
+    with pytest.raises(ConfigError, match="give its inputs with --shape NAME=AxBxC"):
         open_target(path, [1])
     record_path(path).write_text("broken")
     target = open_target(path, [4], {"x": (1, 3, 8, 8)})

@@ -89,14 +89,14 @@ def even_heads(model: Model, given: Mapping[str, Sequence[int]] | None = None) -
         ModelError: a shape contradicts the model, or the graph does not fit any shapes tried.
     """
     view = GraphView(model)
-    facts = counted_shapes(view, given or {})[1]
+    facts = counted_shapes(view, given or {}).facts
     uneven = [u for _, u in uneven_heads(view, facts)]
     before = graph_macs(view, facts)
     if all(u.size is None for u in uneven):
         return Evened(model, (), tuple(uneven), (before, before))
     result = _by_nodes(_by_weights(study(model, given)), given)
     view = GraphView(result)
-    facts = counted_shapes(view, given or {})[1]
+    facts = counted_shapes(view, given or {}).facts
     left = [u for _, u in uneven_heads(view, facts)]
     padded = list(uneven)
     for same in left:
@@ -155,7 +155,7 @@ def _wider(old: HeadWeights, size: int) -> HeadWeights:
 def _by_nodes(model: Model, given: Mapping[str, Sequence[int]] | None) -> Model:
     """Zeros behind what the attentions read that are still uneven."""
     view = GraphView(model)
-    facts = counted_shapes(view, given or {})[1]
+    facts = counted_shapes(view, given or {}).facts
     found = [(core, u) for core, u in uneven_heads(view, facts) if u.size is not None]
     if not found or model.opset < 13:  # Pad takes its amounts as an input from 11 on, Slice all types from 13 on
         return model

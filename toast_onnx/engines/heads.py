@@ -64,7 +64,7 @@ def settle_heads(
         raise ConfigError(f"uneven heads: '{choice}' is unknown; use one of {', '.join(CHOICES)}")
     try:
         view = GraphView(model)
-        facts = counted_shapes(view, given or {})[1]
+        facts = counted_shapes(view, given or {}).facts
     except ModelError as e:
         return SettledHeads(model, None, notes=(f"the attentions of this graph were not looked at: {e}",))
     cores, uneven = find_cores(view, facts)[0], uneven_heads(view, facts)

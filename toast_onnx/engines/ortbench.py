@@ -17,7 +17,9 @@ import onnx
 
 from toast_onnx.engines.profiles import InputSpec, Shape, ShapeRange
 from toast_onnx.engines.providers import open_session
-from toast_onnx.errors import BackendError, ConfigError
+from toast_onnx.errors import BackendError, ConfigError, ModelError
+from toast_onnx.matching.batches import held_batches
+from toast_onnx.model import load_model
 from toast_onnx.providers import known_provider
 from toast_onnx.runtime import NUMPY_TYPES
 
@@ -133,7 +135,9 @@ def shapes_at(inputs: Sequence[InputSpec], batch: int, shapes: Mapping[str, Shap
         if given is not None:
             sizes = [given[axis] if size is None else size for axis, size in enumerate(sizes)]
         if None in sizes:
-            raise ConfigError(f"input '{spec.name}' ({spec.describe()}) has open dimensions; give --shapes NAME:AxBxC")
+            raise ConfigError(
+                f"input '{spec.name}' ({spec.describe()}) has open dimensions; give --shape {spec.name}=AxBxC"
+            )
         result[spec.name] = tuple(size for size in sizes if size is not None)
     return result
 
@@ -210,6 +214,17 @@ def _runner(session: Any, feeds: dict[str, np.ndarray], path: Path) -> Callable[
         try:
             return session.run(None, feeds)
         except Exception as e:
-            raise BackendError(f"ONNX Runtime could not run {path}: {' '.join(str(e).split())[:300]}") from e
+            said = f"ONNX Runtime could not run {path}: {' '.join(str(e).split())[:300]}"
+            raise BackendError(said + _held_inside(path)) from e
 
     return run
+
+
+def _held_inside(path: Path) -> str:
+    """What to do where a graph holds a batch that it declares as symbolic; nothing to say elsewhere."""
+    try:
+        held = held_batches(load_model(path))
+    except ModelError:
+        return ""
+    size = next(iter(held.values()), None)
+    return "" if size is None else f"; the graph holds a batch of {size} inside: use --batch {size}"

@@ -81,7 +81,7 @@ def open_target(path: Path, batches: Sequence[int], shapes: Mapping[str, Shape] 
     if record is None or record.profile is None:
         if not shapes:
             raise ConfigError(
-                f"{path} has no {record_path(path).name} beside it; give its inputs with --shapes NAME:AxBxC"
+                f"{path} has no {record_path(path).name} beside it; give its inputs with --shape NAME=AxBxC"
             )
         anything = {name: ShapeRange((1, *s[1:]), s, (max(batches), *s[1:])) for name, s in shapes.items()}
         return Target(path, anything)

@@ -38,7 +38,7 @@ def spell_out_uneven(model: Model) -> tuple[Model, int]:
     if not any(_is_attention(node) for node in model.proto.graph.node):
         return model, 0
     view = GraphView(model)
-    facts = counted_shapes(view, {})[1]
+    facts = counted_shapes(view, {}).facts
     found = [i for i, node in enumerate(view.nodes) if _is_attention(node) and _is_uneven(facts, node)]
     if not found:
         return model, 0

@@ -184,8 +184,8 @@ def _fit(
     masks: Mapping[str, torch.Tensor],
     batches: list[int],
     settings: LocalSettings,
-) -> Iterator[int]:
-    """Train, pausing where the weights are to be looked at; yields the number of steps done."""
+) -> Iterator[None]:
+    """Train, pausing where the weights are to be looked at."""
     import torch
 
     rates = []
@@ -212,7 +212,7 @@ def _fit(
                 p.grad *= masks[t]
         optimizer.step()
         if (step + 1) % settings.check == 0 or step + 1 == settings.steps:
-            yield step + 1
+            yield
     for p in free.values():
         p.requires_grad_(False)
 

@@ -65,7 +65,7 @@ def held_batches(model: Model) -> dict[str, int]:
     view = GraphView(model)
     if not is_symbolic(view):
         return {}
-    shapes, _, usual, _ = counted_shapes(view, {})
-    if free_batch(view, {} if usual else shapes) is not None:
+    counted = counted_shapes(view, {})
+    if free_batch(view, {} if counted.usual else counted.shapes) is not None:
         return {}
-    return {name: extents[0] for name, extents in shapes.items() if extents}
+    return {name: extents[0] for name, extents in counted.shapes.items() if extents}

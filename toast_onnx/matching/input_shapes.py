@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, product
+from typing import NamedTuple
 
 import onnx
 
@@ -26,15 +27,28 @@ _PAIRS = 200
 _STEPS = 30_000
 
 
-def counted_shapes(view: GraphView, given: Mapping[str, Sequence[int]]) -> tuple[Shapes, Facts, bool, str | None]:
+class Counted(NamedTuple):
+    """Concrete shapes of the inputs at which a graph runs.
+
+    Attributes:
+        shapes: by input name.
+        facts: at these shapes.
+        usual: whether the defaults fit.
+        note: what to say where other sizes were found.
+    """
+
+    shapes: Shapes
+    facts: Facts
+    usual: bool = True
+    note: str | None = None
+
+
+def counted_shapes(view: GraphView, given: Mapping[str, Sequence[int]]) -> Counted:
     """Shapes that MACs are counted for, and their facts; where the defaults do not fit, sizes that the graph holds.
 
     Args:
         view: the graph.
         given: shapes by input name.
-
-    Returns:
-        The shapes, the facts, whether the defaults fit, and what to say where other sizes were found.
 
     Raises:
         ModelError: no shapes fit the graph.
@@ -42,7 +56,7 @@ def counted_shapes(view: GraphView, given: Mapping[str, Sequence[int]]) -> tuple
     shapes = input_shapes(view, given, 1)
     try:
         facts = Facts(view, shapes)
-        return _broadcast(view, given, shapes, facts) or (shapes, facts, True, None)
+        return _broadcast(view, given, shapes, facts) or Counted(shapes, facts)
     except Contradiction as e:
         free, batches = _free_axes(view, given)
         walked = 0
@@ -55,16 +69,14 @@ def counted_shapes(view: GraphView, given: Mapping[str, Sequence[int]]) -> tuple
                 if walked > _STEPS:
                     break
                 continue
-            return tried, facts, False, _found(view, shapes, tried)
+            return Counted(tried, facts, False, _found(view, shapes, tried))
         if not free and not batches:
             raise
         where = ", ".join(f"{each}" for each in (*free.values(), *batches.values()))
         raise ModelError(f"{e} (free are {where})") from e
 
 
-def _broadcast(
-    view: GraphView, given: Mapping[str, Sequence[int]], shapes: Shapes, facts: Facts
-) -> tuple[Shapes, Facts, bool, str | None] | None:
+def _broadcast(view: GraphView, given: Mapping[str, Sequence[int]], shapes: Shapes, facts: Facts) -> Counted | None:
     """As `counted_shapes`, where one item goes in and several come out that are declared as many as go in.
 
     Such a graph holds a batch in operands that its own repeat: positions expanded to (3, tokens, channels), say.
@@ -79,7 +91,8 @@ def _broadcast(
         found = Facts(view, tried)
     except Contradiction:
         return None
-    return (tried, found, False, _found(view, shapes, tried)) if _rows(view, found, symbols) == {size} else None
+    fits = _rows(view, found, symbols) == {size}
+    return Counted(tried, found, False, _found(view, shapes, tried)) if fits else None
 
 
 def _rows(view: GraphView, facts: Facts, symbols: Collection[str]) -> set[int]:
