@@ -55,6 +55,13 @@ def samples_to_refine(ratios: Ratios, data: str | None, statistics: Path | None)
     return samples
 
 
+def idle_settings(ratios: Ratios) -> list[str]:
+    """What a ratios file asks for in vain, for notes."""
+    kind = ratios.compensation.kind
+    idle = kind != "local" and ratios.given("compensation.steps")
+    return [f"compensation.steps does nothing with kind: {kind}; kind: local trains"] if idle else []
+
+
 def refinement(
     dense: Study, ratios: Ratios, samples: str | None, options: CalibrationOptions, advance: Advance
 ) -> Refine | None:

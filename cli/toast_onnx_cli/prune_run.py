@@ -16,7 +16,7 @@ from toast_onnx.report.pruning import save_with_report
 from toast_onnx_cli.calibration_options import sample_progress
 from toast_onnx_cli.console import progress, say_note, say_notes
 from toast_onnx_cli.planning_options import with_ties
-from toast_onnx_cli.prune_inputs import find_statistics, proof_samples, refinement, samples_to_refine
+from toast_onnx_cli.prune_inputs import find_statistics, idle_settings, proof_samples, refinement, samples_to_refine
 from toast_onnx_cli.prune_summary import even_notes, head_notes
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def run_job(
     settings = with_ties(settings, job.target)
     data, statistics = job.data, None if job.planned else job.statistics
     samples = samples_to_refine(settings, data, statistics)
+    say_notes(idle_settings(settings))
     with find_statistics(dense, settings, None if job.planned else data, job.statistics, calibration) as found:
         steps = len(dense.match.blocks) * (1 if samples is None else 2) + 1
         with progress("pruning", steps) as advance:
