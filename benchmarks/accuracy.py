@@ -115,6 +115,7 @@ def arguments() -> argparse.Namespace:
     parser = parser_with_data(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.35], help="share of qk, vo and fc2 removed")
     parser.add_argument("--samples", type=int, default=256, help="calibration images")
+    parser.add_argument("--views", type=int, default=0, help="views of each of them (`prune --views`)")
     parser.add_argument("--images", type=int, help="evaluation images; all by default")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these rows of ours, and no other tools")
     return parser.parse_args()
@@ -127,7 +128,9 @@ class Measured:
         recipe = folder / "calibration.yaml"
         recipe.write_text(yaml.safe_dump(CALIBRATION))
         self.look, self.folder, self.images = look, folder, data / "data" / "calibration_256"
-        self.options = CalibrationOptions(preprocess=str(recipe), samples=options.samples, threads=options.threads)
+        self.options = CalibrationOptions(
+            preprocess=str(recipe), samples=options.samples, views=options.views, threads=options.threads
+        )
         started = time.perf_counter()
         parts = everything(look, {"qk", "context", "hidden", "fc2", GRADIENT})
         calibrate(look, self.images, folder / "statistics.npz", parts, self.options)

@@ -109,6 +109,7 @@ def arguments() -> argparse.Namespace:
         help="what follows the closed form: nothing, means and last layers block by block, or local training",
     )
     parser.add_argument("--samples", type=int, default=256, help="images to plan with")
+    parser.add_argument("--views", type=int, default=0, help="views of each of them (`plan --views`, `prune --views`)")
     parser.add_argument("--trial-samples", type=int, default=TRIAL_SAMPLES, help="of them, the first that trials run")
     parser.add_argument("--points", type=float, nargs="+", default=POINTS, help="ratios measured for each part")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which ratios to compare")
@@ -125,15 +126,23 @@ def recipe(folder: Path, name: str, document: dict[str, Any]) -> str:
     return str(path)
 
 
+def calibration(folder: Path, options: argparse.Namespace) -> CalibrationOptions:
+    """How the unlabelled images are read."""
+    return CalibrationOptions(
+        preprocess=recipe(folder, "calibration", CALIBRATION),
+        samples=options.samples,
+        views=options.views,
+        threads=options.threads,
+    )
+
+
 def planner(
     look: Study, settings: Ratios, folder: Path, options: argparse.Namespace
 ) -> tuple[Solver, list[PartChoice]]:
     """Statistics, measured points and predictions, from the unlabelled images."""
     images, work = options.data / "data" / "calibration_256", folder / "planning"
     work.mkdir(exist_ok=True)
-    reading = CalibrationOptions(
-        preprocess=recipe(folder, "calibration", CALIBRATION), samples=options.samples, threads=options.threads
-    )
+    reading = calibration(folder, options)
     if not (folder / "statistics.npz").exists():
         calibrate(look, images, folder / "statistics.npz", statistics_for(look, settings, PARTS), reading)
     statistics = CalibratedStatistics(look, folder / "statistics.npz")
@@ -189,9 +198,7 @@ def refiner(look: Study, correction: str, folder: Path, options: argparse.Namesp
     if local is None:
         return None
     images = options.data / "data" / "calibration_256"
-    reading = CalibrationOptions(
-        preprocess=recipe(folder, "calibration", CALIBRATION), samples=options.samples, threads=options.threads
-    )
+    reading = calibration(folder, options)
     return lambda new: refine_locally(look, new, images, reading, local)
 
 

@@ -32,6 +32,7 @@ from toast_onnx_calibration.sources import Source, shares_of
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
 from toast_onnx_calibration.store import Header, Share, StatisticsWriter, per_head, write_statistics
 from toast_onnx_calibration.store_checks import nearest_moments
+from toast_onnx_calibration.views import ViewedSource
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -59,6 +60,7 @@ class CalibrationOptions:
         threads: of ONNX Runtime and of image decoding; None is one a core.
         budget: memory for the statistics of one pass, in bytes.
         hold: one of so many samples is held back, from 2 on; none otherwise.
+        views: of each sample, in which the model sees other classes (`views.ViewedSource`); 0 for none.
         shard: (i, n): of n shards of the samples measure the i-th alone, from 1 on, and keep its sums in float64.
         note: told what the user should know of the samples before they are run.
     """
@@ -73,6 +75,7 @@ class CalibrationOptions:
     threads: int | None = None
     budget: int = BUDGET
     hold: int = 0
+    views: int = 0
     shard: tuple[int, int] | None = None
     note: Note = silent
 
@@ -150,7 +153,7 @@ def calibrate(
             session = _session(graph, study, behind or {}, options, link, spool.inputs(link.takes))
             if source is None:
                 inputs = held_inputs(study, model_inputs(session))
-                source, found = open_samples(study.source, data, inputs, options)
+                source, found = open_samples(study, data, inputs, options)
                 if options.shard is not None:
                     source, share = shard_of(source, options.shard, batch_size(inputs, options.batch))
                 if source.count is not None:
@@ -225,7 +228,7 @@ def _few(study: Study, data: str | Path, options: CalibrationOptions) -> Iterato
     """The samples that gradients are taken of."""
     inputs = held_inputs(study, graph_inputs(study.source))
     count = SAMPLES if options.samples is None else min(options.samples, SAMPLES)
-    source, _ = open_samples(study.source, data, inputs, replace(options, samples=count, note=silent))
+    source, _ = open_samples(study, data, inputs, replace(options, samples=count, views=0, note=silent))
     return (batch.feeds for batch in batches(source, inputs, min(BATCH, options.batch)))
 
 
@@ -407,20 +410,21 @@ def first_samples(study: Study, data: str | Path, options: CalibrationOptions) -
         ToastError: its children say what is wrong with the data or an option.
     """
     inputs = held_inputs(study, graph_inputs(study.source))
-    source, _ = open_samples(study.source, data, inputs, options)
+    source, _ = open_samples(study, data, inputs, replace(options, views=0))
     return [batch.feeds for batch in islice(batches(source, inputs, 2), 1)]
 
 
 def open_samples(
-    model: Model, data: str | Path, inputs: list[ModelInput], options: CalibrationOptions
+    study: Study, data: str | Path, inputs: list[ModelInput], options: CalibrationOptions
 ) -> tuple[Source, list[str]]:
     """The samples as the options ask for them, and what the user should know of their preprocessing.
 
     Raises:
         DataError: the data cannot be read.
-        ConfigError: the recipe is none.
+        ConfigError: the recipe is none, or the model has no classes that views could show.
     """
-    return open_prepared(
+    model = study.source
+    source, notes = open_prepared(
         model.path,
         data,
         inputs,
@@ -432,3 +436,6 @@ def open_samples(
         hold=options.hold,
         note=options.note,
     )
+    if not options.views:
+        return source, notes
+    return ViewedSource(source, study, inputs, options.views, options.seed), notes

@@ -142,7 +142,7 @@ def calibrate_on(
         if pool.workers == 1:
             return calibrate(dense, data, out, wanted, options, progress)
         inputs = held_inputs(dense, graph_inputs(dense.source))
-        source, _ = open_samples(dense.source, data, inputs, options)
+        source, _ = open_samples(dense, data, inputs, options)
         parts = shares_of(source, batch_size(inputs, options.batch), pool.workers)
         shards, count = len(parts), parts[-1][1]
         total = count * len(passes(dense, {b: p - {GRADIENT} for b, p in wanted.items()}, options.budget))

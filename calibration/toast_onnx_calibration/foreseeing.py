@@ -109,7 +109,8 @@ def foresee(
             number += FINALISTS if tokens is not None else 1
         seconds += work.forecast.seconds(ahead, longer) or 0.0
     wanted = statistics_for(dense, settings, [p for p in parts if p != TOKENS])  # type: ignore[misc]
-    spool = spool_bytes(dense, pass_links(dense, wanted, options), count or 0) if wanted and statistics is None else 0
+    measured = (count or 0) * (1 + options.views)
+    spool = spool_bytes(dense, pass_links(dense, wanted, options), measured) if wanted and statistics is None else 0
     return Foreseen(
         number, seconds, max(spool, working_bytes(dense, count, output)), count or 0, min(run, count or 0), tried
     )

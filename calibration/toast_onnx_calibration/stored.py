@@ -86,7 +86,7 @@ def store_samples(
         DataError: the data cannot be read.
     """
     inputs = held_inputs(study, model_inputs(whole_session(study.view.model, [], options, folder)))
-    source, notes = open_samples(study.source, data, inputs, options)
+    source, notes = open_samples(study, data, inputs, options)
     size = batch_size(inputs, batch(source.count))
     feeds: dict[str, Array] = {}
     rows: list[str] = []

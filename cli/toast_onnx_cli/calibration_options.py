@@ -45,6 +45,12 @@ def parse_tokens(_ctx: click.Context, _param: click.Parameter, value: str | None
 calibration_options = options(
     image_options,
     click.option("--samples", type=click.IntRange(1), help="Draw so many samples; 256 by default."),
+    click.option(
+        "--views",
+        type=click.IntRange(0),
+        help="Views of each sample in which the model sees other classes: weights fit answers that the samples do not "
+        "show. 3 does well; needs PyTorch. None by default.",
+    ),
     click.option("--tokens", callback=parse_tokens, metavar="all|FRACTION", help="Tokens that count; default all."),
     click.option(
         "--class-weight",
@@ -88,6 +94,7 @@ def gather_options(ratios: Ratios | None, seed: int | None, given: dict[str, Any
         threads=given["threads"],
         budget=BUDGET if given["memory"] is None else int(given["memory"] * 1e9),
         hold=given["hold_back"] or 0,
+        views=section.views if given["views"] is None else given["views"],
         note=say_note,
     )
 
@@ -105,7 +112,7 @@ def check_sample_options(given: Mapping[str, Any], data: str | None) -> None:
     context = click.get_current_context(silent=True)
     if data is not None or context is None:
         return
-    for name in ("preprocess", "samples", "tokens", "class_weight", "memory"):
+    for name in ("preprocess", "samples", "views", "tokens", "class_weight", "memory"):
         if given.get(name) is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} is about samples, and none are given; add --data")
 

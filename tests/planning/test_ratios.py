@@ -41,7 +41,7 @@ blocks:
   "*/layer.3/*": {ffn: {fc2: 0}}
 align: {head_dim: 8, width: 16}
 compensation: {kind: bias, statistics: sequential, ridge: 0.001, steps: 50}
-calibration: {data: images/, samples: 128, preprocess: clip, tokens: 0.02, seed: 7}
+calibration: {data: images/, samples: 128, preprocess: clip, tokens: 0.02, views: 2, seed: 7}
 """
 
 

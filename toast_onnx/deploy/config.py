@@ -84,6 +84,7 @@ class Prune(Section):
         data: Samples to measure activations on; as in `prune --data`.
         statistics: Measurements that `calibrate` wrote, instead of `data`.
         samples: How many samples to draw.
+        views: Views of each in which the model sees other classes; as `prune --views`.
         seed: Of drawn samples and made-up tokens.
         skip_unprunable: Leave parts alone that cannot be pruned.
         target: `tensorrt` keeps every attention at one head size.
@@ -93,6 +94,7 @@ class Prune(Section):
     data: Text | None = None
     statistics: Text | None = None
     samples: Count | None = None
+    views: Annotated[int, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     skip_unprunable: bool = False
     target: Literal["any", "tensorrt"] | None = None

@@ -103,12 +103,19 @@ def _answer(classes: bool, output: torch.Tensor, draw: torch.Generator) -> torch
     if not classes:
         size = output.detach().float().square().mean().sqrt().clamp_min(1e-30)
         return (output.float() * torch.randn(output.shape, generator=draw)).sum() / size
-    rows = output.float()
-    held = rows.detach()
-    is_likelihood = bool((held >= 0).all()) and torch.allclose(held.sum(-1), torch.ones(len(held)), atol=1e-3)
-    logs = rows.clamp_min(1e-30).log() if is_likelihood else rows.log_softmax(-1)
+    logs = log_likelihoods(output)
     drawn = torch.multinomial(logs.detach().exp(), 1, generator=draw)
     return logs.gather(-1, drawn).sum()
+
+
+def log_likelihoods(output: torch.Tensor) -> torch.Tensor:
+    """Logarithms of the classes' probabilities, of scores or of probabilities (batch, classes); float32."""
+    import torch
+
+    rows = output.float()
+    held = rows.detach()
+    is_likelihood = bool((held >= 0).all()) and torch.allclose(held.sum(-1), held.new_ones(len(held)), atol=1e-3)
+    return rows.clamp_min(1e-30).log() if is_likelihood else rows.log_softmax(-1)
 
 
 def _gram(probe: Probe, gradient: torch.Tensor) -> tuple[Array, float]:

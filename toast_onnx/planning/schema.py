@@ -270,6 +270,7 @@ class Calibration(Section):
         samples: How many samples to read at most.
         preprocess: A named preprocessing or a recipe file.
         tokens: `all`, or the fraction of tokens to sample.
+        views: Views of each sample in which the model sees other classes; weights are fitted to these, too.
         seed: Seed of every draw.
     """
 
@@ -277,6 +278,7 @@ class Calibration(Section):
     samples: Annotated[int, Field(ge=1)] = 256
     preprocess: Annotated[str, Field(min_length=1)] = "imagenet"
     tokens: Annotated[Decimal | Literal["all"], PlainValidator(_tokens)] = "all"
+    views: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
 
 

@@ -1,0 +1,155 @@
+"""Samples with views: in order, made once, divided in whole, and measured like any samples; judged without them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from tests import zoo
+from tests.calibration.test_statistics import measure
+from tests.pruning import look
+from toast_onnx.errors import ConfigError
+from toast_onnx.finetune.views import Views
+from toast_onnx.matching.study import Study
+from toast_onnx_calibration import views as views_module
+from toast_onnx_calibration.calibrating import CalibrationOptions, open_samples
+from toast_onnx_calibration.sensitivity_stream import read_samples
+from toast_onnx_calibration.sessions import ModelInput, graph_inputs
+from toast_onnx_calibration.sources import Source, open_source
+from toast_onnx_calibration.views import ViewedSource
+from toast_onnx_cli.main import main
+
+Exported = Callable[[zoo.Case], Path]
+COUNT, VIEWS = 6, 3
+OPTIONS = CalibrationOptions(threads=1, batch=8, views=VIEWS)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("samples") / "images.npy"
+    np.save(path, np.random.default_rng(5).standard_normal((COUNT, 3, 64, 64)).astype(np.float32))
+    return path
+
+
+@pytest.fixture(scope="module")
+def vit(exported: Exported) -> Study:
+    return look(exported(zoo.Case("timm-vit")))
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views_module, "_KEPT", {})
+
+
+def opened(vit: Study, samples: Path) -> Source:
+    return open_samples(vit, samples, graph_inputs(vit.source), OPTIONS)[0]
+
+
+def rows(source: Source) -> tuple[np.ndarray, list[str]]:
+    """All that a source gives out, and the names."""
+    chunks = list(source)
+    return np.concatenate([next(iter(c.arrays.values())) for c in chunks]), [row for c in chunks for row in c.rows]
+
+
+def test_each_sample_is_followed_by_its_views(vit: Study, samples: Path) -> None:
+    source = opened(vit, samples)
+    found, names = rows(source)
+    images = np.load(samples)
+    assert source.count == len(found) == COUNT * (1 + VIEWS)
+    np.testing.assert_array_equal(found[:: 1 + VIEWS], images)
+    maker = Views(vit.view.model, [vit.view.model.proto.graph.output[0].name], VIEWS, None)
+    name = vit.view.model.proto.graph.input[0].name
+    for k in range(COUNT):
+        expected = maker.of({name: images[k : k + 1]}, k)[name]
+        np.testing.assert_array_equal(found[k * (1 + VIEWS) + 1 : (k + 1) * (1 + VIEWS)], expected)
+    assert names[:5] == ["0", "0 (view 1)", "0 (view 2)", "0 (view 3)", "1"]
+    assert source.description.endswith(f"images.npy, {VIEWS} views of each")
+
+
+def test_views_are_made_once(vit: Study, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    of = Views.of
+    monkeypatch.setattr(Views, "of", lambda self, sample, number: made.append(number) or of(self, sample, number))
+    first = rows(opened(vit, samples))
+    second = rows(opened(vit, samples))
+    assert made == list(range(COUNT))
+    np.testing.assert_array_equal(first[0], second[0])
+    assert first[1] == second[1]
+    folder = next(iter(views_module._KEPT.values())).parent
+    other = CalibrationOptions(threads=1, views=2)
+    rows(open_samples(vit, samples, graph_inputs(vit.source), other)[0])
+    assert not folder.exists()  # only the latest are kept
+
+
+def test_a_pass_that_was_left_keeps_nothing(vit: Study, samples: Path) -> None:
+    for _ in opened(vit, samples):
+        break
+    assert not views_module._KEPT
+    assert len(rows(opened(vit, samples))[1]) == COUNT * (1 + VIEWS)
+
+
+def test_parts_are_those_of_the_whole(vit: Study, samples: Path) -> None:
+    source = opened(vit, samples)
+    whole, names = rows(source)
+    parts = [rows(source.part(*span)) for span in ((0, 8), (8, 20), (20, 24))]
+    np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), whole)
+    assert [n for p in parts for n in p[1]] == names
+    assert len({source.fingerprint, *(source.part(*span).fingerprint for span in ((0, 8), (8, 16)))}) == 3
+    with pytest.raises(ConfigError, match="a --batch that is a multiple of 4"):
+        source.part(0, 6)
+
+
+def test_statistics_are_those_of_samples_and_views(vit: Study, samples: Path, tmp_path: Path) -> None:
+    name = vit.view.model.proto.graph.input[0].name
+    together = measure(vit, {name: rows(opened(vit, samples))[0]}, tmp_path / "a.npz")
+    found = measure(vit, {name: np.load(samples)}, tmp_path / "b.npz", views=VIEWS)
+    assert found.file.header.samples == COUNT * (1 + VIEWS)
+    for index in range(len(vit.match.blocks)):
+        for mine, theirs in ((s.hidden(index), t.hidden(index)) for s, t in [(found, together)]):
+            np.testing.assert_allclose(mine.covariance, theirs.covariance, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(mine.mean, theirs.mean, rtol=1e-9, atol=1e-12)
+
+
+def test_trials_are_judged_by_the_samples_alone(vit: Study, samples: Path, tmp_path: Path) -> None:
+    assert len(read_samples(vit, samples, OPTIONS, tmp_path).rows) == COUNT
+
+
+def test_models_without_classes_or_pixels_are_refused(vit: Study, exported: Exported, samples: Path) -> None:
+    backbone = look(exported(zoo.Case("hf-dinov2")))
+    with pytest.raises(ConfigError, match="no output that holds classes"):
+        open_samples(backbone, samples, graph_inputs(backbone.source), OPTIONS)
+    inner = open_source(samples, graph_inputs(vit.source), None)
+    with pytest.raises(ConfigError, match="reads whole numbers"):
+        ViewedSource(inner, vit, [ModelInput("ids", ("batch", 8), np.dtype(np.int64))], 1, 0)
+
+
+def test_a_ratios_file_asks_for_views(exported: Exported, samples: Path, tmp_path: Path) -> None:
+    ratios, report = tmp_path / "r.yaml", tmp_path / "p.json"
+    ratios.write_text("version: 1\nattention: {qk: 0.5}\nffn: {fc2: 0.5}\ncalibration: {views: 2}\n")
+    words = ["prune", str(exported(zoo.Case("timm-vit"))), "--ratios", str(ratios), "-o", str(tmp_path / "p.onnx")]
+    done = CliRunner().invoke(main, [*words, "--data", str(samples), "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    assert "18 samples" in done.output
+    assert "2 views of each" in done.output
+    told: dict[str, Any] = json.loads(report.read_text())
+    assert told["statistics"]["samples"] == 18
+    done = CliRunner().invoke(main, [*words, "--overwrite", "--views", "1"])
+    assert done.exit_code == 2
+    assert "--views is about samples" in done.output
+
+
+def test_a_source_that_cannot_be_counted_has_views(vit: Study, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(samples.parent))
+    (samples.parent / "yielding_views.py").write_text(
+        f"import numpy as np\ndef rows():\n    yield np.load({str(samples)!r})[:2]\n"
+    )
+    inner = open_source("yielding_views:rows", graph_inputs(vit.source), None)
+    source = ViewedSource(inner, vit, graph_inputs(vit.source), 1, 0)
+    assert source.count is None
+    assert [len(rows(source)[1]) for _ in range(2)] == [4, 4]

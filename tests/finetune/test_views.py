@@ -1,0 +1,96 @@
+"""Views of samples against what algebra says of a linear model, and against the PyTorch module of an exported one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from tests import zoo
+from tests.calibration.tiny import colour_model
+from tests.finetune.graphs import FLOAT
+from toast_onnx.errors import DataError
+from toast_onnx.finetune.views import STEP, STEPS, Views, class_of
+from toast_onnx.model import load_model
+
+Exported = Callable[[zoo.Case], Path]
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_pixels_of_a_class_grow_and_all_others_fall(tmp_path: Path, batch: int | None, dtype: int) -> None:
+    model = load_model(colour_model(tmp_path / "m.onnx", "batch" if batch is None else batch, dtype=dtype))
+    type_ = helper.tensor_dtype_to_np_dtype(dtype)
+    sample = np.random.default_rng(0).normal(3, 2, (1, 3, 8, 8)).astype(type_)
+    found = Views(model, ["scores"], 3, batch, seed=4).of({"pixels": sample}, 5)["pixels"]
+    assert found.dtype == type_
+    assert found.shape == (3, 3, 8, 8)
+    for view, turn in zip(found, (15, 16, 17), strict=True):
+        signs = np.where(np.arange(3) == class_of(turn, 3, 4), 1, -1)[:, None, None]
+        wide = sample[0].astype(np.float64)
+        expected = np.clip(wide + STEPS * STEP * wide.std() * signs, wide.min(), wide.max())
+        np.testing.assert_allclose(view, expected, rtol=2e-3 if dtype == TensorProto.FLOAT16 else 1e-5, atol=1e-5)
+
+
+def test_every_class_has_its_turn_once_a_round() -> None:
+    rounds = [[class_of(turn, 7, 3) for turn in range(7 * k, 7 * k + 7)] for k in range(3)]
+    assert all(sorted(each) == list(range(7)) for each in rounds)
+    assert len({tuple(each) for each in rounds}) == 3
+    assert rounds[0] != [class_of(turn, 7, 4) for turn in range(7)]
+
+
+@pytest.mark.parametrize("case", [zoo.Case("timm-vit"), zoo.Case("timm-swin", "dynamo-20")], ids=lambda c: c.id)
+def test_the_module_finds_the_class_likelier_in_a_view(exported: Exported, case: zoo.Case) -> None:
+    path = exported(case)
+    name, images = next(iter(zoo.inputs(path, 4).items()))
+    model = load_model(path)
+    views = Views(model, [model.proto.graph.output[0].name], 4, None)
+    module = zoo.build(case.family).module.eval()
+    with torch.no_grad():
+        for number, image in enumerate(images):
+            made = views.of({name: image[None]}, number)[name]
+            before, after = (module(torch.from_numpy(x)).log_softmax(-1) for x in (image[None], made))
+            for k, row in enumerate(after):
+                chosen = class_of(4 * number + k, after.shape[1], 0)
+                assert row[chosen] > before[0, chosen]
+            assert np.abs(made - image).max() <= STEPS * STEP * image.std() * (1 + 1e-5)
+
+
+def test_views_of_a_sample_do_not_depend_on_the_others(exported: Exported) -> None:
+    path = exported(zoo.Case("timm-vit"))
+    name, images = next(iter(zoo.inputs(path, 3).items()))
+    model = load_model(path)
+    outputs = [model.proto.graph.output[0].name]
+    together = Views(model, outputs, 2, None)
+    found = [together.of({name: image[None]}, k)[name] for k, image in enumerate(images)]
+    np.testing.assert_array_equal(Views(model, outputs, 2, None).of({name: images[2:]}, 2)[name], found[2])
+
+
+def test_the_other_inputs_stay_as_they_are(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Mul", ["pixels", "mask"], ["seen"]),
+        helper.make_node("MatMul", ["seen", "weight"], ["scores"]),
+    ]
+    inputs = [helper.make_tensor_value_info(n, FLOAT, ["batch", s]) for n, s in (("mask", 1), ("pixels", 6))]
+    outputs = [helper.make_tensor_value_info("scores", FLOAT, ["batch", 4])]
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32), "weight")
+    path = tmp_path / "m.onnx"
+    graph = helper.make_graph(nodes, "masked", inputs, outputs, [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    sample = {"mask": np.full((1, 1), 0.5, np.float32), "pixels": np.arange(6, dtype=np.float32)[None]}
+    found = Views(load_model(path), ["scores"], 3, None).of(sample, 0)
+    np.testing.assert_array_equal(found["mask"], np.full((3, 1), 0.5, np.float32))
+    assert not np.array_equal(found["pixels"][0], sample["pixels"][0])
+
+
+def test_classes_without_gradients_are_refused(tmp_path: Path) -> None:
+    path = colour_model(tmp_path / "m.onnx", classes=3)
+    model = load_model(path)
+    model.arrays["weight"] = np.zeros((3, 3), np.float32)
+    with pytest.raises(DataError, match="'pixels' by a gradient"):
+        Views(model, ["scores"], 2, None).of({"pixels": np.ones((1, 3, 8, 8), np.float32)}, 0)
