@@ -60,7 +60,7 @@ class CalibrationOptions:
         threads: of ONNX Runtime and of image decoding; None is one a core.
         budget: memory for the statistics of one pass, in bytes.
         hold: one of so many samples is held back, from 2 on; none otherwise.
-        views: of each sample, in which the model sees other classes (`views.ViewedSource`); 0 for none.
+        views: of each sample that are measured, too, in which the model sees other classes (`views.ViewedSource`).
         shard: (i, n): of n shards of the samples measure the i-th alone, from 1 on, and keep its sums in float64.
         note: told what the user should know of the samples before they are run.
     """
@@ -153,7 +153,7 @@ def calibrate(
             session = _session(graph, study, behind or {}, options, link, spool.inputs(link.takes))
             if source is None:
                 inputs = held_inputs(study, model_inputs(session))
-                source, found = open_samples(study, data, inputs, options)
+                source, found = open_measured(study, data, inputs, options)
                 if options.shard is not None:
                     source, share = shard_of(source, options.shard, batch_size(inputs, options.batch))
                 if source.count is not None:
@@ -228,7 +228,7 @@ def _few(study: Study, data: str | Path, options: CalibrationOptions) -> Iterato
     """The samples that gradients are taken of."""
     inputs = held_inputs(study, graph_inputs(study.source))
     count = SAMPLES if options.samples is None else min(options.samples, SAMPLES)
-    source, _ = open_samples(study, data, inputs, replace(options, samples=count, views=0, note=silent))
+    source, _ = open_samples(study, data, inputs, replace(options, samples=count, note=silent))
     return (batch.feeds for batch in batches(source, inputs, min(BATCH, options.batch)))
 
 
@@ -410,7 +410,7 @@ def first_samples(study: Study, data: str | Path, options: CalibrationOptions) -
         ToastError: its children say what is wrong with the data or an option.
     """
     inputs = held_inputs(study, graph_inputs(study.source))
-    source, _ = open_samples(study, data, inputs, replace(options, views=0))
+    source, _ = open_samples(study, data, inputs, options)
     return [batch.feeds for batch in islice(batches(source, inputs, 2), 1)]
 
 
@@ -421,10 +421,10 @@ def open_samples(
 
     Raises:
         DataError: the data cannot be read.
-        ConfigError: the recipe is none, or the model has no classes that views could show.
+        ConfigError: the recipe is none.
     """
     model = study.source
-    source, notes = open_prepared(
+    return open_prepared(
         model.path,
         data,
         inputs,
@@ -436,6 +436,16 @@ def open_samples(
         hold=options.hold,
         note=options.note,
     )
-    if not options.views:
-        return source, notes
-    return ViewedSource(source, study, inputs, options.views, options.seed), notes
+
+
+def open_measured(
+    study: Study, data: str | Path, inputs: list[ModelInput], options: CalibrationOptions
+) -> tuple[Source, list[str]]:
+    """As `open_samples`, with the views that statistics are measured on, too.
+
+    Raises:
+        DataError: as there.
+        ConfigError: as there; or the model has no classes that views could show.
+    """
+    source, notes = open_samples(study, data, inputs, options)
+    return ViewedSource(source, study, inputs, options.views, options.seed) if options.views else source, notes

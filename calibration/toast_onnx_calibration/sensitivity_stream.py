@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,16 +45,14 @@ def read_samples(study: Study, data: str | Path, options: CalibrationOptions, fo
     Args:
         study: the model.
         data: as for `sources.open_source`.
-        options: how samples are read, views apart; where the model leaves the batch free, it is the largest divisor of
-            their number up to `options.batch`, so that none is left out.
+        options: how samples are read; where the model leaves the batch free, it is the largest divisor of their number
+            up to `options.batch`, so that none is left out.
         folder: for working files.
 
     Raises:
         DataError: the data cannot be read, or do not fill one batch.
     """
-    samples = store_samples(
-        study, data, replace(options, views=0), folder, lambda count: _divisor(count, options.batch)
-    )
+    samples = store_samples(study, data, options, folder, lambda count: _divisor(count, options.batch))
     if not samples.count:
         raise DataError(
             f"{samples.source.description}: fewer samples than the model's batch of {samples.size}; give more"

@@ -48,8 +48,8 @@ calibration_options = options(
     click.option(
         "--views",
         type=click.IntRange(0),
-        help="Views of each sample in which the model sees other classes: weights fit answers that the samples do not "
-        "show. 3 does well; needs PyTorch. None by default.",
+        help="Measure on so many views of each sample, too, in which the model sees other classes: for models with "
+        "more classes than the samples show. 3 does well; needs PyTorch. None by default.",
     ),
     click.option("--tokens", callback=parse_tokens, metavar="all|FRACTION", help="Tokens that count; default all."),
     click.option(

@@ -1,4 +1,4 @@
-"""Samples with views: in order, made once, divided in whole, and measured like any samples; judged without them."""
+"""Samples with views: in order, made once, divided in whole, and measured like any samples; fitted without them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from toast_onnx.errors import ConfigError
 from toast_onnx.finetune.views import Views
 from toast_onnx.matching.study import Study
 from toast_onnx_calibration import views as views_module
-from toast_onnx_calibration.calibrating import CalibrationOptions, open_samples
+from toast_onnx_calibration.calibrating import CalibrationOptions, open_measured
 from toast_onnx_calibration.sensitivity_stream import read_samples
 from toast_onnx_calibration.sessions import ModelInput, graph_inputs
 from toast_onnx_calibration.sources import Source, open_source
@@ -48,7 +48,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(vit: Study, samples: Path) -> Source:
-    return open_samples(vit, samples, graph_inputs(vit.source), OPTIONS)[0]
+    return open_measured(vit, samples, graph_inputs(vit.source), OPTIONS)[0]
 
 
 def rows(source: Source) -> tuple[np.ndarray, list[str]]:
@@ -83,7 +83,7 @@ def test_views_are_made_once(vit: Study, samples: Path, monkeypatch: pytest.Monk
     assert first[1] == second[1]
     folder = next(iter(views_module._KEPT.values())).parent
     other = CalibrationOptions(threads=1, views=2)
-    rows(open_samples(vit, samples, graph_inputs(vit.source), other)[0])
+    rows(open_measured(vit, samples, graph_inputs(vit.source), other)[0])
     assert not folder.exists()  # only the latest are kept
 
 
@@ -116,14 +116,14 @@ def test_statistics_are_those_of_samples_and_views(vit: Study, samples: Path, tm
             np.testing.assert_allclose(mine.mean, theirs.mean, rtol=1e-9, atol=1e-12)
 
 
-def test_trials_are_judged_by_the_samples_alone(vit: Study, samples: Path, tmp_path: Path) -> None:
+def test_trials_and_refits_read_the_samples_alone(vit: Study, samples: Path, tmp_path: Path) -> None:
     assert len(read_samples(vit, samples, OPTIONS, tmp_path).rows) == COUNT
 
 
 def test_models_without_classes_or_pixels_are_refused(vit: Study, exported: Exported, samples: Path) -> None:
     backbone = look(exported(zoo.Case("hf-dinov2")))
     with pytest.raises(ConfigError, match="no output that holds classes"):
-        open_samples(backbone, samples, graph_inputs(backbone.source), OPTIONS)
+        open_measured(backbone, samples, graph_inputs(backbone.source), OPTIONS)
     inner = open_source(samples, graph_inputs(vit.source), None)
     with pytest.raises(ConfigError, match="reads whole numbers"):
         ViewedSource(inner, vit, [ModelInput("ids", ("batch", 8), np.dtype(np.int64))], 1, 0)

@@ -270,7 +270,7 @@ class Calibration(Section):
         samples: How many samples to read at most.
         preprocess: A named preprocessing or a recipe file.
         tokens: `all`, or the fraction of tokens to sample.
-        views: Views of each sample in which the model sees other classes; weights are fitted to these, too.
+        views: Views of each sample in which the model sees other classes; statistics are measured on these, too.
         seed: Seed of every draw.
     """
 
