@@ -6,8 +6,8 @@ the kept dimensions, `proj` to the residual stream behind the attention, `fc1` t
 The strength of each ridge comes from four folds of images. Further trials: token 0 may count more in the last blocks,
 images may be shown mirrored as well, and a matrix may be fitted in front of the classifier.
 
-`--views` adds views of every image in which the model sees other classes, as `prune --views` does, and `--steps` and
-`--step` change how they are made.
+`--views` measures views of every image, too, in which the model sees other classes, as `prune --views` does; `--steps`
+and `--step` change how they are made.
 
 Every trial also gives KL on the calibration images themselves, and with fewer `--samples` than there are on the other
 ones: how much of the fit is theirs alone.
@@ -52,10 +52,10 @@ from toast_onnx.pruning import prune
 from toast_onnx.solving.refit import STRENGTHS, Lack
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.agreement import divergences
-from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate, open_samples
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import GRADIENT, everything
 from toast_onnx_calibration.recipes import parse_recipe
-from toast_onnx_calibration.sessions import ModelInput, graph_inputs
+from toast_onnx_calibration.sessions import ModelInput
 from toast_onnx_calibration.sources import open_source
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_cli.console import print_table
@@ -77,14 +77,12 @@ def main() -> None:
         folder = Path(name)
         look = study(load_model(export_deit(data / "weights" / "deit_tiny_patch16_224.safetensors", folder / "d.onnx")))
         seen, others = calibration_images(data / "data" / "calibration_256", options.samples)
-        how = reading(folder, options)
-        found = statistics(look, data / "data" / "calibration_256", folder, options, how)
-        viewed = seen_with_views(look, data / "data" / "calibration_256", how)
+        found = statistics(look, data / "data" / "calibration_256", folder, options)
         torch.set_grad_enabled(False)  # behind the statistics, which may take gradients
         dense = [Layers.of_module(block) for block in module.blocks]
         scores, own = (run_blocks(module, dense, x) for x in (judged, seen))
         apart = run_blocks(module, dense, others) if len(others) else None
-        shown = torch.cat([viewed, viewed.flip(-1)]) if options.mirrored else viewed
+        shown = torch.cat([seen, seen.flip(-1)]) if options.mirrored else seen
         rows = []
         for ratio in options.ratios:
             ratios = uniform_ratios(
@@ -153,27 +151,14 @@ def calibration_images(folder: Path, samples: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.concatenate(arrays[True])), torch.from_numpy(np.concatenate(arrays[False]))
 
 
-def reading(folder: Path, options: argparse.Namespace) -> CalibrationOptions:
-    """How calibration images are read, and how many views of each there are."""
+def statistics(look: Study, images: Path, folder: Path, options: argparse.Namespace) -> CalibratedStatistics:
+    """Statistics of the dense model."""
     views.STEPS, views.STEP = options.steps, options.step
     recipe = folder / "calibration.yaml"
     recipe.write_text(yaml.safe_dump(CALIBRATION))
-    return CalibrationOptions(
+    how = CalibrationOptions(
         preprocess=str(recipe), samples=options.samples, views=options.views, threads=options.threads
     )
-
-
-def seen_with_views(look: Study, images: Path, how: CalibrationOptions) -> Tensor:
-    """(samples and views, 3, 224, 224): all images, then one view of each, and so on; folds see them as one image."""
-    source, _ = open_samples(look, images, graph_inputs(look.source), how)
-    found = torch.from_numpy(np.concatenate([array for chunk in source for array in chunk.arrays.values()]))
-    return found.unflatten(0, (-1, 1 + how.views)).transpose(0, 1).flatten(0, 1)
-
-
-def statistics(
-    look: Study, images: Path, folder: Path, options: argparse.Namespace, how: CalibrationOptions
-) -> CalibratedStatistics:
-    """Statistics of the dense model."""
     parts = {"qk", "context", "hidden"} | ({GRADIENT} if options.score == "fisher" else set())
     calibrate(look, images, folder / "statistics.npz", everything(look, parts), how)
     return CalibratedStatistics(look, folder / "statistics.npz")

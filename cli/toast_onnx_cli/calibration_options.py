@@ -48,8 +48,8 @@ calibration_options = options(
     click.option(
         "--views",
         type=click.IntRange(0),
-        help="Measure on so many views of each sample, too, in which the model sees other classes: for models with "
-        "more classes than the samples show. 3 does well; needs PyTorch. None by default.",
+        help="Measure so many views of each sample, too, in which the model sees other classes: for more classes than "
+        "the samples show. 1 where little is removed, 3 where much is; needs PyTorch. None by default.",
     ),
     click.option("--tokens", callback=parse_tokens, metavar="all|FRACTION", help="Tokens that count; default all."),
     click.option(

@@ -142,6 +142,10 @@ def test_a_ratios_file_asks_for_views(exported: Exported, samples: Path, tmp_pat
     done = CliRunner().invoke(main, [*words, "--overwrite", "--views", "1"])
     assert done.exit_code == 2
     assert "--views is about samples" in done.output
+    words += ["--overwrite", "--statistics", str(tmp_path / "s.npz"), "--threads", "1"]
+    measured = ["calibrate", words[1], "--data", str(samples), "-o", str(tmp_path / "s.npz"), "--threads", "1"]
+    assert CliRunner().invoke(main, measured).exit_code == 0
+    assert "views are not made" in CliRunner().invoke(main, words).output
 
 
 def test_a_source_that_cannot_be_counted_has_views(vit: Study, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
