@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.importance.blocked import Cholesky, inverse
-from toast_onnx.importance.regular import DOUBLE, damping, regular
+from toast_onnx.importance.regular import DOUBLE, SINGLE, damping, regular
 from toast_onnx.importance.selection import dropped
 from toast_onnx.solving.banded import Banded
 
@@ -72,21 +72,36 @@ def ridge_solve(
     return np.asarray(np.linalg.solve(regular(s, _fraction(ridge), DOUBLE), target))
 
 
-def ridge_operator(s: Array, shared: Array, ridge: Ridge = "auto", *, tokens: float, energy: float) -> Array:
-    """What `ridge_solve` multiplies its targets by, (n, n) and symmetric.
+def ridge_strength(s: Array, shared: Array, ridge: Ridge = "auto", *, tokens: float, energy: float) -> float:
+    """The lambda of `ridge_solve` as a fraction of the mean eigenvalue of `s`.
 
     Args:
         s: as there, and so ridge, tokens and energy.
         shared: C C^T (n, n), all that is read of the covariance C with the targets.
+
+    Raises:
+        ConfigError: a negative ridge strength.
     """
-    if ridge == "auto" and tokens < s.shape[0] * PLENTY:
-        spectrum = Spectrum(s, shared, energy)
-        return spectrum.operator(best_strength(spectrum, tokens, energy, damping(s, 0.0)))
-    if ridge == "auto":
-        shift = damping(s, STRENGTHS[0])
-        once = _inverse(s, shift)
-        return once + shift * (once @ once.T)
-    return _inverse(s, damping(s, _fraction(ridge), DOUBLE))
+    if ridge != "auto":
+        return _fraction(ridge)
+    if tokens >= s.shape[0] * PLENTY:
+        return STRENGTHS[0]
+    spectrum = Spectrum(s, shared, energy)
+    found = best_strength(spectrum, tokens, energy, damping(s, 0.0))
+    return found / spectrum.mean if spectrum.mean > 0 else STRENGTHS[0]
+
+
+def ridge_operator(s: Array, strength: float, *, refined: bool) -> Array:
+    """What a ridge regression multiplies its targets by, (n, n) and symmetric: R = (S + lambda I)^-1.
+
+    Args:
+        s: covariance S of the channels (n, n), possibly singular.
+        strength: lambda as a fraction of the mean eigenvalue of `s`.
+        refined: whether the solution is refined once against the bias of lambda, R + lambda R^2, as with auto.
+    """
+    shift = damping(s, strength, SINGLE if refined else DOUBLE)
+    once = _inverse(s, shift)
+    return once + shift * (once @ once.T) if refined else once
 
 
 def _fraction(ridge: float) -> float:
@@ -156,11 +171,6 @@ class Spectrum:
         """Variance of the targets that the solution leaves, summed."""
         gain = self._gains(shift)
         return self._energy - float(self._seen @ (gain * (2 - self._values * gain)))
-
-    def operator(self, shift: float) -> Array:
-        """What the solution multiplies targets by, (n, n)."""
-        scaled = self._vectors * np.sqrt(self._gains(shift))
-        return np.asarray(scaled @ scaled.T)
 
     def solve(self, target: Array, shift: float) -> Array:
         """The refined solution for targets (n, p)."""

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.regular import root
 from toast_onnx.importance.selection import dropped
-from toast_onnx.solving.linear_algebra import Compensation, Ridge, ridge_operator, ridge_solve
+from toast_onnx.solving.linear_algebra import Compensation, Ridge, ridge_operator, ridge_solve, ridge_strength
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -198,7 +198,8 @@ def _alternate(s: Array, w: Array, bases: Array, sweeps: int, ridge: Ridge, toke
     """Bases (H, d, r) of all heads, each in turn the best one when the others' reduced contexts are regressed out.
 
     What the reduced contexts share with all contexts and with the outputs is kept, and only the head that changed is
-    computed again.
+    computed again. The regressions of all contexts on those of all heads but one differ so little that the ridge's
+    strength is chosen at the first of them.
 
     Args:
         s: covariance of the contexts, (n, n).
@@ -211,14 +212,16 @@ def _alternate(s: Array, w: Array, bases: Array, sweeps: int, ridge: Ridge, toke
     if heads == 1:
         return bases
     found, shared = bases.copy(), s @ w  # (n, m) covariance of contexts and outputs
-    total, spread = float(np.sum(w * shared)), float(np.trace(s))
+    total = float(np.sum(w * shared))
     with_contexts = np.concatenate([a.T @ s[_head(h, d)] for h, a in enumerate(found)])  # (H * r, n)
     with_outputs = np.concatenate([a.T @ shared[_head(h, d)] for h, a in enumerate(found)])  # (H * r, m)
-    among = _reduced(with_contexts, found)  # (H * r, H * r), and so the next two
-    seen, alike = with_contexts @ with_contexts.T, with_outputs @ with_outputs.T
+    among = _reduced(with_contexts, found)  # (H * r, H * r), and so the next one
+    alike = with_outputs @ with_outputs.T
+    others = with_contexts[rank:]
+    strength = ridge_strength(among[rank:, rank:], others @ others.T, ridge, tokens=tokens, energy=float(np.trace(s)))
     for h in list(range(heads)) * sweeps:
         own, mine = _head(h, d), _head(h, rank)
-        solve = ridge_operator(_without(among, mine), _without(seen, mine), ridge, tokens=tokens, energy=spread)
+        solve = ridge_operator(_without(among, mine), strength, refined=ridge == "auto")
         by_others = solve @ np.delete(with_contexts[:, own], mine, axis=0)
         explained = np.insert(by_others, mine.start, np.zeros((rank, d)), axis=0)  # (H * r, d), nothing by its own
         own_cov = s[own, own] - with_contexts[:, own].T @ explained  # of what the others leave
@@ -229,9 +232,8 @@ def _alternate(s: Array, w: Array, bases: Array, sweeps: int, ridge: Ridge, toke
         with_contexts[mine] = found[h].T @ s[own]
         with_outputs[mine] = found[h].T @ shared[own]
         among[mine] = _reduced(with_contexts[mine], found)
-        seen[mine] = with_contexts[mine] @ with_contexts.T
         alike[mine] = with_outputs[mine] @ with_outputs.T
-        for each in (among, seen, alike):
+        for each in (among, alike):
             each[:, mine] = each[mine].T
     return found
 
