@@ -16,6 +16,7 @@ from toast_onnx.importance.blocked import Cholesky, inverse
 from toast_onnx.importance.regular import DOUBLE, SINGLE, damping, regular
 from toast_onnx.importance.selection import dropped
 from toast_onnx.solving.banded import Banded
+from toast_onnx.solving.factored import Factored, used_by
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -61,7 +62,7 @@ def ridge_solve(
         ConfigError: a negative ridge strength.
     """
     if ridge == "auto" and tokens < s.shape[0] * PLENTY:
-        spectrum = _analysed(s, cross, energy)
+        spectrum = _analysed(s, cross, energy, tokens)
         found = best_strength(spectrum, tokens, float(np.sum(energy)), damping(s, 0.0))
         return spectrum.solve(cross if target is None else target, found)
     target = cross if target is None else target
@@ -110,12 +111,25 @@ def _fraction(ridge: float) -> float:
     return ridge
 
 
-def _analysed(s: Array, cross: Array, energy: float | Array) -> Spectrum | Banded:
+def _analysed(s: Array, cross: Array, energy: float | Array, tokens: float) -> Spectrum | Banded | Factored:
     """What cross-validation reads; large matrices are turned no further than it needs."""
     if len(s) >= WIDE and isinstance(energy, np.ndarray):
+        least = damping(s, STRENGTHS[0])
         with suppress(np.linalg.LinAlgError):  # rounding beyond what the least strength lifts
-            return Banded(s, cross, energy, damping(s, STRENGTHS[0]))
+            used = _least_used(s, tokens)
+            if ALIKE * (1 + used) >= tokens:
+                return Factored(s, cross, energy, least, used)
+            return Banded(s, cross, energy, least)
     return Spectrum(s, cross @ cross.T, float(np.sum(energy)))
+
+
+def _least_used(s: Array, tokens: float) -> float:
+    """At least so many coefficients are used at any strength; 0 where that is not worth asking.
+
+    Of interest is whether they are beyond what the tokens support, which half as many channels again can tell.
+    """
+    part = math.ceil(1.5 * tokens / ALIKE) if len(s) + 1 < tokens < math.inf else len(s) + 1
+    return 0.0 if part > len(s) else used_by(s[:part, :part], STRENGTHS[-1] * float(np.trace(s)) / len(s))
 
 
 def _inverse(s: Array, shift: float) -> Array:
@@ -177,7 +191,7 @@ class Spectrum:
         return np.asarray(self._vectors @ (self._gains(shift)[:, None] * (self._vectors.T @ target)))
 
 
-def best_strength(spectrum: Spectrum | Banded, tokens: float, energy: float, least: float) -> float:
+def best_strength(spectrum: Spectrum | Banded | Factored, tokens: float, energy: float, least: float) -> float:
     """The lambda with the least error on tokens left out, by generalized cross-validation (Golub, Heath, Wahba 1979).
 
     In the eigenvectors of S a solution with one refinement keeps the fraction f = 1 - (lambda / (e + lambda))^2 of each
@@ -213,7 +227,7 @@ def best_strength(spectrum: Spectrum | Banded, tokens: float, energy: float, lea
     return next(shift for shift, score in zip(shifts, scores, strict=True) if score <= 1.01 * min(scores))
 
 
-def _coefficients(spectrum: Spectrum | Banded, shifts: list[float], tokens: float) -> list[float]:
+def _coefficients(spectrum: Spectrum | Banded | Factored, shifts: list[float], tokens: float) -> list[float]:
     """Coefficients in use at each lambda (ascending), the mean's among them; what is beyond use may be told too low.
 
     A weaker ridge uses no fewer than a stronger one. So where a stronger one leaves no freedom, and there are more
