@@ -120,8 +120,8 @@ def test_values_fall_back_to_the_plain_projection_not_to_zero() -> None:
 @pytest.mark.parametrize(("tokens", "ridge"), [(300.0, "auto"), (1e9, "auto"), (300.0, 1e-3)])
 def test_the_operator_is_what_solutions_multiply_by(tokens: float, ridge: Ridge) -> None:
     x, y = tokens_of(300, 20, 1), tokens_of(300, 30, 1)[:, :6]
-    s, c, energy = x.T @ x / 300, x.T @ y / 300, float(np.square(y).sum() / 300)
-    strength = ridge_strength(s, c @ c.T, ridge, tokens=tokens, energy=energy)
+    s, c, energy = x.T @ x / 300, x.T @ y / 300, np.square(y).sum(axis=0) / 300
+    strength = ridge_strength(s, c, ridge, tokens=tokens, energy=energy)
     operator = ridge_operator(s, strength, refined=ridge == "auto")
     solved = ridge_solve(s, c, ridge, tokens=tokens, energy=energy)
     np.testing.assert_allclose(operator @ c, solved, rtol=1e-6, atol=1e-9)
@@ -151,7 +151,7 @@ def test_sums_that_rounding_left_indefinite_are_solved_all_the_same(ridge: Ridge
     s = (x.T @ x / 12).astype(np.float32).astype(np.float64)
     assert np.linalg.eigvalsh(s)[0] < 0
     c = s[:, :5]
-    strength = ridge_strength(s, c @ c.T, ridge, tokens=1e9, energy=1.0)
+    strength = ridge_strength(s, c, ridge, tokens=1e9, energy=np.diagonal(s)[:5])
     operator = ridge_operator(s, strength, refined=ridge == "auto")
     solved = ridge_solve(s, c, ridge, tokens=1e9, energy=1.0)
     assert np.isfinite(operator).all()

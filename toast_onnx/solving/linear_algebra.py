@@ -73,12 +73,8 @@ def ridge_solve(
     return np.asarray(np.linalg.solve(regular(s, _fraction(ridge), DOUBLE), target))
 
 
-def ridge_strength(s: Array, shared: Array, ridge: Ridge = "auto", *, tokens: float, energy: float) -> float:
-    """The lambda of `ridge_solve` as a fraction of the mean eigenvalue of `s`.
-
-    Args:
-        s: as there, and so ridge, tokens and energy.
-        shared: C C^T (n, n), all that is read of the covariance C with the targets.
+def ridge_strength(s: Array, cross: Array, ridge: Ridge = "auto", *, tokens: float, energy: Array) -> float:
+    """The lambda of `ridge_solve` as a fraction of the mean eigenvalue of `s`; arguments as there.
 
     Raises:
         ConfigError: a negative ridge strength.
@@ -87,8 +83,8 @@ def ridge_strength(s: Array, shared: Array, ridge: Ridge = "auto", *, tokens: fl
         return _fraction(ridge)
     if tokens >= s.shape[0] * PLENTY:
         return STRENGTHS[0]
-    spectrum = Spectrum(s, shared, energy)
-    found = best_strength(spectrum, tokens, energy, damping(s, 0.0))
+    spectrum = _analysed(s, cross, energy, tokens)
+    found = best_strength(spectrum, tokens, float(np.sum(energy)), damping(s, 0.0))
     return found / spectrum.mean if spectrum.mean > 0 else STRENGTHS[0]
 
 
@@ -112,14 +108,15 @@ def _fraction(ridge: float) -> float:
 
 
 def _analysed(s: Array, cross: Array, energy: float | Array, tokens: float) -> Spectrum | Banded | Factored:
-    """What cross-validation reads; large matrices are turned no further than it needs."""
-    if len(s) >= WIDE and isinstance(energy, np.ndarray):
+    """What cross-validation reads; no matrix is taken apart further than it needs."""
+    if isinstance(energy, np.ndarray):
         least = damping(s, STRENGTHS[0])
         with suppress(np.linalg.LinAlgError):  # rounding beyond what the least strength lifts
             used = _least_used(s, tokens)
             if ALIKE * (1 + used) >= tokens:
                 return Factored(s, cross, energy, least, used)
-            return Banded(s, cross, energy, least)
+            if len(s) >= WIDE:
+                return Banded(s, cross, energy, least)
     return Spectrum(s, cross @ cross.T, float(np.sum(energy)))
 
 

@@ -217,8 +217,8 @@ def _alternate(s: Array, w: Array, bases: Array, sweeps: int, ridge: Ridge, toke
     with_outputs = np.concatenate([a.T @ shared[_head(h, d)] for h, a in enumerate(found)])  # (H * r, m)
     among = _reduced(with_contexts, found)  # (H * r, H * r), and so the next one
     alike = with_outputs @ with_outputs.T
-    others = with_contexts[rank:]
-    strength = ridge_strength(among[rank:, rank:], others @ others.T, ridge, tokens=tokens, energy=float(np.trace(s)))
+    first, spread = with_contexts[rank:], np.diagonal(s)
+    strength = ridge_strength(among[rank:, rank:], first, ridge, tokens=tokens, energy=spread)
     for h in list(range(heads)) * sweeps:
         own, mine = _head(h, d), _head(h, rank)
         solve = ridge_operator(_without(among, mine), strength, refined=ridge == "auto")
