@@ -71,3 +71,17 @@ def test_bases_are_those_of_the_whole_residual(tokens: float) -> None:
     bases = np.moveaxis(found.wv, 0, 1)  # (H, d, r): the values were the identity
     reference = swept(moments.covariance, wo.reshape(heads * d, -1), heads, rank, tokens)
     np.testing.assert_allclose(bases @ np.swapaxes(bases, 1, 2), reference, atol=1e-7)
+
+
+@pytest.mark.parametrize("outputs", [0, 2])
+def test_bases_wider_than_what_is_read_lose_nothing(outputs: int) -> None:
+    """Of more dimensions than outputs any completion will do; a read-out of zeros has nothing but that."""
+    heads, d, rank = 2, 6, 4
+    rng = np.random.default_rng(2)
+    moments = Moments.of(rng.standard_normal((400, heads * d)) @ rng.standard_normal((heads * d, heads * d)))
+    wo = np.concatenate([rng.standard_normal((heads, d, outputs)), np.zeros((heads, d, 3 - outputs))], axis=2)
+    values = np.eye(d)[:, None].repeat(heads, axis=1)
+    found = solve_vo_subspace(values, np.zeros((heads, d)), wo, np.zeros(3), moments, rank, "none")
+    bases = np.moveaxis(found.wv, 0, 1)
+    np.testing.assert_allclose(np.swapaxes(bases, 1, 2) @ bases, np.eye(rank)[None].repeat(heads, axis=0), atol=1e-12)
+    np.testing.assert_allclose(bases @ found.wo, wo, atol=1e-6)
