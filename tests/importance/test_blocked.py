@@ -8,7 +8,7 @@ import pytest
 from toast_onnx.importance.blocked import LEAF, TILE, Cholesky, inverse, mirror
 from toast_onnx.importance.loss_curves import elimination_order, readout_losses
 from toast_onnx.importance.regular import regular
-from toast_onnx.importance.second_order import POOL, keep_second_order, regular_inverse
+from toast_onnx.importance.second_order import POOL, Elimination, keep_second_order, regular_inverse
 
 SIZES = [1, 7, LEAF, LEAF + 1, 3 * LEAF + 5]
 
@@ -95,6 +95,19 @@ def test_elimination_is_that_of_inverses_taken_anew(batch: int, groups: int) -> 
     labels = np.arange(n) // (n // groups)
     found = keep_second_order(s, w, n // groups // 3, batch, labels)
     np.testing.assert_array_equal(found.reshape(-1), eliminated(s, w, n // groups // 3, batch, labels))
+
+
+def test_what_waits_to_be_taken_off_counts_at_once() -> None:
+    """Costs between two updates of the inverse and of the solution, and behind one, are those of refits."""
+    n = 80
+    s, w = covariance(n, 11), np.random.default_rng(12).standard_normal((n, 5))
+    damped, elimination = regular(s), Elimination(s, w)
+    for kept in (77, 66, 59, 31):  # a quarter of 80 may wait
+        elimination.run(kept, 3)
+        alive = elimination.alive
+        known = np.linalg.inv(damped[np.ix_(alive, alive)])
+        rows = known @ damped[alive] @ w
+        np.testing.assert_allclose(elimination.costs(), np.square(rows).sum(axis=1) / np.diagonal(known), rtol=1e-6)
 
 
 def test_an_order_ends_with_what_elimination_keeps() -> None:

@@ -9,7 +9,16 @@ from toast_onnx.importance.ffn import select_ffn_second_order
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.regular import damping
 from toast_onnx.solving.ffn import solve_ffn
-from toast_onnx.solving.linear_algebra import ALIKE, STRENGTHS, Spectrum, best_strength, ridge_operator, ridge_solve
+from toast_onnx.solving.linear_algebra import (
+    ALIKE,
+    STRENGTHS,
+    Ridge,
+    Spectrum,
+    best_strength,
+    ridge_operator,
+    ridge_solve,
+    ridge_strength,
+)
 from toast_onnx.solving.vo import solve_vo_subspace
 
 
@@ -109,11 +118,12 @@ def test_values_fall_back_to_the_plain_projection_not_to_zero() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "ridge"), [(300.0, "auto"), (1e9, "auto"), (300.0, 1e-3)])
-def test_the_operator_is_what_solutions_multiply_by(tokens: float, ridge: float | str) -> None:
+def test_the_operator_is_what_solutions_multiply_by(tokens: float, ridge: Ridge) -> None:
     x, y = tokens_of(300, 20, 1), tokens_of(300, 30, 1)[:, :6]
-    s, c, energy = x.T @ x / 300, x.T @ y / 300, float(np.square(y).sum() / 300)
-    operator = ridge_operator(s, c @ c.T, ridge, tokens=tokens, energy=energy)  # type: ignore[arg-type]
-    solved = ridge_solve(s, c, ridge, tokens=tokens, energy=energy)  # type: ignore[arg-type]
+    s, c, energy = x.T @ x / 300, x.T @ y / 300, np.square(y).sum(axis=0) / 300
+    strength = ridge_strength(s, c, ridge, tokens=tokens, energy=energy)
+    operator = ridge_operator(s, strength, refined=ridge == "auto")
+    solved = ridge_solve(s, c, ridge, tokens=tokens, energy=energy)
     np.testing.assert_allclose(operator @ c, solved, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(operator, operator.T, rtol=1e-9, atol=1e-9)
 
@@ -135,19 +145,20 @@ def test_what_targets_share_with_channels_may_be_read_off_its_products(leading: 
 
 
 @pytest.mark.parametrize("ridge", ["auto", 0.0, 1e-12])
-def test_sums_that_rounding_left_indefinite_are_solved_all_the_same(ridge: float | str) -> None:
+def test_sums_that_rounding_left_indefinite_are_solved_all_the_same(ridge: Ridge) -> None:
     """With fewer tokens than channels, in float32 as statistics are stored: the inverse needs pivots."""
     x = tokens_of(12, 40, 1)
     s = (x.T @ x / 12).astype(np.float32).astype(np.float64)
     assert np.linalg.eigvalsh(s)[0] < 0
     c = s[:, :5]
-    operator = ridge_operator(s, c @ c.T, ridge, tokens=1e9, energy=1.0)  # type: ignore[arg-type]
-    solved = ridge_solve(s, c, ridge, tokens=1e9, energy=1.0)  # type: ignore[arg-type]
+    strength = ridge_strength(s, c, ridge, tokens=1e9, energy=np.diagonal(s)[:5])
+    operator = ridge_operator(s, strength, refined=ridge == "auto")
+    solved = ridge_solve(s, c, ridge, tokens=1e9, energy=1.0)
     assert np.isfinite(operator).all()
     np.testing.assert_allclose(s @ operator @ c, s @ solved, atol=1e-4 * np.abs(s).max())
     heads, d = 4, 10
     rng = np.random.default_rng(3)
     wv, wo = rng.standard_normal((20, heads, d)), rng.standard_normal((heads, d, 20))
     context = Moments(12.0, x.sum(axis=0), 12 * s, 12.0)
-    new = solve_vo_subspace(wv, np.zeros((heads, d)), wo, np.zeros(20), context, 5, ridge=ridge)  # type: ignore[arg-type]
+    new = solve_vo_subspace(wv, np.zeros((heads, d)), wo, np.zeros(20), context, 5, ridge=ridge)
     assert np.isfinite(new.wo).all()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 #: Matrices up to this size are left to LAPACK.
-LEAF = 128
+LEAF = 64
 #: Rows and columns that are transposed at once.
 TILE = 64
 #: Row blocks of a product of which one half is the other's mirror image.

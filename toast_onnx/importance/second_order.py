@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from toast_onnx.importance.blocked import inverse as inverse_of
-from toast_onnx.importance.blocked import spans, strips
+from toast_onnx.importance.blocked import mirror, strips
 from toast_onnx.importance.regular import RELATIVE_JITTER, damping
 from toast_onnx.importance.selection import Indices
 
@@ -20,11 +20,9 @@ Array = NDArray[np.float64]
 #: Candidates for each removal of a batch.
 POOL = 4
 #: The inverse is brought up to date when a share of 1 / LATE of the channels is gone.
-LATE = 16
+LATE = 4
 #: How often the diagonal term is raised where rounding left a covariance short of positive definite.
 ATTEMPTS = 6
-#: Rows of the solution that are updated at once, so that they stay in the cache.
-ROWS = 256
 
 
 def keep_second_order(
@@ -64,8 +62,8 @@ def keep_second_order(
 class Elimination:
     """Channels leave one batch after another; inverse covariance and solution are those of the ones that stay.
 
-    The inverse is brought up to date late: removals add columns to a factor U, the present inverse being M - U U^T, and
-    only every so often are they taken off M in one large product. Of M only the lower triangle is kept up to date.
+    Both are brought up to date late: removals add rows to factors U and V, the present inverse being M - U^T U and the
+    present solution W - U^T V, and only every so often are they taken off M and W in large products.
 
     Attributes:
         alive: (k,) channels that stay, ascending.
@@ -81,14 +79,19 @@ class Elimination:
         """
         n = covariance.shape[0]
         self._inverse = regular_inverse(covariance)  # M
-        self._weights = np.array(w, dtype=np.float64)  # present solution, (n, m)
+        self._weights = np.array(w, dtype=np.float64)  # W, (n, m)
         self._channels = np.arange(n, dtype=np.int64)  # at each position
         self._labels = np.zeros(n, dtype=np.int64) if labels is None else labels
         self._there = np.ones(n, dtype=bool)
         self._diagonal = np.diagonal(self._inverse).copy()  # of the present inverse
-        self._energies = np.square(self._weights).sum(axis=1)
-        self._pending = np.empty((n, max(1, n // LATE)))  # U
-        self._used = 0  # columns of U
+        self._energies = np.einsum("ij,ij->i", self._weights, self._weights)  # of the present solution
+        self._begin(max(1, n // LATE))
+
+    def _begin(self, room: int) -> None:
+        """Nothing is pending; there is room for so many removals."""
+        self._pending = np.empty((room, len(self._weights)))  # U
+        self._carried = np.empty((room, self._weights.shape[1]))  # V
+        self._used = 0  # rows of both
 
     @property
     def alive(self) -> Indices:
@@ -101,10 +104,8 @@ class Elimination:
     def run(self, kept: int, batch: int) -> None:
         """Remove the cheapest channels, up to `batch` at a time, until every group keeps `kept`."""
         while (spare := np.bincount(self._labels[self._there]) - kept).any():
-            if self._used + batch > self._pending.shape[1]:
-                self._settle()
-                if batch > self._pending.shape[1]:
-                    self._pending = np.empty((len(self._weights), batch))
+            if self._used + batch > len(self._pending):
+                self._settle(batch)
             self._remove(self._cheapest(spare, batch))
 
     def _cheapest(self, spare: Indices, batch: int) -> Indices:
@@ -125,7 +126,7 @@ class Elimination:
         pool, beyond = order[: POOL * batch], order[POOL * batch : POOL * batch + 1]
         pool = pool[open_[pool]]
         limit = costs[beyond].min(initial=np.inf)
-        small, rows, left = self._corner(pool), self._weights[pool], spare.copy()
+        small, rows, left = self._corner(pool), self._rows(pool), spare.copy()
         alike = rows @ rows.T  # inner products of the rows; they change with the same columns as the inverse
         # Both as they are now: small less F^T F, alike less F^T G + G^T F, of which only what is read is formed.
         factor, shared = np.empty((2, batch, pool.size))
@@ -156,47 +157,48 @@ class Elimination:
 
     def _corner(self, at: Indices) -> Array:
         """The present inverse at some positions (b,): (b, b)."""
-        rows, columns = np.maximum(at[:, None], at), np.minimum(at[:, None], at)
-        pending = self._pending[at, : self._used]
-        return np.asarray(self._inverse[rows, columns] - pending @ pending.T)
+        pending = self._pending[: self._used, at]
+        return np.asarray(self._inverse[at[:, None], at] - pending.T @ pending)
 
-    def _columns(self, at: Indices) -> Array:
-        """Columns (k, b) of the present inverse at some positions (b,), ascending."""
-        found = self._inverse[:, at]
-        for column, position in enumerate(at):
-            found[:position, column] = self._inverse[position, :position]
-        found -= self._pending[:, : self._used] @ self._pending[at, : self._used].T
-        return found
+    def _rows(self, at: Indices) -> Array:
+        """The present solution at some positions (b,): (b, m)."""
+        return np.asarray(self._weights[at] - self._pending[: self._used, at].T @ self._carried[: self._used])
 
     def _remove(self, gone: Indices) -> None:
         """Take channels at some positions (b,) out: b steps of a Cholesky factorisation of the inverse."""
-        columns = self._columns(gone)
-        turn = np.linalg.inv(np.linalg.cholesky(columns[gone]))
-        factor = columns @ turn.T  # (k, b)
-        carry = turn @ self._weights[gone]  # (b, m)
-        for rows in spans(len(self._weights), ROWS):
-            part = self._weights[rows]
-            part -= factor[rows] @ carry
-            self._energies[rows] = np.einsum("ij,ij->i", part, part)
-        self._diagonal -= np.einsum("ij,ij->i", factor, factor)
-        self._pending[:, self._used : self._used + gone.size] = factor
-        self._used += gone.size
+        turn = np.linalg.inv(np.linalg.cholesky(self._corner(gone)))
+        carry = turn @ self._rows(gone)  # (b, m)
+        # Of the present inverse and of what the present solution shares with `carry`, what is pending is one product.
+        pending, past = self._pending[: self._used], self._carried[: self._used]
+        late = np.concatenate([turn @ pending[:, gone].T, carry @ past.T]) @ pending
+        factor = turn @ self._inverse[gone] - late[: gone.size]  # (b, n)
+        shared = carry @ self._weights.T - late[gone.size :]  # (b, n)
+        shared -= carry @ carry.T @ factor / 2
+        self._energies -= 2 * np.einsum("ij,ij->j", factor, shared)
+        self._diagonal -= np.einsum("ij,ij->j", factor, factor)
+        added = slice(self._used, self._used + gone.size)
+        self._pending[added], self._carried[added], self._used = factor, carry, added.stop
         self._there[gone] = False
 
-    def _settle(self) -> None:
-        """Take what is pending off M, and close the gaps that removed channels left; in place, strip by strip."""
+    def _settle(self, batch: int) -> None:
+        """Take what is pending off M and W, and close the gaps that removed channels left; in place, strip by strip.
+
+        There is room for a batch then, at least.
+        """
         stay = np.flatnonzero(self._there)
-        factor = self._pending[stay, : self._used]
+        factor = self._pending[: self._used, stay]
         for rows in strips(stay.size):
             present = self._inverse[stay[rows]].take(stay[: rows.stop], axis=1, mode="clip")
-            present -= factor[rows] @ factor[: rows.stop].T
+            present -= factor[:, rows].T @ factor[:, : rows.stop]
             self._inverse[rows, : rows.stop] = present
+            mirror(present[:, : rows.start], self._inverse[: rows.start, rows])
         n = stay.size
         self._inverse = self._inverse[:n, :n]
-        self._weights, self._energies = self._weights[stay], self._energies[stay]
+        self._weights = self._weights[stay] - factor.T @ self._carried[: self._used]
+        self._energies = np.einsum("ij,ij->i", self._weights, self._weights)
         self._channels, self._labels = self._channels[stay], self._labels[stay]
         self._there, self._diagonal = np.ones(n, dtype=bool), np.diagonal(self._inverse).copy()
-        self._pending, self._used = self._pending[:n], 0
+        self._begin(max(batch, len(self._pending)))
 
 
 def regular_inverse(covariance: Array) -> Array:

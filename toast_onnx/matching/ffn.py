@@ -203,8 +203,9 @@ def _distinct(arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 def _along(array: np.ndarray, axis: int) -> np.ndarray | None:
     """Values along one axis, None when they differ anywhere else."""
-    moved = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
-    return moved[0] if bool((moved == moved[:1]).all()) else None
+    moved = np.moveaxis(array, axis, -1)
+    line = moved[(0,) * (array.ndim - 1)]
+    return line if bool((moved == line).all()) else None
 
 
 def _units(

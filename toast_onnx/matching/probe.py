@@ -349,7 +349,7 @@ def propagate(view: GraphView, facts: Facts, nodes: Iterable[int], seed: str) ->
         operands = [labels[name] if name in labels else _operand(view, facts, i, name) for name in node.input]
         for name, value in zip(node.output, facts.evaluate(node, operands), strict=True):
             if name:
-                labels[name] = value.astype(np.int64)
+                labels[name] = value.astype(np.int64, copy=False)
     return labels
 
 

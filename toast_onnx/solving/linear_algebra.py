@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.importance.blocked import Cholesky, inverse
-from toast_onnx.importance.regular import DOUBLE, damping, regular
+from toast_onnx.importance.regular import DOUBLE, SINGLE, damping, regular
 from toast_onnx.importance.selection import dropped
 from toast_onnx.solving.banded import Banded
+from toast_onnx.solving.factored import Factored, used_by
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -61,7 +62,7 @@ def ridge_solve(
         ConfigError: a negative ridge strength.
     """
     if ridge == "auto" and tokens < s.shape[0] * PLENTY:
-        spectrum = _analysed(s, cross, energy)
+        spectrum = _analysed(s, cross, energy, tokens)
         found = best_strength(spectrum, tokens, float(np.sum(energy)), damping(s, 0.0))
         return spectrum.solve(cross if target is None else target, found)
     target = cross if target is None else target
@@ -72,21 +73,32 @@ def ridge_solve(
     return np.asarray(np.linalg.solve(regular(s, _fraction(ridge), DOUBLE), target))
 
 
-def ridge_operator(s: Array, shared: Array, ridge: Ridge = "auto", *, tokens: float, energy: float) -> Array:
-    """What `ridge_solve` multiplies its targets by, (n, n) and symmetric.
+def ridge_strength(s: Array, cross: Array, ridge: Ridge = "auto", *, tokens: float, energy: Array) -> float:
+    """The lambda of `ridge_solve` as a fraction of the mean eigenvalue of `s`; arguments as there.
+
+    Raises:
+        ConfigError: a negative ridge strength.
+    """
+    if ridge != "auto":
+        return _fraction(ridge)
+    if tokens >= s.shape[0] * PLENTY:
+        return STRENGTHS[0]
+    spectrum = _analysed(s, cross, energy, tokens)
+    found = best_strength(spectrum, tokens, float(np.sum(energy)), damping(s, 0.0))
+    return found / spectrum.mean if spectrum.mean > 0 else STRENGTHS[0]
+
+
+def ridge_operator(s: Array, strength: float, *, refined: bool) -> Array:
+    """What a ridge regression multiplies its targets by, (n, n) and symmetric: R = (S + lambda I)^-1.
 
     Args:
-        s: as there, and so ridge, tokens and energy.
-        shared: C C^T (n, n), all that is read of the covariance C with the targets.
+        s: covariance S of the channels (n, n), possibly singular.
+        strength: lambda as a fraction of the mean eigenvalue of `s`.
+        refined: whether the solution is refined once against the bias of lambda, R + lambda R^2, as with auto.
     """
-    if ridge == "auto" and tokens < s.shape[0] * PLENTY:
-        spectrum = Spectrum(s, shared, energy)
-        return spectrum.operator(best_strength(spectrum, tokens, energy, damping(s, 0.0)))
-    if ridge == "auto":
-        shift = damping(s, STRENGTHS[0])
-        once = _inverse(s, shift)
-        return once + shift * (once @ once.T)
-    return _inverse(s, damping(s, _fraction(ridge), DOUBLE))
+    shift = damping(s, strength, SINGLE if refined else DOUBLE)
+    once = _inverse(s, shift)
+    return once + shift * (once @ once.T) if refined else once
 
 
 def _fraction(ridge: float) -> float:
@@ -95,12 +107,26 @@ def _fraction(ridge: float) -> float:
     return ridge
 
 
-def _analysed(s: Array, cross: Array, energy: float | Array) -> Spectrum | Banded:
-    """What cross-validation reads; large matrices are turned no further than it needs."""
-    if len(s) >= WIDE and isinstance(energy, np.ndarray):
+def _analysed(s: Array, cross: Array, energy: float | Array, tokens: float) -> Spectrum | Banded | Factored:
+    """What cross-validation reads; no matrix is taken apart further than it needs."""
+    if isinstance(energy, np.ndarray):
+        least = damping(s, STRENGTHS[0])
         with suppress(np.linalg.LinAlgError):  # rounding beyond what the least strength lifts
-            return Banded(s, cross, energy, damping(s, STRENGTHS[0]))
+            used = _least_used(s, tokens)
+            if ALIKE * (1 + used) >= tokens:
+                return Factored(s, cross, energy, least, used)
+            if len(s) >= WIDE:
+                return Banded(s, cross, energy, least)
     return Spectrum(s, cross @ cross.T, float(np.sum(energy)))
+
+
+def _least_used(s: Array, tokens: float) -> float:
+    """At least so many coefficients are used at any strength; 0 where that is not worth asking.
+
+    Of interest is whether they are beyond what the tokens support, which half as many channels again can tell.
+    """
+    part = math.ceil(1.5 * tokens / ALIKE) if len(s) + 1 < tokens < math.inf else len(s) + 1
+    return 0.0 if part > len(s) else used_by(s[:part, :part], STRENGTHS[-1] * float(np.trace(s)) / len(s))
 
 
 def _inverse(s: Array, shift: float) -> Array:
@@ -157,17 +183,12 @@ class Spectrum:
         gain = self._gains(shift)
         return self._energy - float(self._seen @ (gain * (2 - self._values * gain)))
 
-    def operator(self, shift: float) -> Array:
-        """What the solution multiplies targets by, (n, n)."""
-        scaled = self._vectors * np.sqrt(self._gains(shift))
-        return np.asarray(scaled @ scaled.T)
-
     def solve(self, target: Array, shift: float) -> Array:
         """The refined solution for targets (n, p)."""
         return np.asarray(self._vectors @ (self._gains(shift)[:, None] * (self._vectors.T @ target)))
 
 
-def best_strength(spectrum: Spectrum | Banded, tokens: float, energy: float, least: float) -> float:
+def best_strength(spectrum: Spectrum | Banded | Factored, tokens: float, energy: float, least: float) -> float:
     """The lambda with the least error on tokens left out, by generalized cross-validation (Golub, Heath, Wahba 1979).
 
     In the eigenvectors of S a solution with one refinement keeps the fraction f = 1 - (lambda / (e + lambda))^2 of each
@@ -203,7 +224,7 @@ def best_strength(spectrum: Spectrum | Banded, tokens: float, energy: float, lea
     return next(shift for shift, score in zip(shifts, scores, strict=True) if score <= 1.01 * min(scores))
 
 
-def _coefficients(spectrum: Spectrum | Banded, shifts: list[float], tokens: float) -> list[float]:
+def _coefficients(spectrum: Spectrum | Banded | Factored, shifts: list[float], tokens: float) -> list[float]:
     """Coefficients in use at each lambda (ascending), the mean's among them; what is beyond use may be told too low.
 
     A weaker ridge uses no fewer than a stronger one. So where a stronger one leaves no freedom, and there are more

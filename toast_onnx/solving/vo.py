@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.regular import root
 from toast_onnx.importance.selection import dropped
-from toast_onnx.solving.linear_algebra import Compensation, Ridge, ridge_operator, ridge_solve
+from toast_onnx.solving.linear_algebra import Compensation, Ridge, ridge_operator, ridge_solve, ridge_strength
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -184,12 +184,15 @@ def _readout(s: Array, bases: Array, w: Array, ridge: Ridge, tokens: float) -> A
 
 
 def _leading_basis(s: Array, w: Array, rank: int) -> Array:
-    """Orthonormal basis (d, r) of the contexts with the most variance after `w` (d, m); `s` (d, d) is theirs."""
-    seen = (root(s) @ w).T  # (m, d)
-    _, _, vt = np.linalg.svd(np.linalg.qr(seen, mode="r"), full_matrices=False)
-    span = w @ (seen @ vt[:rank].T)  # S^(-1/2) U up to scale, without an inverse
-    if span.shape[1] < rank:  # fewer outputs than dimensions: any completion will do
-        span = np.concatenate([span, np.eye(s.shape[0])[:, : rank - span.shape[1]]], axis=1)
+    """Orthonormal basis (d, r) of the contexts with the most variance after `w` (d, m); `s` (d, d) is theirs.
+
+    It spans S^(-1/2) U with U the left singular vectors of S^(1/2) W: up to scale W W^T S^(1/2) U, without an inverse.
+    U is taken from the square of that matrix, whose rounding hides less than 1e-15 of the variance.
+    """
+    half = root(s)
+    through = (w @ w.T) @ half
+    _, vectors = np.linalg.eigh(half @ through)
+    span = through @ vectors[:, ::-1][:, :rank]
     q, _ = np.linalg.qr(span / np.maximum(np.linalg.norm(span, axis=0), np.finfo(np.float64).tiny))
     return np.asarray(q, dtype=np.float64)
 
@@ -198,7 +201,8 @@ def _alternate(s: Array, w: Array, bases: Array, sweeps: int, ridge: Ridge, toke
     """Bases (H, d, r) of all heads, each in turn the best one when the others' reduced contexts are regressed out.
 
     What the reduced contexts share with all contexts and with the outputs is kept, and only the head that changed is
-    computed again.
+    computed again. The regressions of all contexts on those of all heads but one differ so little that the ridge's
+    strength is chosen at the first of them.
 
     Args:
         s: covariance of the contexts, (n, n).
@@ -211,14 +215,16 @@ def _alternate(s: Array, w: Array, bases: Array, sweeps: int, ridge: Ridge, toke
     if heads == 1:
         return bases
     found, shared = bases.copy(), s @ w  # (n, m) covariance of contexts and outputs
-    total, spread = float(np.sum(w * shared)), float(np.trace(s))
+    total = float(np.sum(w * shared))
     with_contexts = np.concatenate([a.T @ s[_head(h, d)] for h, a in enumerate(found)])  # (H * r, n)
     with_outputs = np.concatenate([a.T @ shared[_head(h, d)] for h, a in enumerate(found)])  # (H * r, m)
-    among = _reduced(with_contexts, found)  # (H * r, H * r), and so the next two
-    seen, alike = with_contexts @ with_contexts.T, with_outputs @ with_outputs.T
+    among = _reduced(with_contexts, found)  # (H * r, H * r), and so the next one
+    alike = with_outputs @ with_outputs.T
+    first, spread = with_contexts[rank:], np.diagonal(s)
+    strength = ridge_strength(among[rank:, rank:], first, ridge, tokens=tokens, energy=spread)
     for h in list(range(heads)) * sweeps:
         own, mine = _head(h, d), _head(h, rank)
-        solve = ridge_operator(_without(among, mine), _without(seen, mine), ridge, tokens=tokens, energy=spread)
+        solve = ridge_operator(_without(among, mine), strength, refined=ridge == "auto")
         by_others = solve @ np.delete(with_contexts[:, own], mine, axis=0)
         explained = np.insert(by_others, mine.start, np.zeros((rank, d)), axis=0)  # (H * r, d), nothing by its own
         own_cov = s[own, own] - with_contexts[:, own].T @ explained  # of what the others leave
@@ -229,9 +235,8 @@ def _alternate(s: Array, w: Array, bases: Array, sweeps: int, ridge: Ridge, toke
         with_contexts[mine] = found[h].T @ s[own]
         with_outputs[mine] = found[h].T @ shared[own]
         among[mine] = _reduced(with_contexts[mine], found)
-        seen[mine] = with_contexts[mine] @ with_contexts.T
         alike[mine] = with_outputs[mine] @ with_outputs.T
-        for each in (among, seen, alike):
+        for each in (among, alike):
             each[:, mine] = each[mine].T
     return found
 
