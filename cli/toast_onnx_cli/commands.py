@@ -16,7 +16,7 @@ SHARED = (
     "--teacher", "--data", "--labels", "--settings", "--statistics", "--sensitivity", "--costs", "--output-name",
     "--output", "--report", "--plot",
     "--compensation", "--align-heads", "--align-width", "--parts", "--target", "--split-shared",
-    "--preprocess", "--max-pixels", "--samples", "--tokens", "--class-weight",
+    "--preprocess", "--max-pixels", "--samples", "--views", "--tokens", "--class-weight",
     "--backend", "--precision", "--runtime", "--provider", "--batch", "--warmup", "--rounds", "--threads", "--ray",
     "--trtexec", "--memory", "--hold-back", "--seed", "--shape",
     "--sort", "--csv", "--no-images", "--dry-run", "--script", "--no-links", "--overwrite", "--quiet", "--json",
