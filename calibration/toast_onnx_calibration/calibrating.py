@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,7 @@ def calibrate(
                 inputs = held_inputs(study, model_inputs(session))
                 source, found = open_measured(study, data, inputs, options)
                 if options.shard is not None:
-                    source, share = shard_of(source, options.shard, batch_size(inputs, options.batch))
+                    source, share = shard_of(source, options.shard, whole_batch(inputs, options))
                 if source.count is not None:
                     check_room(spool_bytes(study, links, source.count))
                 notes += found
@@ -210,6 +211,11 @@ def shard_of(source: Source, shard: tuple[int, int], batch: int) -> tuple[Source
             "lower --batch"
         )
     return source.part(*parts[number - 1]), Share(of, (number,), source.description, source.fingerprint)
+
+
+def whole_batch(inputs: Sequence[ModelInput], options: CalibrationOptions) -> int:
+    """Samples and views in runs of which none is cut, nor a sample from its views."""
+    return lcm(batch_size(inputs, options.batch), 1 + options.views)
 
 
 def pass_links(study: Study, wanted: Wanted, options: CalibrationOptions) -> list[Link]:

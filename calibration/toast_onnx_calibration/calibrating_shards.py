@@ -10,10 +10,16 @@ from pathlib import Path
 
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, scratch_folder
-from toast_onnx_calibration.calibrating import ByOptions, CalibrationOptions, Progress, calibrate, open_measured
+from toast_onnx_calibration.calibrating import (
+    ByOptions,
+    CalibrationOptions,
+    Progress,
+    calibrate,
+    open_measured,
+    whole_batch,
+)
 from toast_onnx_calibration.executing import Executor, Find, Report
 from toast_onnx_calibration.executing_files import found_recipe, placed, reading_files
-from toast_onnx_calibration.feeds import batch_size
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
 from toast_onnx_calibration.sessions import graph_inputs, held_inputs
 from toast_onnx_calibration.sources import shares_of
@@ -143,7 +149,7 @@ def calibrate_on(
             return calibrate(dense, data, out, wanted, options, progress)
         inputs = held_inputs(dense, graph_inputs(dense.source))
         source, _ = open_measured(dense, data, inputs, options)
-        parts = shares_of(source, batch_size(inputs, options.batch), pool.workers)
+        parts = shares_of(source, whole_batch(inputs, options), pool.workers)
         shards, count = len(parts), parts[-1][1]
         total = count * len(passes(dense, {b: p - {GRADIENT} for b, p in wanted.items()}, options.budget))
 

@@ -72,7 +72,7 @@ def batches(source: Source, inputs: Sequence[ModelInput], batch: int = 16) -> It
     """
     size = batch_size(inputs, batch)
     fixed = any(isinstance(each.shape[0], int) for each in inputs)
-    for chunk in _regroup((_fit(c, inputs, source.description) for c in source), size, source.description):
+    for chunk in _regroup((fit(c, inputs, source.description) for c in source), size, source.description):
         missing = size - len(chunk.rows) if fixed else 0
         feeds = {name: _fill(array, missing) for name, array in chunk.arrays.items()}
         yield Batch(feeds, chunk.rows, missing)
@@ -112,7 +112,17 @@ def _split(chunk: Chunk, size: int) -> tuple[Chunk, Chunk]:
     return Chunk(head, chunk.rows[:size]), Chunk(tail, chunk.rows[size:])
 
 
-def _fit(chunk: Chunk, inputs: Sequence[ModelInput], where: str) -> Chunk:
+def fit(chunk: Chunk, inputs: Sequence[ModelInput], where: str) -> Chunk:
+    """Samples in the types that a model takes.
+
+    Args:
+        chunk: the samples.
+        inputs: of the model.
+        where: what they come from, for messages.
+
+    Raises:
+        DataError: their shape or type does not fit an input, or they hold NaN or infinity.
+    """
     arrays = {}
     for each in inputs:
         array = chunk.arrays[each.name]

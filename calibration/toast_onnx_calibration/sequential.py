@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,15 @@ class SequentialStatistics:
             study: the dense model.
             data: as for `sources.open_source`.
             wanted: block number -> parts, as `needs.needed` says.
-            options: how to calibrate.
+            options: how to calibrate; views would have to be made anew for every block, and are not.
             folder: where statistics lie while they are in use.
         """
-        self._study, self._data, self._wanted, self._options = study, data, wanted, options
+        self._study, self._data, self._wanted, self._options = study, data, wanted, replace(options, views=0)
         self._path = folder / "sequential.npz"
         self._latest: CalibratedStatistics | None = None
-        self.notes: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ("sequential statistics are of the samples alone, not of views",) * bool(
+            options.views
+        )
 
     @property
     def source(self) -> str:

@@ -1,33 +1,20 @@
-"""Samples, each followed by views in which the model sees other classes (`toast_onnx.finetune.views`).
-
-Views are made in the first pass over the samples and kept in a file for further ones, as long as the process lives.
-"""
+"""Samples, each followed by views in which the model sees other classes (`toast_onnx.finetune.views`)."""
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-
-from toast_onnx.errors import ConfigError
+from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.finetune.views import Views
 from toast_onnx.matching.study import Study
 from toast_onnx.model import file_hash
 from toast_onnx_calibration.comparing import is_classifier
+from toast_onnx_calibration.feeds import fit
 from toast_onnx_calibration.images import ReadReport
 from toast_onnx_calibration.recipes import Recipe
-from toast_onnx_calibration.room import check_room
 from toast_onnx_calibration.sessions import ModelInput
 from toast_onnx_calibration.sources import Arrays, Chunk, Source
-
-#: Fingerprint of samples and how their views are made -> the file of the views. The latest alone: they are large.
-_KEPT: dict[str, Path] = {}
 
 
 class ViewedSource:
@@ -101,43 +88,23 @@ class ViewedSource:
         return ViewedSource(inner, self._study, self._inputs, self._views, self._seed, self._first + start // each)
 
     def __iter__(self) -> Iterator[Chunk]:
-        key = None if self.count is None else self.fingerprint
-        if key in _KEPT:
-            with open(_KEPT[key], "rb") as file:
-                for sample, row in self._samples():
-                    yield from self._chunks(sample, row, {n: np.load(file, allow_pickle=False) for n in sample})
-            return
-        folder = Path(tempfile.mkdtemp(prefix="toast-views-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        path = folder / "views"
-        with open(path, "wb") as file:
-            yield from self._made(file)
-        if key is not None:
-            for old in _KEPT.values():
-                shutil.rmtree(old.parent, ignore_errors=True)
-            _KEPT.clear()
-            _KEPT[key] = path
-
-    def _made(self, file: BinaryIO) -> Iterator[Chunk]:
-        """Make all views, and write them to a file."""
         held = [each.shape[0] for each in self._inputs if each.shape and isinstance(each.shape[0], int)]
         maker = Views(self._study.view.model, self._classifiers, self._views, held[0] if held else None, self._seed)
+        changed = False
         for number, (sample, row) in enumerate(self._samples(), self._first):
-            if number == self._first and self.count is not None:
-                check_room(sum(array.nbytes for array in sample.values()) * self.count)
+            yield Chunk(sample, (row,))
             made = maker.of(sample, number)
-            for name in sample:
-                np.save(file, made[name])
-            yield from self._chunks(sample, row, made)
+            changed = changed or any(bool((made[name] != array).any()) for name, array in sample.items())
+            yield Chunk(made, tuple(f"{row} (view {k + 1})" for k in range(self._views)))
+        if not changed:
+            raise DataError(
+                f"{self._source.description}: no view differs from its sample, as the classes have no gradient at the "
+                "inputs: leave --views out"
+            )
 
     def _samples(self) -> Iterator[tuple[Arrays, str]]:
-        """The samples one by one, in the types that the model takes."""
-        types = {each.name: each.dtype for each in self._inputs}
+        """The samples one by one, as the model takes them."""
         for chunk in self._source:
-            for k, row in enumerate(chunk.rows):
-                yield {n: np.asarray(a[k : k + 1], types[n]) for n, a in chunk.arrays.items()}, row
-
-    def _chunks(self, sample: Arrays, row: str, views: Arrays) -> Iterator[Chunk]:
-        """A sample, and its views behind it."""
-        yield Chunk(sample, (row,))
-        yield Chunk(views, tuple(f"{row} (view {k + 1})" for k in range(self._views)))
+            fitted = fit(chunk, self._inputs, self._source.description)
+            for k, row in enumerate(fitted.rows):
+                yield {name: array[k : k + 1] for name, array in fitted.arrays.items()}, row

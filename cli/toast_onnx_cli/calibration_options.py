@@ -49,7 +49,7 @@ calibration_options = options(
         "--views",
         type=click.IntRange(0),
         help="Measure so many views of each sample, too, in which the model sees other classes: for more classes than "
-        "the samples show. 1 where little is removed, 3 where much is; needs PyTorch. None by default.",
+        "the samples show. 1 or 3 do well; needs PyTorch. None by default.",
     ),
     click.option("--tokens", callback=parse_tokens, metavar="all|FRACTION", help="Tokens that count; default all."),
     click.option(
@@ -97,6 +97,12 @@ def gather_options(ratios: Ratios | None, seed: int | None, given: dict[str, Any
         views=section.views if given["views"] is None else given["views"],
         note=say_note,
     )
+
+
+def say_idle_views(options: CalibrationOptions, statistics: object) -> None:
+    """Say that views are asked for in vain where the user brings statistics."""
+    if statistics is not None and options.views:
+        say_note("views are not made: statistics are given")
 
 
 def check_sample_options(given: Mapping[str, Any], data: str | None) -> None:

@@ -21,6 +21,7 @@ from toast_onnx_cli.calibration_options import (
     calibration_options,
     gather_options,
     sample_progress,
+    say_idle_views,
 )
 from toast_onnx_cli.commands import options
 from toast_onnx_cli.console import Advance, format_bytes, format_seconds, print_json, say_note
@@ -138,6 +139,8 @@ def gather_planning(given: dict[str, Any]) -> Planning:
         ConfigError: the ratios file cannot be read, or speaks of something that no plan can.
     """
     settings = _prepare_settings(given["settings"], given["compensation"], given["align_heads"], given["align_width"])
+    reading = gather_options(settings, given["seed"], given)
+    say_idle_views(reading, given["statistics"])
     return Planning(
         given["data"],
         settings,
@@ -145,7 +148,7 @@ def gather_planning(given: dict[str, Any]) -> Planning:
         given["labels"],
         given["output_name"],
         given["shapes"],
-        gather_options(settings, given["seed"], given),
+        reading,
         given["ray"],
     )
 

@@ -21,6 +21,7 @@ from toast_onnx_cli.calibration_options import (
     check_sample_options,
     data_help,
     gather_options,
+    say_idle_views,
 )
 from toast_onnx_cli.commands import json_option, toast_command
 from toast_onnx_cli.console import print_json
@@ -170,12 +171,14 @@ def command(
         if compensation is not None:
             kind = settings.compensation.model_copy(update={"kind": compensation})
             settings = settings.model_copy(update={"compensation": kind})
+        reading = gather_options(settings, seed, given)
+        say_idle_views(reading, statistics)
         published = ratios is not None and ratios.startswith(PREFIX) and settings.compensation.kind == "none"
         job = Job(
             dense,
             data,
             statistics if goal is None else measured,
-            gather_options(settings, seed, given),
+            reading,
             shapes,
             skip_unprunable=skip_unprunable,
             normalize=normalize,

@@ -137,7 +137,6 @@ def find_statistics(
     from toast_onnx_calibration.statistics import CalibratedStatistics
 
     if statistics is not None:
-        say_notes(["views are not made: statistics are there already"] if options.views else [])
         yield CalibratedStatistics(dense, statistics)
         return
     assert data is not None

@@ -187,6 +187,7 @@ def _asked(
         "compensation": settings.compensation.kind,
         "preprocess": reading.preprocess,
         "samples": reading.samples,
+        "views": reading.views,
         "seed": reading.seed,
         "tokens": reading.tokens,
         "class_weight": reading.class_weight,

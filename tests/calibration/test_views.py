@@ -1,4 +1,4 @@
-"""Samples with views: in order, made once, divided in whole, and measured like any samples; fitted without them."""
+"""Samples with views: in order, divided in whole, and measured like any samples; fitted without them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from click.testing import CliRunner
 from tests import zoo
 from tests.calibration.test_statistics import measure
 from tests.pruning import look
-from toast_onnx.errors import ConfigError
+from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.finetune.views import Views
 from toast_onnx.matching.study import Study
-from toast_onnx_calibration import views as views_module
-from toast_onnx_calibration.calibrating import CalibrationOptions, open_measured
+from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate, open_measured
 from toast_onnx_calibration.sensitivity_stream import read_samples
+from toast_onnx_calibration.sequential import SequentialStatistics
 from toast_onnx_calibration.sessions import ModelInput, graph_inputs
 from toast_onnx_calibration.sources import Source, open_source
+from toast_onnx_calibration.statistics import CalibratedStatistics
+from toast_onnx_calibration.store import merge_statistics
 from toast_onnx_calibration.views import ViewedSource
 from toast_onnx_cli.main import main
 
@@ -40,11 +42,6 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vit(exported: Exported) -> Study:
     return look(exported(zoo.Case("timm-vit")))
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views_module, "_KEPT", {})
 
 
 def opened(vit: Study, samples: Path) -> Source:
@@ -72,28 +69,6 @@ def test_each_sample_is_followed_by_its_views(vit: Study, samples: Path) -> None
     assert source.description.endswith(f"images.npy, {VIEWS} views of each")
 
 
-def test_views_are_made_once(vit: Study, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    of = Views.of
-    monkeypatch.setattr(Views, "of", lambda self, sample, number: made.append(number) or of(self, sample, number))
-    first = rows(opened(vit, samples))
-    second = rows(opened(vit, samples))
-    assert made == list(range(COUNT))
-    np.testing.assert_array_equal(first[0], second[0])
-    assert first[1] == second[1]
-    folder = next(iter(views_module._KEPT.values())).parent
-    other = CalibrationOptions(threads=1, views=2)
-    rows(open_measured(vit, samples, graph_inputs(vit.source), other)[0])
-    assert not folder.exists()  # only the latest are kept
-
-
-def test_a_pass_that_was_left_keeps_nothing(vit: Study, samples: Path) -> None:
-    for _ in opened(vit, samples):
-        break
-    assert not views_module._KEPT
-    assert len(rows(opened(vit, samples))[1]) == COUNT * (1 + VIEWS)
-
-
 def test_parts_are_those_of_the_whole(vit: Study, samples: Path) -> None:
     source = opened(vit, samples)
     whole, names = rows(source)
@@ -101,8 +76,24 @@ def test_parts_are_those_of_the_whole(vit: Study, samples: Path) -> None:
     np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), whole)
     assert [n for p in parts for n in p[1]] == names
     assert len({source.fingerprint, *(source.part(*span).fingerprint for span in ((0, 8), (8, 16)))}) == 3
-    with pytest.raises(ConfigError, match="a --batch that is a multiple of 4"):
+    with pytest.raises(ConfigError, match="cannot be divided"):
         source.part(0, 6)
+
+
+@pytest.mark.parametrize("batch", ["dynamic", "static"])
+def test_shards_cut_no_sample_from_its_views(exported: Exported, samples: Path, tmp_path: Path, batch: str) -> None:
+    study = look(exported(zoo.Case("timm-vit", batch=batch)))
+    inner = {"batch": 2, "threads": 1, "views": 2}
+    calibrate(study, samples, tmp_path / "whole.npz", options=CalibrationOptions(**inner))
+    for shard in ((1, 2), (2, 2)):
+        options = CalibrationOptions(**inner, shard=shard)
+        calibrate(study, samples, tmp_path / f"{shard[0]}.npz", options=options)
+    merge_statistics([tmp_path / "1.npz", tmp_path / "2.npz"], tmp_path / "merged.npz")
+    whole, merged = (CalibratedStatistics(study, tmp_path / f"{name}.npz") for name in ("whole", "merged"))
+    for index in range(len(study.match.blocks)):
+        np.testing.assert_allclose(
+            merged.hidden(index).covariance, whole.hidden(index).covariance, rtol=1e-5, atol=1e-7
+        )
 
 
 def test_statistics_are_those_of_samples_and_views(vit: Study, samples: Path, tmp_path: Path) -> None:
@@ -127,6 +118,23 @@ def test_models_without_classes_or_pixels_are_refused(vit: Study, exported: Expo
     inner = open_source(samples, graph_inputs(vit.source), None)
     with pytest.raises(ConfigError, match="reads whole numbers"):
         ViewedSource(inner, vit, [ModelInput("ids", ("batch", 8), np.dtype(np.int64))], 1, 0)
+
+
+def test_samples_that_do_not_fit_are_told_as_ever(vit: Study, tmp_path: Path) -> None:
+    for array, why in (
+        (np.ones((2, 3, 48, 40), np.float32), "have shape"),
+        (np.ones((2, 3, 64, 64), complex), "takes"),
+    ):
+        np.save(tmp_path / "x.npy", array)
+        with pytest.raises(DataError, match=why):
+            rows(opened(vit, tmp_path / "x.npy"))
+
+
+def test_sequential_statistics_go_without_views(vit: Study, samples: Path, tmp_path: Path) -> None:
+    wanted = {0: frozenset({"hidden"})}
+    found = SequentialStatistics(vit, samples, wanted, OPTIONS, tmp_path)
+    assert found.behind(0, {}).file.header.samples == COUNT
+    assert "not of views" in found.notes[0]
 
 
 def test_a_ratios_file_asks_for_views(exported: Exported, samples: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 from tests import zoo
 from tests.calibration.tiny import colour_model
 from tests.finetune.graphs import FLOAT
-from toast_onnx.errors import DataError
 from toast_onnx.finetune.views import STEP, STEPS, Views, class_of
 from toast_onnx.model import load_model
 
@@ -72,25 +71,32 @@ def test_views_of_a_sample_do_not_depend_on_the_others(exported: Exported) -> No
 
 
 def test_the_other_inputs_stay_as_they_are(tmp_path: Path) -> None:
+    """A mask of another number for each of six rows of pixels, larger than the image."""
     nodes = [
-        helper.make_node("Mul", ["pixels", "mask"], ["seen"]),
-        helper.make_node("MatMul", ["seen", "weight"], ["scores"]),
+        helper.make_node("ReduceMean", ["mask"], ["kept"], axes=[1, 3], keepdims=1),
+        helper.make_node("Mul", ["pixels", "kept"], ["seen"]),
+        helper.make_node("Flatten", ["seen"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weight"], ["scores"]),
     ]
-    inputs = [helper.make_tensor_value_info(n, FLOAT, ["batch", s]) for n, s in (("mask", 1), ("pixels", 6))]
+    shapes = {"mask": ["batch", 1, 6, 100], "pixels": ["batch", 3, 6, 2]}
+    inputs = [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in shapes.items()]
     outputs = [helper.make_tensor_value_info("scores", FLOAT, ["batch", 4])]
-    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32), "weight")
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(36, 4)).astype(np.float32), "weight")
     path = tmp_path / "m.onnx"
     graph = helper.make_graph(nodes, "masked", inputs, outputs, [weight])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    sample = {"mask": np.full((1, 1), 0.5, np.float32), "pixels": np.arange(6, dtype=np.float32)[None]}
+    mask, pixels = np.random.default_rng(1).normal(size=600), np.arange(36)
+    sample = {"mask": mask.reshape(1, 1, 6, 100).astype(np.float32), "pixels": pixels.reshape(1, 3, 6, 2)}
+    sample["pixels"] = sample["pixels"].astype(np.float32)
     found = Views(load_model(path), ["scores"], 3, None).of(sample, 0)
-    np.testing.assert_array_equal(found["mask"], np.full((3, 1), 0.5, np.float32))
+    np.testing.assert_array_equal(found["mask"], np.repeat(sample["mask"], 3, axis=0))
     assert not np.array_equal(found["pixels"][0], sample["pixels"][0])
 
 
-def test_classes_without_gradients_are_refused(tmp_path: Path) -> None:
-    path = colour_model(tmp_path / "m.onnx", classes=3)
+def test_a_class_without_a_gradient_leaves_the_sample(tmp_path: Path) -> None:
+    path = colour_model(tmp_path / "m.onnx")
     model = load_model(path)
     model.arrays["weight"] = np.zeros((3, 3), np.float32)
-    with pytest.raises(DataError, match="'pixels' by a gradient"):
-        Views(model, ["scores"], 2, None).of({"pixels": np.ones((1, 3, 8, 8), np.float32)}, 0)
+    sample = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
+    found = Views(model, ["scores"], 2, None).of({"pixels": sample}, 0)["pixels"]
+    np.testing.assert_array_equal(found, np.repeat(sample, 2, axis=0))

@@ -64,7 +64,9 @@ def test_a_part_of_the_channels_uses_no_more_than_all() -> None:
         assert part <= min(60, whole)
 
 
-@pytest.mark.parametrize(("count", "few"), [(150, False), (250, True), (600, True), (2600, False), (5000, False)])
+@pytest.mark.parametrize(
+    ("count", "few"), [(16, False), (150, False), (250, True), (600, True), (2600, False), (5000, False)]
+)
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_the_strength_is_that_of_all_scores(
     count: int, few: bool, noise: float, monkeypatch: pytest.MonkeyPatch

@@ -69,8 +69,9 @@ class Views:
             number: of the sample among all; the classes of its views follow from it.
 
         Returns:
-            Arrays by input name, (count, ...), of the types of the sample's. The largest of floating point differs from
-            the sample, within the range of its values; all others are repeated.
+            Arrays by input name, (count, ...), of the types of the sample's. The image, or else the largest of floating
+            point, differs from the sample, within the range of its values; all others are repeated. Where a class has
+            no gradient, as behind a Softmax that is certain, its view is the sample.
 
         Raises:
             DataError: there is none, or the classes do not depend on it.
@@ -78,7 +79,7 @@ class Views:
         floats = [name for name, array in sample.items() if array.dtype.kind == "f"]
         if not floats:
             raise DataError("a view differs in a floating-point input, and there is none; leave views out")
-        name = max(floats, key=lambda n: sample[n].size)
+        name = max(floats, key=lambda n: (_is_image(sample[n]), sample[n].size))
         turns = np.arange(number * self._count, (number + 1) * self._count)
         size = self._batch or min(self._count, GROUP)
         parts = [self._towards(sample, name, turns[k : k + size], size) for k in range(0, self._count, size)]
@@ -99,7 +100,7 @@ class Views:
             found = self._module(**given, **{name: now}, keep=self._classifiers)
             wanted = torch.stack([self._likelihood(found[n], turns, rows) for n in self._classifiers]).sum()
             slope = torch.autograd.grad(wanted, now, allow_unused=True)[0] if wanted.requires_grad else None
-            if slope is None or not slope.any():
+            if slope is None:
                 raise DataError(f"the model's classes do not depend on '{name}' by a gradient; leave views out")
             now = (now + step * slope.sign()).clamp(low, high)
         return np.asarray(now.detach().cpu().numpy()[: len(turns)])
@@ -111,6 +112,11 @@ class Views:
         chosen = [class_of(int(turn), output.shape[-1], self._seed) for turn in turns]
         index = torch.as_tensor(chosen + chosen[-1:] * (rows - len(chosen)), device=output.device)
         return log_likelihoods(output).gather(-1, index[:, None]).sum()
+
+
+def _is_image(array: Array) -> bool:
+    """Whether an array holds images of three channels, first or last."""
+    return array.ndim == 4 and 3 in (array.shape[1], array.shape[3])
 
 
 def class_of(turn: int, classes: int, seed: int) -> int:

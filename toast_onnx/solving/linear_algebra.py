@@ -113,7 +113,7 @@ def _analysed(s: Array, cross: Array, energy: float | Array, tokens: float) -> S
         least = damping(s, STRENGTHS[0])
         with suppress(np.linalg.LinAlgError):  # rounding beyond what the least strength lifts
             used = _least_used(s, tokens)
-            if ALIKE * (1 + used) >= tokens:
+            if used and ALIKE * (1 + used) >= tokens:
                 return Factored(s, cross, energy, least, used)
             if len(s) >= WIDE:
                 return Banded(s, cross, energy, least)
@@ -121,7 +121,7 @@ def _analysed(s: Array, cross: Array, energy: float | Array, tokens: float) -> S
 
 
 def _least_used(s: Array, tokens: float) -> float:
-    """At least so many coefficients are used at any strength; 0 where that is not worth asking.
+    """At least so many coefficients are used at any strength; 0 where it was not asked and nothing is known.
 
     Of interest is whether they are beyond what the tokens support, which half as many channels again can tell.
     """
