@@ -2,8 +2,10 @@
 
 Needs nothing: weights are random, activations are 32 images' worth of tokens with a falling spectrum through GELU. Half
 of everything goes. Run it with OPENBLAS_NUM_THREADS=1; a tree of another commit is measured by its place in PYTHONPATH.
+With `--solve-on cuda`, wall seconds on a GPU, matrices sent there and back.
 
     python benchmarks/algebra.py
+    python benchmarks/algebra.py --solve-on cuda
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from toast_onnx.importance.arithmetic import SOLVERS, arithmetic, set_solver, solver
 from toast_onnx.importance.ffn import select_ffn_second_order
 from toast_onnx.importance.moments import Moments
 from toast_onnx.solving.ffn import solve_ffn
@@ -27,9 +30,10 @@ FACTORED = 4 / 3
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """A result and its processor seconds."""
-    started = time.process_time()
-    return work(), time.process_time() - started
+    """A result and its seconds: of the processor, or of the clock where something else works."""
+    clock = time.process_time if solver() == "cpu" else time.perf_counter
+    started = clock()
+    return work(), clock() - started
 
 
 def dgemm(n: int = 2048) -> float:
@@ -59,7 +63,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, default=(1280, 16, 5120), metavar=("WIDTH", "HEADS", "HIDDEN"))
     parser.add_argument("--tokens", type=int, default=32 * 257)
+    parser.add_argument("--solve-on", choices=SOLVERS, default="cpu")
     options = parser.parse_args()
+    rate = dgemm()
+    set_solver(options.solve_on)
+    if options.solve_on != "cpu":
+        timed(lambda: arithmetic().inverse(np.eye(1024)))  # libraries are loaded by the first call
     width, heads, hidden = options.shape
     tokens, d = options.tokens, width // heads
     normal = np.random.default_rng(0).standard_normal
@@ -85,9 +94,10 @@ def main() -> None:
     refit = timed(lambda: solve_ffn(kept, w2, of_outputs, hidden_moments))
     needed = flops(width, heads, hidden)
     seconds = dict(zip(needed, (qk[1], vo[1], choice, refit[1]), strict=True))
-    rate = dgemm()
     print(f"dgemm: {rate / 1e9:.0f} Gflop a second\n")
-    print("| part | Gflop | at dgemm's speed, s | processor s | of dgemm's speed |")
+    print(
+        "| part | Gflop | at dgemm's speed, s | {'processor' if solver() == 'cpu' else 'wall'} s | of dgemm's speed |"
+    )
     print("|---|---:|---:|---:|---:|")
     for part, count in [*needed.items(), ("together", sum(needed.values()))]:
         spent = seconds.get(part, sum(seconds.values()))

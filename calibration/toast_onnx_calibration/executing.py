@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from toast_onnx import __version__
 from toast_onnx.external import links_followed, set_links_followed
+from toast_onnx.importance.arithmetic import set_solver, solver
 from toast_onnx_calibration.recipes import max_pixels, set_max_pixels
 
 Report = Callable[[int], None]
@@ -125,22 +126,25 @@ class Rules:
     Attributes:
         links: whether links out of a model's folder are followed.
         pixels: of an image, at most.
+        solver: who works on large matrices.
         version: of toast-onnx.
     """
 
     links: bool
     pixels: int
+    solver: str
     version: str = __version__
 
     @classmethod
     def present(cls) -> Rules:
         """Those of this process."""
-        return cls(links_followed(), max_pixels())
+        return cls(links_followed(), max_pixels(), solver())
 
     def keep(self) -> None:
         """Keep to them from now on."""
         set_links_followed(self.links)
         set_max_pixels(self.pixels)
+        set_solver(self.solver)
 
 
 def divided(count: int, batch: int, parts: int) -> list[tuple[int, int]]:

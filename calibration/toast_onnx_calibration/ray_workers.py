@@ -12,6 +12,7 @@ from typing import Any
 from toast_onnx import __version__
 from toast_onnx.errors import BackendError, ModelError, one_line
 from toast_onnx.files import sha256_of
+from toast_onnx.importance.arithmetic import solver
 from toast_onnx.model import scratch_folder
 from toast_onnx.providers import known_provider
 from toast_onnx_calibration.executing import Alone, Job, Order, Pool, Report, Rules
@@ -65,14 +66,15 @@ class RayExecutor:
 
     @contextmanager
     def open(self, job: Job) -> Iterator[Pool]:
-        """Workers for a job: as many as the CPUs hold, one a GPU where the provider runs on one, or one a machine.
+        """Workers for a job: as many as the CPUs hold, one a GPU where something runs on one, or one a machine.
 
         Raises:
             BackendError: the cluster has no such GPU.
         """
         ray, order = self._ray, job.order()
         have = ray.cluster_resources()
-        on_gpu = known_provider(order.provider).nvidia
+        provider = known_provider(order.provider).nvidia
+        on_gpu = provider or solver() != "cpu"
         machines = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
         cpus = order.threads or int(min((machine["CPU"] for machine in machines), default=1))
         if order.threads == 0:
@@ -80,7 +82,8 @@ class RayExecutor:
         else:
             workers = int(have.get("GPU", 0)) if on_gpu else int(have.get("CPU", 0)) // cpus
         if workers < 1:
-            wanted = f"a GPU for --provider {order.provider}" if on_gpu else f"{cpus} CPUs in one place"
+            whom = f"--provider {order.provider}" if provider else f"--solve-on {solver()}"
+            wanted = f"a GPU for {whom}" if on_gpu else f"{cpus} CPUs in one place"
             raise BackendError(f"the Ray cluster has not {wanted}; leave --ray out, or add a machine to it")
         if workers == 1 and len(ray.nodes()) == 1:
             yield Alone(job)

@@ -18,7 +18,7 @@ SHARED = (
     "--compensation", "--align-heads", "--align-width", "--parts", "--target", "--split-shared",
     "--preprocess", "--max-pixels", "--samples", "--views", "--tokens", "--class-weight",
     "--backend", "--precision", "--runtime", "--provider", "--batch", "--warmup", "--rounds", "--threads", "--ray",
-    "--trtexec", "--memory", "--hold-back", "--seed", "--shape",
+    "--trtexec", "--memory", "--solve-on", "--hold-back", "--seed", "--shape",
     "--sort", "--csv", "--no-images", "--dry-run", "--script", "--no-links", "--overwrite", "--quiet", "--json",
 )  # fmt: skip
 

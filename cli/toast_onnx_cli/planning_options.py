@@ -28,6 +28,7 @@ from toast_onnx_cli.console import Advance, format_bytes, format_seconds, print_
 from toast_onnx_cli.models import FILE
 from toast_onnx_cli.numbers import percentage
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.solving import solve_on_option
 from toast_onnx_cli.streams import ratios_given
 from toast_onnx_cli.workers import open_executor, workers_option
 
@@ -96,6 +97,7 @@ planning_options = options(
     click.option("--seed", type=click.IntRange(0), help="Seed of the draw of samples and tokens; 0 by default."),
     shape_option,
     workers_option,
+    solve_on_option,
 )
 
 

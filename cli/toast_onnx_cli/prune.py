@@ -48,6 +48,7 @@ from toast_onnx_cli.prune_run import Job, run_job
 from toast_onnx_cli.prune_summary import summary
 from toast_onnx_cli.replay import replay
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.solving import solve_on_option
 from toast_onnx_cli.streams import as_file, is_stream, ratios_given
 from toast_onnx_cli.words import given_words
 
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
 @click.option("--no-images", is_flag=True, help="Keep no pictures of samples whose answers changed.")
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
+@solve_on_option
 @overwrite_option
 @json_option
 def command(

@@ -29,6 +29,7 @@ from toast_onnx_cli.planners import open_planner
 from toast_onnx_cli.planning_options import Planning, fractions, target_option, with_ties
 from toast_onnx_cli.prune_run import Job, run_job
 from toast_onnx_cli.shapes import shape_option
+from toast_onnx_cli.solving import solve_on_option
 from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def _shares(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--seed", type=click.IntRange(0), help="Of drawn samples, made-up tokens and the twin's inputs.")
 @shape_option
 @workers_option
+@solve_on_option
 @collection_options
 @result_options
 def command(

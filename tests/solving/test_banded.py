@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from toast_onnx.importance.arithmetic import Processor
 from toast_onnx.importance.regular import damping
-from toast_onnx.solving import banded, linear_algebra
+from toast_onnx.solving import banded
 from toast_onnx.solving.banded import BLOCK, Banded
 from toast_onnx.solving.linear_algebra import ALIKE, STRENGTHS, Spectrum, best_strength, ridge_solve
 
@@ -53,7 +54,7 @@ def test_where_nothing_is_to_be_eliminated_nothing_is(first: int) -> None:
 
 
 def test_what_is_not_positive_definite_is_left_to_the_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_algebra, "WIDE", 8)
+    monkeypatch.setattr(Processor, "banded", 8)
     s, c, energy = problem(70, 4, 300)
     s -= 2 * damping(s, STRENGTHS[0]) * np.eye(70) + np.linalg.eigvalsh(s)[0] * np.eye(70)
     with pytest.raises(np.linalg.LinAlgError):

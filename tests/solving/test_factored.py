@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from toast_onnx.importance.arithmetic import Processor
 from toast_onnx.importance.regular import damping
 from toast_onnx.solving import factored, linear_algebra
 from toast_onnx.solving.factored import Factored, used_by
@@ -71,7 +72,7 @@ def test_a_part_of_the_channels_uses_no_more_than_all() -> None:
 def test_the_strength_is_that_of_all_scores(
     count: int, few: bool, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_algebra, "WIDE", 8)
+    monkeypatch.setattr(Processor, "banded", 8)
     taken = []
     for name in ("Banded", "Factored"):
         kind = getattr(linear_algebra, name)

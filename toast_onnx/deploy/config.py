@@ -85,6 +85,7 @@ class Prune(Section):
         statistics: Measurements that `calibrate` wrote, instead of `data`.
         samples: How many samples to draw.
         views: Views of each in which the model sees other classes; as `prune --views`.
+        solve_on: `cuda` works selection and new weights out on a GPU, through PyTorch.
         seed: Of drawn samples and made-up tokens.
         skip_unprunable: Leave parts alone that cannot be pruned.
         target: `tensorrt` keeps every attention at one head size.
@@ -95,6 +96,7 @@ class Prune(Section):
     statistics: Text | None = None
     samples: Count | None = None
     views: Annotated[int, Field(ge=0)] | None = None
+    solve_on: Literal["cpu", "cuda"] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     skip_unprunable: bool = False
     target: Literal["any", "tensorrt"] | None = None

@@ -145,7 +145,7 @@ def _prune(config: Deployment, files: Files, recipe: str | None, folder: Path) -
         words[2:2] = _options(goal, "macs", "params", "latency", "max_drop", "max_error", "labels", "sensitivity")
     ratios = None if prune.ratios is None else folder / prune.ratios
     inside = load_ratios(ratios).calibration.data if ratios is not None and os.path.isfile(ratios) else None
-    given = ("data", "statistics", "samples", "views", "seed", "skip_unprunable", "target")
+    given = ("data", "statistics", "samples", "views", "solve_on", "seed", "skip_unprunable", "target")
     words += ["--overwrite", *_options(prune, *given)]
     words += _preprocess(recipe) if prune.data is not None or inside is not None else []
     more = () if goal is None else (goal.labels, goal.sensitivity)

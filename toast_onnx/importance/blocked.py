@@ -19,6 +19,8 @@ Array = NDArray[np.float64]
 LEAF = 64
 #: Rows and columns that are transposed at once.
 TILE = 64
+#: Columns of a triangular factor that are multiplied at once, without the zeros above them.
+STRIP = 512
 #: Row blocks of a product of which one half is the other's mirror image.
 STRIPS = 16
 
@@ -146,6 +148,13 @@ class Cholesky:
         self._divide(x, own)
         self._multiply_back(x, own)
         return x.T
+
+    def energies(self, rows: Array) -> Array:
+        """Squared lengths (n,) of the rows of L^T W, for W (n, m)."""
+        pieces = spans(len(self.factor), STRIP)
+        return np.concatenate(
+            [np.square(self.factor[at.start :, at].T @ rows[at.start :]).sum(axis=1) for at in pieces]
+        )
 
 
 def _halves(own: slice) -> tuple[slice, slice]:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toast_onnx.importance.blocked import Cholesky, spans
-from toast_onnx.importance.regular import regular
+from toast_onnx.importance.arithmetic import Factor, arithmetic
+from toast_onnx.importance.regular import damping
 from toast_onnx.importance.second_order import Elimination, default_batch
 
 Array = NDArray[np.float64]
@@ -20,8 +20,6 @@ Indices = NDArray[np.int64]
 
 #: Widths at which second-order elimination is started anew; between two of them units leave by their cost there.
 STOPS = 16
-#: Columns of a triangular factor that are multiplied at once, without the zeros above them.
-STRIP = 512
 
 
 def tail_energies(singular_values: ArrayLike) -> Array:
@@ -53,10 +51,7 @@ def readout_losses(
     s = np.asarray(covariance, np.float64)[np.ix_(index, index)]
     rows = np.asarray(w, np.float64)[index]
     if compensation == "ridge":
-        factor = _cholesky(s)
-        each = np.concatenate(
-            [np.square(factor[at.start :, at].T @ rows[at.start :]).sum(axis=1) for at in spans(len(s), STRIP)]
-        )
+        each = _factor(s).energies(rows)
     else:
         pairs = s * (rows @ rows.T)
         each = np.diagonal(pairs) + 2 * np.triu(pairs, 1).sum(axis=1)  # entry k: with itself and all behind it
@@ -102,11 +97,11 @@ def by_head(ranks: ArrayLike) -> Indices:
     return np.asarray((order + d * np.arange(heads)[:, None]).T.reshape(-1), np.int64)
 
 
-def _cholesky(s: Array) -> Array:
+def _factor(s: Array) -> Factor:
     """L with L L^T = S; as little as possible is added where rounding left S short of positive definite."""
     for strength in (1e-9, 1e-7, 1e-5):
         try:
-            return Cholesky(regular(s, strength)).factor
+            return arithmetic(len(s)).factor(s, damping(s, strength))
         except np.linalg.LinAlgError:
             continue
-    return Cholesky(regular(s, 1e-3)).factor
+    return arithmetic(len(s)).factor(s, damping(s, 1e-3))

@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toast_onnx.importance.blocked import inverse as inverse_of
-from toast_onnx.importance.blocked import mirror, strips
+from toast_onnx.importance.arithmetic import arithmetic
 from toast_onnx.importance.regular import RELATIVE_JITTER, damping
 from toast_onnx.importance.selection import Indices
 
@@ -19,8 +18,6 @@ Array = NDArray[np.float64]
 
 #: Candidates for each removal of a batch.
 POOL = 4
-#: The inverse is brought up to date when a share of 1 / LATE of the channels is gone.
-LATE = 4
 #: How often the diagonal term is raised where rounding left a covariance short of positive definite.
 ATTEMPTS = 6
 
@@ -62,9 +59,6 @@ def keep_second_order(
 class Elimination:
     """Channels leave one batch after another; inverse covariance and solution are those of the ones that stay.
 
-    Both are brought up to date late: removals add rows to factors U and V, the present inverse being M - U^T U and the
-    present solution W - U^T V, and only every so often are they taken off M and W in large products.
-
     Attributes:
         alive: (k,) channels that stay, ascending.
     """
@@ -78,20 +72,10 @@ class Elimination:
             labels: (n,) group of each channel, from 0; None for one group.
         """
         n = covariance.shape[0]
-        self._inverse = regular_inverse(covariance)  # M
-        self._weights = np.array(w, dtype=np.float64)  # W, (n, m)
+        self._left = arithmetic(n).remaining(regular_inverse(covariance), np.asarray(w, np.float64))
         self._channels = np.arange(n, dtype=np.int64)  # at each position
         self._labels = np.zeros(n, dtype=np.int64) if labels is None else labels
         self._there = np.ones(n, dtype=bool)
-        self._diagonal = np.diagonal(self._inverse).copy()  # of the present inverse
-        self._energies = np.einsum("ij,ij->i", self._weights, self._weights)  # of the present solution
-        self._begin(max(1, n // LATE))
-
-    def _begin(self, room: int) -> None:
-        """Nothing is pending; there is room for so many removals."""
-        self._pending = np.empty((room, len(self._weights)))  # U
-        self._carried = np.empty((room, self._weights.shape[1]))  # V
-        self._used = 0  # rows of both
 
     @property
     def alive(self) -> Indices:
@@ -99,14 +83,16 @@ class Elimination:
 
     def costs(self) -> Array:
         """What removing each channel of `alive` alone costs, (k,)."""
-        return np.asarray(self._energies[self._there] / self._diagonal[self._there])
+        return np.asarray(self._left.energies[self._there] / self._left.diagonal[self._there])
 
     def run(self, kept: int, batch: int) -> None:
         """Remove the cheapest channels, up to `batch` at a time, until every group keeps `kept`."""
         while (spare := np.bincount(self._labels[self._there]) - kept).any():
-            if self._used + batch > len(self._pending):
-                self._settle(batch)
-            self._remove(self._cheapest(spare, batch))
+            if self._left.room() < batch:
+                self._close_gaps(batch)
+            gone = self._cheapest(spare, batch)
+            self._left.remove(gone)
+            self._there[gone] = False
 
     def _cheapest(self, spare: Indices, batch: int) -> Indices:
         """Positions of up to `batch` channels to remove before the next update of everything, ascending.
@@ -121,12 +107,12 @@ class Elimination:
         """
         open_ = self._there & (spare[self._labels] > 0)
         costs = np.full(open_.size, np.inf)
-        costs[open_] = self._energies[open_] / self._diagonal[open_]
+        costs[open_] = self._left.energies[open_] / self._left.diagonal[open_]
         order = np.argsort(costs, kind="stable")
         pool, beyond = order[: POOL * batch], order[POOL * batch : POOL * batch + 1]
         pool = pool[open_[pool]]
         limit = costs[beyond].min(initial=np.inf)
-        small, rows, left = self._corner(pool), self._rows(pool), spare.copy()
+        small, rows, left = self._left.corner(pool), self._left.rows(pool), spare.copy()
         alike = rows @ rows.T  # inner products of the rows; they change with the same columns as the inverse
         # Both as they are now: small less F^T F, alike less F^T G + G^T F, of which only what is read is formed.
         factor, shared = np.empty((2, batch, pool.size))
@@ -155,50 +141,12 @@ class Elimination:
             chosen.append(j)
         return np.sort(pool[chosen])
 
-    def _corner(self, at: Indices) -> Array:
-        """The present inverse at some positions (b,): (b, b)."""
-        pending = self._pending[: self._used, at]
-        return np.asarray(self._inverse[at[:, None], at] - pending.T @ pending)
-
-    def _rows(self, at: Indices) -> Array:
-        """The present solution at some positions (b,): (b, m)."""
-        return np.asarray(self._weights[at] - self._pending[: self._used, at].T @ self._carried[: self._used])
-
-    def _remove(self, gone: Indices) -> None:
-        """Take channels at some positions (b,) out: b steps of a Cholesky factorisation of the inverse."""
-        turn = np.linalg.inv(np.linalg.cholesky(self._corner(gone)))
-        carry = turn @ self._rows(gone)  # (b, m)
-        # Of the present inverse and of what the present solution shares with `carry`, what is pending is one product.
-        pending, past = self._pending[: self._used], self._carried[: self._used]
-        late = np.concatenate([turn @ pending[:, gone].T, carry @ past.T]) @ pending
-        factor = turn @ self._inverse[gone] - late[: gone.size]  # (b, n)
-        shared = carry @ self._weights.T - late[gone.size :]  # (b, n)
-        shared -= carry @ carry.T @ factor / 2
-        self._energies -= 2 * np.einsum("ij,ij->j", factor, shared)
-        self._diagonal -= np.einsum("ij,ij->j", factor, factor)
-        added = slice(self._used, self._used + gone.size)
-        self._pending[added], self._carried[added], self._used = factor, carry, added.stop
-        self._there[gone] = False
-
-    def _settle(self, batch: int) -> None:
-        """Take what is pending off M and W, and close the gaps that removed channels left; in place, strip by strip.
-
-        There is room for a batch then, at least.
-        """
+    def _close_gaps(self, batch: int) -> None:
+        """Forget the channels that are gone; there is room for a batch then, at least."""
         stay = np.flatnonzero(self._there)
-        factor = self._pending[: self._used, stay]
-        for rows in strips(stay.size):
-            present = self._inverse[stay[rows]].take(stay[: rows.stop], axis=1, mode="clip")
-            present -= factor[:, rows].T @ factor[:, : rows.stop]
-            self._inverse[rows, : rows.stop] = present
-            mirror(present[:, : rows.start], self._inverse[: rows.start, rows])
-        n = stay.size
-        self._inverse = self._inverse[:n, :n]
-        self._weights = self._weights[stay] - factor.T @ self._carried[: self._used]
-        self._energies = np.einsum("ij,ij->i", self._weights, self._weights)
+        self._left.settle(stay, batch)
         self._channels, self._labels = self._channels[stay], self._labels[stay]
-        self._there, self._diagonal = np.ones(n, dtype=bool), np.diagonal(self._inverse).copy()
-        self._begin(max(batch, len(self._pending)))
+        self._there = np.ones(stay.size, dtype=bool)
 
 
 def regular_inverse(covariance: Array) -> Array:
@@ -215,12 +163,12 @@ def regular_inverse(covariance: Array) -> Array:
         raise np.linalg.LinAlgError("the covariance holds NaN or infinity")
     for more in range(ATTEMPTS):
         try:
-            return inverse_of(covariance, least * 10**more)
+            return arithmetic(len(covariance)).inverse(covariance, least * 10**more)
         except np.linalg.LinAlgError:
             continue
     # Hardly any variance: what is left of sums that cancelled is noise of both signs.
     below = float(np.linalg.eigvalsh(covariance)[0])
-    return inverse_of(covariance, least - 2 * min(below, 0.0))
+    return arithmetic(len(covariance)).inverse(covariance, least - 2 * min(below, 0.0))
 
 
 def without(inverse: Array, weights: Array, gone: Indices) -> tuple[Array, Array, Indices]:

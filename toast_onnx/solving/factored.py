@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from toast_onnx.importance.blocked import Cholesky, inverse, spans
+from toast_onnx.importance.arithmetic import Factor, arithmetic
+from toast_onnx.importance.blocked import spans
 
 Array = NDArray[np.float64]
 
@@ -43,11 +44,11 @@ class Factored:
         """
         self.size, self.mean = len(s), float(np.trace(s)) / len(s)
         self._s, self._cross, self._energy, self._used = s, cross, energy, used
-        self._factor, self._shift = Cholesky(s, least), least
+        self._factor, self._shift = arithmetic(len(s)).factor(s, least), least
 
-    def _factored(self, shift: float) -> Cholesky:
+    def _factored(self, shift: float) -> Factor:
         if shift != self._shift:
-            self._factor, self._shift = Cholesky(self._s, shift), shift
+            self._factor, self._shift = arithmetic(self.size).factor(self._s, shift), shift
         return self._factor
 
     def used(self, shift: float) -> float:
@@ -73,9 +74,10 @@ class Factored:
 
     def solve(self, target: Array, shift: float) -> Array:
         """The refined solution for targets (n, p), by R itself: two products, faster than four with triangles."""
-        turn = inverse(self._s, shift)
-        once = turn @ target
-        return once + shift * (turn @ once)
+        on = arithmetic(self.size)
+        turn = on.inverse(self._s, shift)
+        once = on.product(turn, target)
+        return once + shift * on.product(turn, once)
 
 
 def used_by(s: Array, shift: float) -> float:
@@ -84,4 +86,4 @@ def used_by(s: Array, shift: float) -> float:
     A part of the channels uses no more than all of them: its eigenvalues lie below theirs (Cauchy), and each adds
     1 - (shift / (e + shift))^2.
     """
-    return len(s) - shift**2 * float(np.square(inverse(s, shift)).sum())
+    return len(s) - shift**2 * float(np.square(arithmetic(len(s)).inverse(s, shift)).sum())

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.importance.blocked import Cholesky, inverse
+from toast_onnx.importance.arithmetic import arithmetic
 from toast_onnx.importance.regular import DOUBLE, SINGLE, damping, regular
 from toast_onnx.importance.selection import dropped
 from toast_onnx.solving.banded import Banded
@@ -28,8 +28,6 @@ Ridge = float | Literal["auto"]
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 #: With more tokens than this for each channel, they are plenty.
 PLENTY = 80
-#: Matrices from this size on are turned into banded ones, not into diagonal ones, to be cross-validated.
-WIDE = 1024
 #: Tokens of one image are alike: so many of them tell as much as one that is independent.
 ALIKE = 20
 
@@ -70,7 +68,7 @@ def ridge_solve(
         solve = _solver(regular(s, STRENGTHS[0]))
         first = solve(target)
         return np.asarray(first + solve(target - s @ first))
-    return np.asarray(np.linalg.solve(regular(s, _fraction(ridge), DOUBLE), target))
+    return _solver(regular(s, _fraction(ridge), DOUBLE))(target)
 
 
 def ridge_strength(s: Array, cross: Array, ridge: Ridge = "auto", *, tokens: float, energy: Array) -> float:
@@ -98,7 +96,7 @@ def ridge_operator(s: Array, strength: float, *, refined: bool) -> Array:
     """
     shift = damping(s, strength, SINGLE if refined else DOUBLE)
     once = _inverse(s, shift)
-    return once + shift * (once @ once.T) if refined else once
+    return once + shift * arithmetic(len(s)).product(once, once.T) if refined else once
 
 
 def _fraction(ridge: float) -> float:
@@ -115,9 +113,9 @@ def _analysed(s: Array, cross: Array, energy: float | Array, tokens: float) -> S
             used = _least_used(s, tokens)
             if used and ALIKE * (1 + used) >= tokens:
                 return Factored(s, cross, energy, least, used)
-            if len(s) >= WIDE:
+            if len(s) >= arithmetic(len(s)).banded:
                 return Banded(s, cross, energy, least)
-    return Spectrum(s, cross @ cross.T, float(np.sum(energy)))
+    return Spectrum(s, arithmetic(len(s)).product(cross, cross.T), float(np.sum(energy)))
 
 
 def _least_used(s: Array, tokens: float) -> float:
@@ -132,7 +130,7 @@ def _least_used(s: Array, tokens: float) -> float:
 def _inverse(s: Array, shift: float) -> Array:
     """(S + shift I)^-1, with pivots where rounding left it indefinite, as `_solver` has them."""
     try:
-        return inverse(s, shift)
+        return arithmetic(len(s)).inverse(s, shift)
     except np.linalg.LinAlgError:
         return np.asarray(np.linalg.inv(s + shift * np.eye(len(s))))
 
@@ -140,7 +138,7 @@ def _inverse(s: Array, shift: float) -> Array:
 def _solver(s: Array) -> Callable[[Array], Array]:
     """What solves S X = B; S is factored once, without pivots where rounding left it positive definite."""
     try:
-        return Cholesky(s).solve
+        return arithmetic(len(s)).factor(s).solve
     except np.linalg.LinAlgError:
         return lambda b: np.asarray(np.linalg.solve(s, b))
 
@@ -159,7 +157,7 @@ class Spectrum:
         What rounding of C C^T adds to the variance left is below n eps |S| / lambda of all variance: lambda never lies
         below the rounding of float32 sums (`damping`), so that is 1e-9 n of it at most, less than what is called exact.
         """
-        values, self._vectors = np.linalg.eigh((s + s.T) / 2)
+        values, self._vectors = arithmetic(len(s)).eigen((s + s.T) / 2)
         self._values = np.clip(values, 0, None)
         self._shared, self._energy = shared, energy
         self.size = len(s)
@@ -168,7 +166,9 @@ class Spectrum:
     @cached_property
     def _seen(self) -> Array:
         """Squared covariance of each direction with the targets, summed over these, (n,)."""
-        return np.asarray(np.einsum("ij,ij->j", self._vectors, self._shared @ self._vectors))
+        return np.asarray(
+            np.einsum("ij,ij->j", self._vectors, arithmetic(self.size).product(self._shared, self._vectors))
+        )
 
     def _gains(self, shift: float) -> Array:
         """Of each direction: the refined solution over what its targets share with it, (1 + l / (e + l)) / (e + l)."""
@@ -185,7 +185,8 @@ class Spectrum:
 
     def solve(self, target: Array, shift: float) -> Array:
         """The refined solution for targets (n, p)."""
-        return np.asarray(self._vectors @ (self._gains(shift)[:, None] * (self._vectors.T @ target)))
+        on = arithmetic(self.size)
+        return on.product(self._vectors, self._gains(shift)[:, None] * on.product(self._vectors.T, target))
 
 
 def best_strength(spectrum: Spectrum | Banded | Factored, tokens: float, energy: float, least: float) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from toast_onnx.importance.arithmetic import arithmetic
 from toast_onnx.importance.moments import Moments
 from toast_onnx.importance.regular import root
 from toast_onnx.importance.selection import dropped
@@ -160,7 +161,8 @@ def refit(
         s = moments.covariance
         energy = np.diagonal(s)[gone]
         own, cross = s[np.ix_(kept, kept)], s[np.ix_(kept, gone)]
-        new = new + ridge_solve(own, cross, ridge, tokens=moments.tokens, energy=energy, target=cross @ w[gone])
+        target = arithmetic(len(own)).product(cross, w[gone])
+        new = new + ridge_solve(own, cross, ridge, tokens=moments.tokens, energy=energy, target=target)
     return new, moments.mean @ w - moments.mean[kept] @ new
 
 
@@ -177,7 +179,7 @@ def _readout(s: Array, bases: Array, w: Array, ridge: Ridge, tokens: float) -> A
     """
     plain = _reduced(w.T, bases).T
     left = w - _restored(plain, bases)
-    unseen = s @ left
+    unseen = arithmetic(len(s)).product(s, left)
     energy = np.einsum("ij,ij->j", left, unseen)
     own = _reduced(_reduced(s, bases).T, bases)
     return np.asarray(plain + ridge_solve(own, _reduced(unseen.T, bases).T, ridge, tokens=tokens, energy=energy))
