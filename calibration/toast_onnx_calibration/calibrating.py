@@ -104,6 +104,11 @@ class ByOptions:
         """Of ONNX Runtime."""
         return self.options.provider
 
+    @property
+    def solver(self) -> str:
+        """Nothing is solved, unless an order says so."""
+        return "cpu"
+
 
 def calibrate(
     study: Study,

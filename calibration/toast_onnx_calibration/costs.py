@@ -164,6 +164,7 @@ class TimingOrder:
     runtime: Callable[[], Runtime]
     provider: str
     threads: ClassVar[int] = 0
+    solver: ClassVar[str] = "cpu"
 
     @property
     def files(self) -> tuple[tuple[Path, ...], ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,6 +196,7 @@ class EvaluationOrder:
     seed: int
     given_threads: int | None
     hold: int
+    solver: ClassVar[str] = "cpu"
 
     @property
     def files(self) -> tuple[tuple[Path, ...], ...]:

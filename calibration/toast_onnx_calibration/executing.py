@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Protocol
 
 from toast_onnx import __version__
 from toast_onnx.external import links_followed, set_links_followed
-from toast_onnx.importance.arithmetic import set_solver, solver
 from toast_onnx_calibration.recipes import max_pixels, set_max_pixels
 
 Report = Callable[[int], None]
@@ -41,6 +40,7 @@ class Order(Protocol):
         files: what it reads from files; the first of each tuple is named, the others lie in its folder.
         threads: a worker uses; 0 for all of its machine, on which it is alone.
         provider: a key of `toast_onnx.providers.PROVIDERS`.
+        solver: a key of `toast_onnx.importance.arithmetic.SOLVERS`; `cpu` where nothing is solved.
     """
 
     @property
@@ -49,6 +49,8 @@ class Order(Protocol):
     def threads(self) -> int: ...
     @property
     def provider(self) -> str: ...
+    @property
+    def solver(self) -> str: ...
     def open(self, find: Find, folder: Path) -> AbstractContextManager[Job]:
         """Open the job in a process of its own.
 
@@ -126,25 +128,22 @@ class Rules:
     Attributes:
         links: whether links out of a model's folder are followed.
         pixels: of an image, at most.
-        solver: who works on large matrices.
         version: of toast-onnx.
     """
 
     links: bool
     pixels: int
-    solver: str
     version: str = __version__
 
     @classmethod
     def present(cls) -> Rules:
         """Those of this process."""
-        return cls(links_followed(), max_pixels(), solver())
+        return cls(links_followed(), max_pixels())
 
     def keep(self) -> None:
         """Keep to them from now on."""
         set_links_followed(self.links)
         set_max_pixels(self.pixels)
-        set_solver(self.solver)
 
 
 def divided(count: int, batch: int, parts: int) -> list[tuple[int, int]]:

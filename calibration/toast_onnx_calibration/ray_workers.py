@@ -12,7 +12,6 @@ from typing import Any
 from toast_onnx import __version__
 from toast_onnx.errors import BackendError, ModelError, one_line
 from toast_onnx.files import sha256_of
-from toast_onnx.importance.arithmetic import solver
 from toast_onnx.model import scratch_folder
 from toast_onnx.providers import known_provider
 from toast_onnx_calibration.executing import Alone, Job, Order, Pool, Report, Rules
@@ -74,7 +73,7 @@ class RayExecutor:
         ray, order = self._ray, job.order()
         have = ray.cluster_resources()
         provider = known_provider(order.provider).nvidia
-        on_gpu = provider or solver() != "cpu"
+        on_gpu = provider or order.solver != "cpu"
         machines = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
         cpus = order.threads or int(min((machine["CPU"] for machine in machines), default=1))
         if order.threads == 0:
@@ -82,7 +81,7 @@ class RayExecutor:
         else:
             workers = int(have.get("GPU", 0)) if on_gpu else int(have.get("CPU", 0)) // cpus
         if workers < 1:
-            whom = f"--provider {order.provider}" if provider else f"--solve-on {solver()}"
+            whom = f"--provider {order.provider}" if provider else f"--solve-on {order.solver}"
             wanted = f"a GPU for {whom}" if on_gpu else f"{cpus} CPUs in one place"
             raise BackendError(f"the Ray cluster has not {wanted}; leave --ray out, or add a machine to it")
         if workers == 1 and len(ray.nodes()) == 1:
@@ -160,11 +159,11 @@ class _Worker:
     def do(self, sent: tuple[Any, ...], number: int, at: int, task: Any) -> tuple[int, Any]:
         """Number and result of a task; what was sent with it opens the job the first time."""
         if self._job is None:
-            self._rules.keep()
             if self._rules.version != __version__:
                 raise BackendError(
                     f"a worker has toast-onnx {__version__}, but {self._rules.version} sends it work; install the same"
                 )
+            self._rules.keep()
             folder = self._stack.enter_context(scratch_folder("toast-worker-"))
             import ray
 

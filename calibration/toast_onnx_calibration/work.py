@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.importance.arithmetic import set_solver, solver
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, model_files
 from toast_onnx.planning.ratios import Ratios
@@ -149,6 +150,7 @@ class Work:
             self.settings,
             trials.options.sent(path),
             len(self.trials.samples.rows),
+            solver(),
         )
 
     def identity(self) -> dict[str, Any]:
@@ -183,6 +185,7 @@ class WorkOrder(ByOptions):
         settings: how parts would be pruned.
         options: provider and threads.
         trial_samples: how many of the samples trials run on.
+        solves_on: who makes new weights.
     """
 
     model: Path
@@ -195,6 +198,12 @@ class WorkOrder(ByOptions):
     settings: Ratios
     options: CalibrationOptions
     trial_samples: int
+    solves_on: str
+
+    @property
+    def solver(self) -> str:
+        """Who makes new weights; nobody where only tokens are merged."""
+        return "cpu" if self.statistics is None else self.solves_on
 
     @property
     def files(self) -> tuple[tuple[Path, ...], ...]:
@@ -205,6 +214,7 @@ class WorkOrder(ByOptions):
     @contextmanager
     def open(self, find: Find, folder: Path) -> Iterator[Work]:
         """The same work in a process of its own."""
+        set_solver(self.solver)
         dense = study(load_model(find(self.model)), self.given)
         check_room(working_bytes(dense, len(self.samples.rows), self.output))
         judge = Trials(dense, self.samples, self.options, folder, self.output, self.labels, self.dense)

@@ -7,8 +7,9 @@ import click
 from toast_onnx.importance.arithmetic import SOLVERS, set_solver
 
 
-def _set(_ctx: click.Context, _param: click.Parameter, name: str) -> None:
-    set_solver(name)
+def _set(context: click.Context, _param: click.Parameter, name: str) -> None:
+    if not context.resilient_parsing:  # of a shell that completes a line
+        set_solver(name)
 
 
 solve_on_option = click.option(

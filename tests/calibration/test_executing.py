@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from tests import zoo
 from tests.calibration.elsewhere import Apart, Elsewhere
 from tests.calibration.tiny import colour_folder, colour_model
 from tests.pruning import look
-from toast_onnx.errors import DataError, ModelError
+from toast_onnx.errors import BackendError, DataError, ModelError
 from toast_onnx.files import sha256_of
+from toast_onnx.importance.arithmetic import SOLVERS, Processor, set_solver
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.calibrating_shards import calibrate_on
@@ -24,7 +27,7 @@ from toast_onnx_calibration.evaluating import evaluate
 from toast_onnx_calibration.executing import Alone, Report, divided
 from toast_onnx_calibration.planning import Budget
 from toast_onnx_calibration.plans import Planner
-from toast_onnx_calibration.ray_workers import _place
+from toast_onnx_calibration.ray_workers import RayExecutor, _place, _Worker
 from toast_onnx_calibration.sensitivity_trials import trial_grid
 from toast_onnx_calibration.store import open_statistics
 from toast_onnx_calibration.work import open_work
@@ -102,6 +105,36 @@ def test_trials_are_exactly_those_of_one_process(first: int | None, exported: Ex
         order = two.order()
     assert (order.threads, order.statistics) == (1, tmp_path / "s.npz")
     assert type(order.samples.feeds["input"]) is np.ndarray  # a map of a file would be sent element by element
+
+
+def test_workers_solve_where_they_are_told(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that only merge tokens, or measure, need no GPU for it."""
+    path = exported(zoo.Case("timm-vit"))
+    dense, data = look(path), tmp_path / "x.npy"
+    np.save(data, zoo.inputs(path, 4)["input"])
+    monkeypatch.setitem(SOLVERS, "cuda", Processor)
+    set_solver("cuda")
+    orders = []
+    for parts in (["fc2"], ["tokens"]):
+        with open_work(dense, data, SETTINGS, parts, OPTIONS) as work:
+            orders.append(pickle.loads(pickle.dumps(work.order())))
+    set_solver("cpu")
+    narrowing, merging = orders
+    assert (narrowing.solver, merging.solver) == ("cuda", "cpu")
+    cluster: Any = SimpleNamespace(
+        cluster_resources=lambda: {"CPU": 8.0}, nodes=lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}]
+    )
+    with (
+        pytest.raises(BackendError, match="has not a GPU for --solve-on cuda; leave --ray out"),
+        RayExecutor(cluster).open(SimpleNamespace(order=lambda: narrowing)),  # type: ignore[arg-type]
+    ):
+        pass
+
+
+def test_a_worker_of_another_version_says_so_first() -> None:
+    rules: Any = SimpleNamespace(version="0.0")  # nothing else is looked at
+    with pytest.raises(BackendError, match=r"a worker has toast-onnx .*, but 0\.0 sends it work; install the same"):
+        _Worker(rules, None).do((), 0, 0, None)
 
 
 @pytest.mark.slow

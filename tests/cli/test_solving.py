@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 
 from tests.calibration.tiny import colour_folder, colour_model
-from toast_onnx.deploy.config import load_deployment
+from toast_onnx.deploy.config import Prune, load_deployment
 from toast_onnx.deploy.steps import plan_steps
-from toast_onnx.importance.arithmetic import solver
+from toast_onnx.importance.arithmetic import SOLVERS, solver
 from toast_onnx_cli.main import main
 
 
@@ -39,5 +41,18 @@ def test_a_place_that_is_not_known_is_refused(tmp_path: Path) -> None:
 def test_a_deployment_hands_it_on(tmp_path: Path) -> None:
     source = tmp_path / "deploy.yaml"
     source.write_text("version: 1\nmodel: m.onnx\nprune: {ratios: r.yaml, solve_on: cuda}\n")
-    words = plan_steps(load_deployment(source), source)[0].arguments
-    assert words[words.index("--solve-on") + 1] == "cuda"
+    step = plan_steps(load_deployment(source), source)[0]
+    assert step.arguments[step.arguments.index("--solve-on") + 1] == "cuda"
+    assert step.needs == "gpu"  # it waits where there is none
+    assert "torch" in step.packages
+
+
+def test_the_deployment_file_knows_all_places() -> None:
+    assert Prune.model_fields["solve_on"].annotation == Literal[tuple(SOLVERS)] | None
+
+
+def test_a_shell_that_completes_a_line_asks_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SOLVERS, "cuda", lambda: pytest.fail("the GPU was asked for"))
+    command = main.get_command(click.Context(main), "prune")
+    assert command is not None
+    command.make_context("prune", ["m.onnx", "--solve-on", "cuda"], resilient_parsing=True)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +26,6 @@ from toast_onnx.model import save_model
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx.pruning import prune
 from toast_onnx_calibration.calibrating import calibrate
-from toast_onnx_calibration.executing import Rules
-from toast_onnx_calibration.ray_workers import RayExecutor
 from toast_onnx_calibration.statistics import CalibratedStatistics
 
 Exported = Callable[[zoo.Case], Path]
@@ -88,6 +84,16 @@ def test_what_is_not_positive_definite_is_refused(device: Counted, spoil: float)
             work(s)
 
 
+def test_what_cannot_be_done_is_an_error_of_numpys(device: Counted) -> None:
+    s = covariance(12)
+    s[3, 3] = np.nan
+    with pytest.raises(np.linalg.LinAlgError):
+        device.eigen(s)
+    known = device.remaining(-np.eye(5), np.ones((5, 2)))
+    with pytest.raises(np.linalg.LinAlgError):
+        known.remove(np.array([1, 2]))
+
+
 @pytest.mark.parametrize(("batch", "groups"), [(1, 1), (9, 1), (4, 4)])
 def test_elimination_is_that_of_inverses_taken_anew(device: Counted, batch: int, groups: int) -> None:
     n = 72
@@ -139,25 +145,6 @@ def test_small_matrices_stay_on_the_processor(device: Counted, monkeypatch: pyte
     assert [each is device for each in found] == [False, True, True]
 
 
-def test_workers_keep_to_the_choice(device: Counted) -> None:
-    rules = Rules.present()
-    set_solver("cpu")
-    rules.keep()
-    assert solver() == "cuda"
-    assert arithmetic() is device
-
-
-def test_workers_that_solve_on_a_gpu_are_one_a_gpu(device: Counted) -> None:
-    machine = {"Alive": True, "Resources": {"CPU": 8.0}}
-    cluster: Any = SimpleNamespace(cluster_resources=lambda: {"CPU": 8.0}, nodes=lambda: [machine])
-    job: Any = SimpleNamespace(order=lambda: SimpleNamespace(provider="cpu", threads=1))
-    with (
-        pytest.raises(BackendError, match="has not a GPU for --solve-on cuda; leave --ray out"),
-        RayExecutor(cluster).open(job),
-    ):
-        pass
-
-
 def test_an_unknown_place_leaves_the_choice_as_it_was() -> None:
     with pytest.raises(ConfigError, match="unknown place to solve on 'tpu'; choose one of cpu, cuda"):
         set_solver("tpu")
@@ -174,10 +161,37 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert solver() == "cpu"
 
 
-def test_a_full_gpu_is_said(device: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "no room for a block's matrices: solve on cpu"),
+        (RuntimeError("CUDA error: busy\nmore of it"), "the GPU gave up: CUDA error: busy.*; solve on cpu"),
+    ],
+)
+def test_a_gpu_that_fails_is_said(
+    device: Counted, error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
 
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", full)
-    with pytest.raises(BackendError, match="no room for a block's matrices: solve on cpu"):
-        device.inverse(np.eye(3))
+    known = device.remaining(np.eye(3), np.ones((3, 1)))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails)
+    monkeypatch.setattr(torch, "from_numpy", fails)
+    for work in (
+        lambda: device.inverse(np.eye(3)),
+        lambda: known.corner(np.arange(2)),
+        lambda: known.rows(np.arange(2)),
+    ):
+        with pytest.raises(BackendError, match=message):
+            work()
+
+
+def test_a_gpu_that_does_not_work_is_found_out_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "tensor", fails)
+    with pytest.raises(BackendError, match=r"the GPU gave up: CUDA error: no kernel image .*; solve on cpu"):
+        set_solver("cuda")
+    assert solver() == "cpu"

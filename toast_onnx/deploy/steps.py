@@ -152,7 +152,10 @@ def _prune(config: Deployment, files: Files, recipe: str | None, folder: Path) -
     inputs = _some((files.dense, prune.ratios, prune.data, inside, prune.statistics, recipe, *more))
     keep = ("dense", "pruned", "inputs", "twin", "statistics", "agreement")
     planned = () if goal is None else (str(PurePosixPath(files.pruned).with_suffix(".ratios.yaml")),)
-    return [Step("prune", tuple(words), inputs, (files.pruned, report, *planned), keep=keep)]
+    on_gpu = prune.solve_on == "cuda"
+    needs: Need | None = "gpu" if on_gpu else None
+    packages = (*_RUNTIME, "torch") if on_gpu else _RUNTIME
+    return [Step("prune", tuple(words), inputs, (files.pruned, report, *planned), packages, needs, keep)]
 
 
 def _quantize(config: Deployment, files: Files, recipe: str | None) -> list[Step]:

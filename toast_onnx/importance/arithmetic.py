@@ -29,7 +29,7 @@ class Factor(Protocol):
         ...
 
 
-class Left(Protocol):
+class Removal(Protocol):
     """Inverse covariance and solution of the channels that stay while others leave; see `remaining.Remaining`."""
 
     diagonal: Array
@@ -48,7 +48,11 @@ class Left(Protocol):
         ...
 
     def remove(self, gone: Indices) -> None:
-        """Take channels at some positions (b,) out."""
+        """Take channels at some positions (b,) out.
+
+        Raises:
+            LinAlgError: the inverse there is not positive definite.
+        """
         ...
 
     def settle(self, stay: Indices, batch: int) -> None:
@@ -82,14 +86,18 @@ class Arithmetic(Protocol):
         ...
 
     def eigen(self, s: Array) -> tuple[Array, Array]:
-        """Eigenvalues (n,), ascending, and eigenvectors (n, n) of a symmetric matrix."""
+        """Eigenvalues (n,), ascending, and eigenvectors (n, n) of a symmetric matrix.
+
+        Raises:
+            LinAlgError: they are not found, as of NaN.
+        """
         ...
 
     def product(self, a: Array, b: Array) -> Array:
         """A B."""
         ...
 
-    def remaining(self, inverse: Array, weights: Array) -> Left:
+    def remaining(self, inverse: Array, weights: Array) -> Removal:
         """What is left of an inverse covariance (n, n), which is used up, and a solution (n, m) as channels leave."""
         ...
 
@@ -112,7 +120,7 @@ class Processor:
     def product(self, a: Array, b: Array) -> Array:
         return np.asarray(a @ b)
 
-    def remaining(self, inverse: Array, weights: Array) -> Left:
+    def remaining(self, inverse: Array, weights: Array) -> Removal:
         return Remaining(inverse, weights)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from toast_onnx.errors import BackendError
+from toast_onnx.errors import BackendError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -27,15 +27,19 @@ GAPS = 4
 
 
 @contextmanager
-def _room() -> Iterator[None]:
-    """A full GPU is one of the errors that people are told; nothing keeps gradients."""
+def _told() -> Iterator[None]:
+    """PyTorch's errors become those that callers know; nothing keeps gradients."""
     import torch
 
     try:
         with torch.no_grad():
             yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise np.linalg.LinAlgError(one_line(error)) from error
     except torch.OutOfMemoryError as error:
         raise BackendError("the GPU has no room for a block's matrices: solve on cpu") from error
+    except RuntimeError as error:  # drivers and their libraries: of many kinds, a full GPU among them
+        raise BackendError(f"the GPU gave up: {one_line(error)}; solve on cpu") from error
 
 
 class Graphics:
@@ -48,10 +52,10 @@ class Graphics:
 
     @classmethod
     def found(cls) -> Graphics:
-        """On the GPU that PyTorch finds.
+        """On the GPU that PyTorch finds; a small matrix shows that it works.
 
         Raises:
-            BackendError: there is none, or PyTorch is not installed.
+            BackendError: there is none, it does not work, or PyTorch is not installed.
         """
         from toast_onnx.finetune.require import require_torch
 
@@ -61,31 +65,33 @@ class Graphics:
                 "solving on cuda needs a GPU, and PyTorch finds none (its build may be one for the processor): "
                 "solve on cpu"
             )
-        return cls(torch.device("cuda"))
+        found = cls(torch.device("cuda"))
+        found.product(found.inverse(np.eye(2)), np.eye(2))
+        return found
 
     def inverse(self, s: Array, shift: float = 0.0) -> Array:
         import torch
 
-        with _room():
+        with _told():
             return _host(torch.cholesky_inverse(self._lower(s, shift)))
 
     def factor(self, s: Array, shift: float = 0.0) -> Lower:
-        with _room():
+        with _told():
             return Lower(self._lower(s, shift))
 
     def eigen(self, s: Array) -> tuple[Array, Array]:
         import torch
 
-        with _room():
+        with _told():
             values, vectors = torch.linalg.eigh(self._put(s))
             return _host(values), _host(vectors)
 
     def product(self, a: Array, b: Array) -> Array:
-        with _room():
+        with _told():
             return _host(self._put(a) @ self._put(b))
 
     def remaining(self, inverse: Array, weights: Array) -> Remaining:
-        with _room():
+        with _told():
             return Remaining(self._put(inverse), self._put(weights))
 
     def _put(self, a: Array) -> torch.Tensor:
@@ -114,12 +120,12 @@ class Lower:
         """S^-1 B for B (n, m)."""
         import torch
 
-        with _room():
+        with _told():
             return _host(torch.cholesky_solve(_tensor(b, self._lower.device), self._lower))
 
     def energies(self, rows: Array) -> Array:
         """Squared lengths (n,) of the rows of L^T W, for W (n, m)."""
-        with _room():
+        with _told():
             return _host((self._lower.T @ _tensor(rows, self._lower.device)).square().sum(dim=1))
 
 
@@ -138,7 +144,7 @@ class Remaining:
         self._look()
 
     def _look(self) -> None:
-        self.diagonal: Array = _host(self._inverse.diagonal())
+        self.diagonal: Array = _host(self._inverse.diagonal().clone())
         self.energies: Array = _host(self._weights.square().sum(dim=1))
 
     def room(self) -> int:
@@ -147,18 +153,20 @@ class Remaining:
 
     def corner(self, at: Indices) -> Array:
         """The inverse at some positions (b,): (b, b)."""
-        index = self._index(at)
-        return _host(self._inverse[index[:, None], index])
+        with _told():
+            index = self._index(at)
+            return _host(self._inverse[index[:, None], index])
 
     def rows(self, at: Indices) -> Array:
         """The solution at some positions (b,): (b, m)."""
-        return _host(self._weights[self._index(at)])
+        with _told():
+            return _host(self._weights[self._index(at)])
 
     def remove(self, gone: Indices) -> None:
         """Take channels at some positions (b,) out: b steps of a Cholesky factorisation of the inverse."""
         import torch
 
-        with _room():
+        with _told():
             index = self._index(gone)
             lower = torch.linalg.cholesky(self._inverse[index[:, None], index])
             factor = torch.linalg.solve_triangular(lower, self._inverse[index], upper=False)  # (b, n)
@@ -170,7 +178,7 @@ class Remaining:
 
     def settle(self, stay: Indices, batch: int) -> None:
         """Keep some positions alone (k,); there is room for a batch then, at least."""
-        with _room():
+        with _told():
             index = self._index(stay)
             self._inverse, self._weights = self._inverse[index[:, None], index], self._weights[index]
             self._look()
@@ -186,7 +194,7 @@ def _tensor(a: Array, device: torch.device) -> torch.Tensor:
     """A copy, which may be worked on in place."""
     import torch
 
-    return torch.from_numpy(np.array(a, np.float64)).to(device)
+    return torch.tensor(np.ascontiguousarray(a, np.float64), device=device)
 
 
 def _host(x: torch.Tensor) -> Array:

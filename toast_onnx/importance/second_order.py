@@ -159,7 +159,7 @@ def regular_inverse(covariance: Array) -> Array:
         LinAlgError: the covariance holds NaN or infinity.
     """
     least = damping(covariance, RELATIVE_JITTER)
-    if not np.isfinite(least):
+    if not np.isfinite(covariance).all():  # a factor lets NaN through, and elimination would never end
         raise np.linalg.LinAlgError("the covariance holds NaN or infinity")
     for more in range(ATTEMPTS):
         try:

@@ -67,7 +67,7 @@ def ridge_solve(
     if ridge == "auto":
         solve = _solver(regular(s, STRENGTHS[0]))
         first = solve(target)
-        return np.asarray(first + solve(target - s @ first))
+        return np.asarray(first + solve(target - arithmetic(len(s)).product(s, first)))
     return _solver(regular(s, _fraction(ridge), DOUBLE))(target)
 
 
