@@ -29,8 +29,6 @@ from benchmarks.installed import toast_onnx
 
 #: onnxsim keeps every activation of a calibration run in memory.
 ONNXSIM_IMAGES = 32
-#: Plans try every part on so many images.
-PLAN_IMAGES = 64
 #: Gradients of so many images make Torch-Pruning's Taylor term.
 TAYLOR_IMAGES = 64
 
@@ -129,10 +127,9 @@ def ffn_share(task: Task, ratio: float) -> float:
     return uniform_share(task, ratio, heads=False)
 
 
-def data(task: Task, samples: int | None = None) -> tuple[str, ...]:
+def data(task: Task) -> tuple[str, ...]:
     """The command's options that say what it reads."""
-    count = min(samples or task.samples, task.samples)
-    read = ("--data", task.images, "--preprocess", str(recipe(task)), "--samples", str(count), "--threads", "1")
+    read = ("--data", task.images, "--preprocess", str(recipe(task)), "--samples", str(task.samples), "--threads", "1")
     return (*read, "--quiet")
 
 
@@ -219,7 +216,7 @@ def plan_at(task: Task, share: float, found: Path, parts: str) -> None:
     """Ratios that leave a share of the MACs, from measurements that are kept."""
     results = Path(task.folder) / "sensitivity.json"
     known = ("--sensitivity", str(results), "--parts", parts)
-    toast_onnx("plan", task.dense, "--macs", f"{share:g}", "-o", found, "--overwrite", *known, *data(task, PLAN_IMAGES))
+    toast_onnx("plan", task.dense, "--macs", f"{share:g}", "-o", found, "--overwrite", *known, *data(task))
 
 
 # -- onnxsim -----------------------------------------------------------------------------------------------------------

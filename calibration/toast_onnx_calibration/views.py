@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from toast_onnx.errors import ConfigError, DataError
-from toast_onnx.finetune.views import Views
+from toast_onnx.finetune.views import STEP, STEPS, Views
 from toast_onnx.matching.study import Study
 from toast_onnx.model import file_hash
 from toast_onnx_calibration.comparing import is_classifier
@@ -70,7 +70,8 @@ class ViewedSource:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the samples' own, of the model, and of how views are made."""
-        made = (self._source.fingerprint, file_hash(self._study.source.path), self._views, self._seed, self._first)
+        how = (self._views, self._seed, self._first, STEPS, STEP)
+        made = (self._source.fingerprint, file_hash(self._study.source.path), *how)
         return hashlib.sha256(repr(made).encode()).hexdigest()
 
     def part(self, start: int, stop: int) -> ViewedSource:

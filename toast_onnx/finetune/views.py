@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 #: Steps along the gradient's sign.
-STEPS = 4
+STEPS = 8
 #: Length of a step, as a fraction of a sample's standard deviation.
 STEP = 0.05
 #: Views made at a time where the model leaves the batch free.
