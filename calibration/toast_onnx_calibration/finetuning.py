@@ -14,13 +14,13 @@ import onnx.helper
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.files import files_read
-from toast_onnx.finetune.require import require_torch, with_gradients
 from toast_onnx.finetune.settings import Settings
 from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import Model, file_hash, load_model, staged_model
 from toast_onnx.proof.inputs import twin_inputs
 from toast_onnx.report.pruning import json_bytes
+from toast_onnx.require import require_torch, with_gradients
 from toast_onnx_calibration.augment import augmentation
 from toast_onnx_calibration.feeds import batch_size
 from toast_onnx_calibration.labels import Labels, open_labels

@@ -164,7 +164,7 @@ def command(
         raise click.UsageError("--epochs and --steps exclude each other")
     for option, value in (WITH_LABELS if given["labels"] else WITHOUT_LABELS).items():
         given[option] = value if given[option] is None else given[option]
-    from toast_onnx.finetune.require import require_torch
+    from toast_onnx.require import require_torch
 
     torch = require_torch()
     if threads is not None:

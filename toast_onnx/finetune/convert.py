@@ -9,9 +9,9 @@ import onnx
 import onnx.helper
 
 from toast_onnx.errors import ModelError
-from toast_onnx.finetune.require import require_torch
 from toast_onnx.model import Model, stub
 from toast_onnx.proof.precision import to_float32
+from toast_onnx.require import require_torch
 
 if TYPE_CHECKING:
     from toast_onnx.finetune.module import GraphModule

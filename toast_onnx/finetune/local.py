@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toast_onnx.finetune import require
+from toast_onnx import require
 from toast_onnx.finetune.convert import to_torch
 from toast_onnx.model import Model
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toast_onnx.errors import BackendError
-from toast_onnx.finetune.require import require_torch
+from toast_onnx.require import require_torch
 
 
 @dataclass(frozen=True)

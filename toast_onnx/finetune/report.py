@@ -8,10 +8,10 @@ from typing import Any
 
 from toast_onnx import __version__
 from toast_onnx.errors import ConfigError
-from toast_onnx.finetune.require import require_torch
 from toast_onnx.finetune.trainer import Outcome
 from toast_onnx.model import file_hash, stored_bytes
 from toast_onnx.planning.strict_json import read_json
+from toast_onnx.require import require_torch
 
 
 def updated_report(pruned: Path, out: Path, outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from toast_onnx.errors import DataError
 from toast_onnx.finetune.convert import to_torch
 from toast_onnx.finetune.fisher import log_likelihoods
-from toast_onnx.finetune.require import require_torch, with_gradients
 from toast_onnx.model import Model
+from toast_onnx.require import require_torch, with_gradients
 
 if TYPE_CHECKING:
     import torch

@@ -57,7 +57,7 @@ class Graphics:
         Raises:
             BackendError: there is none, it does not work, or PyTorch is not installed.
         """
-        from toast_onnx.finetune.require import require_torch
+        from toast_onnx.require import require_torch
 
         torch = require_torch("solving on cuda needs", ", or solve on cpu")
         if not torch.cuda.is_available():
