@@ -95,9 +95,8 @@ def main() -> None:
     needed = flops(width, heads, hidden)
     seconds = dict(zip(needed, (qk[1], vo[1], choice, refit[1]), strict=True))
     print(f"dgemm: {rate / 1e9:.0f} Gflop a second\n")
-    print(
-        "| part | Gflop | at dgemm's speed, s | {'processor' if solver() == 'cpu' else 'wall'} s | of dgemm's speed |"
-    )
+    clock = "processor" if solver() == "cpu" else "wall"
+    print(f"| part | Gflop | at dgemm's speed, s | {clock} s | of dgemm's speed |")
     print("|---|---:|---:|---:|---:|")
     for part, count in [*needed.items(), ("together", sum(needed.values()))]:
         spent = seconds.get(part, sum(seconds.values()))
