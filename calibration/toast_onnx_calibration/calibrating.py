@@ -104,11 +104,6 @@ class ByOptions:
         """Of ONNX Runtime."""
         return self.options.provider
 
-    @property
-    def solver(self) -> str:
-        """Nothing is solved, unless an order says so."""
-        return "cpu"
-
 
 def calibrate(
     study: Study,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, scratch_folder
@@ -106,6 +107,7 @@ class CalibrationOrder(ByOptions):
     data: str
     wanted: Wanted
     options: CalibrationOptions
+    solver: ClassVar[str] = "cpu"
 
     @property
     def files(self) -> tuple[tuple[Path, ...], ...]:

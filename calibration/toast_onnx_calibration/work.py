@@ -150,7 +150,7 @@ class Work:
             self.settings,
             trials.options.sent(path),
             len(self.trials.samples.rows),
-            solver(),
+            "cpu" if self.narrowing is None else solver(),
         )
 
     def identity(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class WorkOrder(ByOptions):
         settings: how parts would be pruned.
         options: provider and threads.
         trial_samples: how many of the samples trials run on.
-        solves_on: who makes new weights.
+        solver: who makes new weights; `cpu` where only tokens are merged.
     """
 
     model: Path
@@ -198,12 +198,7 @@ class WorkOrder(ByOptions):
     settings: Ratios
     options: CalibrationOptions
     trial_samples: int
-    solves_on: str
-
-    @property
-    def solver(self) -> str:
-        """Who makes new weights; nobody where only tokens are merged."""
-        return "cpu" if self.statistics is None else self.solves_on
+    solver: str
 
     @property
     def files(self) -> tuple[tuple[Path, ...], ...]:

@@ -19,7 +19,6 @@ from tests.calibration.tiny import colour_folder, colour_model
 from tests.pruning import look
 from toast_onnx.errors import BackendError, DataError, ModelError
 from toast_onnx.files import sha256_of
-from toast_onnx.importance.arithmetic import SOLVERS, Processor, set_solver
 from toast_onnx.planning.ratios import parse_ratios
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.calibrating_shards import calibrate_on
@@ -112,13 +111,11 @@ def test_workers_solve_where_they_are_told(exported: Exported, tmp_path: Path, m
     path = exported(zoo.Case("timm-vit"))
     dense, data = look(path), tmp_path / "x.npy"
     np.save(data, zoo.inputs(path, 4)["input"])
-    monkeypatch.setitem(SOLVERS, "cuda", Processor)
-    set_solver("cuda")
+    monkeypatch.setattr("toast_onnx_calibration.work.solver", lambda: "cuda")
     orders = []
     for parts in (["fc2"], ["tokens"]):
         with open_work(dense, data, SETTINGS, parts, OPTIONS) as work:
             orders.append(pickle.loads(pickle.dumps(work.order())))
-    set_solver("cpu")
     narrowing, merging = orders
     assert (narrowing.solver, merging.solver) == ("cuda", "cpu")
     cluster: Any = SimpleNamespace(

@@ -132,7 +132,7 @@ def _graphics() -> Arithmetic:
 
 #: Name -> who works on matrices; what `--solve-on` takes.
 SOLVERS: dict[str, Callable[[], Arithmetic]] = {"cpu": Processor, "cuda": _graphics}
-#: Matrices of fewer rows are done on the processor before they would have arrived elsewhere.
+#: Matrices of fewer rows stay on the processor: the way to a GPU and back is taken to cost more. Not measured on one.
 SMALL = 512
 
 _PROCESSOR = Processor()

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import BackendError, one_line
+from toast_onnx.require import require_torch
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +58,6 @@ class Graphics:
         Raises:
             BackendError: there is none, it does not work, or PyTorch is not installed.
         """
-        from toast_onnx.require import require_torch
-
         torch = require_torch("solving on cuda needs", ", or solve on cpu")
         if not torch.cuda.is_available():
             raise BackendError(
