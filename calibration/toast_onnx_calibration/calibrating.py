@@ -27,7 +27,8 @@ from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.gradients import BATCH, SAMPLES, measure_gradients
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything, passes
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
-from toast_onnx_calibration.room import check_room, spool_bytes
+from toast_onnx_calibration.recorded import Recording
+from toast_onnx_calibration.room import check_room, drawn, spool_bytes
 from toast_onnx_calibration.sessions import ModelInput, graph_inputs, held_inputs, model_inputs, model_session, run
 from toast_onnx_calibration.sources import Source, shares_of
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
@@ -113,6 +114,7 @@ def calibrate(
     options: CalibrationOptions | None = None,
     progress: Progress | None = None,
     behind: Mapping[int, BlockWeights] | None = None,
+    recording: Recording | None = None,
 ) -> Header:
     """Measure a model's activations on samples and write the statistics.
 
@@ -124,6 +126,7 @@ def calibrate(
         options: how to calibrate.
         progress: called after every batch.
         behind: block number -> new weights to measure with in place of the model's own.
+        recording: what keeps the outputs of blocks, where one pass runs the whole dense model on the samples alone.
 
     Returns:
         What the statistics come from.
@@ -140,6 +143,9 @@ def calibrate(
     notes: list[str] = []
     links = chain(study, _watched(study, groups, settings))
     weighted, source, share = False, None, None
+    if len(groups) > 1 or behind or options.views or options.shard:
+        recording = None
+    recorded = () if recording is None else recording.begin(drawn(data, options.samples))
     first = options.shard is None or options.shard[0] == 1
     sizes: list[tuple[float, int]] = []
     with write_statistics(out, exact=options.shard is not None) as writer, scratch_folder("toast-passes-") as folder:
@@ -151,7 +157,8 @@ def calibrate(
         spool = Spool(folder)
         for number, (group, link) in enumerate(zip(groups, links, strict=True)):
             graph = measuring_graph(study, group, settings)
-            session = _session(graph, study, behind or {}, options, link, spool.inputs(link.takes))
+            measured = [*dict.fromkeys(graph.outputs.values()), *recorded]
+            session = _session(graph, measured, study, behind or {}, options, link, spool.inputs(link.takes))
             if source is None:
                 inputs = held_inputs(study, model_inputs(session))
                 source, found = open_measured(study, data, inputs, options)
@@ -166,7 +173,7 @@ def calibrate(
             total = None if source.count is None else source.count * len(groups)
             which = f"pass {number + 1} of {len(groups)} over the samples" if len(groups) > 1 else ""
             say = _counter(progress, number * (source.count or 0), total, which)
-            sums = accumulate(session, graph, link, runs, spool, source.description, say)
+            sums = accumulate(session, graph, link, runs, spool, source.description, say, recording)
             del session
             write_group(writer, study, group, sums)
             notes += graph.notes
@@ -246,11 +253,13 @@ class Run:
         feeds: arrays by input name.
         factor: of its sums: negative where samples that only filled a batch are taken out again.
         valid: how many samples it measures for the first time.
+        rows: their names, where they are read off the source.
     """
 
     feeds: dict[str, Any]
     factor: float
     valid: int
+    rows: tuple[str, ...] = ()
 
 
 def accumulate(
@@ -261,6 +270,7 @@ def accumulate(
     spool: Spool,
     description: str,
     say: Callable[[int], None],
+    recording: Recording | None = None,
 ) -> dict[str, Array]:
     """Feed a measuring graph all runs of a pass.
 
@@ -272,6 +282,7 @@ def accumulate(
         spool: where activations for later passes go.
         description: of the samples, for messages.
         say: called with the number of samples measured so far.
+        recording: what keeps outputs of blocks.
 
     Returns:
         The sums by key in float64.
@@ -282,10 +293,13 @@ def accumulate(
     sums: dict[str, Array] = {}
     given = {value.name for value in session.get_inputs()}
     measured, left = list(dict.fromkeys(graph.outputs.values())), [n for n in link.leaves if n not in link.takes]
+    recorded = () if recording is None else recording.tensors
     samples = 0
     say(0)
     for number, each in enumerate(runs):
-        found = run(session, {n: a for n, a in each.feeds.items() if n in given}, [*measured, *left])
+        found = run(session, {n: a for n, a in each.feeds.items() if n in given}, [*measured, *left, *recorded])
+        if recording is not None and each.valid:
+            recording.add(each.rows, found)
         spool.keep(number, {name: found.pop(name) for name in left})
         spool.forget(number, (name for name in link.takes if name not in link.leaves))
         _add(sums, graph, found, each.factor)
@@ -338,7 +352,7 @@ def _by_head(attention: Attention, part: str, branch: Branch, gram: Array) -> Ar
 def _runs(source: Source, inputs: Sequence[ModelInput], batch: int, sizes: list[tuple[float, int]]) -> Iterator[Run]:
     """The samples in batches; notes factor and number of samples of every run in `sizes`."""
     for each in batches(source, inputs, batch):
-        runs = [Run(each.feeds, 1.0, each.valid)]
+        runs = [Run(each.feeds, 1.0, each.valid, each.rows)]
         if each.padding:  # the repeated last sample, measured alone, is taken out again
             runs.append(Run(_repeated(each), -each.padding / (each.valid + each.padding), 0))
         for found in runs:
@@ -386,18 +400,19 @@ def _repeated(batch: Batch) -> dict[str, Any]:
 
 def _session(
     graph: MeasuringGraph,
+    measured: Sequence[str],
     study: Study,
     behind: Mapping[int, BlockWeights],
     options: CalibrationOptions,
     link: Link,
     taken: Mapping[str, onnx.ValueInfoProto],
 ) -> ort.InferenceSession:
-    """A session of a measuring graph, which is emptied: the session has all of it."""
+    """A session of a measuring graph that gives some tensors; the graph is emptied, as the session has all of it."""
     measuring = Model(graph.proto, study.view.model.path, dict(study.view.model.arrays))
     if behind:  # what measures lies behind the model's nodes, which keep their positions
         measuring = padded_twin(GraphView(measuring), study.facts, study.match.blocks, behind)
     else:
-        cut(measuring.proto, link, graph.outputs.values(), taken)
+        cut(measuring.proto, link, measured, taken)
     try:
         return model_session(measuring, options.provider, threads=options.threads)
     finally:

@@ -49,7 +49,7 @@ def spool_bytes(study: Study, links: Sequence[Link], samples: int) -> int:
         links: the passes.
         samples: that are measured.
     """
-    return samples * max((_sample_bytes(study, {*link.takes, *link.leaves}) for link in links), default=0)
+    return samples * max((sample_bytes(study, {*link.takes, *link.leaves}) for link in links), default=0)
 
 
 def trial_bytes(study: Study, samples: int, fronts: Collection[str], output: str) -> int:
@@ -61,12 +61,12 @@ def trial_bytes(study: Study, samples: int, fronts: Collection[str], output: str
         fronts: activations in front of each block; two of them are on the disk at a time.
         output: where damage is measured.
     """
-    inputs = _sample_bytes(study, {i.name for i in study.view.model.proto.graph.input} - set(study.view.initializers))
-    front = max((_sample_bytes(study, {name}) for name in fronts), default=0)
-    return samples * (inputs + 2 * front + _sample_bytes(study, {output})) + 3 * stored_bytes(study.view.model.path)
+    inputs = sample_bytes(study, {i.name for i in study.view.model.proto.graph.input} - set(study.view.initializers))
+    front = max((sample_bytes(study, {name}) for name in fronts), default=0)
+    return samples * (inputs + 2 * front + sample_bytes(study, {output})) + 3 * stored_bytes(study.view.model.path)
 
 
-def _sample_bytes(study: Study, tensors: Collection[str]) -> int:
+def sample_bytes(study: Study, tensors: Collection[str]) -> int:
     """Bytes of some tensors for one sample; those of unknown shape count nothing."""
     found = 0
     for name in tensors:

@@ -17,11 +17,10 @@ import onnx
 from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError, DataError, MatchError
-from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.piece import cut_piece
-from toast_onnx.matching.span import Span, block_span
+from toast_onnx.matching.span import Span, span_of
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model
 from toast_onnx.proof.twin import padded_twin
@@ -78,14 +77,6 @@ def chosen_output(study: Study, name: str | None) -> str:
     if name is not None and name not in names:
         raise ConfigError(f"the model has no output '{name}'; it has {', '.join(names)}")
     return name or next((n for n in names if is_classifier(study, n)), names[0])
-
-
-def span_of(study: Study, facts: Facts, block: Block) -> Span | None:
-    """From where to where a block runs, None where it is no function of one tensor."""
-    try:
-        return block_span(study.view, facts, block)
-    except MatchError:
-        return None
 
 
 class Trials:
@@ -209,7 +200,7 @@ class Trials:
     def _span(self, index: int) -> Span | None:
         """From where to where a block runs, None where it is no function of one tensor."""
         if index not in self._spans:
-            self._spans[index] = span_of(self.study, self.facts, self.study.match.blocks[index])
+            self._spans[index] = span_of(self.study.view, self.facts, self.study.match.blocks[index])
         return self._spans[index]
 
     def _before(self, index: int) -> Array:

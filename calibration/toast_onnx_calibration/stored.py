@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, write_draft
 from toast_onnx.proof.precision import to_float32
-from toast_onnx.runtime import expose
 from toast_onnx_calibration.calibrating import CalibrationOptions, open_samples
+from toast_onnx_calibration.chain import Link, cut
 from toast_onnx_calibration.feeds import batch_size, batches
 from toast_onnx_calibration.sessions import held_inputs, make_session, model_inputs
 from toast_onnx_calibration.sources import Source
@@ -130,17 +130,26 @@ def store_values(path: Path, values: Iterator[Array], count: int) -> Array:
     return out
 
 
+def scratch_rows(path: Path, shape: tuple[int, ...]) -> Array:
+    """An array in a file for whatever comes, float32: the one that lies there where its shape fits, which is faster."""
+    if 0 in shape:  # no file maps to nothing
+        return np.zeros(shape, np.float32)
+    if path.exists():
+        old: Array = np.load(path, mmap_mode="r+")
+        if old.shape == shape:
+            return old
+    return np.lib.format.open_memmap(path, "w+", np.float32, shape)
+
+
 def whole_session(
     model: Model, tensors: Sequence[str], options: CalibrationOptions, folder: Path
 ) -> ort.InferenceSession:
-    """A session of a whole model in float32, with some tensors as its only outputs; its own where none are named."""
+    """A session in float32 of what makes some tensors from the samples; of the whole model where none are named."""
     path = write_draft(to_float32(model), folder, "model.onnx")
-    proto = onnx.load(path, load_external_data=False)
-    if tensors:
-        outputs = [o for o in proto.graph.output if o.name in tensors]
-        del proto.graph.output[:]
-        proto.graph.output.extend(outputs)
-    onnx.save(expose(proto, tensors), path)
+    if tensors:  # ONNX Runtime runs every node it is given, whatever is asked for
+        proto = onnx.load(path, load_external_data=False)
+        cut(proto, Link((), ()), tensors, {})
+        onnx.save(proto, path)
     return make_session(path, options.provider, threads=options.threads)
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.importance.arithmetic import set_solver, solver
+from toast_onnx.matching.span import span_of
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, model_files
 from toast_onnx.planning.ratios import Ratios
@@ -29,7 +30,7 @@ from toast_onnx_calibration.forecast import Forecast, Spent, cost_behind
 from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.planning import statistics_for
 from toast_onnx_calibration.room import check_room, drawn, trial_bytes
-from toast_onnx_calibration.sensitivity_stream import Trials, chosen_output, read_samples, span_of
+from toast_onnx_calibration.sensitivity_stream import Trials, chosen_output, read_samples
 from toast_onnx_calibration.sensitivity_trials import Solver, Trial, identity_of, merged, merged_alone
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.stored import Samples
@@ -221,7 +222,7 @@ class WorkOrder(ByOptions):
 
 def working_bytes(dense: Study, samples: int | None, output: str | None = None) -> int:
     """Bytes that trials keep on the disk while they work; those of the model alone where samples are not counted."""
-    fronts = {span.start for b in dense.match.blocks if (span := span_of(dense, dense.facts, b)) is not None}
+    fronts = {span.start for b in dense.match.blocks if (span := span_of(dense.view, dense.facts, b)) is not None}
     return trial_bytes(dense, samples or 0, fronts, chosen_output(dense, output))
 
 

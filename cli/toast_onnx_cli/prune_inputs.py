@@ -22,6 +22,7 @@ from toast_onnx_cli.console import Advance, say_notes
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
+    from toast_onnx_calibration.recorded import Recording
     from toast_onnx_calibration.sequential import SequentialStatistics
     from toast_onnx_calibration.statistics import CalibratedStatistics
 
@@ -63,7 +64,12 @@ def idle_settings(ratios: Ratios) -> list[str]:
 
 
 def refinement(
-    dense: Study, ratios: Ratios, samples: str | None, options: CalibrationOptions, advance: Advance
+    dense: Study,
+    ratios: Ratios,
+    samples: str | None,
+    options: CalibrationOptions,
+    advance: Advance,
+    recording: Recording | None,
 ) -> Refine | None:
     """What corrects the new weights on samples, None where there are none.
 
@@ -73,6 +79,7 @@ def refinement(
         samples: as `samples_to_refine` found them.
         options: how to read and run them.
         advance: called after every block.
+        recording: what statistics of the same samples left, if anything.
     """
     if samples is None:
         return None
@@ -85,7 +92,9 @@ def refinement(
     note = "training" if trains else "refitting"
 
     def refine(new: Mapping[int, BlockWeights]) -> tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]:
-        return refine_locally(dense, new, samples, options, chosen, lambda block: advance(1, f"{note} {block}"))
+        return refine_locally(
+            dense, new, samples, options, chosen, lambda block: advance(1, f"{note} {block}"), recording
+        )
 
     return refine
 
@@ -111,8 +120,30 @@ def proof_samples(
 
 
 @contextmanager
+def kept_outputs(dense: Study, samples: str | None) -> Iterator[Recording | None]:
+    """What keeps the outputs of a model's blocks for the correction of blocks; None where none are corrected.
+
+    Args:
+        dense: the model.
+        samples: as `samples_to_refine` found them.
+    """
+    if samples is None:
+        yield None
+        return
+    from toast_onnx_calibration.recorded import Recording
+
+    with tempfile.TemporaryDirectory(prefix="toast-outputs-") as folder:
+        yield Recording(dense, Path(folder))
+
+
+@contextmanager
 def find_statistics(
-    dense: Study, ratios: Ratios, data: str | None, statistics: Path | None, options: CalibrationOptions
+    dense: Study,
+    ratios: Ratios,
+    data: str | None,
+    statistics: Path | None,
+    options: CalibrationOptions,
+    recording: Recording | None = None,
 ) -> Iterator[SyntheticStatistics | CalibratedStatistics | SequentialStatistics]:
     """Statistics for a run: of a file, measured now (for sequential ones, block by block), or made up without data.
 
@@ -122,6 +153,7 @@ def find_statistics(
         data: where to measure.
         statistics: file of earlier measurements.
         options: how to measure.
+        recording: what keeps outputs of the model's blocks meanwhile.
 
     Raises:
         ConfigError: the ratios do not fit the model.
@@ -152,6 +184,6 @@ def find_statistics(
             return
         path = Path(folder) / "statistics.npz"
         with sample_progress("calibrating") as show:
-            header = calibrate(dense, data, path, wanted, options, show)
+            header = calibrate(dense, data, path, wanted, options, show, recording=recording)
         say_notes(header.notes)
         yield CalibratedStatistics(dense, path)

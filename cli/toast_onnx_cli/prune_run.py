@@ -16,7 +16,14 @@ from toast_onnx.report.pruning import save_with_report
 from toast_onnx_cli.calibration_options import sample_progress
 from toast_onnx_cli.console import progress, say_note, say_notes
 from toast_onnx_cli.planning_options import with_ties
-from toast_onnx_cli.prune_inputs import find_statistics, idle_settings, proof_samples, refinement, samples_to_refine
+from toast_onnx_cli.prune_inputs import (
+    find_statistics,
+    idle_settings,
+    kept_outputs,
+    proof_samples,
+    refinement,
+    samples_to_refine,
+)
 from toast_onnx_cli.prune_summary import even_notes, head_notes
 
 if TYPE_CHECKING:
@@ -87,7 +94,11 @@ def run_job(
     data, statistics = job.data, None if job.planned else job.statistics
     samples = samples_to_refine(settings, data, statistics)
     say_notes(idle_settings(settings))
-    with find_statistics(dense, settings, None if job.planned else data, job.statistics, calibration) as found:
+    measured = None if job.planned else data
+    with (
+        kept_outputs(dense, samples) as recording,
+        find_statistics(dense, settings, measured, job.statistics, calibration, recording) as found,
+    ):
         steps = len(dense.match.blocks) * (1 if samples is None else 2) + 1
         with progress("pruning", steps) as advance:
             pruned = prune(
@@ -99,7 +110,7 @@ def run_job(
                 normalize=job.normalize,
                 seed=calibration.seed,
                 progress=lambda note: advance(1, note),
-                refine=refinement(dense, settings, samples, calibration, advance),
+                refine=refinement(dense, settings, samples, calibration, advance, recording),
                 samples=proof_samples(dense, settings, data, statistics, calibration) if check else (),
                 force_synthetic=job.force_synthetic,
                 split_shared=job.split_shared,

@@ -21,10 +21,11 @@ from toast_onnx.importance.activation import attended_magnitude, token_channel_s
 from toast_onnx.importance.moments import Moments
 from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.study import Study
+from toast_onnx_calibration import statistics_graph
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.needs import DEFAULT_PARTS, everything
 from toast_onnx_calibration.statistics import CalibratedStatistics
-from toast_onnx_calibration.statistics_graph import PARTS
+from toast_onnx_calibration.statistics_graph import PARTS, TokenSettings, measuring_graph
 from toast_onnx_calibration.store import merge_statistics, open_statistics
 
 Exported = Callable[[zoo.Case], Path]
@@ -86,6 +87,24 @@ def test_moments_are_those_of_the_module(case: zoo.Case, exported: Exported, tmp
         assert differs(attention.context, moments(r.context, groups)) < 1e-5
         assert differs(found.hidden(index), moments(r.hidden, weights)) < 1e-5
         assert differs(found.inputs(index), moments(r.inputs, weights)) < 1e-5
+
+
+@pytest.mark.parametrize("class_weight", [1.0, 20.0])
+def test_wide_gram_matrices_are_made_of_halves(
+    class_weight: float, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small models reach the width at which they are by lowering it; an odd half among them."""
+    path = exported(zoo.Case("timm-vit-unfused"))
+    study, feeds = look(path), zoo.inputs(path, SAMPLES)
+    plain = len(measuring_graph(study, everything(study), TokenSettings()).proto.graph.node)
+    monkeypatch.setattr(statistics_graph, "PANEL", 9)
+    assert len(measuring_graph(study, everything(study), TokenSettings()).proto.graph.node) > plain
+    found = measure(study, feeds, tmp_path / "s.npz", class_weight=class_weight)
+    for index, r in enumerate(references("timm-vit-unfused", feeds)):
+        weights = np.ones((1, r.hidden.shape[1]))
+        weights[0, 0] = class_weight
+        assert differs(found.attention(index).context, moments(r.context, weights)) < 1e-5
+        assert differs(found.hidden(index), moments(r.hidden, weights)) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,17 @@ def test_changes_are_those_of_a_penalised_regression(strength: float) -> None:
     np.testing.assert_allclose(bias, (w[:, None] * (y - x @ expected)).sum(0) / w.sum(), atol=1e-10)
 
 
+def test_single_precision_keeps_to_double() -> None:
+    """Products are taken in the precision of x: close to those in double, and not the same."""
+    x, y, w = tokens(4000, 4)
+    x = x.astype(np.float32)
+    single, double = Lack.of(x, y, w), Lack.of(x.astype(np.float64), y, w)
+    assert not np.array_equal(single.inputs.gram, double.inputs.gram)
+    for found, expected in zip(single.change(0.1), double.change(0.1), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))
+    assert single.total.dtype == single.cross.dtype == np.float64
+
+
 def test_error_that_is_left_is_that_of_the_tokens() -> None:
     x, y, w = tokens(30, 1)
     weight, bias = np.arange(15.0).reshape(5, 3), np.array([1.0, -2.0, 0.5])

@@ -47,6 +47,14 @@ def block_span(view: GraphView, facts: Facts, block: Block) -> Span:
     raise MatchError(f"block {block.index} ({block.name}) reads more than one activation")
 
 
+def span_of(view: GraphView, facts: Facts, block: Block) -> Span | None:
+    """The span of a block, None where it is no function of one tensor."""
+    try:
+        return block_span(view, facts, block)
+    except MatchError:
+        return None
+
+
 def _layers(block: Block) -> list[Linear]:
     return [linear for part in (block.attention, block.ffn) if part is not None for linear in part.linears]
 

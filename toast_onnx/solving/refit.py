@@ -40,11 +40,18 @@ class Lack:
 
     @classmethod
     def of(cls, x: ArrayLike, y: ArrayLike, weights: ArrayLike) -> Lack:
-        """Sums over tokens x (tokens, n), y (tokens, m), each counted `weights` (tokens,) times."""
-        rows, lacking = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        """Sums over tokens x (tokens, n), y (tokens, m), each counted `weights` (tokens,) times.
+
+        Products are taken in the precision of x, all else in float64.
+        """
+        rows, lacking = np.asarray(x), np.asarray(y, np.float64)
         w = np.asarray(weights, np.float64)
-        weighted = lacking * w[:, None]
-        return cls(Moments.of(rows, w), weighted.sum(axis=0), rows.T @ weighted, float((weighted * lacking).sum()))
+        root = np.sqrt(w)[:, None]
+        scaled, wanted = rows * root.astype(rows.dtype), lacking * root
+        # A matrix times itself costs half of a product of two.
+        gram, cross = scaled.T @ scaled, scaled.T @ wanted.astype(rows.dtype)
+        moments = Moments(float(w.sum()), w @ rows, gram.astype(np.float64), len(rows))
+        return cls(moments, w @ lacking, cross.astype(np.float64), float(np.square(wanted).sum()))
 
     def merge(self, other: Lack) -> Lack:
         """Sums over both sets of tokens."""
