@@ -3,7 +3,8 @@
 Writes a timm model with random weights and external data into the folder WORK (ViT-H/14: 2.5 GB), then runs the
 installed command on it, each step in a process of its own. Peak memory and processor time are the operating system's
 own account of that process. Results are kept in a JSON file, so that steps can be run one by one; so is what the step
-`statistics` measures (ViT-H/14: 3.6 GB), which the steps behind it read.
+`statistics` measures (ViT-H/14: 3.6 GB), which the steps behind it read. Below the table stands what the algebra of the
+step `half` would take at the speed of this machine's matrix products, on as many threads as BLAS takes here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ import onnx.external_data_helper as external
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.algebra import dgemm, flops  # noqa: E402
 from tests.weightless import export_weightless  # noqa: E402
+from toast_onnx.matching.study import study  # noqa: E402
+from toast_onnx.model import load_model  # noqa: E402
 
 HALF = "version: 1\nattention: {qk: 0.5, vo: 0.5}\nffn: {fc2: 0.5}\n"
 THIRD = HALF.replace("0.5", "0.35")
@@ -129,6 +133,21 @@ def rows(done: dict[str, Any], size: float) -> Iterator[str]:
             yield f"| {title} | {numbers} |"
 
 
+def roofline(model: Path) -> str:
+    """Flops of selecting and solving with half of everything removed, and their time at dgemm's speed, in words."""
+    total = 0.0
+    for block in study(load_model(model)).match.blocks:
+        attention, ffn = block.attention, block.ffn
+        assert attention is not None
+        assert ffn is not None
+        total += sum(flops(ffn.fc2.out_features, attention.num_heads, ffn.fc2.in_features).values())
+    rate = dgemm()
+    return (
+        f"the algebra of `half` is {total / 1e9:.0f} Gflop without the predicted errors: {total / rate:.0f} s at "
+        f"dgemm's {rate / 1e9:.0f} Gflop a second"
+    )
+
+
 def write_model(work: Path, name: str) -> Path:
     """The model in the folder `work`, written where it is not there yet."""
     model = work / f"{name}.onnx"
@@ -185,6 +204,7 @@ def main() -> None:
         store.write_text(json.dumps(done, indent=1))
     print(f"{options.model}, {size:.0f} MB")
     print(*rows(done, size), sep="\n")
+    print(f"\n{roofline(model)}")
 
 
 if __name__ == "__main__":
