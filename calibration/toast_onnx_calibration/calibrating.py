@@ -371,10 +371,25 @@ def _add(sums: dict[str, Array], graph: MeasuringGraph, found: Mapping[str, NDAr
     for key, tensor in graph.outputs.items():
         parts.setdefault(key.rpartition(".")[0], {})[key] = found[tensor]
     for part in parts.values():  # one at a time in float64
-        for key, value in unshift(part).items():
+        for key, value in unshift(joined(part)).items():
             if key not in sums:
                 sums[key] = np.zeros(value.shape)
             sums[key] += value if factor == 1.0 else factor * value.astype(np.float64)
+
+
+def joined(found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """A batch's sums, Gram matrices made whole that come in panels: `gram/row/column`, on and above the diagonal."""
+    whole = {key: value for key, value in found.items() if "/" not in key}
+    panels: dict[str, dict[tuple[int, int], NDArray[Any]]] = {}
+    for key, value in found.items():
+        if "/" in key:
+            name, i, j = key.split("/")
+            panels.setdefault(name, {})[int(i), int(j)] = value
+    for name, parts in panels.items():
+        count = 1 + max(j for _, j in parts)
+        mirrored = parts | {(j, i): value.T for (i, j), value in parts.items() if i < j}
+        whole[name] = np.block([[mirrored[i, j] for j in range(count)] for i in range(count)])
+    return whole
 
 
 def unshift(found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement, pairwise
 
 import numpy as np
 import onnx
@@ -27,7 +28,7 @@ PARTS = ("qk", "context", "hidden", "inputs", "fc1", "fc2")
 #: Additive masks are at or below this where a token is padding (-10000, or the smallest number of the type).
 MASKED = -1000.0
 
-#: Channels below twice which a Gram matrix is one product: halves of fewer are no faster.
+#: Channels of a panel of a Gram matrix, at least; products of narrower ones are slower than they are fewer.
 PANEL = 192
 
 
@@ -195,11 +196,11 @@ class _Build:
         if weights is not None:
             x = w.one("Mul", [x, weights])
         chosen, alpha, beta = self._chosen(tokens)
-        gram_c = total_c = count_c = ""
+        total_c = count_c = ""
+        first = None
         if beta:
             assert tokens.axis is not None
             first = w.gather(x, 0, tokens.axis)  # (batch, channels)
-            gram_c = w.one("Gemm", [first, first], transA=1)
             total_c = w.scaled(w.reduce("ReduceSum", first, [0]), beta)
             count_c = w.scaled(self._count(first, weights and w.gather(weights, 0, tokens.axis)), beta)
         if chosen is not None:
@@ -208,28 +209,30 @@ class _Build:
             weights = weights and w.gather(weights, chosen, tokens.axis)
         flat = w.reshape(x, [-1, tokens.channels])
         flat_weights = weights and w.reshape(weights, [-1, 1])
-        gram = w.scaled(self._gram(flat, tokens.channels), alpha)
-        if beta:
-            gram = w.one("Add", [gram, w.scaled(gram_c, beta)])
+        self._gram(key, flat, first, tokens.channels, alpha, float(beta or 1))
         total = w.scaled(w.reduce("ReduceSum", flat, [0]), alpha)
         count = w.scaled(self._count(flat, flat_weights), alpha)
-        w.output(f"{key}.gram", gram)
         w.output(f"{key}.total", w.one("Add", [total, total_c]) if beta else total)
         w.output(f"{key}.count", w.one("Add", [count, count_c]) if beta else count)
         w.output(f"{key}.shift", shift)
 
-    def _gram(self, x: str, width: int) -> str:
-        """x^T x of a matrix (rows, width), by halves: a corner is the other one's transpose, which saves up to half."""
-        w = self.writer
-        if width < 2 * PANEL:
-            return w.one("Gemm", [x, x], transA=1)
-        half = width // 2
-        left, right = w.slice(x, 1, 0, half), w.slice(x, 1, half)
-        corner = w.one("Gemm", [left, right], transA=1)
-        top = w.one("Concat", [self._gram(left, half), corner], axis=1)
-        flipped = w.one("Transpose", [corner], perm=[1, 0])
-        bottom = w.one("Concat", [flipped, self._gram(right, width - half)], axis=1)
-        return w.one("Concat", [top, bottom], axis=0)
+    def _gram(self, key: str, x: str, first: str | None, width: int, alpha: float, beta: float) -> None:
+        """`gram`: alpha * x^T x + beta * first^T first of matrices (rows, width); of wide ones panels, `gram/row/column`.
+
+        Panels below the diagonal are left out: `calibrating.joined` mirrors those above it. Joined in the graph, they
+        would take half as much memory again (DeiT-B, batches of 16).
+        """
+        w, panels = self.writer, min(4, max(1, width // PANEL))
+        edges = [round(k * width / panels) for k in range(panels + 1)]
+
+        def parted(matrix: str) -> list[str]:
+            return [w.slice(matrix, 1, a, b) for a, b in pairwise(edges)] if panels > 1 else [matrix]
+
+        rows, tokens = parted(x), None if first is None else parted(first)
+        for i, j in combinations_with_replacement(range(panels), 2):
+            added = [] if tokens is None else [w.one("Gemm", [tokens[i], tokens[j]], transA=1)]
+            product = w.one("Gemm", [rows[i], rows[j], *added], transA=1, alpha=alpha, beta=beta)
+            w.output(f"{key}.gram" if panels == 1 else f"{key}.gram/{i}/{j}", product)
 
     def _count(self, flat: str, weights: str | None) -> str:
         """Number of rows of a 2-D tensor, or the sum of their weights (rows, 1); shape (1,)."""

@@ -90,10 +90,10 @@ def test_moments_are_those_of_the_module(case: zoo.Case, exported: Exported, tmp
 
 
 @pytest.mark.parametrize("class_weight", [1.0, 20.0])
-def test_wide_gram_matrices_are_made_of_halves(
+def test_wide_gram_matrices_are_made_of_panels(
     class_weight: float, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small models reach the width at which they are by lowering it; an odd half among them."""
+    """Small models reach the width at which they are by lowering it; panels of unequal widths among them."""
     path = exported(zoo.Case("timm-vit-unfused"))
     study, feeds = look(path), zoo.inputs(path, SAMPLES)
     plain = len(measuring_graph(study, everything(study), TokenSettings()).proto.graph.node)
