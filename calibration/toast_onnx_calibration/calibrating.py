@@ -378,7 +378,7 @@ def _add(sums: dict[str, Array], graph: MeasuringGraph, found: Mapping[str, NDAr
 
 
 def joined(found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """A batch's sums, Gram matrices made whole that come in panels: `gram/row/column`, on and above the diagonal."""
+    """A batch's sums, Gram matrices made whole that come in panels: `gram/i/j`, on and above the diagonal."""
     whole = {key: value for key, value in found.items() if "/" not in key}
     panels: dict[str, dict[tuple[int, int], NDArray[Any]]] = {}
     for key, value in found.items():

@@ -217,7 +217,7 @@ class _Build:
         w.output(f"{key}.shift", shift)
 
     def _gram(self, key: str, x: str, first: str | None, width: int, alpha: float, beta: float) -> None:
-        """`gram`: alpha * x^T x + beta * first^T first of matrices (rows, width); of wide ones panels, `gram/row/column`.
+        """`gram`: alpha * x^T x + beta * first^T first of matrices (rows, width); of wide ones its panels `gram/i/j`.
 
         Panels below the diagonal are left out: `calibrating.joined` mirrors those above it. Joined in the graph, they
         would take half as much memory again (DeiT-B, batches of 16).
