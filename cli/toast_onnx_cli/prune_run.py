@@ -123,7 +123,7 @@ def run_job(
         say_notes([*dense.notes, *pruned.notes, *head_notes(dense, pruned)])
         for result in pruned.local:
             if result.note is not None and settings.compensation.kind == "local":
-                say_note(f"block {result.block} keeps its closed-form weights: {result.note}")
+                say_note(f"block {result.block} was not trained and keeps its weights ({result.kept}): {result.note}")
         source = {"source": found.source} if isinstance(found, SyntheticStatistics) else found.to_document()
     options = {
         "ratios": settings.to_document(),
