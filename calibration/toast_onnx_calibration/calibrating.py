@@ -179,6 +179,8 @@ def calibrate(
             notes += graph.notes
             weighted |= graph.class_token
         assert source is not None
+        if recording is not None:
+            recording.end(source.fingerprint)
         notes += source.report.notes() if source.report else ()
         header = Header(
             model=study.view.model.path.name,
@@ -293,12 +295,12 @@ def accumulate(
     sums: dict[str, Array] = {}
     given = {value.name for value in session.get_inputs()}
     measured, left = list(dict.fromkeys(graph.outputs.values())), [n for n in link.leaves if n not in link.takes]
-    recorded = () if recording is None else recording.tensors
     samples = 0
     say(0)
     for number, each in enumerate(runs):
+        recorded = () if recording is None else recording.tensors
         found = run(session, {n: a for n, a in each.feeds.items() if n in given}, [*measured, *left, *recorded])
-        if recording is not None and each.valid:
+        if recording is not None:
             recording.add(each.rows, found)
         spool.keep(number, {name: found.pop(name) for name in left})
         spool.forget(number, (name for name in link.takes if name not in link.leaves))

@@ -32,6 +32,7 @@ from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.recorded import Recording
 from toast_onnx_calibration.refitting import LastLayer, correct
+from toast_onnx_calibration.room import check_room, drawn, refining_bytes
 from toast_onnx_calibration.stored import Samples, store_samples
 from toast_onnx_calibration.streams import Stream
 
@@ -63,7 +64,8 @@ def refine_locally(
         options: how samples are read and run.
         settings: how blocks are trained.
         progress: called after every block.
-        recording: what the dense model's blocks gave when their statistics were measured; other samples are no use.
+        recording: what the dense model's blocks gave when their statistics were measured; it is of use where the same
+            samples come again, and empty afterwards.
 
     Returns:
         The weights by block, of the same shapes, and what happened to each block.
@@ -71,11 +73,15 @@ def refine_locally(
     Raises:
         BackendError: PyTorch is not installed, and there are steps to train.
         DataError: the data cannot be read, or are too few.
+        ConfigError: working files do not fit on the disk.
     """
     options = options or CalibrationOptions()
     settings = settings or LocalSettings(class_weight=options.class_weight, seed=options.seed)
     if settings.steps:
         require_torch()
+    count = drawn(data, options.samples)
+    if count is not None:
+        check_room(refining_bytes(study, new.keys(), count))
     with tempfile.TemporaryDirectory(prefix="toast-local-") as folder:
         work = _Work(study, new, data, options, settings, Path(folder), recording)
         results = []
@@ -84,6 +90,8 @@ def refine_locally(
                 results.append(work.block(block))
             if progress is not None:
                 progress(block.name)
+        if recording is not None:
+            recording.forget()
         return work.weights, tuple(results)
 
 
@@ -104,7 +112,7 @@ class _Work:
         samples = _open(study, data, options, folder)
         self.settings = replace(settings, group=max(1, BATCH // samples.size))
         twin = GraphView(padded_twin(study.view, study.facts, study.match.blocks, new))
-        known = {} if recording is None else recording.of(samples.rows, samples.size)
+        known = {} if recording is None else recording.of(samples.rows, samples.size, samples.source.fingerprint)
         facts = Facts(study.view, samples.shapes)
         self.dense = Stream("dense", study.view, facts, samples, options, folder, known=known)
         self.twin = Stream("twin", twin, Facts(twin, samples.shapes), samples, options, folder)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from toast_onnx.finetune.local import relative_error, split
 from toast_onnx.proof.places import Place
 from toast_onnx.solving.refit import Lack, before_scale, refit
+from toast_onnx_calibration.room import spare
 from toast_onnx_calibration.stored import scratch_rows, store_values
 from toast_onnx_calibration.streams import Stream
 
@@ -86,79 +87,111 @@ def correct(
         The errors on held-out samples before and after, and what was kept: closed form, mean or refit.
     """
     end = piece.graph.output[0].name
-    outputs, reads = _through(twin, piece, last, inputs)
-    twin.stand(end, outputs)
     _, judges = split(len(inputs), held_out)
-    before = _error(outputs[judges[0] :], targets[judges[0] :], weights)
+    gathered = _Gathered(twin, last, targets, weights, judges)
+    outputs = twin.stand(end, store_values(twin.path, gathered.run(piece, inputs), len(inputs)))
+    before = float(np.mean(gathered.errors))
     if last is None:
         return before, before, "closed form"
-    weight, bias, strength = _fit(last, outputs, reads, targets, weights, judges)
-    old = twin.change(piece, last.added(twin.view.model.arrays, weight, bias))
-    found = [each for (each,) in twin.outputs(piece, inputs[judges[0] :])]
-    after = _error(found, targets[judges[0] :], weights)
+    weight, bias, strength = refit(gathered.sums[False], gathered.sums[True])
+    arrays = twin.view.model.arrays
+    old = twin.change(piece, last.added(arrays, weight, bias - gathered.around @ weight))
+    move = _Move(*last.step(old, arrays))
+    errors = []
+    for k, (new,) in zip(judges, twin.outputs(piece, inputs[judges[0] :]), strict=True):
+        errors.append(relative_error(new, targets[k], weights))
+        if gathered.reads is not None:
+            move.see(outputs[k], gathered.reads[k], new)
+    after = float(np.mean(errors))
     if not after < before:
         twin.change(piece, old)
         return before, before, "closed form"
-    step = last.step(old, twin.view.model.arrays)
-    if _adds_up(step, [outputs[k] for k in judges], [reads[k] for k in judges], found):
+    if gathered.reads is not None and move.explains:
         for k in range(len(outputs)):
-            outputs[k] += _moved(step, reads[k], outputs[k].shape)
+            outputs[k] += move.of(gathered.reads[k], outputs[k].shape)
     else:
         twin.move(end, piece, inputs)
     return before, after, "mean" if math.isinf(strength) else "refit"
 
 
-def _through(twin: Stream, piece: onnx.ModelProto, last: LastLayer | None, inputs: Array) -> tuple[Array, Array]:
-    """A block's outputs, and the rows (batches, tokens, n) that its last layer reads, in files."""
-    channels = np.zeros(0, np.int64) if last is None else last.channels
-    inner = [last.reads] if last is not None and len(channels) else []
-    shape = twin.facts.shape(inner[0] if inner else piece.graph.output[0].name) or ()
-    path = twin.folder / f"{twin.name}-reads.npy"
-    reads = scratch_rows(path, (len(inputs), math.prod(shape[:-1]), len(channels)))
+class _Gathered:
+    """What one run of a block tells of its last layer.
 
-    def outputs() -> Iterator[Array]:
-        for k, (output, *inside) in enumerate(twin.outputs(piece, inputs, inner)):
-            for x in inside:
-                np.take(x.reshape(-1, x.shape[-1]), channels, axis=1, out=reads[k], mode="clip")
+    Attributes:
+        errors: of the block's outputs on the batches that judge.
+        sums: what the output lacks of the batches to fit (False) and of those that judge (True).
+        around: what was taken off the rows that the layer reads, (n,).
+        reads: these rows (batches, tokens, n), in a file; None where they would need too much of the disk.
+    """
+
+    def __init__(
+        self, twin: Stream, last: LastLayer | None, targets: Array, weights: Array, judges: Sequence[int]
+    ) -> None:
+        self._twin, self._last, self._targets, self._weights, self._judges = twin, last, targets, weights, judges
+        self.errors: list[float] = []
+        self.sums: dict[bool, Lack] = {}
+        self.channels = np.zeros(0, np.int64) if last is None else last.channels
+        self.around: Array = np.zeros(len(self.channels), np.float32)
+        self.reads: Array | None = None
+
+    def run(self, piece: onnx.ModelProto, inputs: Array) -> Iterator[Array]:
+        """The block's outputs, batch after batch; all of them have to be taken."""
+        inner = [self._last.reads] if self._last is not None and len(self.channels) else []
+        for k, (output, *inside) in enumerate(self._twin.outputs(piece, inputs, inner)):
+            if k in self._judges:
+                self.errors.append(relative_error(output, self._targets[k], self._weights))
+            if self._last is not None:
+                rows = math.prod(output.shape[:-1])
+                x = np.zeros((rows, 0), np.float32)
+                if inside:
+                    x = np.take(inside[0].reshape(rows, -1), self.channels, axis=1)
+                self._take(k, output, x, self._last)
             yield output
 
-    return store_values(twin.path, outputs(), len(inputs)), reads
+    def _take(self, k: int, output: Array, x: Array, last: LastLayer) -> None:
+        if k == 0:
+            # Around a mean, single precision keeps what channels far from zero have in common.
+            self.around = x.mean(axis=0, dtype=np.float64).astype(np.float32)
+            shape = (len(self._targets), *x.shape)
+            if spare(math.prod(shape) * x.itemsize, self._twin.folder):
+                self.reads = scratch_rows(self._twin.folder / f"{self._twin.name}-reads.npy", shape)
+        if self.reads is not None:
+            self.reads[k] = x
+        y = before_scale((self._targets[k].astype(np.float64) - output).reshape(len(x), -1), last.gamma)
+        counted = np.broadcast_to(self._weights, (*output.shape[:-1], 1)).reshape(-1)
+        found, judging = Lack.of(x - self.around, y, counted), k in self._judges
+        self.sums[judging] = self.sums[judging].merge(found) if judging in self.sums else found
 
 
-def _fit(
-    last: LastLayer, outputs: Array, reads: Array, targets: Array, weights: Array, judges: Sequence[int]
-) -> tuple[Array, Array, float]:
-    """What to add to the weight (n, m) and to the bias (m,), and at which strength, fitted on all but the judges."""
-    counted = np.broadcast_to(weights, (*targets.shape[1:-1], 1)).reshape(-1)
-    # Around a mean, single precision keeps what channels far from zero have in common.
-    around = reads[0].mean(axis=0, dtype=np.float64).astype(np.float32)
-    sums: dict[bool, Lack] = {}
-    for k, (output, x, target) in enumerate(zip(outputs, reads, targets, strict=True)):
-        y = before_scale((target.astype(np.float64) - output).reshape(len(x), -1), last.gamma)
-        found, judging = Lack.of(x - around, y, counted), k in judges
-        sums[judging] = found if judging not in sums else sums[judging].merge(found)
-    weight, bias, strength = refit(sums[False], sums[True])
-    return weight, bias - around @ weight, strength
+@dataclass
+class _Move:
+    """What a change of the last layer adds to the block's outputs, where nothing acts on the sum.
 
+    Attributes:
+        weight: (n, m).
+        bias: (m,).
+        missed: squared difference from how outputs that were run again changed.
+        made: sum of squares of that change.
+    """
 
-def _error(outputs: Sequence[Array] | Array, targets: Array, weights: Array) -> float:
-    return float(np.mean([relative_error(o, t, weights) for o, t in zip(outputs, targets, strict=True)]))
+    weight: Array
+    bias: Array
+    missed: float = 0.0
+    made: float = 0.0
 
+    def of(self, reads: Array, shape: tuple[int, ...]) -> Array:
+        """For a batch of outputs of this shape, from the rows (tokens, n) that the layer reads."""
+        weight, bias = self.weight, self.bias
+        found: Array = (reads @ weight + bias).reshape(shape) if weight.size else np.broadcast_to(bias, shape)
+        return found
 
-def _moved(step: tuple[Array, Array], reads: Array, shape: tuple[int, ...]) -> Array:
-    """What a change of the last layer adds to a batch of outputs of this shape."""
-    weight, bias = step
-    found: Array = (reads @ weight + bias).reshape(shape) if weight.size else np.broadcast_to(bias, shape)
-    return found
-
-
-def _adds_up(
-    step: tuple[Array, Array], before: Sequence[Array], reads: Sequence[Array], after: Sequence[Array]
-) -> bool:
-    """Whether the block's outputs went where the change of its last layer alone takes them: nothing acts on the sum."""
-    missed = made = 0.0
-    for old, x, new in zip(before, reads, after, strict=True):
+    def see(self, old: Array, reads: Array, new: Array) -> None:
+        """Count a batch of outputs that was run again."""
         change = new.astype(np.float64) - old
-        missed += float(np.square(change - _moved(step, x, old.shape)).sum())
-        made += float(np.square(change).sum())
-    return missed <= EXACT**2 * made
+        self.missed += float(np.square(change - self.of(reads, old.shape)).sum())
+        self.made += float(np.square(change).sum())
+
+    @property
+    def explains(self) -> bool:
+        """Whether the outputs that were run again went where this takes them."""
+        return self.missed <= EXACT**2 * self.made

@@ -11,10 +11,14 @@ from pathlib import Path
 import onnx.helper
 
 from toast_onnx.errors import ConfigError
+from toast_onnx.matching.span import span_of
 from toast_onnx.matching.study import Study
 from toast_onnx.model import stored_bytes
 from toast_onnx_calibration.chain import Link
 from toast_onnx_calibration.sources import count_samples
+
+#: Bytes of files that only save time: they may lie in memory, where that is what temporary files are.
+SPARE = 1 << 30
 
 
 def drawn(data: str | Path, samples: int | None) -> int | None:
@@ -41,6 +45,24 @@ def check_room(needed: int) -> None:
         )
 
 
+def spare(needed: int, folder: Path) -> bool:
+    """Whether files that only save time may lie in a folder: they are small, and most of what is free stays so."""
+    return needed <= min(SPARE, shutil.disk_usage(folder).free // 4)
+
+
+def refining_bytes(study: Study, blocks: Collection[int], samples: int) -> int:
+    """Bytes of the working files of the correction of blocks: samples, and activations of two models, old and new.
+
+    Args:
+        study: the model.
+        blocks: that are corrected.
+        samples: that are run.
+    """
+    spans = (span_of(study.view, study.counted, study.match.blocks[index]) for index in blocks)
+    stream = max((sample_bytes(study, {span.start, span.end}) for span in spans if span is not None), default=0)
+    return samples * (_input_bytes(study) + 2 * stream) + 3 * stored_bytes(study.view.model.path)
+
+
 def spool_bytes(study: Study, links: Sequence[Link], samples: int) -> int:
     """Bytes of the activations that the passes of a calibration leave for one another, at their most.
 
@@ -61,9 +83,14 @@ def trial_bytes(study: Study, samples: int, fronts: Collection[str], output: str
         fronts: activations in front of each block; two of them are on the disk at a time.
         output: where damage is measured.
     """
-    inputs = sample_bytes(study, {i.name for i in study.view.model.proto.graph.input} - set(study.view.initializers))
     front = max((sample_bytes(study, {name}) for name in fronts), default=0)
-    return samples * (inputs + 2 * front + sample_bytes(study, {output})) + 3 * stored_bytes(study.view.model.path)
+    each = _input_bytes(study) + 2 * front + sample_bytes(study, {output})
+    return samples * each + 3 * stored_bytes(study.view.model.path)
+
+
+def _input_bytes(study: Study) -> int:
+    graph = study.view.model.proto.graph
+    return sample_bytes(study, {i.name for i in graph.input} - set(study.view.initializers))
 
 
 def sample_bytes(study: Study, tensors: Collection[str]) -> int:

@@ -120,20 +120,22 @@ def proof_samples(
 
 
 @contextmanager
-def kept_outputs(dense: Study, samples: str | None) -> Iterator[Recording | None]:
-    """What keeps the outputs of a model's blocks for the correction of blocks; None where none are corrected.
+def kept_outputs(dense: Study, ratios: Ratios, samples: str | None) -> Iterator[Recording | None]:
+    """What keeps the outputs of a model's blocks for the correction of blocks; None where nobody will ask for them.
 
     Args:
         dense: the model.
-        samples: as `samples_to_refine` found them.
+        ratios: the ratios file.
+        samples: that are measured and corrected on; None where it is not both.
     """
-    if samples is None:
+    if samples is None or ratios.compensation.statistics == "sequential":
         yield None
         return
+    from toast_onnx_calibration.needs import needed
     from toast_onnx_calibration.recorded import Recording
 
     with tempfile.TemporaryDirectory(prefix="toast-outputs-") as folder:
-        yield Recording(dense, Path(folder))
+        yield Recording(dense, needed(dense, ratios).keys(), Path(folder))
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def run_job(
     say_notes(idle_settings(settings))
     measured = None if job.planned else data
     with (
-        kept_outputs(dense, samples) as recording,
+        kept_outputs(dense, settings, samples if measured is not None else None) as recording,
         find_statistics(dense, settings, measured, job.statistics, calibration, recording) as found,
     ):
         steps = len(dense.match.blocks) * (1 if samples is None else 2) + 1

@@ -32,7 +32,7 @@ def test_scratch_is_used_again_where_it_fits(tmp_path: Path) -> None:
     first[:] = 7
     again = scratch_rows(path, (2, 3))
     np.testing.assert_array_equal(again, first)
-    assert scratch_rows(path, (3, 3)).shape == (3, 3)
+    assert scratch_rows(path, (3, 2)).shape == (3, 2)
     assert scratch_rows(path, (3, 0)).shape == (3, 0)
 
 

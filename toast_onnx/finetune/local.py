@@ -57,11 +57,11 @@ class LocalResult:
     Attributes:
         block: number of the block.
         before: squared error of the block's output on held-out samples with the closed-form weights, as a fraction of
-            the output's energy; None where the block was not trained.
+            the output's energy; None where the block could not be run alone.
         after: the same with the weights that were kept.
         kept: `trained`, `refit` (the last layer fitted to what the output lacks), `mean` (only the output's mean
             corrected) or `closed form`.
-        note: why a block was not trained.
+        note: why a block could not be run alone or trained.
     """
 
     block: int
