@@ -123,7 +123,7 @@ class _Work:
         """Train one block; both streams are behind it afterwards."""
         new = self.weights[block.index]
         try:
-            span = block_span(self.twin.view, self.twin.facts, block)
+            span = block_span(self.study.view, self.dense.facts, block)
             inputs = self.twin.advance(span.start)
             targets = self.dense.advance(span.end)
             return self._train(block, new, span, inputs, targets)

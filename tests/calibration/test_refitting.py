@@ -116,6 +116,19 @@ def test_values_behind_a_block_are_those_of_another_run(
     assert_same(moved, again)
 
 
+@pytest.mark.parametrize("after", ["fp16", "constants"])
+def test_other_spellings_of_the_weights_are_refitted_as_well(after: str, exported: Exported, images: Path) -> None:
+    """Their twin has nodes that the dense graph lacks; a block runs between tensors that both have."""
+    plain = refitted(look(exported(zoo.Case("timm-vit"))), images)
+    found = refitted(look(exported(zoo.Case("timm-vit", after=after))), images)
+    assert [r.kept for r in found.local] == [r.kept for r in plain.local] == ["refit", "refit"]
+    for a, b in zip(found.local, plain.local, strict=True):
+        assert a.note is None
+        assert a.after == pytest.approx(b.after, rel=0.02)
+    assert found.twin is not None
+    assert found.twin.worst < 1e-2
+
+
 def test_rows_that_need_too_much_of_the_disk_are_not_kept(
     vit: Study, images: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
