@@ -17,6 +17,7 @@ from tests.pruning import look
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.finetune.views import Views
 from toast_onnx.matching.study import Study
+from toast_onnx_calibration import views
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate, open_measured
 from toast_onnx_calibration.sensitivity_stream import read_samples
 from toast_onnx_calibration.sequential import SequentialStatistics
@@ -67,6 +68,16 @@ def test_each_sample_is_followed_by_its_views(vit: Study, samples: Path) -> None
         np.testing.assert_array_equal(found[k * (1 + VIEWS) + 1 : (k + 1) * (1 + VIEWS)], expected)
     assert names[:5] == ["0", "0 (view 1)", "0 (view 2)", "0 (view 3)", "1"]
     assert source.description.endswith(f"images.npy, {VIEWS} views of each")
+
+
+def test_how_views_are_made_tells_statistics_apart(vit: Study, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened(vit, samples)
+    found = {source.fingerprint}
+    for name, value in (("STEPS", 4), ("STEP", 0.1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(views, name, value)
+            found.add(source.fingerprint)
+    assert len(found) == 3
 
 
 def test_parts_are_those_of_the_whole(vit: Study, samples: Path) -> None:
