@@ -1,6 +1,7 @@
 """What `prune --data` costs next to plain inference of the same images: python benchmarks/pruning_cost.py MODEL IMAGES
 
-Both in turns, a process each, with the same threads. Processor seconds: of plain inference those of the runs alone and
+Both in turns, a process each, with the same threads, NumPy's included: a second one of these waits for work more than
+it works, and waiting counts as processor time. Processor seconds: of plain inference those of the runs alone and
 those of its whole process, which reads and decodes the images as `prune` does; of `prune` those of the whole process,
 with the same share of everything removed, an eighth of the images kept back, the proof and the agreement included. The
 aim is three times plain inference and 20 s.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(options.threads))
     runs, whole, pruning, count = [], [], [], 0
     with tempfile.TemporaryDirectory(prefix="toast-cost-") as folder:
         ratios = Path(folder) / "ratios.yaml"
