@@ -29,8 +29,18 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from benchmarks.deit import evaluation_images, load_deit, parser_with_data
-from benchmarks.refit_trials import CHANNELS, Layers, calibration_images, chunks, classify, embed, kl
-from toast_onnx.importance.moments import Moments
+from benchmarks.refit_trials import (
+    CHANNELS,
+    Layers,
+    calibration_images,
+    chunks,
+    classify,
+    embed,
+    kl,
+    run_blocks,
+    single,
+)
+from toast_onnx.importance.moments import Moments, merge
 from toast_onnx.importance.second_order import default_batch, keep_second_order
 from toast_onnx_cli.console import print_table
 
@@ -72,7 +82,7 @@ def main() -> None:
     seen, _ = calibration_images(options.data / "data" / "calibration_256", options.samples)
     moments = measured(module, layers, seen)
     judged = torch.from_numpy(images)
-    dense = run(module, layers, [None] * len(layers), judged)
+    dense = run_blocks(module, layers, judged)
     hidden = layers[0].layers["fc2"][0].shape[0]
     rows = []
     for rank in options.ranks:
@@ -109,10 +119,7 @@ def measured(module: Any, layers: Sequence[Layers], images: Tensor) -> list[Mome
             rows = torch.cat([hidden, read], -1).flatten(0, 1).numpy()
             parts.append(Moments.of(rows, weights.flatten().numpy()))
             behind.append(t + each("fc2", hidden))
-        total = parts[0]
-        for part in parts[1:]:
-            total = total.merge(part)
-        found.append(total)
+        found.append(merge(parts))
         x = torch.cat(behind)
     return found
 
@@ -137,7 +144,7 @@ def reduced(layers: Layers, moments: Moments, kept: int, rank: int, ridge: float
     missed = target - read @ weights
     error = float(np.sum(missed * (s @ missed)) / np.sum(target * (s @ target)))
     path, bias = (beside @ weights[kept:])[hidden:], b2 + moments.mean @ missed
-    return Network(units, _tensor(weights[:kept]), _tensor(path), _tensor(bias), error)
+    return Network(units, single(weights[:kept]), single(path), single(bias), error)
 
 
 def directions(covariance: np.ndarray, cross: np.ndarray, rank: int) -> np.ndarray:
@@ -156,16 +163,10 @@ def _predicted(s: np.ndarray, read: np.ndarray) -> np.ndarray:
     return np.asarray(cross.T @ np.linalg.solve(a + 1e-6 * np.trace(a) / len(a) * np.eye(len(a)), cross))
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(array, np.float32))
+def run(module: Any, layers: Sequence[Layers], left: Sequence[Network], images: Tensor) -> Tensor:
+    """Normalised token 0 behind the last block, (images, C)."""
 
-
-def run(module: Any, layers: Sequence[Layers], left: Sequence[Network | None], images: Tensor) -> Tensor:
-    """Normalised token 0 behind the last block, (images, C); None is a network as it was."""
-
-    def network(read: Tensor, each: Layers, new: Network | None) -> Tensor:
-        if new is None:
-            return each("fc2", gelu(each("fc1", read)))
+    def network(read: Tensor, each: Layers, new: Network) -> Tensor:
         hidden = gelu(each("fc1", read)[..., torch.from_numpy(new.units)])
         return hidden @ new.w2 + read @ new.path + new.bias
 

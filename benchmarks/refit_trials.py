@@ -188,9 +188,9 @@ class Layers:
             self.norms,
             {
                 "qkv": (_joined([h.weight for h in heads]), _joined([h.bias for h in heads])),
-                "proj": (_tensor(a.proj.weight.reshape(-1, CHANNELS)), _tensor(a.proj.bias)),
+                "proj": (single(a.proj.weight.reshape(-1, CHANNELS)), single(a.proj.bias)),
                 "fc1": (weight[:, torch.from_numpy(f.units)], bias[torch.from_numpy(f.units)]),
-                "fc2": (_tensor(f.fc2[0]), _tensor(f.fc2[1])),
+                "fc2": (single(f.fc2[0]), single(f.fc2[1])),
             },
         )
 
@@ -216,13 +216,14 @@ class Layers:
         return (weights @ v).transpose(1, 2).reshape(images, tokens, -1)
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def single(array: np.ndarray) -> Tensor:
+    """An array as a tensor in single precision."""
     return torch.from_numpy(np.asarray(array, np.float32))
 
 
 def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     """(C, heads, dim) or (heads, dim) of Q, K and V side by side, heads and dimensions as one axis."""
-    return _tensor(np.concatenate([p.reshape(*p.shape[:-2], -1) for p in parts], axis=-1))
+    return single(np.concatenate([p.reshape(*p.shape[:-2], -1) for p in parts], axis=-1))
 
 
 def chunks(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -301,7 +302,7 @@ def fit(new: Layers, name: str, read: Tensor, lacking: Tensor, counts: Sequence[
             best = (left[strength], merged(parts), strength)
     weight, bias = best[1].change(best[2])
     old = new.layers[name]
-    new.layers[name] = (old[0] + _tensor(weight), old[1] + _tensor(bias))
+    new.layers[name] = (old[0] + single(weight), old[1] + single(bias))
 
 
 def folds(read: Tensor, lacking: Tensor, count: float) -> list[Lack]:
@@ -332,7 +333,7 @@ def head_change(dense: Tensor, pruned: Tensor) -> Callable[[Tensor], Tensor]:
     Strength 10: the best of all for the 300 images, so this says what such a matrix could give at most.
     """
     weight, bias = Lack.of(pruned, dense - pruned, np.ones(len(pruned))).change(10.0)
-    return lambda tokens: tokens @ _tensor(weight) + _tensor(bias)
+    return lambda tokens: tokens @ single(weight) + single(bias)
 
 
 if __name__ == "__main__":
