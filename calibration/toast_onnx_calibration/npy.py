@@ -143,10 +143,8 @@ def refused(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        # zipfile raises the last of these for compressions that it does not know
-        raise DataError(f"{path}: {_failure(error)}") from error
-    except RuntimeError as error:  # an encrypted member
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        # zipfile raises the last of these for encrypted members and for compressions that it does not know
         raise DataError(f"{path}: {_failure(error)}") from error
 
 
