@@ -34,6 +34,7 @@ from toast_onnx_calibration.sources import Source, shares_of
 from toast_onnx_calibration.statistics_graph import MeasuringGraph, TokenSettings, measuring_graph
 from toast_onnx_calibration.store import Header, Share, StatisticsWriter, per_head, write_statistics
 from toast_onnx_calibration.store_checks import nearest_moments
+from toast_onnx_calibration.sums import add_run
 from toast_onnx_calibration.views import ViewedSource
 
 if TYPE_CHECKING:
@@ -304,7 +305,7 @@ def accumulate(
             recording.add(each.rows, found)
         spool.keep(number, {name: found.pop(name) for name in left})
         spool.forget(number, (name for name in link.takes if name not in link.leaves))
-        _add(sums, graph, found, each.factor)
+        add_run(sums, graph.outputs, found, each.factor)
         samples += each.valid
         if each.valid:
             say(samples)
@@ -365,49 +366,6 @@ def _runs(source: Source, inputs: Sequence[ModelInput], batch: int, sizes: list[
 def _counter(progress: Progress | None, done: int, total: int | None, which: str) -> Callable[[int], None]:
     """Tells the progress of a pass that starts when `done` samples were measured in earlier ones."""
     return lambda samples: None if progress is None else progress(done + samples, total, which)
-
-
-def _add(sums: dict[str, Array], graph: MeasuringGraph, found: Mapping[str, NDArray[Any]], factor: float) -> None:
-    """Add the sums of one run."""
-    parts: dict[str, dict[str, NDArray[Any]]] = {}
-    for key, tensor in graph.outputs.items():
-        parts.setdefault(key.rpartition(".")[0], {})[key] = found[tensor]
-    for part in parts.values():  # one at a time in float64
-        for key, value in unshift(joined(part)).items():
-            if key not in sums:
-                sums[key] = np.zeros(value.shape)
-            sums[key] += value if factor == 1.0 else factor * value.astype(np.float64)
-
-
-def joined(found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """A batch's sums, Gram matrices made whole that come in panels: `gram/i/j`, on and above the diagonal."""
-    whole = {key: value for key, value in found.items() if "/" not in key}
-    panels: dict[str, dict[tuple[int, int], NDArray[Any]]] = {}
-    for key, value in found.items():
-        if "/" in key:
-            name, i, j = key.split("/")
-            panels.setdefault(name, {})[int(i), int(j)] = value
-    for name, parts in panels.items():
-        count = 1 + max(j for _, j in parts)
-        mirrored = parts | {(j, i): value.T for (i, j), value in parts.items() if i < j}
-        whole[name] = np.block([[mirrored[i, j] for j in range(count)] for i in range(count)])
-    return whole
-
-
-def unshift(found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """A batch's sums with its shifts taken out, in float64: sum of x x^T from that of (x - m)(x - m)^T, and so on."""
-    raw = {key: value for key, value in found.items() if not key.endswith(".shift")}
-    for key, value in found.items():
-        if key.endswith(".shift"):
-            part, m = key.removesuffix(".shift"), value.astype(np.float64)
-            total, count = found[f"{part}.total"].astype(np.float64), float(found[f"{part}.count"][0])
-            # gram + m t^T + t m^T + n m m^T, as two outer products
-            half = np.outer(m, total + count / 2 * m)
-            around = half + half.T
-            around += found[f"{part}.gram"]
-            raw[f"{part}.gram"] = around
-            raw[f"{part}.total"] = total + count * m
-    return raw
 
 
 def _repeated(batch: Batch) -> dict[str, Any]:

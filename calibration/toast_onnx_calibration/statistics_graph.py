@@ -1,7 +1,7 @@
 """The measuring graph: nodes behind a model's activations that reduce them to the sums the solvers need.
 
 Only d x d matrices leave the session. Everything that leaves is a sum over samples, so batches, shards and repetitions
-add up; `shift` alone is not, it says around what a batch's moments were taken (`calibrate.unshift` takes it out).
+add up; `shift` alone is not, it says around what a batch's moments were taken (`sums.unshift` takes it out).
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class _Build:
     def _gram(self, key: str, x: str, first: str | None, width: int, alpha: float, beta: float) -> None:
         """`gram`: alpha * x^T x + beta * first^T first of matrices (rows, width); of wide ones its panels `gram/i/j`.
 
-        Panels below the diagonal are left out: `calibrating.joined` mirrors those above it. Joined in the graph, they
+        Panels below the diagonal are left out: `sums.joined` mirrors those above it. Joined in the graph, they
         would take half as much memory again (DeiT-B, batches of 16).
         """
         w, panels = self.writer, min(4, max(1, width // PANEL))
