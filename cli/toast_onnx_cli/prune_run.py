@@ -24,7 +24,7 @@ from toast_onnx_cli.prune_inputs import (
     refinement,
     samples_to_refine,
 )
-from toast_onnx_cli.prune_summary import even_notes, head_notes
+from toast_onnx_cli.prune_summary import correction_notes, even_notes, head_notes
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
@@ -120,10 +120,7 @@ def run_job(
             say_notes(even_notes(evened))
         if job.normalize:
             say_note(f"{pruned.normalized} spelled-out norms became LayerNormalization")
-        say_notes([*dense.notes, *pruned.notes, *head_notes(dense, pruned)])
-        for result in pruned.local:
-            if result.note is not None and settings.compensation.kind == "local":
-                say_note(f"block {result.block} was not trained and keeps its weights ({result.kept}): {result.note}")
+        say_notes([*dense.notes, *pruned.notes, *head_notes(dense, pruned), *correction_notes(pruned.local)])
         source = {"source": found.source} if isinstance(found, SyntheticStatistics) else found.to_document()
     options = {
         "ratios": settings.to_document(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toast_onnx.choosing.blocks import heads_rounded_away
 from toast_onnx.engines.even_heads import Evened
+from toast_onnx.finetune.local import LocalResult
 from toast_onnx.matching.study import Study
 from toast_onnx.pruning import Pruned
 from toast_onnx.report.tables import HARDLY
@@ -29,6 +31,16 @@ def head_notes(dense: Study, pruned: Pruned) -> list[str]:
     return [
         f"attention.heads rounds to no head in block {where}; of {most} heads, more than {0.5 / most:.3g} drops one"
     ]
+
+
+def correction_notes(results: Sequence[LocalResult]) -> list[str]:
+    """What to say of blocks that were not corrected or trained: how many keep which weights, and why the first."""
+    notes: dict[str, list[str]] = {}
+    for result in results:
+        if result.note is not None:
+            lacking = "run alone" if result.before is None else "trained"
+            notes.setdefault(f"keep their {result.kept}, as they could not be {lacking}", []).append(result.note)
+    return [f"{len(why)} of {len(results)} blocks {what}: {why[0]}" for what, why in notes.items()]
 
 
 def even_notes(evened: Evened) -> list[str]:

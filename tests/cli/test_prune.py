@@ -19,9 +19,11 @@ from tests import zoo
 from tests.matching.test_dims import Turn, attention, pooled, pooled_image
 from tests.matching.tiny import TOKENS, WIDTH
 from tests.pruning import run, worst
+from toast_onnx.finetune.local import LocalResult
 from toast_onnx.planning.presets import preset
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx_cli.main import main
+from toast_onnx_cli.prune_summary import correction_notes
 
 Exported = Callable[[zoo.Case], Path]
 
@@ -48,6 +50,38 @@ def test_steps_of_training_that_nothing_trains_are_said(
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.stderr
     assert ("compensation.steps does nothing with kind: ridge" in result.stderr) is said
+
+
+def test_blocks_that_are_not_corrected_are_said(exported: Exported, tmp_path: Path) -> None:
+    """A mask that is an input comes into every block of a BERT; the default corrects, and none of a ViT is named."""
+    (tmp_path / "r.yaml").write_text("version: 1\nffn: {fc2: 0.5}\n")
+    said = {}
+    for family in ("hf-bert", "timm-vit"):
+        path = exported(zoo.Case(family))
+        np.savez(tmp_path / f"{family}.npz", **zoo.inputs(path, batch=24))
+        words = ["prune", str(path), "--ratios", str(tmp_path / "r.yaml"), "-o", str(tmp_path / f"{family}.onnx")]
+        result = CliRunner().invoke(main, [*words, "--data", str(tmp_path / f"{family}.npz"), "--threads", "1"])
+        assert result.exit_code == 0, result.stderr
+        said[family] = result.stderr
+    assert "2 of 2 blocks keep their closed form, as they could not be run alone: block 0" in said["hf-bert"]
+    assert said["hf-bert"].count("reads more than one activation") == 1
+    assert "keep their" not in said["timm-vit"]
+
+
+def test_what_is_kept_of_blocks_that_are_not_trained_is_said() -> None:
+    results = [
+        LocalResult(0, 0.2, 0.1, "trained"),
+        LocalResult(1, 0.2, 0.1, "refit", "the node 'a' cannot run"),
+        LocalResult(2, 0.2, 0.2, "closed form", "the node 'b' cannot run"),
+        LocalResult(3, note="reads more"),
+        LocalResult(4, 0.3, 0.1, "refit", "the node 'c' cannot run"),
+    ]
+    assert correction_notes(results) == [
+        "2 of 5 blocks keep their refit, as they could not be trained: the node 'a' cannot run",
+        "1 of 5 blocks keep their closed form, as they could not be trained: the node 'b' cannot run",
+        "1 of 5 blocks keep their closed form, as they could not be run alone: reads more",
+    ]
+    assert correction_notes([]) == correction_notes(results[:1]) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
