@@ -1,7 +1,7 @@
 """What `prune --data` costs next to plain inference of the same images: python benchmarks/pruning_cost.py MODEL IMAGES
 
-Both in turns, a process each, with the same threads, NumPy's included: a second one of these waits for work more than
-it works, and waiting counts as processor time. Processor seconds: of plain inference those of the runs alone and
+Both in turns, a process each, with the same threads, NumPy's included: a second one of these waits for work at
+DeiT-T's size, and waiting counts as processor time. Processor seconds: of plain inference those of the runs alone and
 those of its whole process, which reads and decodes the images as `prune` does; of `prune` those of the whole process,
 with the same share of everything removed, an eighth of the images kept back, the proof and the agreement included. The
 aim is three times plain inference and 20 s.

@@ -60,3 +60,10 @@ def test_every_way_in_says_the_same_of_a_missing_one(
 def test_the_names_are_those_of_onnx_runtime() -> None:
     """ONNX Runtime knows the names of all providers it can be built with."""
     assert {p.name for p in PROVIDERS.values()} <= set(ort.get_all_providers())
+
+
+def test_idle_threads_wait_in_a_loop_only_where_runs_are_timed(tmp_path: Path) -> None:
+    path = colour_model(tmp_path / "m.onnx")
+    for session, spins in ((open_session(path), "1"), (make_session(path), "0")):
+        options = session.get_session_options()
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins

@@ -147,6 +147,7 @@ def prune(
     samples: Sequence[Mapping[str, np.ndarray]] = (),
     force_synthetic: bool = False,
     split_shared: bool = False,
+    threads: int | None = None,
 ) -> Pruned:
     """Prune a model.
 
@@ -163,6 +164,7 @@ def prune(
         force_synthetic: without statistics, also prune parts that made-up tokens do not stand for (no norm in front).
         split_shared: give every place that shares its weights with others a copy of its own.
         samples: real inputs for the proof to run on besides made-up ones, as lists of name -> array.
+        threads: that solve blocks; None takes `OMP_NUM_THREADS`, or one a core.
 
     Raises:
         ConfigError: the ratios do not fit the model.
@@ -186,6 +188,7 @@ def prune(
         samples=samples,
         force_synthetic=force_synthetic,
         split_shared=split_shared,
+        threads=threads,
     )
     options = {
         "ratios": settings.to_document(),

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from toast_onnx.threads import wished_threads
+
 # Its severities: what it starts with, and the one that only a crash reaches.
 _WARNING, _FATAL = 2, 4
 
@@ -51,16 +53,18 @@ else:
         import onnxruntime as ort
 
 
-def session_options(threads: int | None = None) -> Any:
+def session_options(threads: int | None = None, *, timed: bool = False) -> Any:
     """`onnxruntime.SessionOptions` of a session that says nothing but what it raises.
 
     Args:
         threads: threads inside one operator; None or 0 leaves it to `OMP_NUM_THREADS`, as NumPy and PyTorch do, and
             to ONNX Runtime (one a core) where that is not set.
+        timed: whether its runs are timed. Idle threads then wait in a loop, as they do in what users deploy; they would
+            take the cores from NumPy, which works between runs (`prune --data`, DeiT-T, two cores: 33 s for 25).
     """
     options = ort.SessionOptions()
-    wished = os.environ.get("OMP_NUM_THREADS", "")
-    options.intra_op_num_threads = threads or (int(wished) if wished.isdecimal() else 0)
+    options.intra_op_num_threads = wished_threads(threads) or 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(timed)))
     options.log_severity_level = _WARNING if logger.isEnabledFor(logging.DEBUG) else _FATAL
     return options
 

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from toast_onnx.choosing.at_once import blocks_at_once
 from toast_onnx.choosing.blocks import Widths, held_by_ties, plan_widths, solve_block
 from toast_onnx.choosing.losses import predicted_errors
 from toast_onnx.choosing.shared import Pooled, Sharing, agreed_widths, find_sharing, sharing_notes
@@ -34,6 +35,7 @@ from toast_onnx.selection.plan import Selection, among_merged, plan_selections, 
 from toast_onnx.selection.rewrite import Chosen, select_at_run_time
 from toast_onnx.selection.twin import check_scores, masked_twin
 from toast_onnx.solving.weights import BlockWeights
+from toast_onnx.threads import shared_work
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx.tokens.rewrite import WrittenMerge, write_merging
 from toast_onnx.tokens.schedule import removed_counts
@@ -110,6 +112,7 @@ def prune(
     samples: Sequence[Feeds] = (),
     force_synthetic: bool = True,
     split_shared: bool = False,
+    threads: int | None = None,
 ) -> Pruned:
     """Prune a studied model.
 
@@ -126,6 +129,7 @@ def prune(
         force_synthetic: with made-up tokens, also prune parts that they do not stand for, because no norm is in front.
         split_shared: give every place that shares its weights with others a copy of its own.
         samples: real inputs that the proof runs on besides made-up ones, and alone where nothing made up fits.
+        threads: that solve blocks; None takes `OMP_NUM_THREADS`, or one a core.
 
     Raises:
         ConfigError: the ratios do not fit the model.
@@ -148,7 +152,7 @@ def prune(
         )
     asked = _asked(study, settings, ratios, statistics, seed, skip_unprunable, force_synthetic, split_shared)
     feeds, notes, unproven = _proof_inputs(study, samples, seed) if check else ([], (), None)
-    weights, errors = _solve_all(study, ratios, asked, statistics, progress)
+    weights, errors = _solve_all(study, ratios, asked, statistics, threads, progress)
     if unproven is not None:
         raise unproven
     weights, trained = _refined(ratios, asked, weights, refine)
@@ -235,26 +239,41 @@ def _asked(
 
 
 def _solve_all(
-    study: Study, ratios: Ratios, asked: _Asked, statistics: Statistics | Sequential, progress: Progress
+    study: Study,
+    ratios: Ratios,
+    asked: _Asked,
+    statistics: Statistics | Sequential,
+    threads: int | None,
+    progress: Progress,
 ) -> tuple[dict[int, BlockWeights], dict[int, dict[str, float]]]:
     """New weights of all blocks that change, and the predicted errors of their parts, by block number."""
     sharing, kind = asked.sharing, ratios.compensation.kind
     weights: dict[int, BlockWeights] = {}
     errors: dict[int, dict[str, float]] = {}
-    for block, whole, setting in zip(study.match.blocks, asked.widths, asked.settings, strict=True):
-        width = static_widths(whole, setting)
-        if width != Widths():
-            found = statistics.behind(block.index, weights) if isinstance(statistics, Sequential) else statistics
-            found = Remembered(Pooled(found, sharing))
-            new = _solve_once(study, block, width, setting, ratios, found, sharing, weights)
-            if new is not None:
-                weights[block.index] = new
-                leaders = {sharing.leader(block.index, part) for part in ("attention", "ffn")}
-                if block.index in leaders:
-                    errors[block.index] = predicted_errors(study, block, width, setting, kind, found, new)
-                else:  # pooled statistics of the same places once more
-                    known = (errors.get(index, {}) for index in sorted(leaders))
-                    errors[block.index] = {part: e for each in known for part, e in each.items()}
+
+    def solve(block: Block) -> tuple[BlockWeights | None, dict[str, float]]:
+        setting = asked.settings[block.index]
+        width = static_widths(asked.widths[block.index], setting)
+        if width == Widths():
+            return None, {}
+        found = statistics.behind(block.index, weights) if isinstance(statistics, Sequential) else statistics
+        found = Remembered(Pooled(found, sharing))
+        new = _solve_once(study, block, width, setting, ratios, found, sharing, weights)
+        if new is None:
+            return None, {}
+        leaders = {sharing.leader(block.index, part) for part in ("attention", "ffn")}
+        if block.index in leaders:
+            return new, predicted_errors(study, block, width, setting, kind, found, new)
+        known = (errors.get(index, {}) for index in sorted(leaders))  # pooled statistics of the same places once more
+        return new, {part: e for each in known for part, e in each.items()}
+
+    apart = not (sharing or isinstance(statistics, Sequential))  # else a block waits for those before it
+    most = blocks_at_once(study) if apart else 1
+    for block, (new, predicted) in zip(
+        study.match.blocks, shared_work(solve, study.match.blocks, threads, most), strict=True
+    ):
+        if new is not None:
+            weights[block.index], errors[block.index] = new, predicted
         progress(block.name)
     return weights, errors
 

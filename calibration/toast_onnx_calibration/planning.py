@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypeVar
 
 import numpy as np
 
+from toast_onnx.choosing.at_once import blocks_at_once
 from toast_onnx.choosing.losses import loss_curves
 from toast_onnx.errors import ConfigError
 from toast_onnx.importance.scores import ffn_score
@@ -44,6 +46,7 @@ from toast_onnx.planning.width_costs import (
     width_step,
 )
 from toast_onnx.planning.widths import fused_head_dim
+from toast_onnx.threads import shared_work
 from toast_onnx_calibration.costs import Runtime, no_smaller_width, variant
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything
 from toast_onnx_calibration.sensitivity_trials import Sensitivity
@@ -129,6 +132,7 @@ def predicted_choices(
     found: Sensitivity,
     parts: Sequence[Part] = ("qk", "vo", "fc2"),
     table: CostTable | None = None,
+    threads: int | None = None,
 ) -> list[PartChoice]:
     """What each part may keep, with the damage predicted from its losses and measured points.
 
@@ -139,15 +143,16 @@ def predicted_choices(
         found: measured points; a part without any stays dense.
         parts: what may shrink.
         table: only widths it knows are offered; None offers all aligned ones.
+        threads: that look at blocks; None takes `OMP_NUM_THREADS`, or one a core.
 
     Raises:
         ConfigError: there is no choice at all; the message says why.
     """
     blocks = study.match.blocks
     resolved = resolve(settings, [b.name for b in blocks], [b.node_names for b in blocks])
-    choices = []
-    for block, setting in zip(blocks, resolved, strict=True):
-        widths = prunable_widths(block)
+
+    def offered_by(block: Block) -> list[PartChoice]:
+        widths, setting, choices = prunable_widths(block), resolved[block.index], []
         measured = {p: found.measured(block.index, p) for p in PARTS if p in parts and p in widths}
         present: list[Part] = [part for part, points in measured.items() if points]
         tied: set[Part] = {"qk", "vo"} if _ties(settings, block) else set()
@@ -164,6 +169,9 @@ def predicted_choices(
                 damage = damage_curve(curves[part], measured[part])
                 damages = tuple(float(damage[k]) for k in offered)
                 choices.append(PartChoice(block.index, part, offered, damages, part in tied))
+        return choices
+
+    choices = list(chain.from_iterable(shared_work(offered_by, blocks, threads, blocks_at_once(study))))
     if not choices:
         raise ConfigError(_why_no_choice(study, settings, found, parts))
     return choices

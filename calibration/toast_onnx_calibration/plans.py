@@ -289,7 +289,8 @@ def _choices(
     grid = trial_grid(dense, settings, parts, points)
     with measuring(len(missing(grid, found))) as progress:
         measure(work.damages, grid, found, results, progress, work.left)
-    return predicted_choices(dense, settings, work.narrowing.statistics, found, parts, table)  # type: ignore[arg-type]
+    statistics, threads = work.narrowing.statistics, work.narrowing.solver.threads
+    return predicted_choices(dense, settings, statistics, found, parts, table, threads)  # type: ignore[arg-type]
 
 
 def _measured(

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from toast_onnx.choosing.at_once import blocks_at_once
 from toast_onnx.choosing.blocks import Widths, solve_block
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.files import write_bytes
@@ -31,6 +32,7 @@ from toast_onnx.planning.width_costs import TOKENS, Part, prunable_widths, width
 from toast_onnx.planning.widths import kept_count
 from toast_onnx.report.tables import Shown, Side, Table
 from toast_onnx.solving.weights import BlockWeights
+from toast_onnx.threads import shared_work
 from toast_onnx.tokens.nodes import Merge
 from toast_onnx.tokens.points import TokenStudy, study_tokens
 from toast_onnx.tokens.rewrite import write_merging
@@ -217,22 +219,23 @@ def merged(study: Study, settings: Ratios, removed: Mapping[int, int]) -> Model:
 class Solver:
     """New weights for kept counts, with one selection and compensation."""
 
-    def __init__(self, study: Study, settings: Ratios, statistics: Statistics) -> None:
+    def __init__(self, study: Study, settings: Ratios, statistics: Statistics, threads: int | None = None) -> None:
         blocks = study.match.blocks
-        self.study, self.ratios, self.statistics = study, settings, statistics
+        self.study, self.ratios, self.statistics, self.threads = study, settings, statistics, threads
         self.settings = resolve(settings, [b.name for b in blocks], [b.node_names for b in blocks])
 
     def weights(self, kept: Kept) -> dict[int, BlockWeights]:
         """Block number -> new weights, for the blocks that change."""
-        found = {}
-        for index, widths in sorted(kept.items()):
+
+        def solve(item: tuple[int, dict[Part, int]]) -> tuple[int, BlockWeights | None]:
+            index, widths = item
             block = self.study.match.blocks[index]
             dense = prunable_widths(block)
-            smaller = {part: count for part, count in widths.items() if count < dense[part]}
-            new = solve_block(self.study, block, Widths(**smaller), self.settings[index], self.ratios, self.statistics)
-            if new is not None:
-                found[index] = new
-        return found
+            smaller = Widths(**{part: count for part, count in widths.items() if count < dense[part]})
+            return index, solve_block(self.study, block, smaller, self.settings[index], self.ratios, self.statistics)
+
+        solved = shared_work(solve, sorted(kept.items()), self.threads, blocks_at_once(self.study))
+        return {index: new for index, new in solved if new is not None}
 
 
 def identity_of(

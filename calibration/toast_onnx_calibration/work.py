@@ -216,7 +216,7 @@ class WorkOrder(ByOptions):
         judge = Trials(dense, self.samples, self.options, folder, self.output, self.labels, self.dense)
         narrowing = None
         if self.statistics is not None:
-            narrowing = _narrowing(dense, self.settings, find(self.statistics))
+            narrowing = _narrowing(dense, self.settings, find(self.statistics), self.options.threads)
         yield Work(judge, judge.on_first(self.trial_samples), narrowing, self.settings, self.labels)
 
 
@@ -226,10 +226,10 @@ def working_bytes(dense: Study, samples: int | None, output: str | None = None) 
     return trial_bytes(dense, samples or 0, fronts, chosen_output(dense, output))
 
 
-def _narrowing(dense: Study, settings: Ratios, path: Path) -> Narrowing:
+def _narrowing(dense: Study, settings: Ratios, path: Path, threads: int | None) -> Narrowing:
     """What makes new weights from a file of statistics."""
     found = CalibratedStatistics(dense, path)
-    return Narrowing(Solver(dense, settings, found), found, hashlib.sha256(path.read_bytes()).hexdigest())
+    return Narrowing(Solver(dense, settings, found, threads), found, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _pieces(trials: Sequence[Trial], workers: int) -> list[tuple[Trial, ...]]:
@@ -297,7 +297,7 @@ def open_work(
         for text in samples.notes:
             note(text)
         judge = Trials(dense, samples, options, folder, output, known)
-        narrowing = _narrowing(dense, settings, path) if path is not None and narrow else None
+        narrowing = _narrowing(dense, settings, path, options.threads) if path is not None and narrow else None
         work = Work(judge, judge.on_first(trial_samples), narrowing, settings, known)
         with (executor or Here()).open(work) as pool:
             yield replace(work, pool=pool)

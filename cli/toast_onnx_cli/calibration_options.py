@@ -59,7 +59,11 @@ calibration_options = options(
     ),
     provider_option,
     click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples a run."),
-    click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime and of image decoding."),
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        help="Threads of ONNX Runtime, image decoding and solving; one a core by default.",
+    ),
     click.option(
         "--memory",
         type=FiniteRange(0, min_open=True),

@@ -191,6 +191,7 @@ def write_plan(
             skip_unprunable=skip_unprunable,
             seed=asked.options.seed,
             split_shared=asked.split_shared,
+            threads=asked.options.threads,
         )
         save_model(small.model, candidate, check=False)
         return judge_model(goal, model, candidate, asked.data, asked.labels, asked.shapes, asked.options)

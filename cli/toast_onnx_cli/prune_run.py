@@ -114,6 +114,7 @@ def run_job(
                 samples=proof_samples(dense, settings, data, statistics, calibration) if check else (),
                 force_synthetic=job.force_synthetic,
                 split_shared=job.split_shared,
+                threads=calibration.threads,
             )
         if job.target == "tensorrt":
             pruned, evened = even_out(dense, pruned, check=check, seed=calibration.seed)

@@ -31,7 +31,7 @@ def open_session(
     """
     from toast_onnx.ort import session_options
 
-    options = session_options()
+    options = session_options(timed=True)
     options.intra_op_num_threads = threads or 0
     return open_on(str(path), provider, options, profile_settings(provider, profile or {}))
 

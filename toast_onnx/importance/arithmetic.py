@@ -65,9 +65,11 @@ class Arithmetic(Protocol):
 
     Attributes:
         banded: matrices from this size on are turned into banded ones, not into diagonal ones, to be cross-validated.
+        shared: whether several threads gain by calling it at once.
     """
 
     banded: float
+    shared: bool
 
     def inverse(self, s: Array, shift: float = 0.0) -> Array:
         """(S + shift I)^-1 of a symmetric matrix (n, n).
@@ -106,6 +108,7 @@ class Processor:
     """NumPy, and what `blocked` and `remaining` make of it."""
 
     banded: float = 1024
+    shared: bool = True
 
     def inverse(self, s: Array, shift: float = 0.0) -> Array:
         return inverse(s, shift)

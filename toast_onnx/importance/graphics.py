@@ -47,6 +47,7 @@ class Graphics:
     """What `arithmetic.Arithmetic` says, on a device of PyTorch's."""
 
     banded = math.inf
+    shared = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
