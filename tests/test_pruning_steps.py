@@ -36,14 +36,6 @@ def test_weights_are_corrected_where_the_compensation_fits_means(kind: str, refi
     )
 
 
-def test_blocks_that_share_weights_keep_them() -> None:
-    asked = replace(ASKED, sharing=Sharing({}, {1: (1, 2), 2: (1, 2)}, {}))
-    old = {index: weights(index) for index in range(3)}
-    new, _ = _refined(parse_ratios({"version": 1}), asked, old, corrected)
-    assert (new[1], new[2]) == (old[1], old[2])
-    assert new[0] is not old[0]
-
-
 def test_nothing_is_corrected_of_a_graph_that_selects_or_without_samples() -> None:
     ratios, old = parse_ratios({"version": 1}), {0: weights(0)}
     selecting: Any = replace(ASKED, selections=("a selection",))  # type: ignore[arg-type]

@@ -287,9 +287,7 @@ def _refined(
     """
     if refine is None or not weights or asked.selections or ratios.compensation.kind not in ("local", "ridge"):
         return weights, ()
-    shared = {*asked.sharing.attention, *asked.sharing.ffn}  # corrected one by one, they would no longer be the same
-    refined, trained = refine(weights)
-    return {index: weights[index] if index in shared else new for index, new in refined.items()}, trained
+    return refine(weights)
 
 
 def _solve_once(

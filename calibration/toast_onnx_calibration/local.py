@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from toast_onnx.model import Model
 from toast_onnx.proof.places import Place, masks, places, take_out
 from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.weights import BlockWeights
+from toast_onnx_calibration.beside import Beside
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.recorded import Recording
 from toast_onnx_calibration.refitting import LastLayer, correct
@@ -114,34 +116,48 @@ class _Work:
         twin = GraphView(padded_twin(study.view, study.facts, study.match.blocks, new))
         known = {} if recording is None else recording.of(samples.rows, samples.size, samples.source.fingerprint)
         facts = Facts(study.view, samples.shapes)
-        self.dense = Stream("dense", study.view, facts, samples, options, folder, known=known)
-        self.twin = Stream("twin", twin, Facts(twin, samples.shapes), samples, options, folder)
+        self.beside = Beside(study, samples, options, folder)
+        self.dense = Stream("dense", study.view, facts, samples, options, folder, self.beside, known=known)
+        self.twin = Stream("twin", twin, Facts(twin, samples.shapes), samples, options, folder, self.beside)
         selected = class_token(study.view, study.facts)
         self.class_tokens = None if selected is None else selected.tokens
 
     def block(self, block: Block) -> LocalResult:
         """Train one block; both streams are behind it afterwards."""
         new = self.weights[block.index]
+        if (others := self._sharing(block.index)) is not None:
+            return LocalResult(block.index, note=f"block {block.index} ({block.name}) shares weights with {others}")
         try:
             span = block_span(self.study.view, self.dense.facts, block)
             inputs = self.twin.advance(span.start)
             targets = self.dense.advance(span.end)
             return self._train(block, new, span, inputs, targets)
-        except (MatchError, ModelError) as e:  # other activations come in, or a piece does not run alone
+        except (MatchError, ModelError) as e:  # another stream comes in, or a piece does not run alone
             return LocalResult(block.index, note=str(e))
+
+    def _sharing(self, index: int) -> str | None:
+        """The other blocks that have the very same new weights; corrected one by one, they would no longer."""
+        parts = {id(part) for part in self._parts(index)}
+        same = [k for k in self.weights if k != index and parts & {id(part) for part in self._parts(k)}]
+        return ", ".join(map(str, same)) or None
+
+    def _parts(self, index: int) -> list[object]:
+        weights = self.weights[index]
+        return [part for part in (weights.attention, weights.ffn) if part is not None]
 
     def _train(self, block: Block, new: BlockWeights, span: Span, inputs: Array, targets: Array) -> LocalResult:
         twin, arrays = self.twin, self.twin.view.model.arrays
-        piece = cut_piece(twin.view, twin.facts, span.start, span.end)
+        piece = cut_piece(twin.view, twin.facts, span.start, span.end, span.beside)
         parts = places(twin.view, block, new)
-        weights = self._token_weights(twin.facts.shape(span.end) or ())
+        weights = self._token_weights(block, span.end, len(targets))
         last = self._fitted(block, parts, targets)
         before, after, kept = correct(twin, piece, last, inputs, targets, weights, self.settings.held_out)
         note = None
         if self.settings.steps:
-            whole = Model(piece, twin.view.model.path)
+            whole, further = Model(piece, twin.view.model.path), [each.name for each in piece.graph.input[1:]]
+            beside = partial(self.beside.feeds, further)
             try:
-                found, error = train_block(whole, masks(parts, arrays), inputs, targets, weights, self.settings)
+                found, error = train_block(whole, masks(parts, arrays), inputs, targets, weights, self.settings, beside)
             except ModelError as e:  # an operator is not known to PyTorch
                 found, error, note = {}, after, str(e)
             if found:
@@ -167,13 +183,15 @@ class _Work:
             return False
         return (self.twin.facts.shape(last.input) or ())[:-1] == targets.shape[1:-1]
 
-    def _token_weights(self, shape: tuple[int, ...]) -> Array:
-        """How much the error of each token counts, broadcastable to an activation of this shape."""
-        if self.class_tokens is None or len(shape) != 3 or shape[1] != self.class_tokens:
-            return np.ones((1,) * len(shape), np.float32)
-        weights = np.ones((1, shape[1], 1), np.float32)
-        weights[:, 0] = self.settings.class_weight
-        return weights
+    def _token_weights(self, block: Block, end: str, count: int) -> Array:
+        """How much the error of each token counts, (count, *broadcastable to a batch of a block's output)."""
+        shape = self.twin.facts.shape(end) or ()
+        weights = np.ones((1,) * len(shape), np.float32)
+        if self.class_tokens is not None and len(shape) == 3 and shape[1] == self.class_tokens:
+            weights = np.ones((1, shape[1], 1), np.float32)
+            weights[:, 0] = self.settings.class_weight
+        seen = self.beside.token_weights(block, end, shape)
+        return np.broadcast_to(weights, (count, *weights.shape)) if seen is None else weights * seen
 
 
 def _last_layer(block: Block) -> Linear | None:

@@ -1,85 +1,81 @@
-"""Padded tokens: which mask an attention applies, and how to tell from it the keys that no query may see."""
+"""Padded tokens: nodes that say of every token whether any query may see it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
 import onnx
 
-from toast_onnx.matching.cores import Core
-from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView
-from toast_onnx.matching.operators import MEASURING, Effect, operators
-from toast_onnx.matching.walks import upstream
+from toast_onnx.matching.blocks import Attention
+from toast_onnx.matching.masks import Mask, masks
+from toast_onnx.matching.study import Study
+from toast_onnx_calibration.graph_writer import GraphWriter
+from toast_onnx_calibration.tokens import Tokens, as_float
 
-_LAYERS = operators(Effect.CONTRACTS, Effect.SHARES, Effect.ATTENDS)
-
-Kind = Literal["visible", "hidden", "additive", "keys"]
+#: Additive masks are at or below this where a token is padding (-10000, or the smallest number of the type).
+MASKED = -1000.0
 
 
 @dataclass(frozen=True)
-class Mask:
-    """A mask operand of an attention core, broadcast against (..., queries, keys).
-
-    Attributes:
-        tensor: its name.
-        kind: `visible` (true where a key may be seen), `hidden` (true where not), `additive` (very negative where not),
-            `keys` ((batch, keys), nonzero where a key counts).
-    """
+class Padding:
+    """(batch or 1, tokens) ones where a key can be seen by some query, zeros where it is padding."""
 
     tensor: str
-    kind: Kind
+    batch: int
+    tokens: int
+
+    def fits(self, batch: int, tokens: int) -> bool:
+        """Whether it is about the tokens of a tensor of such extents."""
+        return self.tokens == tokens and self.batch in (1, batch)
 
 
-def masks(view: GraphView, facts: Facts, core: Core) -> list[Mask]:
-    """The masks of a core that come from the inputs; constant ones (Swin's shifted windows) hide no token."""
-    found = _fused(view, facts, core) if core.kind != "matmul" else _between(view, core)
-    return [m for m in found if comes_from_inputs(view, facts, m.tensor)]
+def padding_of(writer: GraphWriter, study: Study, attention: Attention) -> tuple[Padding | None, bool]:
+    """The keys that count, over all masks of an attention (None where all do), and whether a mask's shape is unusual.
 
-
-def comes_from_inputs(view: GraphView, facts: Facts, tensor: str) -> bool:
-    """Whether a tensor's value is read off the contents of the graph's inputs, as a padding mask is.
-
-    What depends on their shapes alone hides no token, and what layers compute is a bias (ViTDet's relative positions)
-    or a mask of the model's own making.
+    Args:
+        writer: appends nodes.
+        study: of the model.
+        attention: one of its attentions.
     """
-    from_input = False
-    for i in upstream(view, facts, [tensor]):
-        if i is None:
-            from_input = True
-        elif view.nodes[i].op_type in _LAYERS:
-            return False
-    return from_input
-
-
-def _fused(view: GraphView, facts: Facts, core: Core) -> Iterable[Mask]:
-    node = view.nodes[core.qk]
-    inputs = [*node.input, *[""] * 8]
-    if core.kind == "mha":
-        if inputs[4] and len(facts.shape(inputs[4]) or ()) == 2:
-            yield Mask(inputs[4], "keys")
-        if inputs[5]:
-            yield Mask(inputs[5], "additive")
-    elif inputs[3]:
-        yield Mask(inputs[3], "visible" if _is_bool(facts, inputs[3]) else "additive")
-
-
-def _between(view: GraphView, core: Core) -> Iterable[Mask]:
-    """Masks added to, or selected against, the scores between their product and the Softmax."""
-    scores = {view.nodes[core.qk].output[0]}
-    for i in range(core.qk + 1, core.softmax):
-        node = view.nodes[i]
-        at = [k for k, name in enumerate(node.input) if name in scores]
-        if not at or node.op_type in MEASURING | {"IsNaN"}:
+    valid: Padding | None = None
+    strange = False
+    for mask in masks(study.view, study.facts, attention.core):
+        seen = _visible(writer, study, mask)
+        shape = study.facts.shape(mask.tensor)
+        if seen is None or shape is None:
+            strange = True
             continue
-        scores.update(node.output)
-        if node.op_type == "Where" and at != [0]:
-            yield Mask(node.input[0], "visible" if 1 in at else "hidden")
-        elif node.op_type == "Add":
-            yield from (Mask(name, "additive") for k, name in enumerate(node.input) if k not in at)
+        batch = shape[0] if mask.kind == "keys" or len(shape) > 2 else 1
+        if valid is None:
+            valid = Padding(seen, batch, shape[-1])
+        else:
+            valid = Padding(writer.one("Mul", [valid.tensor, seen]), max(valid.batch, batch), shape[-1])
+    return valid, strange
 
 
-def _is_bool(facts: Facts, tensor: str) -> bool:
-    return facts.elem_type(tensor) == onnx.TensorProto.BOOL
+def token_weights(writer: GraphWriter, tokens: Tokens, padding: Padding) -> str | None:
+    """(batch, tokens, 1) weights for a tensor, in the order of its axes; None where its tokens cannot be told apart."""
+    if tokens.axis is None or not padding.fits(tokens.batch, tokens.count):
+        return None
+    x = writer.unsqueeze(padding.tensor, [2])
+    if tokens.axis == 0:
+        x = writer.one("Transpose", [x], perm=[1, 0, 2])
+    leading = writer.gather(writer.one("Shape", [tokens.tensor]), [0, 1], 0)
+    shape = writer.one("Concat", [leading, writer.numbers([1])], axis=0)
+    return writer.one("Expand", [x, shape])
+
+
+def _visible(writer: GraphWriter, study: Study, mask: Mask) -> str | None:
+    x = mask.tensor
+    rank = len(study.facts.shape(x) or ())
+    if mask.kind == "additive":
+        x = writer.one("Greater", [as_float(writer, study, x), writer.constant(MASKED, dtype=np.float32)])
+    elif mask.kind == "hidden":
+        x = writer.one("Not", [x])
+    elif mask.kind == "keys":
+        x = writer.one("Cast", [x], to=onnx.TensorProto.BOOL)
+    x = writer.one("Cast", [x], to=onnx.TensorProto.FLOAT)
+    if rank == 2:
+        return x if mask.kind == "keys" else writer.reduce("ReduceMax", x, [0], keep=True)
+    return writer.reduce("ReduceMax", x, list(range(1, rank - 1))) if rank > 2 else None

@@ -80,7 +80,7 @@ def correct(
         last: what can be fitted; None where there is nothing.
         inputs: (batches, *shape of the piece's input).
         targets: (batches, *shape of its output) in the dense model.
-        weights: broadcastable to a target: how much each element's error counts.
+        weights: (batches, *broadcastable to a target): how much each element's error counts.
         held_out: fraction of the batches that only judge.
 
     Returns:
@@ -98,8 +98,8 @@ def correct(
     old = twin.change(piece, last.added(arrays, weight, bias - gathered.around @ weight))
     move = _Move(*last.step(old, arrays))
     errors = []
-    for k, (new,) in zip(judges, twin.outputs(piece, inputs[judges[0] :]), strict=True):
-        errors.append(relative_error(new, targets[k], weights))
+    for k, (new,) in zip(judges, twin.outputs(piece, inputs, first=judges[0]), strict=True):
+        errors.append(relative_error(new, targets[k], weights[k]))
         if gathered.reads is not None:
             move.see(outputs[k], gathered.reads[k], new)
     after = float(np.mean(errors))
@@ -139,7 +139,7 @@ class _Gathered:
         inner = [self._last.reads] if self._last is not None and len(self.channels) else []
         for k, (output, *inside) in enumerate(self._twin.outputs(piece, inputs, inner)):
             if k in self._judges:
-                self.errors.append(relative_error(output, self._targets[k], self._weights))
+                self.errors.append(relative_error(output, self._targets[k], self._weights[k]))
             if self._last is not None:
                 rows = math.prod(output.shape[:-1])
                 x = np.zeros((rows, 0), np.float32)
@@ -158,7 +158,7 @@ class _Gathered:
         if self.reads is not None:
             self.reads[k] = x
         y = before_scale((self._targets[k].astype(np.float64) - output).reshape(len(x), -1), last.gamma)
-        counted = np.broadcast_to(self._weights, (*output.shape[:-1], 1)).reshape(-1)
+        counted = np.broadcast_to(self._weights[k], (*output.shape[:-1], 1)).reshape(-1)
         found, judging = Lack.of(x - self.around, y, counted), k in self._judges
         self.sums[judging] = self.sums[judging].merge(found) if judging in self.sums else found
 

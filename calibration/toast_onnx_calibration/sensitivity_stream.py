@@ -7,7 +7,7 @@ that block. What lies behind the last changed block is one session for all of th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from toast_onnx.model import Model
 from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.agreement import Agreement
+from toast_onnx_calibration.beside import Beside
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.comparing import is_classifier
 from toast_onnx_calibration.labels import Labels
@@ -117,6 +118,7 @@ class Trials:
         if labels is not None and not self.classes:
             raise ConfigError(f"labels need class scores, and the output '{self.output}' holds none; leave them out")
         self.facts = Facts(study.view, samples.shapes)
+        self.beside = Beside(study, samples, options, folder)
         self.labels = None if labels is None else np.array([labels.by_row.get(row, -1) for row in samples.rows])
         if self.labels is not None and (self.labels < 0).all():
             raise ConfigError(f"{labels.description if labels else ''}: labels none of the samples; give others")
@@ -156,17 +158,15 @@ class Trials:
         if first is None or last is None:
             return self._judge(self._whole(twin.model))
         try:
-            piece = cut_piece(twin, Facts(twin, self.samples.shapes, like=self.facts), first.start, last.end)
+            facts = Facts(twin, self.samples.shapes, like=self.facts)
+            piece = cut_piece(twin, facts, first.start, last.end, self.beside.tensors)
             tail = self._behind(last.end)
             values = self._before(min(new))
         except MatchError:  # a second stream runs past the block
             return self._judge(self._whole(twin.model))
         session = self._open(piece, "trial")
-        names = session.get_inputs()[0].name, session.get_outputs()[0].name
-        outputs = (self._run(session, {names[0]: x}, names[1]) for x in values)
-        if tail is None:
-            return self._judge(outputs)
-        return self._judge(self._run(tail, {last.end: y}, self.output) for y in outputs)
+        outputs = self._from(session, first.start, values, last.end)
+        return self._judge(outputs if tail is None else self._from(tail, last.end, outputs, self.output))
 
     def damage_of(self, model: Model, batches: int | None = None) -> dict[str, float]:
         """Damage at the output of another graph with the same inputs and outputs.
@@ -221,6 +221,8 @@ class Trials:
     def _onwards(self, tensor: str) -> Iterator[Array]:
         """Values of a tensor, computed from those at hand; from the samples where it does not hang on those alone."""
         view = self.study.view
+        if tensor in self.samples.feeds:
+            return iter(self.samples.feeds[tensor])
         if self._front is None:
             return self._whole(view.model, tensor)
         span, values = self._span(self._front[0]), self._front[1]
@@ -228,11 +230,10 @@ class Trials:
         if span.start == tensor:
             return iter(values)
         try:
-            piece = cut_piece(view, self.facts, span.start, tensor)
+            piece = cut_piece(view, self.facts, span.start, tensor, self.beside.tensors)
         except MatchError:  # it lies further back, or in another tower
             return self._whole(view.model, tensor)
-        session, start = self._open(piece, "advance"), span.start
-        return (self._run(session, {start: x}, tensor) for x in values)
+        return self._from(self._open(piece, "advance"), span.start, values, tensor)
 
     def _behind(self, tensor: str) -> ort.InferenceSession | None:
         """The dense model from a tensor to the output; None where that is the output."""
@@ -240,7 +241,8 @@ class Trials:
             return None
         if self._tail is None or self._tail[0] != tensor:
             self._tail = None
-            self._tail = (tensor, self._open(cut_piece(self.study.view, self.facts, tensor, self.output), "tail"))
+            piece = cut_piece(self.study.view, self.facts, tensor, self.output, self.beside.tensors)
+            self._tail = (tensor, self._open(piece, "tail"))
         return self._tail[1]
 
     def _whole(self, model: Model, tensor: str | None = None) -> Iterator[Array]:
@@ -248,6 +250,12 @@ class Trials:
         name = tensor or self.output
         session = whole_session(model, [name], self.options, self.folder)
         return (self._run(session, feeds, name) for feeds in self.samples)
+
+    def _from(self, session: ort.InferenceSession, start: str, values: Iterable[Array], end: str) -> Iterator[Array]:
+        """What a piece of the model makes of every batch of its first input."""
+        further = [each.name for each in session.get_inputs() if each.name != start]
+        for k, x in enumerate(values):
+            yield self._run(session, {start: x, **self.beside.feeds(further, k)}, end)
 
     def _run(self, session: ort.InferenceSession, feeds: Mapping[str, Array], output: str) -> Array:
         """One output of one batch; the seconds are added to `running`."""

@@ -19,14 +19,11 @@ from toast_onnx.matching.layout import HEAD, Factor
 from toast_onnx.matching.study import Study
 from toast_onnx.model import reads
 from toast_onnx_calibration.graph_writer import GraphWriter
-from toast_onnx_calibration.padding import Mask, masks
+from toast_onnx_calibration.padding import Padding, padding_of, token_weights
 from toast_onnx_calibration.tokens import Tokens, as_float, as_tokens
 
 #: What can be asked for of one block.
 PARTS = ("qk", "context", "hidden", "inputs", "fc1", "fc2")
-
-#: Additive masks are at or below this where a token is padding (-10000, or the smallest number of the type).
-MASKED = -1000.0
 
 #: Channels of a panel of a Gram matrix, at least; products of narrower ones are slower than they are fewer.
 PANEL = 192
@@ -82,18 +79,6 @@ def measuring_graph(study: Study, wanted: Mapping[int, Iterable[str]], settings:
     return MeasuringGraph(proto, outputs, watched, list(dict.fromkeys(build.notes)), build.weighted)
 
 
-@dataclass(frozen=True)
-class _Padding:
-    """(batch or 1, tokens) ones where a key can be seen by some query, zeros where it is padding."""
-
-    tensor: str
-    batch: int
-    tokens: int
-
-    def fits(self, batch: int, tokens: int) -> bool:
-        return self.tokens == tokens and self.batch in (1, batch)
-
-
 class _Build:
     def __init__(self, study: Study, settings: TokenSettings) -> None:
         self.study = study
@@ -133,64 +118,34 @@ class _Build:
 
     # --- padding ---
 
-    def _padding(self, attention: Attention) -> _Padding | None:
+    def _padding(self, attention: Attention) -> Padding | None:
         """The keys that count, over all masks of an attention; None where all do."""
-        valid: _Padding | None = None
-        for mask in masks(self.study.view, self.study.facts, attention.core):
-            seen = self._visible(mask)
-            shape = self.study.facts.shape(mask.tensor)
-            if seen is None or shape is None:
-                self._note("a mask of an unusual shape was found: padded tokens count in the statistics")
-                continue
-            batch = shape[0] if mask.kind == "keys" or len(shape) > 2 else 1
-            if valid is None:
-                valid = _Padding(seen, batch, shape[-1])
-            else:
-                both = self.writer.one("Mul", [valid.tensor, seen])
-                valid = _Padding(both, max(valid.batch, batch), shape[-1])
-        return valid
+        found, strange = padding_of(self.writer, self.study, attention)
+        if strange:
+            self._note("a mask of an unusual shape was found: padded tokens count in the statistics")
+        return found
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
 
-    def _visible(self, mask: Mask) -> str | None:
-        w, x = self.writer, mask.tensor
-        rank = len(self.study.facts.shape(x) or ())
-        if mask.kind == "additive":
-            x = w.one("Greater", [as_float(w, self.study, x), w.constant(MASKED, dtype=np.float32)])
-        elif mask.kind == "hidden":
-            x = w.one("Not", [x])
-        elif mask.kind == "keys":
-            x = w.one("Cast", [x], to=onnx.TensorProto.BOOL)
-        x = w.one("Cast", [x], to=onnx.TensorProto.FLOAT)
-        if rank == 2:
-            return x if mask.kind == "keys" else w.reduce("ReduceMax", x, [0], keep=True)
-        return w.reduce("ReduceMax", x, list(range(1, rank - 1))) if rank > 2 else None
-
-    def _padding_of(self, tokens: Tokens, padding: _Padding | None) -> str | None:
+    def _weights(self, tokens: Tokens, padding: Padding | None) -> str | None:
         """(batch, tokens, 1) weights for a tensor, in the order of its axes; None where all its tokens count."""
         if padding is None:
             return None
-        if tokens.axis is None or not padding.fits(tokens.batch, tokens.count):
+        found = token_weights(self.writer, tokens, padding)
+        if found is None:
             self._note("padded tokens could not be told apart in some layers and count in their statistics")
-            return None
-        w = self.writer
-        x = w.unsqueeze(padding.tensor, [2])
-        if tokens.axis == 0:
-            x = w.one("Transpose", [x], perm=[1, 0, 2])
-        leading = w.gather(w.one("Shape", [tokens.tensor]), [0, 1], 0)
-        shape = w.one("Concat", [leading, w.numbers([1])], axis=0)
-        return w.one("Expand", [x, shape])
+        return found
 
     # --- moments ---
 
-    def _moments(self, tokens: Tokens, padding: _Padding | None, key: str) -> None:
+    def _moments(self, tokens: Tokens, padding: Padding | None, key: str) -> None:
         """Count, sum and Gram matrix of tokens minus `shift`: each alpha * (sampled tokens) + beta * (class token).
 
         The shift is the batch's own mean. In float32 the raw Gram matrix of activations with a mean far from zero would
         lose their covariance to rounding.
         """
-        w, weights = self.writer, self._padding_of(tokens, padding)
+        w, weights = self.writer, self._weights(tokens, padding)
         shift = w.reduce("ReduceMean", tokens.tensor, list(range(tokens.rank - 1)))
         x = w.one("Sub", [tokens.tensor, shift])
         if weights is not None:
@@ -275,7 +230,7 @@ class _Build:
         pooled = next((region.start for region in attention.regions if region.pools), core.q)
         return (pooled, -1), (core.k, core.k_dim_axis)
 
-    def _queries(self, attention: Attention, q: Branch, padding: _Padding | None, key: str) -> None:
+    def _queries(self, attention: Attention, q: Branch, padding: Padding | None, key: str) -> None:
         """`qq`: sum of q q^T for every head, and its `count`."""
         w, (operand, dim) = self.writer, self._operands(attention)[0]
         x = as_float(w, self.study, operand)
@@ -297,7 +252,7 @@ class _Build:
         w.output(f"{key}.qq.gram", gram)
         w.output(f"{key}.qq.count", count)
 
-    def _keys(self, attention: Attention, k: Branch, padding: _Padding | None, key: str) -> None:
+    def _keys(self, attention: Attention, k: Branch, padding: Padding | None, key: str) -> None:
         """`kk`: covariance of the keys of one image or window, summed for every head, and its `count`.
 
         Where the probabilities are to be had, it is taken around the mean that each query sees, weighted by the
@@ -332,7 +287,7 @@ class _Build:
         return w.one("Mul", [w.one("Sub", [x, w.one("Div", [total, number])]), weights])
 
     def _seen_by_queries(
-        self, attention: Attention, k: Branch, centred: str, dim: int, padding: _Padding | None
+        self, attention: Attention, k: Branch, centred: str, dim: int, padding: Padding | None
     ) -> str | None:
         """Sum over queries i of sum_j p_ij (k_j - m_i)(k_j - m_i)^T with m_i = sum_j p_ij k_j; None without p."""
         w, core, facts = self.writer, attention.core, self.study.facts
@@ -358,7 +313,7 @@ class _Build:
         between = w.one("MatMul", [w.one("Transpose", [means], perm=swap), means])
         return self._by_head(w.one("Sub", [squares, between]), k.layout.axes[: rank - 2], k)
 
-    def _operand_padding(self, operand: str, padding: _Padding | None, axis: int) -> str | None:
+    def _operand_padding(self, operand: str, padding: Padding | None, axis: int) -> str | None:
         """Padding weights broadcast against an operand of the core whose tokens lie on `axis` (negative)."""
         if padding is None:
             return None
@@ -414,7 +369,7 @@ class _Build:
 
     # --- magnitudes, for the paper's token channel selection ---
 
-    def _magnitudes(self, tokens: Tokens, padding: _Padding | None, attention: Attention | None, key: str) -> None:
+    def _magnitudes(self, tokens: Tokens, padding: Padding | None, attention: Attention | None, key: str) -> None:
         """`magnitude`: sum of |x| for every position, `images`, and the class token's `attention` to positions."""
         w = self.writer
         if tokens.axis is None or not tokens.fixed:
@@ -423,7 +378,7 @@ class _Build:
             w.output(f"{key}.magnitude", total)  # (1, channels): positions cannot be told apart
             w.output(f"{key}.images", w.extent(w.reshape(tokens.tensor, [-1, tokens.channels]), 0))
             return
-        x, weights = w.one("Abs", [tokens.tensor]), self._padding_of(tokens, padding)
+        x, weights = w.one("Abs", [tokens.tensor]), self._weights(tokens, padding)
         if weights is not None:
             x = w.one("Mul", [x, weights])
         w.output(f"{key}.magnitude", w.reduce("ReduceSum", x, [1 - tokens.axis]))  # (tokens, channels)

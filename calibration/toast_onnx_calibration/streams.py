@@ -17,6 +17,7 @@ from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.piece import cut_piece
 from toast_onnx.runtime import expose
+from toast_onnx_calibration.beside import Beside
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.sessions import run
 from toast_onnx_calibration.stored import Samples, piece_session, store_values, whole_session
@@ -35,6 +36,7 @@ class Stream:
         samples: what it runs on.
         options: how it runs.
         folder: for its files.
+        beside: what blocks read beside the stream.
         tensor: up to where it ran; None at the samples.
         values: (batches, *shape) of that tensor.
         known: values of tensors that were kept when the model ran before.
@@ -46,6 +48,7 @@ class Stream:
     samples: Samples
     options: CalibrationOptions
     folder: Path
+    beside: Beside
     tensor: str | None = None
     values: Array | None = None
     known: Mapping[str, Array] = field(default_factory=dict)
@@ -59,11 +62,13 @@ class Stream:
         """Values (batches, *shape) of a tensor: known, or from those at hand if they suffice, or from the samples."""
         if to in self.known:
             return self.stand(to, self.known[to])
+        if to in self.samples.feeds:
+            return self.stand(to, self.samples.feeds[to])
         if self.tensor == to and self.values is not None:
             return self.values
         if self.tensor is not None and self.values is not None:
             try:
-                piece = cut_piece(self.view, self.facts, self.tensor, to)
+                piece = cut_piece(self.view, self.facts, self.tensor, to, self.beside.tensors)
             except MatchError:
                 pass
             else:
@@ -82,17 +87,19 @@ class Stream:
         self.tensor, self.values = tensor, values
         return values
 
-    def outputs(self, piece: onnx.ModelProto, inputs: Array, inner: Sequence[str] = ()) -> Iterator[tuple[Array, ...]]:
-        """What a piece of the model gives for each batch of its input, then the tensors inside it that are named."""
-        start, names = piece.graph.input[0].name, [piece.graph.output[0].name, *inner]
+    def outputs(
+        self, piece: onnx.ModelProto, inputs: Array, inner: Sequence[str] = (), first: int = 0
+    ) -> Iterator[tuple[Array, ...]]:
+        """What a piece of the model gives for each batch from the first one on, then the tensors inside it named."""
+        (start, *beside), names = (each.name for each in piece.graph.input), [piece.graph.output[0].name, *inner]
         if inner:
             whole, piece = piece, onnx.ModelProto()
             piece.CopyFrom(whole)
             expose(piece, inner)
         draft = self.folder / f"{self.name}-piece.onnx"
         session = piece_session(piece, self.view.model.path, self.options, draft)
-        for x in inputs:
-            found = run(session, {start: np.asarray(x)}, names)
+        for k in range(first, len(inputs)):
+            found = run(session, {start: np.asarray(inputs[k]), **self.beside.feeds(beside, k)}, names)
             yield tuple(found[name] for name in names)
 
     def change(self, piece: onnx.ModelProto, values: Mapping[str, Array]) -> dict[str, Array]:

@@ -38,8 +38,8 @@ def correction_notes(results: Sequence[LocalResult]) -> list[str]:
     notes: dict[str, list[str]] = {}
     for result in results:
         if result.note is not None:
-            lacking = "run alone" if result.before is None else "trained"
-            notes.setdefault(f"keep their {result.kept}, as they could not be {lacking}", []).append(result.note)
+            lacking = "corrected" if result.before is None else "trained"
+            notes.setdefault(f"keep their {result.kept} and are not {lacking}", []).append(result.note)
     return [f"{len(why)} of {len(results)} blocks {what}: {why[0]}" for what, why in notes.items()]
 
 

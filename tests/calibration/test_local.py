@@ -20,7 +20,7 @@ from tests.pruning import look, run
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import BackendError, ConfigError, DataError
 from toast_onnx.finetune import local
-from toast_onnx.finetune.local import LocalResult, LocalSettings
+from toast_onnx.finetune.local import LocalSettings
 from toast_onnx.matching.span import block_span
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, save_model
@@ -182,7 +182,7 @@ def test_the_best_weights_are_kept_not_the_last(monkeypatch: pytest.MonkeyPatch)
     looks: list[float] = []
     error = local._Problem.error
     monkeypatch.setattr(local._Problem, "error", lambda self, judges: looks.append(error(self, judges)) or looks[-1])
-    found, best = local.train_block(piece, {"w": np.ones((16, 4), bool)}, x, y, np.ones((1, 1)), settings)
+    found, best = local.train_block(piece, {"w": np.ones((16, 4), bool)}, x, y, np.ones((6, 1, 1)), settings)
     assert len(looks) == 21
     assert best == min(looks) < 0.98 * looks[-1]
     judged = np.mean([((a @ found["w"] - b) ** 2).sum() / (b**2).sum() for a, b in zip(x[3:], y[3:], strict=True)])
@@ -212,16 +212,6 @@ def test_other_families_are_cut_into_blocks(family: str, exported: Exported, tmp
     assert [r.block for r in pruned.local] == sorted(pruned.weights)
     assert all(r.note is None for r in pruned.local)
     assert all(r.after is not None and r.before is not None and r.after <= r.before for r in pruned.local)
-
-
-def test_blocks_with_a_second_activation_keep_the_closed_form(exported: Exported, tmp_path: Path) -> None:
-    dense = look(exported(zoo.Case("hf-bert")))
-    feeds = zoo.inputs(dense.view.model.path, batch=8)
-    data = tmp_path / "texts.npz"
-    np.savez(data, **feeds)
-    pruned = trained(dense, data)
-    assert pruned.local == tuple(LocalResult(r.block, note=r.note) for r in pruned.local)
-    assert all(r.note is not None and "more than one activation" in r.note for r in pruned.local)
 
 
 def test_too_few_samples(vit: Study, tmp_path: Path) -> None:

@@ -208,8 +208,8 @@ def test_channels_far_from_zero_keep_what_they_have_in_common(
     monkeypatch.setattr(refitting.Lack, "of", of)
     true_outputs = Stream.outputs
 
-    def outputs(*given: Any) -> Iterator[tuple[np.ndarray, ...]]:
-        for output, *inside in true_outputs(*given):
+    def outputs(*given: Any, **more: Any) -> Iterator[tuple[np.ndarray, ...]]:
+        for output, *inside in true_outputs(*given, **more):
             yield output, *(x + np.float32(1000) for x in inside)
 
     monkeypatch.setattr(Stream, "outputs", outputs)

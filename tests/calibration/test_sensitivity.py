@@ -124,14 +124,21 @@ def test_other_models(name: str, exported: Exported, tmp_path: Path) -> None:
     assert ("kl" in found) == trials.classes
 
 
-def test_blocks_that_read_a_mask_run_in_the_whole_model(exported: Exported, tmp_path: Path) -> None:
+def test_blocks_that_read_a_mask_run_from_there_on(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = exported(zoo.Case("hf-bert-eager"))
     dense = look(path)
     feeds = zoo.inputs(path, 4)
     np.savez(tmp_path / "x.npz", **feeds)
     trials = Trials(dense, read_samples(dense, tmp_path / "x.npz", OPTIONS, tmp_path), OPTIONS, tmp_path)
     kept: Kept = {1: {"fc2": 16}}
+    whole: list[str | None] = []
+    true = trials._whole
+    monkeypatch.setattr(trials, "_whole", lambda model, tensor=None: whole.append(tensor) or true(model, tensor))
     found = trials.damage(Solver(dense, SETTINGS, SyntheticStatistics(dense)).weights(kept))
+    assert len(whole) == 1  # up to the first block alone
+    assert whole[0] is not None
     ratios = planned_ratios(SETTINGS, kept, [dense_widths(b) for b in dense.match.blocks])
     save_model(prune(dense, ratios, SyntheticStatistics(dense)).model, tmp_path / "p.onnx")
     at = [o.name for o in dense.view.model.proto.graph.output].index(trials.output)

@@ -53,19 +53,20 @@ def test_steps_of_training_that_nothing_trains_are_said(
 
 
 def test_blocks_that_are_not_corrected_are_said(exported: Exported, tmp_path: Path) -> None:
-    """A mask that is an input comes into every block of a BERT; the default corrects, and none of a ViT is named."""
+    """Places that share their weights keep them; the default corrects, and none of a ViT or a BERT is named."""
     (tmp_path / "r.yaml").write_text("version: 1\nffn: {fc2: 0.5}\n")
+    paths = {"albert": Path(__file__).parents[1] / "cases" / "graphs" / "albert.onnx"}
+    paths |= {family: exported(zoo.Case(family)) for family in ("hf-bert", "timm-vit")}
     said = {}
-    for family in ("hf-bert", "timm-vit"):
-        path = exported(zoo.Case(family))
-        np.savez(tmp_path / f"{family}.npz", **zoo.inputs(path, batch=24))
-        words = ["prune", str(path), "--ratios", str(tmp_path / "r.yaml"), "-o", str(tmp_path / f"{family}.onnx")]
-        result = CliRunner().invoke(main, [*words, "--data", str(tmp_path / f"{family}.npz"), "--threads", "1"])
+    for name, path in paths.items():
+        np.savez(tmp_path / f"{name}.npz", **zoo.inputs(path, batch=24))
+        words = ["prune", str(path), "--ratios", str(tmp_path / "r.yaml"), "-o", str(tmp_path / f"{name}.onnx")]
+        result = CliRunner().invoke(main, [*words, "--data", str(tmp_path / f"{name}.npz"), "--threads", "1"])
         assert result.exit_code == 0, result.stderr
-        said[family] = result.stderr
-    assert "2 of 2 blocks keep their closed form, as they could not be run alone: block 0" in said["hf-bert"]
-    assert said["hf-bert"].count("reads more than one activation") == 1
-    assert "keep their" not in said["timm-vit"]
+        said[name] = result.stderr
+    assert "3 of 3 blocks keep their closed form and are not corrected: block 0" in said["albert"]
+    assert said["albert"].count("shares weights with") == 1
+    assert "keep their" not in said["timm-vit"] + said["hf-bert"]
 
 
 def test_what_is_kept_of_blocks_that_are_not_trained_is_said() -> None:
@@ -77,9 +78,9 @@ def test_what_is_kept_of_blocks_that_are_not_trained_is_said() -> None:
         LocalResult(4, 0.3, 0.1, "refit", "the node 'c' cannot run"),
     ]
     assert correction_notes(results) == [
-        "2 of 5 blocks keep their refit, as they could not be trained: the node 'a' cannot run",
-        "1 of 5 blocks keep their closed form, as they could not be trained: the node 'b' cannot run",
-        "1 of 5 blocks keep their closed form, as they could not be run alone: reads more",
+        "2 of 5 blocks keep their refit and are not trained: the node 'a' cannot run",
+        "1 of 5 blocks keep their closed form and are not trained: the node 'b' cannot run",
+        "1 of 5 blocks keep their closed form and are not corrected: reads more",
     ]
     assert correction_notes([]) == correction_notes(results[:1]) == []
 

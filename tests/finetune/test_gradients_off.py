@@ -41,7 +41,7 @@ def test_blocks_are_trained(off: Off, tmp_path: Path) -> None:
     piece = class_reader(tmp_path, read_out)
     x = RNG.normal(size=(8, 4, TOKENS, CHANNELS)).astype(np.float32)
     wanted = (2 * x[:, :, 0] @ (read_out + 0.1)).astype(np.float32)
-    given = (piece, {"read_out": np.ones_like(read_out, bool)}, x, wanted, np.ones(1), LocalSettings(steps=4))
+    given = (piece, {"read_out": np.ones_like(read_out, bool)}, x, wanted, np.ones((8, 1)), LocalSettings(steps=4))
     (values, after) = train_block(*given)
     with off():
         (again, found) = train_block(*given)

@@ -8,7 +8,7 @@ block also takes back part of the error of the earlier ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from toast_onnx.finetune.module import GraphModule
 
 Array = NDArray[Any]
+#: Number of a batch -> what a block reads there besides the residual stream, by tensor.
+Beside = Callable[[int], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ class LocalResult:
     Attributes:
         block: number of the block.
         before: squared error of the block's output on held-out samples with the closed-form weights, as a fraction of
-            the output's energy; None where the block could not be run alone.
+            the output's energy; None where the block was not corrected.
         after: the same with the weights that were kept.
         kept: `trained`, `refit` (the last layer fitted to what the output lacks), `mean` (only the output's mean
             corrected) or `closed form`.
-        note: why a block could not be run alone or trained.
+        note: why a block was not corrected or trained.
     """
 
     block: int
@@ -92,18 +94,20 @@ def train_block(
     targets: Array,
     weights: Array,
     settings: LocalSettings,
+    beside: Beside = lambda _: {},
 ) -> tuple[dict[str, Array], float]:
     """Train a block's weights on pairs of input and wanted output; held-out pairs decide when the weights were best.
 
     It runs on the GPU that PyTorch finds, else on the processor.
 
     Args:
-        piece: the block as a model of one input and one output.
+        piece: the block as a model of one input, and what `beside` gives, and of one output.
         masks: initializer name -> (its shape) True where it may change; all others stay.
         inputs: (batches, *shape of the piece's input).
         targets: (batches, *shape of its output).
-        weights: broadcastable to a target: how much each element's error counts.
+        weights: (batches, *broadcastable to a target): how much each element's error counts.
         settings: how to train.
+        beside: number of a batch -> further inputs of the piece, by name.
 
     Returns:
         The new values by initializer name, and the error with them on the held-out batches as a fraction of the
@@ -120,7 +124,7 @@ def train_block(
     for p in parameters.values():
         p.requires_grad_(False)
     free = {t: parameters[by_tensor[t]] for t in masks if t in by_tensor}
-    problem = _Problem(module, inputs, targets, torch.as_tensor(weights, dtype=torch.float32, device=device))
+    problem = _Problem(module, inputs, targets, weights, beside, device)
     fit, judge = split(len(inputs), settings.held_out)
     best = _Best(problem.error(judge))
     for _ in _fit(problem, free, {t: torch.as_tensor(masks[t], device=device) for t in free}, fit, settings):
@@ -154,20 +158,20 @@ def relative_error(output: Array, target: Array, weights: Array) -> float:
 
 
 class _Problem:
-    def __init__(self, module: GraphModule, inputs: Array, targets: Array, weights: torch.Tensor) -> None:
+    def __init__(
+        self, module: GraphModule, inputs: Array, targets: Array, weights: Array, beside: Beside, device: torch.device
+    ) -> None:
         self.module, self.inputs, self.targets, self.weights = module, inputs, targets, weights
-
-    def batch(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        device = self.weights.device
-        x, y = (torch.from_numpy(np.array(a[k], np.float32)).to(device) for a in (self.inputs, self.targets))
-        return x, y
+        self.beside, self.device = beside, device
 
     def loss(self, k: int) -> torch.Tensor:
         """Weighted squared error of a batch over the weighted energy of its target."""
-        x, y = self.batch(k)
-        found: torch.Tensor = (self.weights * (self.module(x) - y) ** 2).sum() / (self.weights * y**2).sum()
+        import torch
+
+        arrays = (np.array(a[k], np.float32) for a in (self.inputs, self.targets, self.weights))
+        x, y, w = (torch.from_numpy(a).to(self.device) for a in arrays)
+        more = {name: torch.from_numpy(np.array(a)).to(self.device) for name, a in self.beside(k).items()}
+        found: torch.Tensor = (w * (self.module(x, **more) - y) ** 2).sum() / (w * y**2).sum()
         return found
 
     def error(self, batches: list[int]) -> float:

@@ -1,15 +1,17 @@
-"""From where to where a block runs: one tensor that everything in it comes from, one that everything in it goes to."""
+"""From where to where a block runs: one tensor that all in it comes from, masks apart, one that all in it goes to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
 from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.linear import Linear
+from toast_onnx.matching.masks import masks
 
 #: How many activations before a block's first layer are tried as its input: a norm in pieces, a window partition.
 _TRIES = 100
@@ -17,34 +19,45 @@ _TRIES = 100
 
 @dataclass(frozen=True)
 class Span:
-    """A block as a function of one tensor.
+    """A block as a function of one tensor, and of masks.
 
     Attributes:
-        start: the only activation that the block reads; for pre-norm blocks the residual stream before it.
+        start: the only activation that the block reads; for pre-norm blocks the residual stream before it. It may be
+            an input of the graph.
         end: the sum of the block's last branch with the residual stream.
+        beside: masks that its attention applies, made of the model's inputs without any layer.
     """
 
     start: str
     end: str
+    beside: tuple[str, ...] = ()
 
 
 def block_span(view: GraphView, facts: Facts, block: Block) -> Span:
     """The span of a block.
 
     Raises:
-        MatchError: the block reads other activations, too (a mask, a second stream), or nothing is added to its output.
+        MatchError: the block reads other activations, too (a second stream), or nothing is added to its output.
     """
-    layers = _layers(block)
+    layers, beside = _layers(block), block_masks(view, facts, block)
     end = residual_sum(view, facts, max(layers, key=lambda each: each.node))
     first = min(node for each in layers for node in each.nodes)
     wanted = {each.node for each in layers}
     before = (name for i in range(first - 1, -1, -1) for name in view.nodes[i].output)
     activations = (n for n in before if n and not facts.is_constant(n) and facts.value(n) is None)
-    for start in islice(activations, _TRIES):
-        nodes = _between(view, facts, start, end)
+    inputs = (v.name for v in view.model.proto.graph.input if v.name not in view.initializers)
+    for start in chain(islice(activations, _TRIES), inputs):
+        nodes = _between(view, facts, start, end, beside)
         if nodes is not None and wanted <= nodes:
-            return Span(start, end)
+            return Span(start, end, beside)
     raise MatchError(f"block {block.index} ({block.name}) reads more than one activation")
+
+
+def block_masks(view: GraphView, facts: Facts, block: Block) -> tuple[str, ...]:
+    """The masks that a block's attention applies, by tensor; constant ones are not among them."""
+    if block.attention is None:
+        return ()
+    return tuple(dict.fromkeys(mask.tensor for mask in masks(view, facts, block.attention.core)))
 
 
 def span_of(view: GraphView, facts: Facts, block: Block) -> Span | None:
@@ -73,10 +86,10 @@ def residual_sum(view: GraphView, facts: Facts, last: Linear) -> str:
     raise MatchError(f"nothing is added to the output of '{last.output}'")
 
 
-def _between(view: GraphView, facts: Facts, start: str, end: str) -> set[int] | None:
-    """Nodes that compute `end` from `start`; None when something else is needed as well."""
+def _between(view: GraphView, facts: Facts, start: str, end: str, beside: Iterable[str]) -> set[int] | None:
+    """Nodes that compute `end` from `start` and masks; None when something else is needed as well."""
     nodes: set[int] = set()
-    pending, seen = [end], {start}
+    pending, seen = [end], {start, *beside}
     while pending:
         name = pending.pop()
         if name in seen or facts.value(name) is not None or facts.is_constant(name):

@@ -1,0 +1,99 @@
+"""What blocks read beside the residual stream: masks, and which tokens they hide, for every batch of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from toast_onnx.errors import MatchError
+from toast_onnx.matching.blocks import Block
+from toast_onnx.matching.span import block_masks
+from toast_onnx.matching.study import Study
+from toast_onnx.model import Model, write_draft
+from toast_onnx.proof.precision import to_float32
+from toast_onnx_calibration.calibrating import CalibrationOptions
+from toast_onnx_calibration.chain import Link, cut
+from toast_onnx_calibration.graph_writer import GraphWriter
+from toast_onnx_calibration.padding import padding_of
+from toast_onnx_calibration.sessions import make_session, run
+from toast_onnx_calibration.stored import Samples
+from toast_onnx_calibration.tokens import as_tokens
+
+Array = NDArray[Any]
+
+
+class Beside:
+    """Masks of a model's blocks on samples, made when they are asked for, and kept in files.
+
+    Attributes:
+        tensors: the masks of all blocks.
+    """
+
+    def __init__(self, study: Study, samples: Samples, options: CalibrationOptions, folder: Path) -> None:
+        self._study, self._samples, self._options, self._folder = study, samples, options, folder
+        blocks = study.match.blocks
+        self.tensors = frozenset(name for block in blocks for name in block_masks(study.view, study.facts, block))
+        self._kept: dict[str, Array] = {}
+
+    def feeds(self, names: Iterable[str], batch: int) -> dict[str, Array]:
+        """Masks of one batch by tensor."""
+        wanted = tuple(names)
+        if not self._kept.keys() >= set(wanted):
+            self._kept |= self._run(self._study.view.model.proto, sorted(self.tensors))
+        return {name: np.asarray(self._kept[name][batch]) for name in wanted}
+
+    def token_weights(self, block: Block, tensor: str, shape: tuple[int, ...]) -> Array | None:
+        """How much each token of an activation counts, (batches, *shape without channels, 1): not where it is padding.
+
+        Args:
+            block: whose masks say what is padding.
+            tensor: the activation, channels last.
+            shape: of one batch of it.
+
+        Returns:
+            None where no token of any sample is hidden.
+
+        Raises:
+            MatchError: tokens are hidden, and which ones of the activation cannot be told.
+        """
+        if block.attention is None or not block_masks(self._study.view, self._study.facts, block):
+            return None
+        writer = GraphWriter(self._study.view.model)
+        padding, strange = padding_of(writer, self._study, block.attention)
+        unclear = MatchError(f"block {block.index} ({block.name}): which tokens are padding cannot be told")
+        if padding is None:
+            if strange:
+                raise unclear
+            return None
+        tokens = as_tokens(writer, self._study, tensor, -1)
+        seen = self._run(writer.proto, [padding.tensor])[padding.tensor]  # (batches, items or 1, tokens)
+        if np.all(seen):
+            return None
+        items, left = divmod(prod(shape[:-1]), seen.shape[-1])
+        if strange or left or tokens.axis is None or not padding.fits(tokens.batch, tokens.count):
+            raise unclear
+        found = np.broadcast_to(seen, (len(seen), items, seen.shape[-1]))
+        return (found if tokens.axis else found.swapaxes(1, 2)).reshape(len(seen), *shape[:-1], 1)
+
+    def _run(self, proto: onnx.ModelProto, names: Sequence[str]) -> dict[str, Array]:
+        """Tensors of a graph on the samples, (batches, *shape) each; nothing is run but what makes them."""
+        part = onnx.ModelProto()
+        part.CopyFrom(proto)
+        cut(part, Link((), ()), names, {})
+        model = self._study.view.model
+        path = write_draft(to_float32(Model(part, model.path, dict(model.arrays))), self._folder, "beside.onnx")
+        session = make_session(path, self._options.provider, threads=self._options.threads)
+        kept: dict[str, Array] = {}
+        for k, feeds in enumerate(self._samples):
+            for name, value in run(session, feeds, names).items():
+                if name not in kept:
+                    file = self._folder / f"beside-{len(self._kept) + len(kept)}.npy"
+                    kept[name] = np.lib.format.open_memmap(file, "w+", value.dtype, (self._samples.count, *value.shape))
+                kept[name][k] = value
+        return kept
