@@ -32,9 +32,11 @@ class Agreement:
     error: float = 0.0
     energy: float = 0.0
 
-    def add(self, dense: NDArray[Any], pruned: NDArray[Any]) -> None:
-        """Add a batch, (..., channels) of each."""
+    def add(self, dense: NDArray[Any], pruned: NDArray[Any], counts: NDArray[np.bool_] | None = None) -> None:
+        """Add a batch, (..., channels) of each; of rows that do not count (...) nothing is added."""
         a, b = (np.asarray(x, np.float64).reshape(-1, x.shape[-1] if x.ndim else 1) for x in (dense, pruned))
+        if counts is not None:
+            a, b = a[counts.reshape(-1)], b[counts.reshape(-1)]
         self.rows += len(a)
         self.cosine_sum += float(cosines(a, b).sum())
         self.error += float(np.square(a - b).sum())

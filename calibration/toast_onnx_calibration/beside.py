@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.span import block_masks
 from toast_onnx.matching.study import Study
@@ -20,10 +18,9 @@ from toast_onnx.proof.precision import to_float32
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.chain import Link, cut
 from toast_onnx_calibration.graph_writer import GraphWriter
-from toast_onnx_calibration.padding import padding_of
+from toast_onnx_calibration.padding import Placed, placed, placed_by_any
 from toast_onnx_calibration.sessions import make_session, run
 from toast_onnx_calibration.stored import Samples
-from toast_onnx_calibration.tokens import as_tokens
 
 Array = NDArray[Any]
 
@@ -62,24 +59,25 @@ class Beside:
         Raises:
             MatchError: tokens are hidden, and which ones of the activation cannot be told.
         """
-        if block.attention is None or not block_masks(self._study.view, self._study.facts, block):
-            return None
         writer = GraphWriter(self._study.view.model)
-        padding, strange = padding_of(writer, self._study, block.attention)
-        unclear = MatchError(f"block {block.index} ({block.name}): which tokens are padding cannot be told")
-        if padding is None:
-            if strange:
-                raise unclear
+        found = self._tokens(writer, placed(writer, self._study, block, tensor), shape)
+        return None if found is None else found[..., None].astype(np.float32)
+
+    def output_tokens(self, output: str, shape: tuple[int, ...]) -> Array | None:
+        """Which rows of an output count, (batches, *shape without channels); None where all do, as far as is known.
+
+        Args:
+            output: its name.
+            shape: of one batch of it.
+        """
+        writer = GraphWriter(self._study.view.model)
+        return self._tokens(writer, placed_by_any(writer, self._study, output), shape)
+
+    def _tokens(self, writer: GraphWriter, place: Placed | None, shape: tuple[int, ...]) -> Array | None:
+        if place is None:
             return None
-        tokens = as_tokens(writer, self._study, tensor, -1)
-        seen = self._run(writer.proto, [padding.tensor])[padding.tensor]  # (batches, items or 1, tokens)
-        if np.all(seen):
-            return None
-        items, left = divmod(prod(shape[:-1]), seen.shape[-1])
-        if strange or left or tokens.axis is None or not padding.fits(tokens.batch, tokens.count):
-            raise unclear
-        found = np.broadcast_to(seen, (len(seen), items, seen.shape[-1]))
-        return (found if tokens.axis else found.swapaxes(1, 2)).reshape(len(seen), *shape[:-1], 1)
+        seen = self._run(writer.proto, [place.seen])[place.seen]
+        return None if np.all(seen) else np.stack([place.tokens(each, shape[:-1]) for each in seen])
 
     def _run(self, proto: onnx.ModelProto, names: Sequence[str]) -> dict[str, Array]:
         """Tensors of a graph on the samples, (batches, *shape) each; nothing is run but what makes them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -12,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from toast_onnx.engines.ortbench import benchmark
-from toast_onnx.errors import DataError, ModelError
+from toast_onnx.errors import DataError, MatchError, ModelError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.study import Study, study
@@ -23,6 +24,8 @@ from toast_onnx.tokens.points import study_tokens
 from toast_onnx_calibration.agreement import Agreement, log_probabilities
 from toast_onnx_calibration.comparison import Comparison
 from toast_onnx_calibration.feeds import Batch, batch_size, batches
+from toast_onnx_calibration.graph_writer import GraphWriter
+from toast_onnx_calibration.padding import Placed, placed, placed_by_any
 from toast_onnx_calibration.pictures import small_picture
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.recipes import Recipe
@@ -120,7 +123,8 @@ def compare_all(
     original = study(load_model(dense), shapes)
     sides = [_side(original, path, shapes, provider, threads) for path in small]
     branches = list(dict.fromkeys(name for side in sides for name, _ in side.watched))
-    session = _session(original, branches, provider, threads)
+    padding = _padding(original, list(sides[0].outputs), branches)
+    session = _session(original, branches, provider, threads, padding)
     inputs = held_inputs(original, model_inputs(session))
     for side in sides:
         _check_alike(session, side)
@@ -139,8 +143,9 @@ def compare_all(
         note=note,
     )
     size = _held_batch(original, branches, batch)
-    count, fed = _measure(original, session, sides, inputs, source, size, progress, shown)
+    count, fed = _measure(original, session, sides, inputs, source, size, progress, shown, padding)
     told += source.report.notes() if source.report else ()
+    told += ["tokens that a mask hides do not count"] if padding.places else []
     del session
     times = []
     if rounds:
@@ -208,8 +213,10 @@ class _Side:
     merged: set[str] = field(default_factory=set)
     disagreements: list[_Disagreement] = field(default_factory=list)
 
-    def agree(self, dense: Mapping[str, NDArray[Any]], pruned: Mapping[str, NDArray[Any]], batch: Batch) -> None:
-        """Hold the outputs of a batch against each other."""
+    def agree(
+        self, dense: Mapping[str, NDArray[Any]], pruned: Mapping[str, NDArray[Any]], batch: Batch, padding: _Padding
+    ) -> None:
+        """Hold the outputs of a batch against each other, padded tokens left out."""
         for name, agreement in self.outputs.items():
             a, b = dense[name], pruned[name]
             if a.shape != b.shape:
@@ -217,7 +224,8 @@ class _Side:
                     f"the output '{name}' has shape {a.shape} in the dense model and {b.shape} in {self.path}: "
                     "compare one model"
                 )
-            agreement.add(batch.trim(a), batch.trim(b))
+            counts = padding.counts(name, a.shape[:-1], dense)
+            agreement.add(batch.trim(a), batch.trim(b), None if counts is None else batch.trim(counts))
 
     def disagree(self, dense: NDArray[Any], pruned: NDArray[Any], batch: Batch, shown: int) -> None:
         """Keep samples of a batch whose answers differ.
@@ -348,6 +356,7 @@ def _measure(
     size: int,
     progress: Progress | None,
     shown: int,
+    padding: _Padding,
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Run all models on every sample, into the agreements of `sides`; the number of samples, and the shapes fed."""
     names = list(sides[0].outputs)
@@ -361,30 +370,76 @@ def _measure(
         progress(0, source.count)
     for each in batches(source, inputs, size):
         shapes = {name: tuple(array.shape) for name, array in each.feeds.items()}
-        a = run(session, each.feeds, [*names, *channels])
+        a = run(session, each.feeds, [*names, *channels, *padding.tensors])
         for side in sides:
             b = run(side.session, each.feeds, names + [y for _, y in side.watched])
-            side.agree(a, b, each)
+            side.agree(a, b, each, padding)
             if shown and scores is not None:
                 side.disagree(each.trim(a[scores]), each.trim(b[scores]), each, shown)
             for x, y in side.watched:
-                pair = a[x], b[y]
+                pair, counts = (a[x], b[y]), None
                 if a[x].shape != b[y].shape:  # of merged tokens there are fewer
                     side.merged.add(x)
                     front = learned.get(a[x].shape[1], 0)
                     pair = a[x][:, :front], b[y][:, :front]
+                else:
+                    counts = padding.counts(x, np.moveaxis(a[x], channels[x], -1).shape[:-1], a)
                 if pair[0].size and pair[0].shape == pair[1].shape:
-                    side.drift[x].add(*(np.moveaxis(each.trim(t), channels[x], -1) for t in pair))
+                    ours, theirs = (np.moveaxis(each.trim(t), channels[x], -1) for t in pair)
+                    side.drift[x].add(ours, theirs, None if counts is None else each.trim(counts))
         done += each.valid
         if progress is not None:
             progress(done, source.count)
     return done, shapes
 
 
-def _session(found: Study, names: Sequence[str], provider: str, threads: int | None) -> ort.InferenceSession:
+@dataclass(frozen=True)
+class _Padding:
+    """Which tokens of outputs and branches are padding.
+
+    Attributes:
+        proto: the dense model, with nodes that say so.
+        places: by tensor, where there is a mask.
+    """
+
+    proto: onnx.ModelProto
+    places: Mapping[str, Placed]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What the nodes make."""
+        return tuple(dict.fromkeys(place.seen for place in self.places.values()))
+
+    def counts(self, tensor: str, shape: Sequence[int], found: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_] | None:
+        """Which rows of a batch of a tensor count, (...) without channels; None where all do, or it cannot be told.
+
+        Args:
+            tensor: an output or a branch of the dense model.
+            shape: of the batch, without channels.
+            found: what the dense model gave.
+        """
+        place = self.places.get(tensor)
+        return None if place is None or place.axis is None else place.tokens(found[place.seen], shape)
+
+
+def _padding(dense: Study, outputs: Sequence[str], branches: Collection[str]) -> _Padding:
+    writer = GraphWriter(dense.view.model)
+    places = {name: placed_by_any(writer, dense, name) for name in outputs}
+    for block in dense.match.blocks:
+        for linear in _branch_ends(block).values():
+            if linear.output in branches:
+                with suppress(MatchError):
+                    places[linear.output] = placed(writer, dense, block, linear.output, linear.channel_axis)
+    return _Padding(writer.proto, {name: place for name, place in places.items() if place is not None})
+
+
+def _session(
+    found: Study, names: Sequence[str], provider: str, threads: int | None, padding: _Padding | None = None
+) -> ort.InferenceSession:
     model = found.view.model
     proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
+    proto.CopyFrom(model.proto if padding is None else padding.proto)
+    names = names if padding is None else [*names, *padding.tensors]
     return model_session(Model(expose(proto, names), model.path, dict(model.arrays)), provider, threads=threads)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
-from toast_onnx.matching.blocks import Attention
+from toast_onnx.errors import MatchError
+from toast_onnx.matching.blocks import Attention, Block
 from toast_onnx.matching.masks import Mask, masks
 from toast_onnx.matching.study import Study
 from toast_onnx_calibration.graph_writer import GraphWriter
-from toast_onnx_calibration.tokens import Tokens, as_float
+from toast_onnx_calibration.tokens import Tokens, as_float, as_tokens
 
 #: Additive masks are at or below this where a token is padding (-10000, or the smallest number of the type).
 MASKED = -1000.0
@@ -52,6 +57,78 @@ def padding_of(writer: GraphWriter, study: Study, attention: Attention) -> tuple
         else:
             valid = Padding(writer.one("Mul", [valid.tensor, seen]), max(valid.batch, batch), shape[-1])
     return valid, strange
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Padding, and where its tokens are in some tensor.
+
+    Attributes:
+        tensor: the tensor.
+        seen: (batch or 1, tokens) ones and zeros, which nodes make.
+        axis: axis of the tokens, 0 or 1, where the tensor is seen as three axes, channels last; None where tokens
+            cannot be told apart.
+    """
+
+    tensor: str
+    seen: str
+    axis: int | None
+
+    def tokens(self, seen: NDArray[Any], shape: Sequence[int]) -> NDArray[np.bool_]:
+        """Which tokens of a batch of the tensor count, as an array of its shape without channels.
+
+        Args:
+            seen: the value of `seen` for that batch.
+            shape: of the batch, without channels.
+
+        Raises:
+            MatchError: some are hidden, and which ones cannot be told.
+        """
+        if np.all(seen):
+            return np.ones(shape, np.bool_)
+        if self.axis is None:
+            raise MatchError(f"which tokens of '{self.tensor}' are padding cannot be told")
+        count = seen.shape[-1]
+        found = np.broadcast_to(seen > 0, (prod(shape) // count, count))
+        return (found if self.axis else found.T).reshape(shape)
+
+
+def placed(writer: GraphWriter, study: Study, block: Block, tensor: str, channel_axis: int = -1) -> Placed | None:
+    """Which tokens of a tensor the masks of a block hide; None where it has no mask.
+
+    Args:
+        writer: appends nodes.
+        study: of the model.
+        block: one of its blocks.
+        tensor: an activation.
+        channel_axis: its axis of channels.
+
+    Raises:
+        MatchError: a mask has an unusual shape.
+    """
+    if block.attention is None:
+        return None
+    padding, strange = padding_of(writer, study, block.attention)
+    if strange:
+        raise MatchError(f"block {block.index} ({block.name}) has a mask of an unusual shape")
+    if padding is None:
+        return None
+    tokens = as_tokens(writer, study, tensor, channel_axis)
+    return Placed(tensor, padding.tensor, tokens.axis if padding.fits(tokens.batch, tokens.count) else None)
+
+
+def placed_by_any(writer: GraphWriter, study: Study, tensor: str) -> Placed | None:
+    """Which tokens of an output the masks of the last block with such tokens hide; None where there is none."""
+    if not (study.facts.shape(tensor) or ()):
+        return None
+    for block in reversed(study.match.blocks):
+        try:
+            found = placed(writer, study, block, tensor)
+        except MatchError:
+            continue
+        if found is not None and found.axis is not None:
+            return found
+    return None
 
 
 def token_weights(writer: GraphWriter, tokens: Tokens, padding: Padding) -> str | None:

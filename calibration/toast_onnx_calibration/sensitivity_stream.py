@@ -129,6 +129,7 @@ class Trials:
         if dense is None:
             dense = store_values(folder / "dense.npy", self._whole(study.view.model), samples.count)
         self.dense = dense
+        self._counts = self.beside.output_tokens(self.output, dense.shape[1:])
 
     def on_first(self, count: int | None) -> Trials:
         """The same on the first so many samples, in whole batches; itself where those are all, or None is given."""
@@ -185,7 +186,7 @@ class Trials:
         agreement = Agreement(self.classes)
         kept = []
         for k, output in enumerate(outputs):
-            agreement.add(self.dense[k], output)
+            agreement.add(self.dense[k], output, None if self._counts is None else self._counts[k])
             if self.labels is not None:
                 kept.append(output)
         found = {name: float(value) for name, value in agreement.to_json().items() if name != "cosine"}

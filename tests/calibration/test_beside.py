@@ -19,12 +19,18 @@ from toast_onnx.matching.piece import cut_piece
 from toast_onnx.matching.span import block_span
 from toast_onnx.matching.study import Study
 from toast_onnx.model import save_model
+from toast_onnx.planning.planned import planned_ratios
 from toast_onnx.planning.ratios import parse_ratios
+from toast_onnx.planning.search import Kept
+from toast_onnx.planning.width_costs import dense_widths
 from toast_onnx.pruning import Pruned, prune
 from toast_onnx.runtime import run_model
 from toast_onnx_calibration.beside import Beside
 from toast_onnx_calibration.calibrating import CalibrationOptions
+from toast_onnx_calibration.comparing import compare
 from toast_onnx_calibration.local import refine_locally
+from toast_onnx_calibration.sensitivity_stream import Trials
+from toast_onnx_calibration.sensitivity_trials import Solver
 from toast_onnx_calibration.stored import Samples, piece_session, store_samples
 
 Exported = Callable[[zoo.Case], Path]
@@ -104,10 +110,7 @@ def test_what_stands_in_padding_is_never_seen(steps: int, exported: Exported, tm
     path = exported(zoo.Case("hf-bert"))
     dense = look(path)
     data, feeds = drawn(path, tmp_path)
-    padding = feeds["attention_mask"] == 0
-    assert padding.any()
-    noisy = feeds | {"input_ids": np.where(padding, (feeds["input_ids"] + 37) % 100, feeds["input_ids"])}
-    np.savez(tmp_path / "noisy.npz", **noisy)
+    np.savez(tmp_path / "noisy.npz", **noisy_in_padding(feeds))
     plain, other = (corrected(dense, each, steps) for each in (data, tmp_path / "noisy.npz"))
     for index, weights in plain.weights.items():
         ours, theirs = weights.ffn, other.weights[index].ffn
@@ -156,8 +159,47 @@ def test_padding_that_cannot_be_placed_is_an_error(exported: Exported, tmp_path:
     data, _ = drawn(path, tmp_path)
     beside = Beside(dense, stored(dense, data, tmp_path), OPTIONS, tmp_path)
     (pooled,) = (o.name for o in dense.view.model.proto.graph.output if o.name == "pooler_output")
-    with pytest.raises(MatchError, match="which tokens are padding cannot be told"):
+    with pytest.raises(MatchError, match="padding cannot be told"):
         beside.token_weights(dense.match.blocks[0], pooled, (8, 192))
+
+
+def noisy_in_padding(feeds: Feeds) -> Feeds:
+    """Samples with other words where the mask hides them."""
+    padding = feeds["attention_mask"] == 0
+    assert padding.any()
+    return feeds | {"input_ids": np.where(padding, (feeds["input_ids"] + 37) % 100, feeds["input_ids"])}
+
+
+def test_a_comparison_and_trials_leave_padding_out(exported: Exported, tmp_path: Path) -> None:
+    path = exported(zoo.Case("hf-bert"))
+    dense = look(path)
+    feeds = zoo.inputs(path, batch=COUNT, seed=4)
+    feeds["attention_mask"][:, 2:] = 0  # most tokens are padding
+    data = tmp_path / "samples.npz"
+    np.savez(data, **feeds)
+    kept: Kept = {1: {"fc2": 104}}
+    weights = Solver(dense, parse_ratios({"version": 1}), SyntheticStatistics(dense)).weights(kept)
+    small = prune_to(dense, kept, tmp_path / "small.onnx")
+    want, got = (inside(p, ["last_hidden_state"], feeds, tmp_path)["last_hidden_state"] for p in (path, small))
+    seen = feeds["attention_mask"] > 0
+    expected = np.sqrt(np.square(want[seen] - got[seen]).sum() / np.square(want[seen]).sum())
+    assert expected != pytest.approx(np.sqrt(np.square(want - got).sum() / np.square(want).sum()), rel=1e-2)
+    trials = Trials(dense, stored(dense, data, tmp_path), OPTIONS, tmp_path, output="last_hidden_state")
+    assert trials.damage(weights)["relative_error"] == pytest.approx(expected, rel=1e-3)
+    found = compare(path, small, data, threads=1, rounds=0)
+    assert found.outputs["last_hidden_state"]["relative_error"] == pytest.approx(expected, rel=1e-4)
+    assert "tokens that a mask hides do not count" in found.notes
+    np.savez(tmp_path / "noisy.npz", **noisy_in_padding(feeds))
+    other = compare(path, small, tmp_path / "noisy.npz", threads=1, rounds=0)
+    for a, b in zip(found.blocks, other.blocks, strict=True):
+        for part in ("attention", "ffn"):
+            assert a[part]["relative_error"] == pytest.approx(b[part]["relative_error"], rel=1e-3, abs=1e-6)
+
+
+def prune_to(dense: Study, kept: Kept, out: Path) -> Path:
+    ratios = planned_ratios(parse_ratios({"version": 1}), kept, [dense_widths(b) for b in dense.match.blocks])
+    save_model(prune(dense, ratios, SyntheticStatistics(dense)).model, out)
+    return out
 
 
 def test_a_piece_with_a_mask_gives_what_the_model_gives(exported: Exported, tmp_path: Path) -> None:
