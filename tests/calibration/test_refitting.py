@@ -18,7 +18,10 @@ from tests.pruning import look
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.finetune.local import LocalSettings
-from toast_onnx.matching.span import span_of
+from toast_onnx.matching.facts import Facts
+from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.piece import cut_piece
+from toast_onnx.matching.span import block_span, span_of
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, save_model
 from toast_onnx.planning.ratios import parse_ratios
@@ -26,6 +29,7 @@ from toast_onnx.pruning import Pruned, prune
 from toast_onnx.runtime import run_model
 from toast_onnx.solving.refit import Lack
 from toast_onnx_calibration import local, refitting, room
+from toast_onnx_calibration.beside import Beside
 from toast_onnx_calibration.calibrating import CalibrationOptions, calibrate
 from toast_onnx_calibration.local import refine_locally
 from toast_onnx_calibration.needs import everything
@@ -215,6 +219,24 @@ def test_channels_far_from_zero_keep_what_they_have_in_common(
     monkeypatch.setattr(Stream, "outputs", outputs)
     refitted(vit, images)
     assert max(float(np.abs(each.inputs.mean).max()) for each in far) < 100
+
+
+def test_a_piece_that_is_cut_after_a_change_has_the_new_weights(vit: Study, images: Path, tmp_path: Path) -> None:
+    """Biases are small enough to be remembered as values of the graph's own arithmetic."""
+    samples = store_samples(vit, images, OPTIONS, tmp_path, lambda _: 8)
+    twin = GraphView(Model(vit.view.model.proto, vit.view.model.path, {}))
+    beside = Beside(vit, samples, OPTIONS, tmp_path)
+    stream = Stream("twin", twin, Facts(twin, samples.shapes), samples, OPTIONS, tmp_path, beside)
+    block = vit.match.blocks[0]
+    assert block.ffn is not None
+    name = block.ffn.fc2.bias
+    assert name is not None
+    span = block_span(twin, stream.facts, block)
+    stream.view.model.arrays[name] = vit.facts.array(name)
+    stream.change(cut_piece(twin, stream.facts, span.start, span.end), {name: vit.facts.array(name) + 1})
+    piece = cut_piece(twin, stream.facts, span.start, span.end)
+    (found,) = (onnx.numpy_helper.to_array(t) for t in piece.graph.initializer if t.name == name)
+    np.testing.assert_array_equal(found, vit.facts.array(name) + 1)
 
 
 def test_a_block_that_cannot_be_trained_keeps_its_refit(

@@ -155,6 +155,8 @@ class Facts:
             ModelError: an operator on the way cannot be evaluated here.
         """
         fact = self._facts[name]
+        if name in self.view.model.arrays:  # which may have changed since the walk
+            return self.view.model.arrays[name]
         if fact.value is not None:
             return fact.value
         if name in self.view.initializers:
