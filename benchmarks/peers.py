@@ -104,7 +104,7 @@ class Store:
         return self.found[key]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Contest(Subject):
     """A subject that other tools get, too.
 

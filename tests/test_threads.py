@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from tests import zoo
 from tests.pruning import look
@@ -85,7 +85,11 @@ def test_blas_has_its_share_inside_and_all_it_had_behind(threads: int, most: int
     if not before:
         pytest.skip("NumPy's BLAS cannot be told how many threads to take")
     # three items: more workers than items there are not
-    assert set().union(*shared_work(blas, range(3), threads, most)) == {each}
+    with threadpool_limits(8, user_api="blas"):
+        assert set().union(*shared_work(blas, range(3), threads, most)) == {each}
+        assert blas(0) == {8}
+    with threadpool_limits(1, user_api="blas"):  # a caller's own limit, or the environment's
+        assert set().union(*shared_work(blas, range(3), threads, most)) == {1}
     assert blas(0) == before
 
 

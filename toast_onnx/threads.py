@@ -10,7 +10,7 @@ from contextvars import copy_context
 from itertools import islice
 from typing import TypeVar
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,7 +44,9 @@ def shared_work(
     """
     available = count_threads(threads)
     workers = max(1, min(available, most, len(items)))
-    with threadpool_limits(limits=max(1, available // workers), user_api="blas"):
+    allowed = [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+    share = min([max(1, available // workers), *allowed])  # no more than a caller, or the environment, allows
+    with threadpool_limits(limits=share, user_api="blas"):
         if workers == 1:
             yield from map(work, items)
             return
