@@ -48,10 +48,11 @@ class Agreement:
     def to_json(self) -> dict[str, float | int]:
         """Averages; `relative_error` is the root of error over energy."""
         found: dict[str, float | int] = {}
+        rows = max(self.rows, 1)  # none, where all are padding
         if self.classes:
-            found |= {"top1_agreement": self.same / self.rows, "kl": self.divergence / self.rows}
+            found |= {"top1_agreement": self.same / rows, "kl": self.divergence / rows}
         return found | {
-            "cosine": self.cosine_sum / self.rows,
+            "cosine": self.cosine_sum / rows,
             "relative_error": float(np.sqrt(self.error / max(self.energy, np.finfo(np.float64).tiny))),
         }
 

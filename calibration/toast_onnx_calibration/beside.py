@@ -10,15 +10,16 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Block
-from toast_onnx.matching.span import block_masks
+from toast_onnx.matching.span import masks_beside
 from toast_onnx.matching.study import Study
 from toast_onnx.model import Model, write_draft
 from toast_onnx.proof.precision import to_float32
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.chain import Link, cut
 from toast_onnx_calibration.graph_writer import GraphWriter
-from toast_onnx_calibration.padding import Placed, placed, placed_by_any
+from toast_onnx_calibration.padding import Placed, placed, placed_behind
 from toast_onnx_calibration.sessions import make_session, run
 from toast_onnx_calibration.stored import Samples
 
@@ -34,16 +35,17 @@ class Beside:
 
     def __init__(self, study: Study, samples: Samples, options: CalibrationOptions, folder: Path) -> None:
         self._study, self._samples, self._options, self._folder = study, samples, options, folder
-        blocks = study.match.blocks
-        self.tensors = frozenset(name for block in blocks for name in block_masks(study.view, study.facts, block))
+        self._same = masks_beside(study.view, study.facts, study.match.blocks)
+        self.tensors = frozenset(self._same)
         self._kept: dict[str, Array] = {}
 
     def feeds(self, names: Iterable[str], batch: int) -> dict[str, Array]:
         """Masks of one batch by tensor."""
         wanted = tuple(names)
-        if not self._kept.keys() >= set(wanted):
-            self._kept |= self._run(self._study.view.model.proto, sorted(self.tensors))
-        return {name: np.asarray(self._kept[name][batch]) for name in wanted}
+        stand = {name: self._same.get(name, name) for name in wanted}
+        if not self._kept.keys() >= set(stand.values()):
+            self._kept |= self._run(self._study.view.model.proto, sorted({*self._same.values(), *stand.values()}))
+        return {name: np.asarray(self._kept[stand[name]][batch]) for name in wanted}
 
     def token_weights(self, block: Block, tensor: str, shape: tuple[int, ...]) -> Array | None:
         """How much each token of an activation counts, (batches, *shape without channels, 1): not where it is padding.
@@ -71,7 +73,11 @@ class Beside:
             shape: of one batch of it.
         """
         writer = GraphWriter(self._study.view.model)
-        return self._tokens(writer, placed_by_any(writer, self._study, output), shape)
+        place = placed_behind(writer, self._study, output)
+        try:
+            return self._tokens(writer, place, shape)
+        except MatchError:
+            return None
 
     def _tokens(self, writer: GraphWriter, place: Placed | None, shape: tuple[int, ...]) -> Array | None:
         if place is None:

@@ -25,7 +25,7 @@ from toast_onnx_calibration.agreement import Agreement, log_probabilities
 from toast_onnx_calibration.comparison import Comparison
 from toast_onnx_calibration.feeds import Batch, batch_size, batches
 from toast_onnx_calibration.graph_writer import GraphWriter
-from toast_onnx_calibration.padding import Placed, placed, placed_by_any
+from toast_onnx_calibration.padding import Placed, placed, placed_behind
 from toast_onnx_calibration.pictures import small_picture
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.recipes import Recipe
@@ -145,7 +145,7 @@ def compare_all(
     size = _held_batch(original, branches, batch)
     count, fed = _measure(original, session, sides, inputs, source, size, progress, shown, padding)
     told += source.report.notes() if source.report else ()
-    told += ["tokens that a mask hides do not count"] if padding.places else []
+    told += padding.notes()
     del session
     times = []
     if rounds:
@@ -393,17 +393,21 @@ def _measure(
     return done, shapes
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Padding:
     """Which tokens of outputs and branches are padding.
 
     Attributes:
         proto: the dense model, with nodes that say so.
         places: by tensor, where there is a mask.
+        hidden: tensors of which tokens were left out.
+        unclear: tensors with tokens that a mask hides, where nobody knows which.
     """
 
     proto: onnx.ModelProto
     places: Mapping[str, Placed]
+    hidden: set[str] = field(default_factory=set)
+    unclear: set[str] = field(default_factory=set)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -419,13 +423,29 @@ class _Padding:
             found: what the dense model gave.
         """
         place = self.places.get(tensor)
-        return None if place is None or place.axis is None else place.tokens(found[place.seen], shape)
+        if place is None or np.all(found[place.seen]):
+            return None
+        try:
+            counts = place.tokens(found[place.seen], shape)
+        except MatchError:
+            self.unclear.add(tensor)
+            return None
+        self.hidden.add(tensor)
+        return counts
+
+    def notes(self) -> list[str]:
+        """What was left out, and where nobody knows."""
+        left = ["tokens that a mask hides do not count"] if self.hidden else []
+        many = f"{len(self.unclear)} outputs and branches may hold tokens that a mask hides, which count there"
+        return [*left, many] if self.unclear else left
 
 
 def _padding(dense: Study, outputs: Sequence[str], branches: Collection[str]) -> _Padding:
     writer = GraphWriter(dense.view.model)
-    places = {name: placed_by_any(writer, dense, name) for name in outputs}
+    places = {name: placed_behind(writer, dense, name) for name in outputs}
     for block in dense.match.blocks:
+        if block.attention is None or not block.attention.own_keys:
+            continue
         for linear in _branch_ends(block).values():
             if linear.output in branches:
                 with suppress(MatchError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Attention, Block
 from toast_onnx.matching.masks import Mask, masks
+from toast_onnx.matching.span import block_masks, follows, span_of
 from toast_onnx.matching.study import Study
 from toast_onnx_calibration.graph_writer import GraphWriter
 from toast_onnx_calibration.tokens import Tokens, as_float, as_tokens
@@ -86,10 +88,10 @@ class Placed:
         """
         if np.all(seen):
             return np.ones(shape, np.bool_)
-        if self.axis is None:
+        rows, left = divmod(prod(shape), seen.shape[-1])
+        if self.axis is None or left or len(seen) not in (1, rows):
             raise MatchError(f"which tokens of '{self.tensor}' are padding cannot be told")
-        count = seen.shape[-1]
-        found = np.broadcast_to(seen > 0, (prod(shape) // count, count))
+        found = np.broadcast_to(seen > 0, (rows, seen.shape[-1]))
         return (found if self.axis else found.T).reshape(shape)
 
 
@@ -114,20 +116,24 @@ def placed(writer: GraphWriter, study: Study, block: Block, tensor: str, channel
     if padding is None:
         return None
     tokens = as_tokens(writer, study, tensor, channel_axis)
-    return Placed(tensor, padding.tensor, tokens.axis if padding.fits(tokens.batch, tokens.count) else None)
+    fits = block.attention.own_keys and padding.fits(tokens.batch, tokens.count)
+    return Placed(tensor, padding.tensor, tokens.axis if fits else None)
 
 
-def placed_by_any(writer: GraphWriter, study: Study, tensor: str) -> Placed | None:
-    """Which tokens of an output the masks of the last block with such tokens hide; None where there is none."""
-    if not (study.facts.shape(tensor) or ()):
+def placed_behind(writer: GraphWriter, study: Study, output: str) -> Placed | None:
+    """Which tokens of an output the masks hide of the last block that it is made of; None where there is none.
+
+    An output that is made of anything besides one block's stream has tokens that nobody knows: of two towers, say.
+    """
+    if not (study.facts.shape(output) or ()):
         return None
+    every = {name for block in study.match.blocks for name in block_masks(study.view, study.facts, block)}
     for block in reversed(study.match.blocks):
-        try:
-            found = placed(writer, study, block, tensor)
-        except MatchError:
+        span = span_of(study.view, study.facts, block)
+        if span is None or not span.beside or not follows(study.view, study.facts, span.end, output, every):
             continue
-        if found is not None and found.axis is not None:
-            return found
+        with suppress(MatchError):
+            return placed(writer, study, block, output)
     return None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx.helper
 
 from toast_onnx.errors import ConfigError
-from toast_onnx.matching.span import span_of
+from toast_onnx.matching.span import masks_beside, span_of
 from toast_onnx.matching.study import Study
 from toast_onnx.model import stored_bytes
 from toast_onnx_calibration.chain import Link
@@ -60,7 +60,7 @@ def refining_bytes(study: Study, blocks: Collection[int], samples: int) -> int:
     """
     spans = (span_of(study.view, study.counted, study.match.blocks[index]) for index in blocks)
     stream = max((sample_bytes(study, {span.start, span.end}) for span in spans if span is not None), default=0)
-    return samples * (_input_bytes(study) + 2 * stream) + 3 * stored_bytes(study.view.model.path)
+    return samples * (_input_bytes(study) + 2 * stream + _mask_bytes(study)) + 3 * stored_bytes(study.view.model.path)
 
 
 def spool_bytes(study: Study, links: Sequence[Link], samples: int) -> int:
@@ -84,13 +84,17 @@ def trial_bytes(study: Study, samples: int, fronts: Collection[str], output: str
         output: where damage is measured.
     """
     front = max((sample_bytes(study, {name}) for name in fronts), default=0)
-    each = _input_bytes(study) + 2 * front + sample_bytes(study, {output})
+    each = _input_bytes(study) + 2 * front + sample_bytes(study, {output}) + _mask_bytes(study)
     return samples * each + 3 * stored_bytes(study.view.model.path)
 
 
 def _input_bytes(study: Study) -> int:
     graph = study.view.model.proto.graph
     return sample_bytes(study, {i.name for i in graph.input} - set(study.view.initializers))
+
+
+def _mask_bytes(study: Study) -> int:
+    return sample_bytes(study, set(masks_beside(study.view, study.counted, study.match.blocks).values()))
 
 
 def sample_bytes(study: Study, tensors: Collection[str]) -> int:

@@ -91,10 +91,11 @@ class _Build:
     def block(self, block: Block, parts: frozenset[str]) -> None:
         """Measure one block."""
         attention, ffn, key = block.attention, block.ffn, str(block.index)
-        padding = self._padding(attention) if attention is not None else None
+        keys = self._padding(attention) if attention is not None else None
+        padding = keys if attention is not None and attention.own_keys else None
         if attention is not None and "qk" in parts and attention.q is not None and attention.k is not None:
             self._queries(attention, attention.q, padding, key)
-            self._keys(attention, attention.k, padding, key)
+            self._keys(attention, attention.k, keys, key)
         if attention is not None and "context" in parts and attention.proj is not None:
             linear = attention.proj.linear
             self._moments(self._see(linear.input, linear.channel_axis), padding, f"{key}.context")
@@ -299,7 +300,7 @@ class _Build:
             return None
         rank = len(shape)
         p = as_float(w, self.study, probabilities)
-        if padding is not None:
+        if padding is not None and attention.own_keys:
             queries = self._operand_padding(core.q, padding, -2)
             if queries is None or rank != 4:
                 return None

@@ -153,7 +153,8 @@ def split(count: int, held_out: float) -> tuple[list[int], list[int]]:
 def relative_error(output: Array, target: Array, weights: Array) -> float:
     """Weighted squared error of a batch as a fraction of the target's energy."""
     wanted = np.asarray(target, np.float64)
-    found = (weights * (output - wanted) ** 2).sum() / (weights * wanted**2).sum()
+    energy = max(float((weights * wanted**2).sum()), np.finfo(np.float64).tiny)
+    found = (weights * (output - wanted) ** 2).sum() / energy
     return float(found) if math.isfinite(found) else math.inf
 
 
@@ -171,7 +172,8 @@ class _Problem:
         arrays = (np.array(a[k], np.float32) for a in (self.inputs, self.targets, self.weights))
         x, y, w = (torch.from_numpy(a).to(self.device) for a in arrays)
         more = {name: torch.from_numpy(np.array(a)).to(self.device) for name, a in self.beside(k).items()}
-        found: torch.Tensor = (w * (self.module(x, **more) - y) ** 2).sum() / (w * y**2).sum()
+        energy = (w * y**2).sum().clamp_min(torch.finfo(torch.float32).tiny)  # none where all tokens are padding
+        found: torch.Tensor = (w * (self.module(x, **more) - y) ** 2).sum() / energy
         return found
 
     def error(self, batches: list[int]) -> float:

@@ -134,6 +134,11 @@ class Attention:
         return not self.cosine and all(region.plain for region in self.regions)
 
     @property
+    def own_keys(self) -> bool:
+        """Whether queries and keys are of the same tokens: what hides keys hides tokens of the block's stream, then."""
+        return self.q is not None and self.k is not None and self.q.linear.input == self.k.linear.input
+
+    @property
     def cosine(self) -> bool:
         """Whether queries and keys are divided by their lengths before the scores."""
         return bool(self.divisions)

@@ -14,6 +14,7 @@ from toast_onnx.matching.graph import GraphView
 from toast_onnx.matching.operators import MEASURING, Effect, operators
 from toast_onnx.matching.walks import upstream
 
+_DRAWS = operators(Effect.DRAWS)
 _LAYERS = operators(Effect.CONTRACTS, Effect.SHARES, Effect.ATTENDS)
 
 Kind = Literal["visible", "hidden", "additive", "keys"]
@@ -52,6 +53,40 @@ def comes_from_inputs(view: GraphView, facts: Facts, tensor: str) -> bool:
         elif view.nodes[i].op_type in _LAYERS:
             return False
     return from_input
+
+
+def alike(view: GraphView, facts: Facts, tensors: Iterable[str]) -> dict[str, str]:
+    """Each tensor -> the first of them that the same operators make of the same inputs: exporters repeat them by layer.
+
+    Args:
+        view: the graph.
+        facts: what is known about it.
+        tensors: masks, which no layer makes.
+    """
+    numbers: dict[tuple[object, ...], int] = {}
+    known: dict[str, int] = {}
+
+    def number(name: str) -> int:
+        if name not in known:
+            known[name] = numbers.setdefault(recipe(name), len(numbers))
+        return known[name]
+
+    def recipe(name: str) -> tuple[object, ...]:
+        if not name:
+            return ()
+        if facts.is_constant(name) or facts.value(name) is not None:
+            value = facts.array(name)
+            return value.dtype.str, value.shape, value.tobytes()
+        i = view.producer.get(name)
+        if i is None or view.nodes[i].op_type in _DRAWS:
+            return (name,)
+        node = view.nodes[i]
+        attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
+        inputs = tuple(number(each) for each in node.input)
+        return node.op_type, node.domain, attributes, list(node.output).index(name), inputs
+
+    first: dict[int, str] = {}
+    return {name: first.setdefault(number(name), name) for name in tensors}
 
 
 def _fused(view: GraphView, facts: Facts, core: Core) -> Iterable[Mask]:

@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
 
+import onnx
+
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
-from toast_onnx.matching.graph import GraphView
+from toast_onnx.matching.graph import FLOATS, GraphView
 from toast_onnx.matching.linear import Linear
-from toast_onnx.matching.masks import masks
+from toast_onnx.matching.masks import alike, masks
 
 #: How many activations before a block's first layer are tried as its input: a norm in pieces, a window partition.
 _TRIES = 100
@@ -45,7 +47,7 @@ def block_span(view: GraphView, facts: Facts, block: Block) -> Span:
     wanted = {each.node for each in layers}
     before = (name for i in range(first - 1, -1, -1) for name in view.nodes[i].output)
     activations = (n for n in before if n and not facts.is_constant(n) and facts.value(n) is None)
-    inputs = (v.name for v in view.model.proto.graph.input if v.name not in view.initializers)
+    inputs = (v.name for v in view.model.proto.graph.input if v.name not in view.initializers and _is_float(v))
     for start in chain(islice(activations, _TRIES), inputs):
         nodes = _between(view, facts, start, end, beside)
         if nodes is not None and wanted <= nodes:
@@ -60,12 +62,26 @@ def block_masks(view: GraphView, facts: Facts, block: Block) -> tuple[str, ...]:
     return tuple(dict.fromkeys(mask.tensor for mask in masks(view, facts, block.attention.core)))
 
 
+def masks_beside(view: GraphView, facts: Facts, blocks: Iterable[Block]) -> dict[str, str]:
+    """The masks of some blocks, and which one of those that are alike stands for each."""
+    return alike(view, facts, dict.fromkeys(name for block in blocks for name in block_masks(view, facts, block)))
+
+
 def span_of(view: GraphView, facts: Facts, block: Block) -> Span | None:
     """The span of a block, None where it is no function of one tensor."""
     try:
         return block_span(view, facts, block)
     except MatchError:
         return None
+
+
+def _is_float(value: onnx.ValueInfoProto) -> bool:
+    return value.type.tensor_type.elem_type in FLOATS
+
+
+def follows(view: GraphView, facts: Facts, start: str, end: str, beside: Iterable[str]) -> bool:
+    """Whether a tensor is made of another one and of masks alone."""
+    return _between(view, facts, start, end, beside) is not None
 
 
 def _layers(block: Block) -> list[Linear]:
