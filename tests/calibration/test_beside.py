@@ -106,6 +106,26 @@ def test_errors_are_those_of_the_written_model_where_tokens_count(
 
 
 @pytest.mark.parametrize("steps", [0, 12])
+def test_blocks_side_by_side_are_corrected_behind_one_another(steps: int, exported: Exported, tmp_path: Path) -> None:
+    """Their spans are one: the second is run with what the first became, its bias included."""
+    path = exported(zoo.Case("timm-vit-parallel"))
+    dense = look(path)
+    data, feeds = drawn(path, tmp_path)
+    pruned = corrected(dense, data, steps)
+    save_model(pruned.model, tmp_path / "pruned.onnx")
+    spans = [block_span(dense.view, dense.facts, block) for block in dense.match.blocks]
+    assert len({span.end for span in spans}) < len(spans)
+    judges = {name: array[-JUDGES:] for name, array in feeds.items()}
+    last = {span.end: result for span, result in zip(spans, pruned.local, strict=True)}
+    for end, result in last.items():
+        both = (inside(p, [end], judges, tmp_path) for p in (path, tmp_path / "pruned.onnx"))
+        want, got = (found[end].astype(np.float64) for found in both)
+        counts = np.ones(want.shape[:2])
+        counts[:, 0] = LocalSettings().class_weight
+        assert result.after == pytest.approx(relative(want, got, counts), rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [0, 12])
 def test_what_stands_in_padding_is_never_seen(steps: int, exported: Exported, tmp_path: Path) -> None:
     path = exported(zoo.Case("hf-bert"))
     dense = look(path)

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
 
-import onnx
-
 from toast_onnx.errors import MatchError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.facts import Facts
@@ -47,8 +45,7 @@ def block_span(view: GraphView, facts: Facts, block: Block) -> Span:
     wanted = {each.node for each in layers}
     before = (name for i in range(first - 1, -1, -1) for name in view.nodes[i].output)
     activations = (n for n in before if n and not facts.is_constant(n) and facts.value(n) is None)
-    inputs = (v.name for v in view.model.proto.graph.input if v.name not in view.initializers and _is_float(v))
-    for start in chain(islice(activations, _TRIES), inputs):
+    for start in chain(islice(activations, _TRIES), _inputs(view) if first <= _TRIES else ()):
         nodes = _between(view, facts, start, end, beside)
         if nodes is not None and wanted <= nodes:
             return Span(start, end, beside)
@@ -75,8 +72,10 @@ def span_of(view: GraphView, facts: Facts, block: Block) -> Span | None:
         return None
 
 
-def _is_float(value: onnx.ValueInfoProto) -> bool:
-    return value.type.tensor_type.elem_type in FLOATS
+def _inputs(view: GraphView) -> list[str]:
+    """The graph's inputs that may be activations."""
+    values = (v for v in view.model.proto.graph.input if v.name not in view.initializers)
+    return [v.name for v in values if v.type.tensor_type.elem_type in FLOATS]
 
 
 def follows(view: GraphView, facts: Facts, start: str, end: str, beside: Iterable[str]) -> bool:
