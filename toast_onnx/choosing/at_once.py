@@ -10,8 +10,8 @@ from toast_onnx.importance.arithmetic import arithmetic
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
 
-#: Square matrices of a block's widest part, in float64, that selecting and solving it take at their most; measured on
-#: DeiT-B and ViT-H: 4.1 and 4.2 (`benchmarks/scale.py`, step `half` on one thread and on two).
+#: Square matrices of a block's widest part, in float64, that selecting and solving it take at their most: what a second
+#: block adds to the peak of a DeiT-B (`benchmarks/scale.py --step half`, with one thread and with two).
 MATRICES = 5
 #: Bytes for blocks beside the first where the model itself is small.
 ALLOWANCE = 128_000_000
