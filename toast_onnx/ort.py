@@ -60,7 +60,7 @@ def session_options(threads: int | None = None, *, timed: bool = False) -> Any:
         threads: threads inside one operator; None or 0 leaves it to `OMP_NUM_THREADS`, as NumPy and PyTorch do, and
             to ONNX Runtime (one a core) where that is not set.
         timed: whether its runs are timed. Idle threads then wait in a loop, as they do in what users deploy; they would
-            take the cores from NumPy, which works between runs (`prune --data`, DeiT-T, two cores: 33 s for 25).
+            take the cores from NumPy, which works between runs (`benchmarks/pruning_cost.py --threads 2`).
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = wished_threads(threads) or 0
