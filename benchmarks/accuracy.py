@@ -117,6 +117,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.25, 0.35], help="share of qk, vo and fc2 removed")
     parser.add_argument("--samples", type=int, default=256, help="calibration images")
     parser.add_argument("--views", type=int, default=0, help="views of each of them (`prune --views`)")
+    parser.add_argument("--steps", type=int, default=LocalSettings.steps, help="of local training")
+    parser.add_argument(
+        "--local-views", type=int, default=0, help="views of each image for it (`compensation: {views: N}`)"
+    )
     parser.add_argument("--images", type=int, help="evaluation images; all by default")
     parser.add_argument("--work", type=Path, help="keep the dense model and its calibration samples in this folder")
     parser.add_argument(
@@ -140,6 +144,7 @@ class Measured:
         calibrate(look, self.images, folder / "statistics.npz", parts, self.options)
         print(f"calibrated in {time.perf_counter() - started:.0f} s", file=sys.stderr)
         self.statistics = CalibratedStatistics(look, folder / "statistics.npz")
+        self.steps, self.views = options.steps, options.local_views
 
     def sequential(self) -> SequentialStatistics:
         """Statistics behind the pruned blocks."""
@@ -150,8 +155,9 @@ class Measured:
         """Means, or means and local training, block by block."""
         from toast_onnx_calibration.local import refine_locally
 
-        settings = LocalSettings(class_weight=self.options.class_weight, seed=self.options.seed)
-        settings = settings if correction == "local" else replace(settings, steps=0)
+        settings = LocalSettings(steps=0, class_weight=self.options.class_weight, seed=self.options.seed)
+        if correction == "local":
+            settings = replace(settings, steps=self.steps, views=self.views)
         return lambda new: refine_locally(self.look, new, self.images, self.options, settings)
 
 

@@ -109,6 +109,9 @@ def arguments() -> argparse.Namespace:
         help="what follows the closed form: nothing, means and last layers block by block, or local training",
     )
     parser.add_argument("--steps", type=int, default=LocalSettings.steps, help="of local training")
+    parser.add_argument(
+        "--local-views", type=int, default=0, help="views of each image for it (`compensation: {views: N}`)"
+    )
     parser.add_argument("--samples", type=int, default=256, help="images to plan with")
     parser.add_argument("--views", type=int, default=0, help="views of each of them (`plan --views`, `prune --views`)")
     parser.add_argument("--trial-samples", type=int, default=TRIAL_SAMPLES, help="of them, the first that trials run")
@@ -198,7 +201,8 @@ def refiner(look: Study, correction: str, folder: Path, options: argparse.Namesp
     local = CORRECTIONS[correction]
     if local is None:
         return None
-    local = replace(local, steps=options.steps if local.steps else 0)
+    if local.steps:
+        local = replace(local, steps=options.steps, views=options.local_views)
     images = options.data / "data" / "calibration_256"
     reading = calibration(folder, options)
     return lambda new: refine_locally(look, new, images, reading, local)

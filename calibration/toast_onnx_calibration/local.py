@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError, MatchError, ModelError
-from toast_onnx.finetune.local import LocalResult, LocalSettings, require_torch, train_block
+from toast_onnx.finetune.local import LocalResult, LocalSettings, require_torch, split, train_block
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.facts import Facts
@@ -35,12 +35,15 @@ from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.recorded import Recording
 from toast_onnx_calibration.refitting import LastLayer, correct
 from toast_onnx_calibration.room import check_room, drawn, refining_bytes
+from toast_onnx_calibration.sessions import graph_inputs
+from toast_onnx_calibration.shared_views import with_views
 from toast_onnx_calibration.stored import Samples, store_samples
 from toast_onnx_calibration.streams import Stream
+from toast_onnx_calibration.views import classifiers
 
 Array = NDArray[Any]
 Progress = Callable[[str], None]
-"""Called with a block's name when it is done."""
+"""Called with what was done."""
 
 #: Samples a step.
 BATCH = 8
@@ -59,13 +62,16 @@ def refine_locally(
 
     What does not lower the error of held-out samples is not kept.
 
+    With views (`LocalSettings.views`) there are two passes: the first one, without training, gives the pruned model
+    that views are made with, the second one corrects on samples and views.
+
     Args:
         study: the dense model.
         new: block number -> closed-form weights.
         data: as for `sources.open_source`.
         options: how samples are read and run.
         settings: how blocks are trained.
-        progress: called after every block.
+        progress: called `refining_steps` times.
         recording: what the dense model's blocks gave when their statistics were measured; it is of use where the same
             samples come again, and empty afterwards.
 
@@ -73,28 +79,62 @@ def refine_locally(
         The weights by block, of the same shapes, and what happened to each block.
 
     Raises:
-        BackendError: PyTorch is not installed, and there are steps to train.
+        BackendError: PyTorch is not installed, and there are steps to train or views to make.
         DataError: the data cannot be read, or are too few.
-        ConfigError: working files do not fit on the disk.
+        ConfigError: working files do not fit on the disk; or the model has no classes that views could show.
+        ModelError: views are asked for, and an operator of the model has no counterpart in PyTorch.
     """
     options = options or CalibrationOptions()
     settings = settings or LocalSettings(class_weight=options.class_weight, seed=options.seed)
-    if settings.steps:
+    if settings.steps or settings.views:
         require_torch()
+    progress = progress or (lambda _: None)
+    classes = shared_classes(study) if settings.views else []
     count = drawn(data, options.samples)
     if count is not None:
-        check_room(refining_bytes(study, new.keys(), count))
+        check_room(refining_bytes(study, new.keys(), count * (1 + settings.views)))
     with tempfile.TemporaryDirectory(prefix="toast-local-") as folder:
-        work = _Work(study, new, data, options, settings, Path(folder), recording)
-        results = []
-        for block in study.match.blocks:
-            if block.index in new:
-                results.append(work.block(block))
-            if progress is not None:
-                progress(block.name)
+        samples = _open(study, data, options, Path(folder))
+        if settings.views:
+            inner = Path(folder, "views")
+            inner.mkdir()
+            first = _Work(study, new, samples, options, replace(settings, steps=0), inner, recording)
+            first.blocks("refitting", progress)
+            fit, judges = split(samples.count, settings.held_out)
+            models, done = [study.view.model, first.twin.view.model], _Share(len(study.match.blocks), progress)
+            samples = with_views(models, classes, samples, len(fit), settings.views, settings.seed, inner, done)
+            settings = replace(settings, held_out=len(judges) / samples.count)
+        work = _Work(study, new, samples, options, settings, Path(folder), recording)
+        results = work.blocks("training" if settings.steps else "refitting", progress)
         if recording is not None:
             recording.forget()
-        return work.weights, tuple(results)
+        return work.weights, results
+
+
+def refining_steps(study: Study, settings: LocalSettings) -> int:
+    """How often `refine_locally` calls back."""
+    return len(study.match.blocks) * (3 if settings.views else 1)
+
+
+def shared_classes(study: Study) -> list[str]:
+    """The model's outputs that hold classes, which views can show.
+
+    Raises:
+        ConfigError: there are none, or no pixels to change.
+    """
+    return classifiers(study, graph_inputs(study.source), "compensation.views")
+
+
+class _Share:
+    """Turns a share of the views that is made into steps of a progress bar."""
+
+    def __init__(self, steps: int, progress: Progress) -> None:
+        self._steps, self._progress, self._said = steps, progress, 0
+
+    def __call__(self, share: float) -> None:
+        while self._said + 1 <= share * self._steps:
+            self._said += 1
+            self._progress("making views")
 
 
 class _Work:
@@ -104,14 +144,13 @@ class _Work:
         self,
         study: Study,
         new: Mapping[int, BlockWeights],
-        data: str | Path,
+        samples: Samples,
         options: CalibrationOptions,
         settings: LocalSettings,
         folder: Path,
         recording: Recording | None,
     ) -> None:
         self.study, self.weights, self.options = study, dict(new), options
-        samples = _open(study, data, options, folder)
         self.settings = replace(settings, group=max(1, BATCH // samples.size))
         twin = GraphView(padded_twin(study.view, study.facts, study.match.blocks, new))
         known = {} if recording is None else recording.of(samples.rows, samples.size, samples.source.fingerprint)
@@ -121,6 +160,15 @@ class _Work:
         self.twin = Stream("twin", twin, Facts(twin, samples.shapes), samples, options, folder, self.beside)
         selected = class_token(study.view, study.facts)
         self.class_tokens = None if selected is None else selected.tokens
+
+    def blocks(self, doing: str, progress: Progress) -> tuple[LocalResult, ...]:
+        """Correct all blocks that have new weights."""
+        results = []
+        for block in self.study.match.blocks:
+            if block.index in self.weights:
+                results.append(self.block(block))
+            progress(f"{doing} {block.name}")
+        return tuple(results)
 
     def block(self, block: Block) -> LocalResult:
         """Train one block; both streams are behind it afterwards."""

@@ -256,7 +256,8 @@ def identity_of(
     source = trials.samples.source
     document = selection_only(settings).to_document()
     document["attention"]["tie"] = False  # one part is tried at a time
-    del document["compensation"]["steps"]  # nothing is trained
+    for key in ("steps", "views"):  # nothing is trained
+        del document["compensation"][key]
     return {
         "model": {"file": path.name, "sha256": file_hash(path)},
         "data": {

@@ -17,6 +17,29 @@ from toast_onnx_calibration.sessions import ModelInput
 from toast_onnx_calibration.sources import Arrays, Chunk, Source
 
 
+def classifiers(study: Study, inputs: Sequence[ModelInput], option: str) -> list[str]:
+    """The outputs that hold classes, which views can show.
+
+    Args:
+        study: the model.
+        inputs: of the model.
+        option: what asks for views, for messages.
+
+    Raises:
+        ConfigError: the model has no classes, or takes no floating-point input.
+    """
+    outputs = [output.name for output in study.view.model.proto.graph.output]
+    found = [name for name in outputs if is_classifier(study, name)]
+    if not found:
+        raise ConfigError(
+            f"views show samples as other classes, and {study.source.path.name} has no output that holds classes "
+            f"(it gives {', '.join(outputs)}): leave {option} out"
+        )
+    if not any(each.dtype.kind == "f" for each in inputs):
+        raise ConfigError(f"views change pixels, and {study.source.path.name} reads whole numbers: leave {option} out")
+    return found
+
+
 class ViewedSource:
     """Every sample of a source, and behind it some views of it.
 
@@ -41,17 +64,7 @@ class ViewedSource:
         Raises:
             ConfigError: the model has no classes, or takes no floating-point input.
         """
-        outputs = [output.name for output in study.view.model.proto.graph.output]
-        self._classifiers = [name for name in outputs if is_classifier(study, name)]
-        if not self._classifiers:
-            raise ConfigError(
-                f"views show samples as other classes, and {study.source.path.name} has no output that holds classes "
-                f"(it gives {', '.join(outputs)}): leave --views out"
-            )
-        if not any(each.dtype.kind == "f" for each in inputs):
-            raise ConfigError(
-                f"views change pixels, and {study.source.path.name} reads whole numbers: leave --views out"
-            )
+        self._classifiers = classifiers(study, inputs, "--views")
         self._source, self._study, self._inputs = source, study, list(inputs)
         self._views, self._seed, self._first = views, seed, first
         self.description = f"{source.description}, {views} views of each"
@@ -90,7 +103,7 @@ class ViewedSource:
 
     def __iter__(self) -> Iterator[Chunk]:
         held = [each.shape[0] for each in self._inputs if each.shape and isinstance(each.shape[0], int)]
-        maker = Views(self._study.view.model, self._classifiers, self._views, held[0] if held else None, self._seed)
+        maker = Views([self._study.view.model], self._classifiers, self._views, held[0] if held else None, self._seed)
         changed = False
         for number, (sample, row) in enumerate(self._samples(), self._first):
             yield Chunk(sample, (row,))

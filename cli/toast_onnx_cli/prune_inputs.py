@@ -12,7 +12,7 @@ import numpy as np
 
 from toast_onnx.choosing.synthetic import SyntheticStatistics
 from toast_onnx.errors import ConfigError
-from toast_onnx.finetune.local import LocalResult
+from toast_onnx.finetune.local import LocalResult, LocalSettings
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.ratios import Ratios
 from toast_onnx.pruning import Refine
@@ -27,18 +27,19 @@ if TYPE_CHECKING:
     from toast_onnx_calibration.statistics import CalibratedStatistics
 
 
-def samples_to_refine(ratios: Ratios, data: str | None, statistics: Path | None) -> str | None:
+def samples_to_refine(dense: Study, ratios: Ratios, data: str | None, statistics: Path | None) -> str | None:
     """Where the samples are that blocks are corrected on, one after the other; None without such correction.
 
     `compensation: local` needs samples, also beside a statistics file; `ridge` uses them where they are at hand anyway.
 
     Args:
+        dense: the model.
         ratios: the ratios file; its `calibration: data:` counts where `data` is None.
         data: what was given on the command line.
         statistics: file of earlier measurements.
 
     Raises:
-        ConfigError: there are no samples.
+        ConfigError: there are no samples; or no classes for views of them.
         BackendError: PyTorch is not installed.
     """
     if ratios.compensation.kind == "ridge":
@@ -53,19 +54,33 @@ def samples_to_refine(ratios: Ratios, data: str | None, statistics: Path | None)
     from toast_onnx.finetune.local import require_torch
 
     require_torch()
+    if ratios.compensation.views:
+        from toast_onnx_calibration.local import shared_classes
+
+        shared_classes(dense)
     return samples
 
 
 def idle_settings(ratios: Ratios) -> list[str]:
     """What a ratios file asks for in vain, for notes."""
     kind = ratios.compensation.kind
-    idle = kind != "local" and ratios.given("compensation.steps")
-    return [f"compensation.steps does nothing with kind: {kind}; kind: local trains"] if idle else []
+    if kind == "local":
+        return []
+    idle = (key for key in ("compensation.steps", "compensation.views") if ratios.given(key))
+    return [f"{key} does nothing with kind: {kind}; kind: local trains" for key in idle]
+
+
+def local_settings(ratios: Ratios, options: CalibrationOptions) -> LocalSettings:
+    """How blocks are corrected: trained where `compensation: local` is asked for, refitted otherwise."""
+    chosen = ratios.compensation
+    trains = chosen.kind == "local"
+    steps, views = (chosen.steps, chosen.views) if trains else (0, 0)
+    return LocalSettings(steps, class_weight=options.class_weight, seed=options.seed, views=views)
 
 
 def refinement(
     dense: Study,
-    ratios: Ratios,
+    settings: LocalSettings,
     samples: str | None,
     options: CalibrationOptions,
     advance: Advance,
@@ -75,26 +90,18 @@ def refinement(
 
     Args:
         dense: the model.
-        ratios: the ratios file.
+        settings: how blocks are corrected.
         samples: as `samples_to_refine` found them.
         options: how to read and run them.
-        advance: called after every block.
+        advance: called `local.refining_steps` times.
         recording: what statistics of the same samples left, if anything.
     """
     if samples is None:
         return None
-    from toast_onnx.finetune.local import LocalSettings
     from toast_onnx_calibration.local import refine_locally
 
-    trains = ratios.compensation.kind == "local"
-    steps = ratios.compensation.steps if trains else 0
-    chosen = LocalSettings(steps, class_weight=options.class_weight, seed=options.seed)
-    note = "training" if trains else "refitting"
-
     def refine(new: Mapping[int, BlockWeights]) -> tuple[dict[int, BlockWeights], tuple[LocalResult, ...]]:
-        return refine_locally(
-            dense, new, samples, options, chosen, lambda block: advance(1, f"{note} {block}"), recording
-        )
+        return refine_locally(dense, new, samples, options, settings, lambda note: advance(1, note), recording)
 
     return refine
 

@@ -20,6 +20,7 @@ from toast_onnx_cli.prune_inputs import (
     find_statistics,
     idle_settings,
     kept_outputs,
+    local_settings,
     proof_samples,
     refinement,
     samples_to_refine,
@@ -92,14 +93,19 @@ def run_job(
     dense, calibration, check = job.dense, job.calibration, job.check
     settings = with_ties(settings, job.target)
     data, statistics = job.data, None if job.planned else job.statistics
-    samples = samples_to_refine(settings, data, statistics)
+    samples = samples_to_refine(dense, settings, data, statistics)
+    local = local_settings(settings, calibration)
     say_notes(idle_settings(settings))
     measured = None if job.planned else data
     with (
         kept_outputs(dense, settings, samples if measured is not None else None) as recording,
         find_statistics(dense, settings, measured, job.statistics, calibration, recording) as found,
     ):
-        steps = len(dense.match.blocks) * (1 if samples is None else 2) + 1
+        steps = len(dense.match.blocks) + 1
+        if samples is not None:
+            from toast_onnx_calibration.local import refining_steps
+
+            steps += refining_steps(dense, local)
         with progress("pruning", steps) as advance:
             pruned = prune(
                 dense,
@@ -110,7 +116,7 @@ def run_job(
                 normalize=job.normalize,
                 seed=calibration.seed,
                 progress=lambda note: advance(1, note),
-                refine=refinement(dense, settings, samples, calibration, advance, recording),
+                refine=refinement(dense, local, samples, calibration, advance, recording),
                 samples=proof_samples(dense, settings, data, statistics, calibration) if check else (),
                 force_synthetic=job.force_synthetic,
                 split_shared=job.split_shared,

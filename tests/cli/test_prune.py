@@ -40,16 +40,18 @@ def test_a_share_of_the_heads_that_rounds_to_none_is_said(
     assert ("attention.heads rounds to no head in block 0, 1" in result.stderr) is said
 
 
-@pytest.mark.parametrize(("given", "said"), [(", steps: 400", True), ("", False)])
-def test_steps_of_training_that_nothing_trains_are_said(
-    given: str, said: bool, exported: Exported, tmp_path: Path
+@pytest.mark.parametrize("given", [{"steps": 400}, {"views": 2}, {"steps": 400, "views": 2}, {}])
+def test_settings_of_training_that_nothing_trains_are_said(
+    given: dict[str, int], exported: Exported, tmp_path: Path
 ) -> None:
     ratios = tmp_path / "r.yaml"
-    ratios.write_text(f"version: 1\nffn: {{fc2: 0.5}}\ncompensation: {{kind: ridge{given}}}\n")
+    words = ", ".join(["kind: ridge", *(f"{key}: {value}" for key, value in given.items())])
+    ratios.write_text(f"version: 1\nffn: {{fc2: 0.5}}\ncompensation: {{{words}}}\n")
     arguments = ["prune", str(exported(zoo.Case("timm-vit"))), "--ratios", str(ratios), "-o", str(tmp_path / "o.onnx")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.stderr
-    assert ("compensation.steps does nothing with kind: ridge" in result.stderr) is said
+    for key in ("steps", "views"):
+        assert (f"compensation.{key} does nothing with kind: ridge" in result.stderr) is (key in given)
 
 
 def test_blocks_that_are_not_corrected_are_said(exported: Exported, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ blocks:
   0: {attention: {qk: 0, vo: 0, heads: 0.5}}
   "*/layer.3/*": {ffn: {fc2: 0}}
 align: {head_dim: 8, width: 16}
-compensation: {kind: bias, statistics: sequential, ridge: 0.001, steps: 50}
+compensation: {kind: bias, statistics: sequential, ridge: 0.001, steps: 50, views: 3}
 calibration: {data: images/, samples: 128, preprocess: clip, tokens: 0.02, views: 2, seed: 7}
 """
 
@@ -197,6 +197,7 @@ def test_paper_rounding_brings_its_alignment(tmp_path: Path) -> None:
         ("version: 1\ncompensation: {ridge: strong}", "compensation.ridge is the text 'strong'", "auto"),
         ("version: 1\ncompensation: {kind: ridgy}", "compensation.kind is the text 'ridgy'", "did you mean ridge?"),
         ("version: 1\ncompensation: {steps: 0}", "compensation.steps is 0", "at least 1"),
+        ("version: 1\ncompensation: {views: -1}", "compensation.views is -1", "at least 0"),
         ("version: 1\ncalibration: {samples: 0}", "calibration.samples is 0", "at least 1"),
         ("version: 1\ncalibration: {samples: true}", "calibration.samples is true", "whole number"),
         ("version: 1\ncalibration: {seed: -1}", "calibration.seed is -1", "at least 0"),
@@ -239,7 +240,8 @@ def test_the_document_shows_defaults() -> None:
         "coupling": "coupled",
         "tie": False,
     }
-    assert document["compensation"] == {"kind": "ridge", "statistics": "one-shot", "ridge": "auto", "steps": 100}
+    expected = {"kind": "ridge", "statistics": "one-shot", "ridge": "auto", "steps": 100, "views": 0}
+    assert document["compensation"] == expected
 
 
 def test_the_document_can_be_read_again(tmp_path: Path) -> None:

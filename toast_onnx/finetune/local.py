@@ -40,7 +40,9 @@ class LocalSettings:
         group: batches a step.
         held_out: fraction of the batches that only judge the result.
         class_weight: of the class token, where the output is shown to read nothing else.
-        seed: of the order of batches.
+        seed: of the order of batches, and of classes.
+        views: of each sample that does not judge, in which the dense and the pruned model see another class
+            (`finetune.views`); blocks are corrected on these, too.
     """
 
     steps: int = 100
@@ -50,6 +52,7 @@ class LocalSettings:
     held_out: float = 0.125
     class_weight: float = 20.0
     seed: int = 0
+    views: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A few hundred images hold few of a thousand classes, and statistics know nothing of what the answers to the others need.
 A view follows the gradient of the likelihood of one class for a few steps, each by the gradient's sign (Kurakin,
 Goodfellow and Bengio 2017, their method for a chosen class). No labels are read: which class it is does not matter, as
-long as all have their turn.
+long as all have their turn. Where two models are to see the class, as the dense and the pruned one, the view follows
+both: what only one of them falls for is no class.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from toast_onnx.require import require_torch, with_gradients
 if TYPE_CHECKING:
     import torch
 
+    from toast_onnx.finetune.module import GraphModule
+
 Array = NDArray[Any]
 
 #: Steps along the gradient's sign.
@@ -39,11 +42,19 @@ class Views:
     It runs on the GPU that PyTorch finds, else on the processor.
     """
 
-    def __init__(self, model: Model, classifiers: Sequence[str], count: int, batch: int | None, seed: int = 0) -> None:
-        """Translate a model.
+    def __init__(
+        self,
+        models: Sequence[Model],
+        classifiers: Sequence[str],
+        count: int,
+        batch: int | None,
+        seed: int = 0,
+    ) -> None:
+        """Translate what is to see the classes.
 
         Args:
-            model: the model; weights do not change.
+            models: the model, or several with the same inputs and outputs, whose likelihoods count alike; weights do
+                not change.
             classifiers: outputs that hold class scores or probabilities, (batch, classes).
             count: views of each sample.
             batch: samples that the model takes at once; None where that is free.
@@ -55,12 +66,11 @@ class Views:
         """
         torch = require_torch("views of samples need", ", or leave views out")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._module = to_torch(model).to(self._device)
-        for parameter in self._module.parameters():
-            parameter.requires_grad_(False)
+        self._modules = [to_torch(model).to(self._device) for model in models]
+        for module in self._modules:
+            module.requires_grad_(False)
         self._classifiers, self._count, self._batch, self._seed = tuple(classifiers), count, batch, seed
 
-    @with_gradients
     def of(self, sample: Mapping[str, Array], number: int) -> dict[str, Array]:
         """The views of one sample.
 
@@ -69,49 +79,70 @@ class Views:
             number: of the sample among all; the classes of its views follow from it.
 
         Returns:
-            Arrays by input name, (count, ...), of the types of the sample's. The image, or else the largest of floating
-            point, differs from the sample, within the range of its values; all others are repeated. Where a class has
-            no gradient, as behind a Softmax that is certain, its view is the sample.
+            Arrays by input name, (count, ...), as `towards` gives them.
+
+        Raises:
+            DataError: as there.
+        """
+        turns = range(number * self._count, (number + 1) * self._count)
+        size = self._batch or min(self._count, GROUP)
+        made = []
+        for k in range(0, self._count, size):
+            some = list(turns[k : k + size])
+            filled = some + some[-1:] * (size - len(some))  # rows that only fill a fixed batch are forgotten
+            found = self.towards({name: np.repeat(array, size, axis=0) for name, array in sample.items()}, filled)
+            made.append({name: array[: len(some)] for name, array in found.items()})
+        return {name: np.concatenate([each[name] for each in made]) for name in sample}
+
+    @with_gradients
+    def towards(self, samples: Mapping[str, Array], turns: Sequence[int]) -> dict[str, Array]:
+        """One view of each of some samples.
+
+        Args:
+            samples: arrays by input name, (n, ...).
+            turns: whose class each view takes, n numbers, as for `class_of`.
+
+        Returns:
+            Arrays by input name, (n, ...), of the types of the samples'. The image, or else the largest of floating
+            point, differs from the sample, within the range of its values; all others stay. Where a class has no
+            gradient, as behind a Softmax that is certain, or one that is no number, its view is the sample.
 
         Raises:
             DataError: there is none, or the classes do not depend on it.
         """
-        floats = [name for name, array in sample.items() if array.dtype.kind == "f"]
-        if not floats:
-            raise DataError("a view differs in a floating-point input, and there is none; leave views out")
-        name = max(floats, key=lambda n: (_is_image(sample[n]), sample[n].size))
-        turns = np.arange(number * self._count, (number + 1) * self._count)
-        size = self._batch or min(self._count, GROUP)
-        parts = [self._towards(sample, name, turns[k : k + size], size) for k in range(0, self._count, size)]
-        repeated = {n: np.repeat(array, self._count, axis=0) for n, array in sample.items()}
-        return repeated | {name: np.concatenate(parts).astype(sample[name].dtype, copy=False)}
-
-    def _towards(self, sample: Mapping[str, Array], name: str, turns: NDArray[np.int64], rows: int) -> Array:
-        """What one input becomes for some turns; rows that only fill a fixed batch are made and forgotten."""
         import torch
 
-        given = {n: torch.from_numpy(np.repeat(a, rows, axis=0)).to(self._device) for n, a in sample.items()}
+        floats = [name for name, array in samples.items() if array.dtype.kind == "f"]
+        if not floats:
+            raise DataError("a view differs in a floating-point input, and there is none; leave views out")
+        name = max(floats, key=lambda n: (_is_image(samples[n]), samples[n].size))
+        given = {n: torch.from_numpy(np.array(a)).to(self._device) for n, a in samples.items()}
         given = {n: tensor.float() if tensor.is_floating_point() else tensor for n, tensor in given.items()}
-        start = given.pop(name)
-        low, high, step = start.min(), start.max(), STEP * start.std(correction=0)
-        now = start
+        now = given.pop(name)
+        flat, each = now.reshape(len(now), -1), (-1, *[1] * (now.ndim - 1))
+        low, high = flat.amin(1).reshape(each), flat.amax(1).reshape(each)
+        step = STEP * flat.std(1, correction=0).reshape(each)
         for _ in range(STEPS):
             now = now.detach().requires_grad_()
-            found = self._module(**given, **{name: now}, keep=self._classifiers)
-            wanted = torch.stack([self._likelihood(found[n], turns, rows) for n in self._classifiers]).sum()
+            wanted = torch.stack([self._likelihood(m, {**given, name: now}, turns) for m in self._modules]).sum()
             slope = torch.autograd.grad(wanted, now, allow_unused=True)[0] if wanted.requires_grad else None
             if slope is None:
                 raise DataError(f"the model's classes do not depend on '{name}' by a gradient; leave views out")
-            now = (now + step * slope.sign()).clamp(low, high)
-        return np.asarray(now.detach().cpu().numpy()[: len(turns)])
+            now = (now + step * slope.sign().nan_to_num()).clamp(low, high)
+        view = now.detach().cpu().numpy().astype(samples[name].dtype, copy=False)
+        return {**samples, name: view}
 
-    def _likelihood(self, output: torch.Tensor, turns: NDArray[np.int64], rows: int) -> torch.Tensor:
-        """Log-likelihood of each row's class, summed."""
+    def _likelihood(self, module: GraphModule, given: Mapping[str, torch.Tensor], turns: Sequence[int]) -> torch.Tensor:
+        """Log-likelihood of each row's class by each output, summed."""
         import torch
 
-        chosen = [class_of(int(turn), output.shape[-1], self._seed) for turn in turns]
-        index = torch.as_tensor(chosen + chosen[-1:] * (rows - len(chosen)), device=output.device)
-        return log_likelihoods(output).gather(-1, index[:, None]).sum()
+        found = module(**given, keep=self._classifiers)
+        sums = []
+        for name in self._classifiers:
+            classes = [class_of(turn, found[name].shape[-1], self._seed) for turn in turns]
+            index = torch.as_tensor(classes, device=found[name].device)
+            sums.append(log_likelihoods(found[name]).gather(-1, index[:, None]).sum())
+        return torch.stack(sums).sum()
 
 
 def _is_image(array: Array) -> bool:

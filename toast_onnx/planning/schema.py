@@ -230,12 +230,14 @@ class Compensation(Section):
         statistics: Take them all from the dense model (`one-shot`) or from the compressed prefix (`sequential`).
         ridge: Strength of the regularization, or `auto`.
         steps: Of training a block where `kind` is `local`, eight samples each.
+        views: Of each sample, made with the dense and the pruned model and trained on, too, where `kind` is `local`.
     """
 
     kind: CompensationKind = "ridge"
     statistics: Literal["one-shot", "sequential"] = "one-shot"
     ridge: Annotated[Decimal | Literal["auto"], PlainValidator(_ridge)] = "auto"
     steps: Annotated[int, Field(ge=1)] = 100
+    views: Annotated[int, Field(ge=0)] = 0
 
 
 def _no_code(value: str) -> str:
