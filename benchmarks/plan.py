@@ -52,8 +52,9 @@ from toast_onnx_calibration.planning import (
     statistics_for,
     time_plan,
 )
+from toast_onnx_calibration.sensitivity_results import resume
 from toast_onnx_calibration.sensitivity_stream import Trials, read_samples
-from toast_onnx_calibration.sensitivity_trials import Solver, identity_of, in_turn, measure, resume, trial_grid
+from toast_onnx_calibration.sensitivity_trials import Solver, identity_of, in_turn, measure, trial_grid
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_cli.console import print_table
 

@@ -38,7 +38,8 @@ from toast_onnx.tokens.schedule import exact_shares
 from toast_onnx_calibration.agreement import divergences
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.planning import POINTS, Budget, plan_counted, predicted_choices
-from toast_onnx_calibration.sensitivity_trials import measure, resume, trial_grid
+from toast_onnx_calibration.sensitivity_results import resume
+from toast_onnx_calibration.sensitivity_trials import measure, trial_grid
 from toast_onnx_calibration.token_planning import (
     CountedPrices,
     Together,

@@ -14,7 +14,7 @@ from toast_onnx.planning.width_costs import TOKENS
 from toast_onnx_calibration.calibrating import CalibrationOptions, Progress, pass_links
 from toast_onnx_calibration.planning import statistics_for
 from toast_onnx_calibration.room import drawn, spool_bytes
-from toast_onnx_calibration.sensitivity_trials import Trial
+from toast_onnx_calibration.sensitivity_results import Trial
 from toast_onnx_calibration.token_planning import FINALISTS, SAMPLES, open_token_trials, trials_needed
 from toast_onnx_calibration.work import open_work, working_bytes
 

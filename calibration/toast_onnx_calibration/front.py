@@ -15,7 +15,8 @@ from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.needs import needed
 from toast_onnx_calibration.planning import POINTS, TRIAL_SAMPLES, Budget, check_settings
 from toast_onnx_calibration.plans import Plan, Planner
-from toast_onnx_calibration.sensitivity_trials import Sensitivity, measure, resume, trial_grid
+from toast_onnx_calibration.sensitivity_results import Sensitivity, resume
+from toast_onnx_calibration.sensitivity_trials import measure, trial_grid
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.work import open_work
 

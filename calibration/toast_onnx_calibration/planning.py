@@ -49,7 +49,7 @@ from toast_onnx.planning.widths import fused_head_dim
 from toast_onnx.threads import shared_work
 from toast_onnx_calibration.costs import Runtime, no_smaller_width, variant
 from toast_onnx_calibration.needs import GRADIENT, Wanted, everything
-from toast_onnx_calibration.sensitivity_trials import Sensitivity
+from toast_onnx_calibration.sensitivity_results import Sensitivity
 
 P = TypeVar("P")
 BudgetKind = Literal["macs", "params", "latency"]

@@ -34,7 +34,8 @@ from toast_onnx_calibration.planning import (
     shares,
     time_plan,
 )
-from toast_onnx_calibration.sensitivity_trials import Progress, measure, missing, resume, trial_grid
+from toast_onnx_calibration.sensitivity_results import resume
+from toast_onnx_calibration.sensitivity_trials import Progress, measure, missing, trial_grid
 from toast_onnx_calibration.token_planning import (
     FINALISTS,
     CountedPrices,

@@ -30,8 +30,9 @@ from toast_onnx_calibration.forecast import Forecast, Spent, cost_behind
 from toast_onnx_calibration.labels import Labels, open_labels
 from toast_onnx_calibration.planning import statistics_for
 from toast_onnx_calibration.room import check_room, drawn, trial_bytes
+from toast_onnx_calibration.sensitivity_results import Trial
 from toast_onnx_calibration.sensitivity_stream import Trials, chosen_output, read_samples
-from toast_onnx_calibration.sensitivity_trials import Solver, Trial, identity_of, merged, merged_alone
+from toast_onnx_calibration.sensitivity_trials import Solver, identity_of, merged, merged_alone
 from toast_onnx_calibration.statistics import CalibratedStatistics
 from toast_onnx_calibration.stored import Samples
 

@@ -107,7 +107,8 @@ def command(
     """
     from toast_onnx_calibration.planning import Budget
     from toast_onnx_calibration.reachable import check_reachable
-    from toast_onnx_calibration.sensitivity_trials import known, missing, trial_grid
+    from toast_onnx_calibration.sensitivity_results import known
+    from toast_onnx_calibration.sensitivity_trials import missing, trial_grid
 
     given_budgets = {"macs": macs, "params": params, "latency": latency}
     chosen = [Budget(kind, value) for kind, value in given_budgets.items() if value is not None]  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ def trial_samples_for(asked: int | None, results: Path | None) -> int:
         DataError: the file is damaged, or no results file.
     """
     from toast_onnx_calibration.planning import TRIAL_SAMPLES
-    from toast_onnx_calibration.sensitivity_trials import trial_samples_of
+    from toast_onnx_calibration.sensitivity_results import trial_samples_of
 
     return asked or trial_samples_of(results) or TRIAL_SAMPLES
 

@@ -34,7 +34,7 @@ from toast_onnx_cli.workers import open_executor, workers_option
 
 if TYPE_CHECKING:
     from toast_onnx_calibration.calibrating import CalibrationOptions
-    from toast_onnx_calibration.sensitivity_trials import Trial
+    from toast_onnx_calibration.sensitivity_results import Trial
     from toast_onnx_calibration.work import Work
 
 

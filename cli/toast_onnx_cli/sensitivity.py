@@ -57,15 +57,8 @@ def command(
     holds no class scores; no labels are needed. Results are written after every trial, and the same command goes on
     where it was stopped.
     """
-    from toast_onnx_calibration.sensitivity_trials import (
-        TRIAL_PARTS,
-        known,
-        measure,
-        missing,
-        resume,
-        trial_grid,
-        write_results,
-    )
+    from toast_onnx_calibration.sensitivity_results import TRIAL_PARTS, known, resume, write_results
+    from toast_onnx_calibration.sensitivity_trials import measure, missing, trial_grid
 
     unknown = [p for p in parts if p not in TRIAL_PARTS]
     if unknown:

@@ -34,7 +34,7 @@ from toast_onnx_calibration.planning import (
     predicted_choices,
     shares,
 )
-from toast_onnx_calibration.sensitivity_trials import Sensitivity, Trial
+from toast_onnx_calibration.sensitivity_results import Sensitivity, Trial
 
 Exported = Callable[[zoo.Case], Path]
 #: The cheapest order of hidden units: how they are chosen is not what is tested here.

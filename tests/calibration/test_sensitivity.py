@@ -24,18 +24,9 @@ from toast_onnx.planning.width_costs import dense_widths
 from toast_onnx.pruning import prune
 from toast_onnx_calibration.calibrating import CalibrationOptions
 from toast_onnx_calibration.labels import Labels
+from toast_onnx_calibration.sensitivity_results import Trial, read_results, resume, write_results
 from toast_onnx_calibration.sensitivity_stream import Trials, chosen_output, read_samples
-from toast_onnx_calibration.sensitivity_trials import (
-    Damages,
-    Solver,
-    Trial,
-    in_turn,
-    measure,
-    read_results,
-    resume,
-    trial_grid,
-    write_results,
-)
+from toast_onnx_calibration.sensitivity_trials import Damages, Solver, in_turn, measure, trial_grid
 
 Exported = Callable[[zoo.Case], Path]
 SETTINGS = parse_ratios({"version": 1, "align": 1})

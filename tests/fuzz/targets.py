@@ -40,7 +40,7 @@ from toast_onnx_calibration.labels import labels_from_csv, open_labels
 from toast_onnx_calibration.needs import everything
 from toast_onnx_calibration.recipe_files import load_recipe
 from toast_onnx_calibration.recipes import Recipe
-from toast_onnx_calibration.sensitivity_trials import read_results
+from toast_onnx_calibration.sensitivity_results import read_results
 from toast_onnx_calibration.sessions import ModelInput
 from toast_onnx_calibration.sources import open_source
 from toast_onnx_calibration.statistics import CalibratedStatistics
