@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError, MatchError, ModelError
+from toast_onnx.finetune.convert import to_torch
 from toast_onnx.finetune.local import LocalResult, LocalSettings, require_torch, split, train_block
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.class_token import class_token
@@ -86,7 +87,7 @@ def refine_locally(
     """
     options = options or CalibrationOptions()
     settings = settings or LocalSettings(class_weight=options.class_weight, seed=options.seed)
-    if settings.steps or settings.views:
+    if settings.steps:
         require_torch()
     progress = progress or (lambda _: None)
     classes = shared_classes(study) if settings.views else []
@@ -117,12 +118,17 @@ def refining_steps(study: Study, settings: LocalSettings) -> int:
 
 
 def shared_classes(study: Study) -> list[str]:
-    """The model's outputs that hold classes, which views can show.
+    """The model's outputs that hold classes, which views can show; all that keeps views from being made is told here.
 
     Raises:
-        ConfigError: there are none, or no pixels to change.
+        BackendError: PyTorch is not installed.
+        ConfigError: there are no classes, or no pixels to change.
+        ModelError: an operator of the model has no counterpart in PyTorch.
     """
-    return classifiers(study, graph_inputs(study.source), "compensation.views")
+    require_torch()
+    found = classifiers(study, graph_inputs(study.source), "compensation.views")
+    to_torch(study.view.model)
+    return found
 
 
 class _Share:

@@ -41,6 +41,7 @@ def samples_to_refine(dense: Study, ratios: Ratios, data: str | None, statistics
     Raises:
         ConfigError: there are no samples; or no classes for views of them.
         BackendError: PyTorch is not installed.
+        ModelError: views are asked for, and an operator of the model has no counterpart in PyTorch.
     """
     if ratios.compensation.kind == "ridge":
         return data or (ratios.calibration.data if statistics is None else None)

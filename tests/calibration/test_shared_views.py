@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.helper
 import pytest
 from click.testing import CliRunner
 
@@ -17,7 +19,7 @@ from tests.calibration.test_local import RATIOS
 from tests.calibration.tiny import colour_model
 from tests.pruning import look
 from toast_onnx.choosing.synthetic import SyntheticStatistics
-from toast_onnx.errors import ConfigError, DataError
+from toast_onnx.errors import ConfigError, DataError, ModelError
 from toast_onnx.finetune.local import LocalResult, LocalSettings
 from toast_onnx.finetune.views import Views
 from toast_onnx.matching.study import Study
@@ -155,6 +157,29 @@ def test_models_without_classes_are_refused_before_the_work(exported: Exported, 
     assert "leave compensation.views out" in done.stderr
     with pytest.raises(ConfigError, match=r"leave compensation\.views out"):
         refine_locally(look(path), {}, images, OPTIONS, LocalSettings(views=1))
+
+
+def test_operators_without_a_counterpart_are_told_before_the_work(
+    exported: Exported, images: Path, tmp_path: Path
+) -> None:
+    """Noise is added to the pixels, by an operator that is not translated."""
+    proto = onnx.load(exported(zoo.Case("timm-vit")))
+    name = proto.graph.input[0].name
+    for node in proto.graph.node:
+        node.input[:] = ["noisy" if each == name else each for each in node.input]
+    noise = onnx.helper.make_node("RandomNormalLike", [name], ["noise"], scale=0.01)
+    proto.graph.node.insert(0, onnx.helper.make_node("Add", [name, "noise"], ["noisy"]))
+    proto.graph.node.insert(0, noise)
+    onnx.save(proto, tmp_path / "noisy.onnx")
+    with pytest.raises(ModelError, match="RandomNormalLike"):
+        refine_locally(look(tmp_path / "noisy.onnx"), {}, images, OPTIONS, LocalSettings(views=1))
+    ratios = tmp_path / "r.yaml"
+    ratios.write_text("version: 1\nffn: {fc2: 0.5}\ncompensation: {kind: local, views: 1}\n")
+    words = ["prune", str(tmp_path / "noisy.onnx"), "--ratios", str(ratios), "-o", str(tmp_path / "o.onnx")]
+    done = CliRunner().invoke(main, [*words, "--data", str(images)])
+    assert done.exit_code == 1
+    assert "RandomNormalLike" in done.stderr
+    assert "calibrat" not in done.stderr
 
 
 def test_room_for_views_is_asked_for_before_the_work(vit: Study, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ class Views:
             slope = torch.autograd.grad(wanted, now, allow_unused=True)[0] if wanted.requires_grad else None
             if slope is None:
                 raise DataError(f"the model's classes do not depend on '{name}' by a gradient; leave views out")
-            now = (now + step * slope.sign().nan_to_num()).clamp(low, high)
+            now = (now + step * slope.sign()).clamp(low, high)
         view = now.detach().cpu().numpy().astype(samples[name].dtype, copy=False)
         return {**samples, name: view}
 
