@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.deit import CALIBRATION, export, export_deit, load_deit, parser_with_data, uniform_ratios
 from benchmarks.subjects import SUBJECTS, Subject, counted
 from toast_onnx.choosing.synthetic import SyntheticStatistics
-from toast_onnx.errors import BackendError
+from toast_onnx.errors import BackendError, ConfigError
 from toast_onnx.finetune.local import LocalSettings
 from toast_onnx.matching.study import Study, study
 from toast_onnx.model import load_model, save_model
@@ -173,7 +173,7 @@ def ours(
         try:
             refine = None if correction is None else source.refine(correction)
             yield judge(name, pruned(look, ratios, statistics, folder, refine))
-        except BackendError as error:  # no PyTorch to train with
+        except (BackendError, ConfigError) as error:  # no PyTorch to train with, or no classes for views
             print(f"{name}: left out: {error}", file=sys.stderr)
     if methods is not None:
         return

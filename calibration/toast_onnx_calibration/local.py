@@ -93,7 +93,9 @@ def refine_locally(
     classes = shared_classes(study) if settings.views else []
     count = drawn(data, options.samples)
     if count is not None:
-        check_room(refining_bytes(study, new.keys(), count * (1 + settings.views)))
+        # samples of the first pass lie there beside those of the second
+        passes = 2 + settings.views if settings.views else 1
+        check_room(refining_bytes(study, new.keys(), count * passes))
     with tempfile.TemporaryDirectory(prefix="toast-local-") as folder:
         samples = _open(study, data, options, Path(folder))
         if settings.views:
@@ -118,7 +120,7 @@ def refining_steps(study: Study, settings: LocalSettings) -> int:
 
 
 def shared_classes(study: Study) -> list[str]:
-    """The model's outputs that hold classes, which views can show; all that keeps views from being made is told here.
+    """The outputs that hold classes, which views can show; what is known without running the model is told here.
 
     Raises:
         BackendError: PyTorch is not installed.

@@ -62,7 +62,10 @@ def with_views(
                 changed = changed or not np.array_equal(array, batch[name])
             done((k * views + view + 1) / count)
     if not changed:
-        raise DataError("no view differs from its sample, as the classes have no gradient at the inputs")
+        raise DataError(
+            f"{samples.source.description}: no view differs from its sample, as the classes have no gradient at the "
+            "inputs: leave compensation.views out"
+        )
     for view in range(views):
         rows += [f"{row} (view {view + 1})" for row in samples.rows[: first * samples.size]]
     for name, array in samples.feeds.items():

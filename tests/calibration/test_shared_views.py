@@ -142,7 +142,7 @@ def test_classes_without_a_gradient_are_refused(vit: Study, images: Path, tmp_pa
     model = load_model(colour_model(tmp_path / "m.onnx", size=64))
     model.arrays["weight"] = np.full((3, 3), weight, np.float32)
     pixels = replace(samples, feeds={"pixels": next(iter(samples.feeds.values()))})
-    with pytest.raises(DataError, match="no view differs"):
+    with pytest.raises(DataError, match=r"images\.npy: no view differs .* leave compensation\.views out"):
         with_views([model], ["scores"], pixels, 2, 1, 0, tmp_path)
 
 
@@ -192,7 +192,7 @@ def test_room_for_views_is_asked_for_before_the_work(vit: Study, images: Path, m
     monkeypatch.setattr(local, "refining_bytes", needed)
     with pytest.raises(ConfigError, match="free space"):
         refine_locally(vit, {}, images, OPTIONS, LocalSettings(views=3))
-    assert asked == [COUNT * 4]
+    assert asked == [COUNT * 5]  # those of the first pass are still there
 
 
 @pytest.mark.slow

@@ -230,7 +230,8 @@ class Compensation(Section):
         statistics: Take them all from the dense model (`one-shot`) or from the compressed prefix (`sequential`).
         ridge: Strength of the regularization, or `auto`.
         steps: Of training a block where `kind` is `local`, eight samples each.
-        views: Of each sample, made with the dense and the pruned model and trained on, too, where `kind` is `local`.
+        views: Of each sample that does not judge, made with the dense and the pruned model and trained on, too, where
+            `kind` is `local`.
     """
 
     kind: CompensationKind = "ridge"
