@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toast_onnx.errors import ConfigError
 from toast_onnx.hub import CONFIGS
+from toast_onnx.planning.settings import first_problem
 from toast_onnx.planning.strict_json import parse_json, read_json
 from toast_onnx.planning.strict_yaml import read_document
 from toast_onnx_calibration.recipes import NAMED, Dim, Recipe, adapt, misfit, parse_recipe, show, takes_images
@@ -178,9 +179,8 @@ def _check(model: type[BaseModel], config: object, where: str) -> dict[str, Any]
     try:
         model.model_validate(config)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{where}: {key + ': ' if key else ''}{first['msg']}; write a YAML recipe instead") from error
+        key, what = first_problem(error)
+        raise ConfigError(f"{where}: {key + ': ' if key else ''}{what}; write a YAML recipe instead") from error
     assert isinstance(config, dict)
     return config
 

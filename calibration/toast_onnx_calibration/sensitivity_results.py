@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from toast_onnx.errors import ConfigError, DataError
 from toast_onnx.files import write_bytes
+from toast_onnx.planning.settings import first_problem
 from toast_onnx.planning.strict_json import read_json
 from toast_onnx.planning.width_costs import TOKENS, Part
 from toast_onnx.report.tables import Shown, Side, Table
@@ -232,9 +233,8 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         _Results.model_validate(document)
     except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: {where}: {first['msg']}; remove it and measure again") from e
+        where, what = first_problem(e)
+        raise DataError(f"{path}: {where}: {what}; remove it and measure again") from e
     return document
 
 

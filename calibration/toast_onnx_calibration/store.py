@@ -23,6 +23,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from toast_onnx.errors import DataError, one_line
 from toast_onnx.files import drafts, place, regular_file
 from toast_onnx.importance.moments import Moments, merge
+from toast_onnx.planning.settings import first_problem
 from toast_onnx.planning.strict_json import parse_json
 from toast_onnx_calibration.needs import GRADIENT
 from toast_onnx_calibration.npy import Claim, members_of, read_claim, read_member
@@ -204,9 +205,8 @@ def _read_header(text: bytes, path: Path) -> Header:
     try:
         return _HEADER_READER.validate_json(text, strict=True)
     except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: its header is wrong at '{where}': {first['msg']}; {_AGAIN}") from e
+        where, what = first_problem(e)
+        raise DataError(f"{path}: its header is wrong at '{where}': {what}; {_AGAIN}") from e
 
 
 def _check_entries(file: StatisticsFile, claims: dict[str, Claim]) -> None:

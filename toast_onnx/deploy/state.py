@@ -18,6 +18,7 @@ from toast_onnx.deploy.steps import Step
 from toast_onnx.errors import ConfigError, ModelError
 from toast_onnx.files import write_bytes
 from toast_onnx.model import model_files
+from toast_onnx.planning.settings import first_problem
 from toast_onnx.planning.strict_json import read_json
 
 FORMAT = "toast-onnx/deploy/1"
@@ -127,9 +128,8 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         _STEPS.validate_python(steps)
     except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        where = ".".join(map(str, ("steps", *first["loc"])))
-        raise ConfigError(f"{path}: {where}: {first['msg']}; remove it to start over") from e
+        where, what = first_problem(e)
+        raise ConfigError(f"{path}: {'.'.join(filter(None, ('steps', where)))}: {what}; remove it to start over") from e
     assert isinstance(steps, dict)
     return steps
 

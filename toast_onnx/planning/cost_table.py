@@ -22,6 +22,7 @@ from toast_onnx.files import read_limited, write_bytes
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.study import Study
 from toast_onnx.planning.search import aligned_widths
+from toast_onnx.planning.settings import first_problem
 from toast_onnx.planning.strict_json import MAX_BYTES, parse_json
 from toast_onnx.planning.width_costs import Part, dense_widths, prunable_widths
 
@@ -202,9 +203,10 @@ def read_table(path: Path, study: Study, model_sha256: str) -> CostTable:
     try:
         table = CostTable.model_validate_json(data)
     except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"{path}: {where}: {first['msg']}; measure the table again with `toast-onnx costs`") from e
+        where, what = first_problem(e)
+        raise ConfigError(
+            f"{path}: {where or 'the file'}: {what}; measure the table again with `toast-onnx costs`"
+        ) from e
     if table.format != FORMAT:
         raise ConfigError(f"{path}: cost table format {table.format}, but this release reads {FORMAT}; measure again")
     if table.model_sha256 != model_sha256:

@@ -99,6 +99,12 @@ def explain(error: ValidationError, document: Mapping[Any, Any]) -> str:
     return f"{key or 'the file'} {_problem(first)}{rest}"
 
 
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where a document that a program wrote is wrong first, empty for the whole of it, and what pydantic says."""
+    first = error.errors(include_url=False)[0]
+    return ".".join(map(str, first["loc"])), first["msg"]
+
+
 def _problem(problem: ErrorDetails) -> str:
     kind, value, context = problem["type"], problem.get("input"), problem.get("ctx", {})
     if kind == "setting":
