@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toast_onnx.errors import DataError, MatchError, ModelError
-from toast_onnx.finetune.convert import to_torch
 from toast_onnx.finetune.local import LocalResult, LocalSettings, require_torch, split, train_block
+from toast_onnx.finetune.views import Views
 from toast_onnx.matching.blocks import Block
 from toast_onnx.matching.class_token import class_token
 from toast_onnx.matching.facts import Facts
@@ -32,7 +32,7 @@ from toast_onnx.proof.places import Place, masks, places, take_out
 from toast_onnx.proof.twin import padded_twin
 from toast_onnx.solving.weights import BlockWeights
 from toast_onnx_calibration.beside import Beside
-from toast_onnx_calibration.calibrating import CalibrationOptions
+from toast_onnx_calibration.calibrating import CalibrationOptions, first_samples
 from toast_onnx_calibration.recorded import Recording
 from toast_onnx_calibration.refitting import LastLayer, correct
 from toast_onnx_calibration.room import check_room, drawn, refining_bytes
@@ -90,28 +90,43 @@ def refine_locally(
     if settings.steps:
         require_torch()
     progress = progress or (lambda _: None)
-    classes = shared_classes(study) if settings.views else []
+    classes = shared_classes(study, data, options) if settings.views else []
     count = drawn(data, options.samples)
     if count is not None:
-        # samples of the first pass lie there beside those of the second
-        passes = 2 + settings.views if settings.views else 1
-        check_room(refining_bytes(study, new.keys(), count * passes))
-    with tempfile.TemporaryDirectory(prefix="toast-local-") as folder:
-        samples = _open(study, data, options, Path(folder))
+        # samples lie there twice: alone, and behind their views
+        check_room(refining_bytes(study, new.keys(), count * (2 + settings.views if settings.views else 1)))
+    with tempfile.TemporaryDirectory(prefix="toast-local-") as name:
+        folder = Path(name)
+        samples = _open(study, data, options, folder)
         if settings.views:
-            inner = Path(folder, "views")
-            inner.mkdir()
-            first = _Work(study, new, samples, options, replace(settings, steps=0), inner, recording)
-            first.blocks("refitting", progress)
+            pruned = _refitted(study, new, samples, options, settings, recording, progress)
             fit, judges = split(samples.count, settings.held_out)
-            models, done = [study.view.model, first.twin.view.model], _Share(len(study.match.blocks), progress)
-            samples = with_views(models, classes, samples, len(fit), settings.views, settings.seed, inner, done)
+            models, done = [study.view.model, pruned], _Share(len(study.match.blocks), progress)
+            samples = with_views(models, classes, samples, len(fit), settings.views, settings.seed, folder, done)
             settings = replace(settings, held_out=len(judges) / samples.count)
-        work = _Work(study, new, samples, options, settings, Path(folder), recording)
+        work = _Work(study, new, samples, options, settings, folder, recording)
         results = work.blocks("training" if settings.steps else "refitting", progress)
         if recording is not None:
             recording.forget()
         return work.weights, results
+
+
+def _refitted(
+    study: Study,
+    new: Mapping[int, BlockWeights],
+    samples: Samples,
+    options: CalibrationOptions,
+    settings: LocalSettings,
+    recording: Recording | None,
+    progress: Progress,
+) -> Model:
+    """The pruned model, padded to the dense one's shapes, once its last layers are fitted."""
+    with tempfile.TemporaryDirectory(prefix="toast-refit-") as folder:
+        work = _Work(study, new, samples, options, replace(settings, steps=0), Path(folder), recording)
+        work.blocks("refitting", progress)
+    if recording is not None:
+        recording.forget()
+    return work.twin.view.model
 
 
 def refining_steps(study: Study, settings: LocalSettings) -> int:
@@ -119,17 +134,24 @@ def refining_steps(study: Study, settings: LocalSettings) -> int:
     return len(study.match.blocks) * (3 if settings.views else 1)
 
 
-def shared_classes(study: Study) -> list[str]:
-    """The outputs that hold classes, which views can show; what is known without running the model is told here.
+def shared_classes(study: Study, data: str | Path, options: CalibrationOptions) -> list[str]:
+    """The outputs that hold classes, which views can show; tried on the first samples, before any long work.
+
+    Args:
+        study: the dense model.
+        data: as for `sources.open_source`.
+        options: how samples are read.
 
     Raises:
         BackendError: PyTorch is not installed.
         ConfigError: there are no classes, or no pixels to change.
+        DataError: the data cannot be read, or no gradient leads from the classes to them.
         ModelError: an operator of the model has no counterpart in PyTorch.
     """
-    require_torch()
     found = classifiers(study, graph_inputs(study.source), "compensation.views")
-    to_torch(study.view.model)
+    views = Views([study.view.model], found)
+    for feeds in first_samples(study, data, options):
+        views.towards(feeds, range(len(next(iter(feeds.values())))))
     return found
 
 

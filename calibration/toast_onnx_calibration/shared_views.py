@@ -44,8 +44,7 @@ def with_views(
         DataError: no view differs from its sample.
         ModelError: an operator of a model has no counterpart in PyTorch.
     """
-    maker = Views(models, classes, views, samples.size, seed)
-    count, rows = first * views, []
+    maker, count = Views(models, classes, seed), first * views
     feeds = {
         name: np.lib.format.open_memmap(
             folder / f"views-{number}.npy", "w+", array.dtype, (count + samples.count, *array.shape[1:])
@@ -66,8 +65,7 @@ def with_views(
             f"{samples.source.description}: no view differs from its sample, as the classes have no gradient at the "
             "inputs: leave compensation.views out"
         )
-    for view in range(views):
-        rows += [f"{row} (view {view + 1})" for row in samples.rows[: first * samples.size]]
     for name, array in samples.feeds.items():
         feeds[name][count:] = array
+    rows = [f"{row} (view {view + 1})" for view in range(views) for row in samples.rows[: first * samples.size]]
     return replace(samples, feeds=dict(feeds), rows=(*rows, *samples.rows))

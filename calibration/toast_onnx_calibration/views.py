@@ -103,11 +103,11 @@ class ViewedSource:
 
     def __iter__(self) -> Iterator[Chunk]:
         held = [each.shape[0] for each in self._inputs if each.shape and isinstance(each.shape[0], int)]
-        maker = Views([self._study.view.model], self._classifiers, self._views, held[0] if held else None, self._seed)
+        maker = Views([self._study.view.model], self._classifiers, self._seed)
         changed = False
         for number, (sample, row) in enumerate(self._samples(), self._first):
             yield Chunk(sample, (row,))
-            made = maker.of(sample, number)
+            made = maker.of(sample, number, self._views, held[0] if held else None)
             changed = changed or any(bool((made[name] != array).any()) for name, array in sample.items())
             yield Chunk(made, tuple(f"{row} (view {k + 1})" for k in range(self._views)))
         if not changed:

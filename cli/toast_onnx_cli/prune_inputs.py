@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from toast_onnx_calibration.statistics import CalibratedStatistics
 
 
-def samples_to_refine(dense: Study, ratios: Ratios, data: str | None, statistics: Path | None) -> str | None:
+def samples_to_refine(
+    dense: Study, ratios: Ratios, data: str | None, statistics: Path | None, options: CalibrationOptions
+) -> str | None:
     """Where the samples are that blocks are corrected on, one after the other; None without such correction.
 
     `compensation: local` needs samples, also beside a statistics file; `ridge` uses them where they are at hand anyway.
@@ -37,9 +39,11 @@ def samples_to_refine(dense: Study, ratios: Ratios, data: str | None, statistics
         ratios: the ratios file; its `calibration: data:` counts where `data` is None.
         data: what was given on the command line.
         statistics: file of earlier measurements.
+        options: how samples are read.
 
     Raises:
         ConfigError: there are no samples; or no classes for views of them.
+        DataError: views are asked for, and the first samples cannot be read, or have no gradient.
         BackendError: PyTorch is not installed.
         ModelError: views are asked for, and an operator of the model has no counterpart in PyTorch.
     """
@@ -58,7 +62,7 @@ def samples_to_refine(dense: Study, ratios: Ratios, data: str | None, statistics
     if ratios.compensation.views:
         from toast_onnx_calibration.local import shared_classes
 
-        shared_classes(dense)
+        shared_classes(dense, samples, options)
     return samples
 
 

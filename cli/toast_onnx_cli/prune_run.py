@@ -93,7 +93,7 @@ def run_job(
     dense, calibration, check = job.dense, job.calibration, job.check
     settings = with_ties(settings, job.target)
     data, statistics = job.data, None if job.planned else job.statistics
-    samples = samples_to_refine(dense, settings, data, statistics)
+    samples = samples_to_refine(dense, settings, data, statistics, calibration)
     local = local_settings(settings, calibration)
     say_notes(idle_settings(settings))
     measured = None if job.planned else data

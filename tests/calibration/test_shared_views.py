@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from tests import zoo
 from tests.calibration.test_local import RATIOS
+from tests.calibration.test_refitting import record
 from tests.calibration.tiny import colour_model
 from tests.pruning import look
 from toast_onnx.choosing.synthetic import SyntheticStatistics
@@ -81,10 +82,10 @@ def test_views_of_what_does_not_judge_come_first(exported: Exported, images: Pat
     assert found.rows[first * samples.size + 1] == "1 (view 2)"
     assert shares == sorted(shares)
     assert (len(shares), shares[-1]) == (first * VIEWS, 1.0)
-    alone = Views([model], outputs(dense), VIEWS, None if batch == "dynamic" else samples.size, seed=3)
+    alone, held = Views([model], outputs(dense), seed=3), None if batch == "dynamic" else samples.size
     pixels = np.load(images)
     for number in (0, 1, SIZE + 3):  # of each sample its own views, whatever else is in the batch
-        made = alone.of({name: pixels[number : number + 1]}, number)[name]
+        made = alone.of({name: pixels[number : number + 1]}, number, VIEWS, held)[name]
         for view in range(VIEWS):
             at, row = divmod(view * first * samples.size + number, samples.size)
             assert close(found.feeds[name][at, row], made[view])
@@ -159,6 +160,20 @@ def test_models_without_classes_are_refused_before_the_work(exported: Exported, 
         refine_locally(look(path), {}, images, OPTIONS, LocalSettings(views=1))
 
 
+def test_what_was_kept_of_the_dense_model_goes_once_it_was_used(vit: Study, images: Path, tmp_path: Path) -> None:
+    recording, left = record(vit, images, tmp_path), dict[str, int]()
+
+    def progress(note: str) -> None:
+        left.setdefault(note, len(list((tmp_path / "kept").iterdir())))
+
+    def refine(new: Any) -> Any:
+        return refine_locally(vit, new, images, OPTIONS, LocalSettings(steps=0, views=1), progress, recording)
+
+    prune(vit, parse_ratios(RATIOS), SyntheticStatistics(vit), refine=refine)
+    assert left["refitting blocks/blocks.0"] > 0
+    assert left["making views"] == 0
+
+
 def test_operators_without_a_counterpart_are_told_before_the_work(
     exported: Exported, images: Path, tmp_path: Path
 ) -> None:
@@ -192,7 +207,28 @@ def test_room_for_views_is_asked_for_before_the_work(vit: Study, images: Path, m
     monkeypatch.setattr(local, "refining_bytes", needed)
     with pytest.raises(ConfigError, match="free space"):
         refine_locally(vit, {}, images, OPTIONS, LocalSettings(views=3))
-    assert asked == [COUNT * 5]  # those of the first pass are still there
+    assert asked == [COUNT * 5]  # the samples, and behind three views of each once more
+
+
+def test_classes_that_no_gradient_reaches_are_told_before_the_work(
+    exported: Exported, images: Path, tmp_path: Path
+) -> None:
+    """Pixels are rounded to whole numbers in front of the model: known operators, and nothing to follow."""
+    proto = onnx.load(exported(zoo.Case("timm-vit")))
+    name = proto.graph.input[0].name
+    for node in proto.graph.node:
+        node.input[:] = ["rounded" if each == name else each for each in node.input]
+    cast = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+    proto.graph.node.insert(0, onnx.helper.make_node("Cast", ["whole"], ["rounded"], to=cast[1]))
+    proto.graph.node.insert(0, onnx.helper.make_node("Cast", [name], ["whole"], to=cast[0]))
+    onnx.save(proto, tmp_path / "rounded.onnx")
+    ratios = tmp_path / "r.yaml"
+    ratios.write_text("version: 1\nffn: {fc2: 0.5}\ncompensation: {kind: local, views: 1}\n")
+    words = ["prune", str(tmp_path / "rounded.onnx"), "--ratios", str(ratios), "-o", str(tmp_path / "o.onnx")]
+    done = CliRunner().invoke(main, [*words, "--data", str(images)])
+    assert done.exit_code == 1
+    assert "do not depend on 'input' by a gradient" in done.stderr
+    assert "calibrat" not in done.stderr
 
 
 @pytest.mark.slow

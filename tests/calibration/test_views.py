@@ -61,10 +61,10 @@ def test_each_sample_is_followed_by_its_views(vit: Study, samples: Path) -> None
     images = np.load(samples)
     assert source.count == len(found) == COUNT * (1 + VIEWS)
     np.testing.assert_array_equal(found[:: 1 + VIEWS], images)
-    maker = Views([vit.view.model], [vit.view.model.proto.graph.output[0].name], VIEWS, None)
+    maker = Views([vit.view.model], [vit.view.model.proto.graph.output[0].name])
     name = vit.view.model.proto.graph.input[0].name
     for k in range(COUNT):
-        expected = maker.of({name: images[k : k + 1]}, k)[name]
+        expected = maker.of({name: images[k : k + 1]}, k, VIEWS, None)[name]
         np.testing.assert_array_equal(found[k * (1 + VIEWS) + 1 : (k + 1) * (1 + VIEWS)], expected)
     assert names[:5] == ["0", "0 (view 1)", "0 (view 2)", "0 (view 3)", "1"]
     assert source.description.endswith(f"images.npy, {VIEWS} views of each")

@@ -26,7 +26,7 @@ def test_pixels_of_a_class_grow_and_all_others_fall(tmp_path: Path, batch: int |
     model = load_model(colour_model(tmp_path / "m.onnx", "batch" if batch is None else batch, dtype=dtype))
     type_ = helper.tensor_dtype_to_np_dtype(dtype)
     sample = np.random.default_rng(0).normal(3, 2, (1, 3, 8, 8)).astype(type_)
-    found = Views([model], ["scores"], 3, batch, seed=4).of({"pixels": sample}, 5)["pixels"]
+    found = Views([model], ["scores"], seed=4).of({"pixels": sample}, 5, 3, batch)["pixels"]
     assert found.dtype == type_
     assert found.shape == (3, 3, 8, 8)
     for view, turn in zip(found, (15, 16, 17), strict=True):
@@ -48,11 +48,11 @@ def test_the_module_finds_the_class_likelier_in_a_view(exported: Exported, case:
     path = exported(case)
     name, images = next(iter(zoo.inputs(path, 4).items()))
     model = load_model(path)
-    views = Views([model], [model.proto.graph.output[0].name], 4, None)
+    views = Views([model], [model.proto.graph.output[0].name])
     module = zoo.build(case.family).module.eval()
     with torch.no_grad():
         for number, image in enumerate(images):
-            made = views.of({name: image[None]}, number)[name]
+            made = views.of({name: image[None]}, number, 4, None)[name]
             before, after = (module(torch.from_numpy(x)).log_softmax(-1) for x in (image[None], made))
             for k, row in enumerate(after):
                 chosen = class_of(4 * number + k, after.shape[1], 0)
@@ -65,9 +65,9 @@ def test_views_of_a_sample_do_not_depend_on_the_others(exported: Exported) -> No
     name, images = next(iter(zoo.inputs(path, 3).items()))
     model = load_model(path)
     outputs = [model.proto.graph.output[0].name]
-    together = Views([model], outputs, 2, None)
-    found = [together.of({name: image[None]}, k)[name] for k, image in enumerate(images)]
-    np.testing.assert_array_equal(Views([model], outputs, 2, None).of({name: images[2:]}, 2)[name], found[2])
+    together = Views([model], outputs)
+    found = [together.of({name: image[None]}, k, 2, None)[name] for k, image in enumerate(images)]
+    np.testing.assert_array_equal(Views([model], outputs).of({name: images[2:]}, 2, 2, None)[name], found[2])
 
 
 def test_the_other_inputs_stay_as_they_are(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_other_inputs_stay_as_they_are(tmp_path: Path) -> None:
     mask, pixels = np.random.default_rng(1).normal(size=600), np.arange(36)
     sample = {"mask": mask.reshape(1, 1, 6, 100).astype(np.float32), "pixels": pixels.reshape(1, 3, 6, 2)}
     sample["pixels"] = sample["pixels"].astype(np.float32)
-    found = Views([load_model(path)], ["scores"], 3, None).of(sample, 0)
+    found = Views([load_model(path)], ["scores"]).of(sample, 0, 3, None)
     np.testing.assert_array_equal(found["mask"], np.repeat(sample["mask"], 3, axis=0))
     assert not np.array_equal(found["pixels"][0], sample["pixels"][0])
 
@@ -98,7 +98,7 @@ def test_a_class_without_a_gradient_leaves_the_sample(tmp_path: Path) -> None:
     model = load_model(path)
     model.arrays["weight"] = np.zeros((3, 3), np.float32)
     sample = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
-    found = Views([model], ["scores"], 2, None).of({"pixels": sample}, 0)["pixels"]
+    found = Views([model], ["scores"]).of({"pixels": sample}, 0, 2, None)["pixels"]
     np.testing.assert_array_equal(found, np.repeat(sample, 2, axis=0))
 
 
@@ -108,7 +108,7 @@ def test_views_for_two_models_follow_both(tmp_path: Path) -> None:
     weight = np.array([[2, 0.5, 0], [-3, 1, 0.2], [0.1, -1, 1]], np.float32)  # (channels, classes)
     models[1].arrays["weight"] = weight
     samples = np.random.default_rng(0).normal(3, 2, (3, 3, 8, 8)).astype(np.float32)
-    found = Views(models, ["scores"], 1, None).towards({"pixels": samples}, [0, 1, 2])["pixels"]
+    found = Views(models, ["scores"]).towards({"pixels": samples}, [0, 1, 2])["pixels"]
     different = 0
     for sample, view, turn in zip(samples, found, range(3), strict=True):
         expected = {}
@@ -132,7 +132,7 @@ def test_each_of_a_batch_is_changed_within_its_own_range(tmp_path: Path) -> None
     model = load_model(colour_model(tmp_path / "m.onnx"))
     rng = np.random.default_rng(0)
     samples = np.stack([rng.normal(k, k + 1, (3, 8, 8)) for k in range(3)]).astype(np.float32)
-    views = Views([model], ["scores"], 1, None)
+    views = Views([model], ["scores"])
     found = views.towards({"pixels": samples}, [5, 6, 7])["pixels"]
     for k in range(3):
         alone = views.towards({"pixels": samples[k : k + 1]}, [5 + k])["pixels"]

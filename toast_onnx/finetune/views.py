@@ -4,7 +4,7 @@ A few hundred images hold few of a thousand classes, and statistics know nothing
 A view follows the gradient of the likelihood of one class for a few steps, each by the gradient's sign (Kurakin,
 Goodfellow and Bengio 2017, their method for a chosen class). No labels are read: which class it is does not matter, as
 long as all have their turn. Where two models are to see the class, as the dense and the pruned one, the view follows
-both: what only one of them falls for is no class.
+both.
 """
 
 from __future__ import annotations
@@ -42,22 +42,13 @@ class Views:
     It runs on the GPU that PyTorch finds, else on the processor.
     """
 
-    def __init__(
-        self,
-        models: Sequence[Model],
-        classifiers: Sequence[str],
-        count: int,
-        batch: int | None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, models: Sequence[Model], classifiers: Sequence[str], seed: int = 0) -> None:
         """Translate what is to see the classes.
 
         Args:
             models: the model, or several with the same inputs and outputs, whose likelihoods count alike; weights do
                 not change.
             classifiers: outputs that hold class scores or probabilities, (batch, classes).
-            count: views of each sample.
-            batch: samples that the model takes at once; None where that is free.
             seed: of the order in which classes have their turn.
 
         Raises:
@@ -69,14 +60,16 @@ class Views:
         self._modules = [to_torch(model).to(self._device) for model in models]
         for module in self._modules:
             module.requires_grad_(False)
-        self._classifiers, self._count, self._batch, self._seed = tuple(classifiers), count, batch, seed
+        self._classifiers, self._seed = tuple(classifiers), seed
 
-    def of(self, sample: Mapping[str, Array], number: int) -> dict[str, Array]:
+    def of(self, sample: Mapping[str, Array], number: int, count: int, batch: int | None) -> dict[str, Array]:
         """The views of one sample.
 
         Args:
             sample: arrays by input name, (1, ...).
             number: of the sample among all; the classes of its views follow from it.
+            count: how many there are of every sample.
+            batch: samples that the models take at once; None where that is free.
 
         Returns:
             Arrays by input name, (count, ...), as `towards` gives them.
@@ -84,10 +77,10 @@ class Views:
         Raises:
             DataError: as there.
         """
-        turns = range(number * self._count, (number + 1) * self._count)
-        size = self._batch or min(self._count, GROUP)
+        turns = range(number * count, (number + 1) * count)
+        size = batch or min(count, GROUP)
         made = []
-        for k in range(0, self._count, size):
+        for k in range(0, count, size):
             some = list(turns[k : k + size])
             filled = some + some[-1:] * (size - len(some))  # rows that only fill a fixed batch are forgotten
             found = self.towards({name: np.repeat(array, size, axis=0) for name, array in sample.items()}, filled)
@@ -124,11 +117,14 @@ class Views:
         step = STEP * flat.std(1, correction=0).reshape(each)
         for _ in range(STEPS):
             now = now.detach().requires_grad_()
-            wanted = torch.stack([self._likelihood(m, {**given, name: now}, turns) for m in self._modules]).sum()
-            slope = torch.autograd.grad(wanted, now, allow_unused=True)[0] if wanted.requires_grad else None
-            if slope is None:
+            slopes = []
+            for module in self._modules:  # one after the other: what backward needs of both at once may not fit
+                wanted = self._likelihood(module, {**given, name: now}, turns)
+                slope = torch.autograd.grad(wanted, now, allow_unused=True)[0] if wanted.requires_grad else None
+                slopes += [] if slope is None else [slope]
+            if not slopes:
                 raise DataError(f"the model's classes do not depend on '{name}' by a gradient; leave views out")
-            now = (now + step * slope.sign()).clamp(low, high)
+            now = (now + step * torch.stack(slopes).sum(0).sign()).clamp(low, high)
         view = now.detach().cpu().numpy().astype(samples[name].dtype, copy=False)
         return {**samples, name: view}
 
